@@ -1,0 +1,32 @@
+"""pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
+
+from pyrovae import data, estimators, guides, likelihoods, nets, plots, priors
+from pyrovae.checkpoint import load, save
+from pyrovae.evaluation import LogMarginalLikelihood, active_units, log_marginal_likelihood
+from pyrovae.inference_data import to_inference_data
+from pyrovae.model import GenerativeModel
+from pyrovae.training import FitResult, fit, pick_device
+from pyrovae.weights import log_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FitResult",
+    "GenerativeModel",
+    "LogMarginalLikelihood",
+    "active_units",
+    "data",
+    "estimators",
+    "fit",
+    "guides",
+    "likelihoods",
+    "load",
+    "log_marginal_likelihood",
+    "log_weights",
+    "nets",
+    "pick_device",
+    "plots",
+    "priors",
+    "save",
+    "to_inference_data",
+]

@@ -1,0 +1,232 @@
+"""Estimates of log p(x) from log weights, with the evidence of how far each can be trusted."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyrovae import estimators
+from pyrovae.guides import Guide
+from pyrovae.inspection import Program
+from pyrovae.modules import evaluation_mode
+from pyrovae.weights import log_weight_blocks
+
+__all__ = ["LogMarginalLikelihood", "active_units", "log_marginal_likelihood"]
+
+
+@dataclass(frozen=True, repr=False)
+class LogMarginalLikelihood:
+    """Estimates of log p(x) per datum: float64 tensors (N,) on the CPU, in nats.
+
+    log_prob: log 1/S sum_s w, a lower bound of log p(x) on average
+    stderr: its Monte Carlo standard error (NaN with one particle); it does not see the bias
+    elbo, elbo_stderr: the mean log weight, with its Monte Carlo standard error
+    gap, gap_stderr: log_prob - elbo, an estimate of KL(q(z|x) || p(z|x)): "at least" this
+    jackknife: log_prob with its bias of order 1/S removed; not a bound
+    ess: effective sample size, 1 to S
+    pareto_k: tail shape of the weights (NaN below 25 particles); above `pareto_k_limit` the row cannot be trusted,
+        above 0.5 its standard error may be too small
+    curve_particles, curve: the bound at growing numbers of particles, (len(curve_particles), N)
+    """
+
+    num_particles: int
+    log_prob: Tensor
+    stderr: Tensor
+    elbo: Tensor
+    elbo_stderr: Tensor
+    gap: Tensor
+    gap_stderr: Tensor
+    jackknife: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    curve_particles: list[int]
+    curve: Tensor
+
+    @classmethod
+    def from_log_weights(cls, log_weights: Tensor) -> "LogMarginalLikelihood":
+        """All of it from weights (S, N)."""
+        curve_particles, curve = estimators.bound_curve(log_weights)
+        return cls(
+            num_particles=len(log_weights),
+            log_prob=estimators.importance_weighted_bound(log_weights).cpu(),
+            stderr=estimators.importance_weighted_bound_stderr(log_weights).cpu(),
+            elbo=estimators.elbo(log_weights).cpu(),
+            elbo_stderr=estimators.elbo_stderr(log_weights).cpu(),
+            gap=estimators.gap(log_weights).cpu(),
+            gap_stderr=estimators.gap_stderr(log_weights).cpu(),
+            jackknife=estimators.jackknife(log_weights).cpu(),
+            ess=estimators.effective_sample_size(log_weights).cpu(),
+            pareto_k=estimators.pareto_k(log_weights).cpu().double(),
+            curve_particles=curve_particles,
+            curve=curve.cpu(),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: "list[LogMarginalLikelihood]") -> "LogMarginalLikelihood":
+        """One result of results for consecutive data, all with the same number of particles."""
+        first = parts[0]
+        return cls(
+            first.num_particles,
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.per_datum()},
+            curve_particles=first.curve_particles,
+            curve=torch.cat([part.curve for part in parts], dim=1),
+        )
+
+    @staticmethod
+    def per_datum() -> tuple[str, ...]:
+        """Names of the (N,) estimates."""
+        return ("log_prob", "stderr", "elbo", "elbo_stderr", "gap", "gap_stderr", "jackknife", "ess", "pareto_k")
+
+    def __len__(self) -> int:
+        return len(self.log_prob)
+
+    def __getitem__(self, index: slice | Tensor) -> "LogMarginalLikelihood":
+        """The results of some of the data, by a slice, a mask or indices."""
+        chosen = {name: getattr(self, name)[index] for name in self.per_datum()}
+        return replace(self, **chosen, curve=self.curve[:, index])
+
+    @property
+    def mean(self) -> float:
+        """Mean of log_prob over the data, in nats per datum."""
+        return self.log_prob.mean().item()
+
+    @property
+    def mean_stderr(self) -> float:
+        """Standard error of `mean` as an estimate for new data, sd / sqrt(N); the Monte Carlo noise is part of it."""
+        return self.log_prob.std().item() / math.sqrt(len(self)) if len(self) > 1 else math.nan
+
+    @property
+    def mean_mc_stderr(self) -> float:
+        """Monte Carlo part of the error of `mean`, sqrt(sum stderr^2) / N: what other draws for the same data change."""
+        return self.stderr.square().sum().sqrt().item() / len(self)
+
+    @property
+    def bias_estimate(self) -> float:
+        """How much `mean` is too low, at least: mean(jackknife - log_prob), in nats.
+
+        The error bars do not contain it, and averaging over data does not shrink it.
+        """
+        return (self.jackknife - self.log_prob).mean().item()
+
+    @property
+    def pareto_k_limit(self) -> float:
+        """Largest Pareto k at which a row can be trusted; NaN with one particle."""
+        return estimators.pareto_k_limit(self.num_particles) if self.num_particles > 1 else math.nan
+
+    def share_of_bad_k(self, limit: float | None = None) -> float:
+        """Share of data whose Pareto k is above `limit` (`pareto_k_limit` by default); NaN where k is not known."""
+        if self.pareto_k.isnan().all():
+            return math.nan
+        return (self.pareto_k > (self.pareto_k_limit if limit is None else limit)).double().mean().item()
+
+    def summary(self) -> str:
+        """A few lines to print: bound, estimate, gap, their errors, and whether to trust them."""
+        num_data = f"{len(self):,} {'datum' if len(self) == 1 else 'data'}"
+        lines = [
+            f"log p(x) by importance sampling: {num_data}, {self.num_particles:,} particles; nats per datum",
+            f"  ELBO            {self.elbo.mean():10.3f}",
+            f"  log p(x)        {self.mean:10.3f}   +- {self.mean_stderr:.3f} over data, "
+            f"+- {self.mean_mc_stderr:.3f} Monte Carlo; a lower bound, too low by at least {self.bias_estimate:.3f}",
+            f"  gap             {self.gap.mean():10.3f}   at least: KL(q(z|x) || p(z|x))",
+            f"  ESS             {self.ess.median():10.1f}   median, of {self.num_particles:,}",
+        ]
+        bad, doubtful = self.share_of_bad_k(), self.share_of_bad_k(0.5)
+        if not math.isnan(bad):
+            lines.append(f"  Pareto k        {self.pareto_k.median():10.2f}   median")
+            if bad > 0:
+                count = round(bad * len(self))
+                lines.append(
+                    f"  {count:,} of {num_data} have k > {self.pareto_k_limit:.2f}: their estimates are not to be trusted; "
+                    f"take more particles, a better guide, or annealed importance sampling"
+                )
+            if doubtful > 0:
+                lines.append(f"  {round(doubtful * len(self)):,} have k > 0.5: their standard errors may be too small")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return (
+            f"LogMarginalLikelihood({len(self)} data, {self.num_particles} particles: log p(x) {self.mean:.3f} "
+            f"+- {self.mean_stderr:.3f}, ELBO {self.elbo.mean():.3f}, gap {self.gap.mean():.3f})"
+        )
+
+    def to_inference_data(self, **kwargs: Any) -> Any:
+        """This result as ArviZ's InferenceData (0.x) or DataTree (1.x); see `pyrovae.to_inference_data`."""
+        from pyrovae.inference_data import to_inference_data
+
+        return to_inference_data(self, **kwargs)
+
+
+def log_marginal_likelihood(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int = 1000,
+    plate: str | None = None,
+    vectorize_particles: bool | Literal["auto"] = "auto",
+    data_batch_size: int | Literal["auto"] | None = "auto",
+    particle_batch_size: int | Literal["auto"] = "auto",
+    progress: bool = False,
+    **kwargs: Any,
+) -> LogMarginalLikelihood:
+    """Importance-sampled log p(x) of any Pyro model/guide pair, per datum, in bounded memory.
+
+    log p(x_n) ~ log 1/S sum_s p(x_n, z_sn) / q(z_sn | x_n),   z_sn ~ q(. | x_n),   s = 1 ... S
+
+    model, guide: Pyro programs, called as model(*args, **kwargs); modules are put in eval mode meanwhile
+    num_particles: S, drawn exactly
+    plate: name of the plate that indexes the data. None: the one plate that all sample sites of both programs share;
+        where they share none, the whole program is one datum. A sequential plate has to be named.
+    vectorize_particles: draw particles under an outer plate. "auto" does so where two particles drawn together are
+        the same as two drawn apart, and warns where they are not
+    data_batch_size: data per block. "auto" cuts the tensors among the arguments whose first size is that of the plate,
+        where two halves give what the whole gives; None does not cut
+    particle_batch_size: particles per run of the programs
+    progress: show a bar
+
+    Returns a `LogMarginalLikelihood`, each array (N,) in nats. Plate subsampling is divided out (N is then the size of
+    the subsample, drawn once); masks are honoured; `pyro.factor` counts as likelihood; a latent value outside the
+    prior's support has weight 0. The estimate is a lower bound on average, by an unknown amount that the standard
+    error does not contain: see `bias_estimate` and `pareto_k`. A guide that misses a mode of the posterior altogether
+    is not noticed by either.
+
+    Raises ValueError, naming the site, for: latent sites that model and guide do not share, enumerated sites, factors
+    or observations in the guide, guides with all mass on a point, `poutine.scale`, data outside their support, a guide
+    that does not cover the prior's draws, a latent outside the named plate, several plates to choose from, NaN.
+
+    Source: Rezende, Mohamed & Wierstra, Stochastic Backpropagation (2014), appendix E; Burda, Grosse &
+    Salakhutdinov, Importance Weighted Autoencoders (2016).
+    """
+    blocks = log_weight_blocks(
+        model,
+        guide,
+        args,
+        kwargs,
+        num_particles=num_particles,
+        plate=plate,
+        vectorize_particles=vectorize_particles,
+        data_batch_size=data_batch_size,
+        particle_batch_size=particle_batch_size,
+        progress=progress,
+    )
+    return LogMarginalLikelihood.concatenate([LogMarginalLikelihood.from_log_weights(block) for block in blocks])
+
+
+@torch.no_grad()
+def active_units(guide: Guide, x: Tensor, *, threshold: float = 0.01, batch_size: int = 500) -> Tensor:
+    """Which latent dimensions the guide uses.
+
+    A_d = Var_x( E_q(z|x)[ z_d ] ) > threshold
+
+    Shapes: x (N, *data_shape) -> bool (latent_dim,).
+
+    Raises ValueError for fewer than 2 data.
+
+    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
+    """
+    if len(x) < 2:
+        raise ValueError(f"a variance over data needs 2 data or more, found {len(x)}")
+    with evaluation_mode(guide) as device:
+        means = torch.cat([guide.posterior(batch.to(device)).mean for batch in x.split(batch_size)])
+    return (means.double().var(0) > threshold).cpu()

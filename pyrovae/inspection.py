@@ -1,0 +1,289 @@
+"""What a pair of Pyro programs is: its datum axis, and everything about it that would make log weights wrong.
+
+A Pyro program is a black box until it runs. `inspect_pair` runs model and guide once on all the data, and answers
+with a `Layout` (which plate indexes the data, how deep plates nest) or refuses the pair with an error that names
+the site. After that the draws in `pyrovae.weights` can be taken without a second look.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor
+from torch.distributions import constraints
+
+__all__ = ["Layout", "inspect_pair", "is_possible", "refuse_impossible_data", "run_pair", "sample_sites"]
+
+Program = Callable[..., Any]
+
+
+class Layout(NamedTuple):
+    """Where the data are in a pair of programs.
+
+    plate: name of the plate that indexes the data; None: the whole program is one datum
+    dim: its batch dimension, negative; None for a sequential plate, or without a plate
+    num_data: the number of data N, of the subsample where the plate draws one
+    subsampled: whether it draws one
+    max_plate_nesting: how many batch dimensions, from the right, the programs' plates take up
+    pinned: a trace that holds the subsample indices, drawn once
+    """
+
+    plate: str | None
+    dim: int | None
+    num_data: int
+    subsampled: bool
+    max_plate_nesting: int
+    pinned: poutine.Trace
+
+    @property
+    def sequential(self) -> bool:
+        return self.plate is not None and self.dim is None
+
+
+def trace_program(program: Program, args: tuple, kwargs: dict, *replayed: poutine.Trace) -> poutine.Trace:
+    """Trace of one run without gradients or validation, with the values of the `replayed` traces put in."""
+    for trace in replayed:
+        program = poutine.replay(program, trace=trace)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def run_pair(
+    model: Program, guide: Program, args: tuple, kwargs: dict, *replayed: poutine.Trace
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """(model trace, guide trace), the model run on the guide's draws."""
+    guide_trace = trace_program(guide, args, kwargs, *replayed)
+    model_trace = trace_program(model, args, kwargs, *replayed, guide_trace)
+    return model_trace, guide_trace
+
+
+def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
+    """The random choices and observations of a trace, without subsample indices and deterministic values."""
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site) or site["infer"].get("_deterministic"):
+            continue
+        yield name, site
+
+
+def is_possible(site: dict) -> Tensor | None:
+    """Where the site's value lies in its support, with the batch shape; masked elements do; None: always so."""
+    distribution, value = site["fn"], site["value"]
+    if site_is_factor(site):
+        return None
+    try:
+        support = distribution.support
+        possible = support.check(value)
+    except (AttributeError, NotImplementedError, ValueError):  # no support, or one torch cannot check
+        return None
+    extra = len(distribution.event_shape) - support.event_dim
+    if extra > 0:
+        possible = possible.flatten(-extra).all(-1)
+    for mask in (site["mask"], getattr(distribution, "_mask", None)):
+        if mask is not None:
+            possible = possible | ~torch.as_tensor(mask, dtype=torch.bool, device=possible.device)
+    return possible
+
+
+def inspect_pair(
+    model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None
+) -> tuple[Layout, poutine.Trace, poutine.Trace]:
+    """Look at a model/guide pair once; answer with its layout and the two traces, or refuse it.
+
+    Raises ValueError, naming the site, for: latent sites that only one of the two has; enumerated sites; observed
+    sites or factors in the guide; a guide that puts all its mass on one point; scales other than the subsampling of
+    the datum plate; no single datum axis; a guide that cannot reach where the prior puts mass; data outside the
+    support of their likelihood.
+    """
+    model_trace, guide_trace = run_pair(model, guide, args, kwargs)
+    _refuse_mismatched_sites(model_trace, guide_trace)
+    _refuse_point_masses(guide, guide_trace, args, kwargs)
+    layout = _find_layout(model_trace, guide_trace, plate)
+    _refuse_scales(layout, model_trace, guide_trace)
+    # A few hundred draws from the prior, whether the program holds many data or is a single one.
+    for _ in range(max(1, min(32, 256 // layout.num_data))):
+        prior_trace = trace_program(model, args, kwargs, layout.pinned)
+        _refuse_uncovered_prior(guide, prior_trace, args, kwargs, layout.pinned)
+        refuse_impossible_data(model_trace, prior_trace)
+    return layout, model_trace, guide_trace
+
+
+def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    model_sites, guide_sites = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
+    for program, sites in (("model", model_sites), ("guide", guide_sites)):
+        for name, site in sites.items():
+            if site["infer"].get("enumerate"):
+                raise ValueError(
+                    f"site '{name}' of the {program} is marked for enumeration, and log weights need values drawn "
+                    f"by the guide: sum it out inside the model, or sample it in both programs without the mark"
+                )
+    for name, site in guide_sites.items():
+        if site["is_observed"]:
+            kind = "a factor" if site_is_factor(site) else "observed"
+            raise ValueError(
+                f"site '{name}' of the guide is {kind}, so the guide is no normalised density: give it sample sites only"
+            )
+    latents = {name for name, site in model_sites.items() if not site["is_observed"]}
+    proposed = {name for name, site in guide_sites.items() if not site["infer"].get("is_auxiliary")}
+    if missing := sorted(latents - set(guide_sites)):
+        raise ValueError(
+            f"the guide does not sample the model's latent site(s) {missing}; it samples {sorted(proposed)}: "
+            f"add them to the guide, or sum them out of the model"
+        )
+    if extra := sorted(proposed - latents):
+        raise ValueError(
+            f"the guide samples site(s) {extra} that are no latent sites of the model, which has {sorted(latents)}: "
+            f"use the model's names, or mark them infer={{'is_auxiliary': True}}"
+        )
+
+
+def _refuse_point_masses(guide: Program, guide_trace: poutine.Trace, args: tuple, kwargs: dict) -> None:
+    # AutoNormal and its kin also end in Delta sites, but carry an auxiliary random draw to them.
+    sites = dict(sample_sites(guide_trace))
+    points = [name for name, site in sites.items() if type(site["fn"]).__name__ == "Delta"]
+    if not points:
+        return
+    again = trace_program(guide, args, kwargs).nodes
+    auxiliary = any(site["infer"].get("is_auxiliary") for site in sites.values())
+    for name in points:
+        if not auxiliary or torch.equal(sites[name]["value"], again[name]["value"]):
+            raise ValueError(
+                f"the guide puts all its mass on one point at site '{name}' (Delta, as AutoDelta does): a point has no "
+                f"density and no importance weight; use a guide with a density, AutoNormal for instance"
+            )
+
+
+def _plates_of(site: dict) -> dict[str, Any]:
+    return {frame.name: frame for frame in site["cond_indep_stack"]}
+
+
+def _find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: str | None) -> Layout:
+    model_sites = [(name, _plates_of(site), "model") for name, site in sample_sites(model_trace)]
+    guide_sites = [(name, _plates_of(site), "guide") for name, site in sample_sites(guide_trace)]
+    sites = model_sites + guide_sites
+    if not model_sites:
+        raise ValueError("the model has no sample sites, so there is no log p(x) to estimate")
+    nesting = max(
+        (-frame.dim for _, plates, _ in sites for frame in plates.values() if frame.dim is not None), default=0
+    )
+    pinned = poutine.Trace()
+    for trace in (guide_trace, model_trace):
+        for name, site in trace.nodes.items():
+            drawn = site["type"] == "sample" and site_is_subsample(site) and len(site["value"]) < site["fn"].size
+            if drawn and name not in pinned:
+                pinned.add_node(name, **site)
+
+    def common(some_sites):
+        vectorised = [{n for n, frame in plates.items() if frame.dim is not None} for _, plates, _ in some_sites]
+        return set.intersection(*vectorised) if vectorised else set()
+
+    if plate is None:
+        candidates = common(sites)
+        if len(candidates) > 1:
+            raise ValueError(
+                f"every site is in each of the plates {sorted(candidates)}, and only one of them indexes the data: "
+                f"say which, plate={sorted(candidates)[0]!r} for instance"
+            )
+        if not candidates:
+            if guide_sites and common(model_sites) and common(guide_sites):
+                raise ValueError(
+                    f"the model's sites are all in plate {sorted(common(model_sites))}, the guide's all in "
+                    f"{sorted(common(guide_sites))}: give the plate of the data one name in both"
+                )
+            return Layout(None, None, 1, False, nesting, pinned)
+        plate = candidates.pop()
+    else:
+        for name, plates, program in sites:
+            if plate not in plates:
+                others = sorted({n for _, p, _ in sites for n in p}) or "none"
+                raise ValueError(
+                    f"site '{name}' of the {program} is outside plate '{plate}', so log p(x) does not split over it "
+                    f"(plates found: {others}): put the site in the plate, or leave plate=None to take the whole "
+                    f"program as one datum"
+                )
+    frames = [plates[plate] for _, plates, _ in sites]
+    dims, sizes = {frame.dim for frame in frames}, {frame.size for frame in frames}
+    if len(dims) > 1 or len(sizes) > 1 or sizes == {-1}:
+        raise ValueError(
+            f"plate '{plate}' needs one known size and one dim in model and guide, found sizes {sorted(sizes)} and "
+            f"dims {sorted(dims, key=str)}: write pyro.plate('{plate}', size, dim=...) alike in both"
+        )
+    full_sizes = {frame.full_size for frame in frames if frame.full_size is not None}
+    return Layout(plate, dims.pop(), sizes.copy().pop(), full_sizes - sizes != set(), nesting, pinned)
+
+
+def _refuse_scales(layout: Layout, *traces: poutine.Trace) -> None:
+    for trace in traces:
+        for name, site in sample_sites(trace):
+            frames = _plates_of(site)
+            expected = 1.0
+            if layout.plate is not None:
+                frame = frames[layout.plate]
+                expected = (frame.full_size or frame.size) / frame.size
+            scale = float(torch.as_tensor(site["scale"]).max())
+            if not abs(scale - expected) <= 1e-6 * expected or torch.as_tensor(site["scale"]).numel() > 1:
+                raise ValueError(
+                    f"site '{name}' carries a scale of {scale:g} where its datum plate explains {expected:g}; a scaled "
+                    f"log density is no density (poutine.scale, or a subsampled plate other than the plate of the "
+                    f"data): remove it for the evaluation"
+                )
+
+
+def _refuse_uncovered_prior(
+    guide: Program, prior_trace: poutine.Trace, args: tuple, kwargs: dict, pinned: poutine.Trace
+) -> None:
+    replayed = trace_program(guide, args, kwargs, pinned, prior_trace)
+    for name, site in sample_sites(replayed):
+        if name not in prior_trace or type(site["fn"]).__name__ == "Delta":
+            continue  # an auxiliary draw; a Delta behind one is a transform onto the whole support
+        possible = is_possible(site)
+        if possible is not None and not possible.all():
+            share = 1 - possible.double().mean().item()
+            raise ValueError(
+                f"the guide does not cover the prior at site '{name}': {share:.1%} of the prior's draws lie outside "
+                f"the guide's support {site['fn'].support}, and what is never proposed is never counted; give the "
+                f"guide the support of the prior"
+            )
+
+
+def refuse_impossible_data(model_trace: poutine.Trace, other_trace: poutine.Trace) -> None:
+    """Raise ValueError if data lie outside their likelihood's support; `other_trace`: the model at other latents."""
+    for name, site in sample_sites(model_trace):
+        if not site["is_observed"] or (possible := is_possible(site)) is None or possible.all():
+            continue
+        # A support that moves with the latents (Uniform(0, z)) makes a datum impossible for some z: weight 0.
+        support, other = site["fn"].support, other_trace.nodes[name]["fn"].support
+        if not _same(support, other):
+            continue
+        bad = _first_outside(site["value"], support)
+        raise ValueError(
+            f"observed site '{name}' has data outside the support of {_describe(site['fn'])}: found {bad}, expected "
+            f"{support}; change the data (pyrovae.data.binarize makes grey images binary) or the likelihood"
+        )
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Equality of two constraints, through their bounds."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return torch.equal(torch.as_tensor(first), torch.as_tensor(second))
+    if isinstance(first, constraints.Constraint):
+        return type(first) is type(second) and all(_same(v, vars(second)[k]) for k, v in vars(first).items())
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return first == second
+
+
+def _first_outside(value: Tensor, support: Any) -> str:
+    base = getattr(support, "base_constraint", support)
+    outside = ~base.check(value)
+    if outside.shape == value.shape:
+        return f"{value[outside][0].item():g}"
+    return f"{value[outside][0].tolist()}"
+
+
+def _describe(distribution: Any) -> str:
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return type(distribution).__name__
