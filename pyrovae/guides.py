@@ -89,6 +89,7 @@ class MeanFieldNormal(Guide):
 
     Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014).
 
+    >>> import torch
     >>> from pyrovae.nets import MLP
     >>> MeanFieldNormal(MLP(4, [8]), latent_dim=2).posterior(torch.zeros(3, 4)).mean.shape
     torch.Size([3, 2])

@@ -98,6 +98,7 @@ def inspect_pair(
     support of their likelihood.
     """
     model_trace, guide_trace = run_pair(model, guide, args, kwargs)
+    _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)
     _refuse_mismatched_sites(model_trace, guide_trace)
     _refuse_point_masses(guide, guide_trace, args, kwargs)
     layout = _find_layout(model_trace, guide_trace, plate)
@@ -110,15 +111,19 @@ def inspect_pair(
     return layout, model_trace, guide_trace
 
 
-def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    model_sites, guide_sites = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
-    for program, sites in (("model", model_sites), ("guide", guide_sites)):
-        for name, site in sites.items():
+def _refuse_enumeration(prior_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    # The model on its own: a replayed site takes over the marks of the guide's.
+    for program, trace in (("model", prior_trace), ("guide", guide_trace)):
+        for name, site in sample_sites(trace):
             if site["infer"].get("enumerate"):
                 raise ValueError(
-                    f"site '{name}' of the {program} is marked for enumeration, and log weights need values drawn "
-                    f"by the guide: sum it out inside the model, or sample it in both programs without the mark"
+                    f"site '{name}' of the {program} is marked for enumeration, and log weights need values drawn by "
+                    f"the guide: sum it out inside the model, or sample it in both programs without the mark"
                 )
+
+
+def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    model_sites, guide_sites = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
     for name, site in guide_sites.items():
         if site["is_observed"]:
             kind = "a factor" if site_is_factor(site) else "observed"

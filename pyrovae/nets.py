@@ -18,6 +18,7 @@ class MLP(nn.Module):
 
     Raises ValueError for widths below 1 or no layer at all.
 
+    >>> import torch
     >>> MLP(784, [500, 500]).out_features
     500
     >>> MLP(50, [500], 784)(torch.zeros(3, 50)).shape

@@ -207,6 +207,8 @@ class _Pair:
                 traces = run_pair(self.model, self.guide, args, kwargs, layout.pinned, replayed)
                 apart.append(log_weights_of(layout, *traces))
         except Exception as error:
+            # A program that fails for one particle too has another trouble than the plate, and says so itself.
+            log_weights_of(layout, *run_pair(self.model, self.guide, args, kwargs, layout.pinned))
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         if not _agree(together, torch.cat(apart)):
             return "two particles drawn together differ from the same two drawn apart"
