@@ -1,0 +1,148 @@
+"""Data sets: splits, binarisation, seeds, and files that are not what they should be."""
+
+import gzip
+import logging
+import shutil
+import struct
+
+import pytest
+import torch
+
+import pyrovae as pv
+from pyrovae.data import DataUnavailableError, Splits, binarize, data_dir
+
+
+def write_idx(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(f">I{array.ndim}I", 0x0800 + array.ndim, *array.shape)
+    path.write_bytes(header + array.numpy().tobytes())
+
+
+@pytest.fixture
+def fake_mnist(tmp_path):
+    """MNIST's four files with few distinct images, at the sizes of the real ones."""
+    raw = tmp_path / "MNIST/raw"
+    for part, count in (("train", 60_000), ("t10k", 10_000)):
+        images = torch.randint(0, 256, (100, 28, 28), dtype=torch.uint8).repeat(count // 100, 1, 1)
+        write_idx(raw / f"{part}-images-idx3-ubyte", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", torch.arange(count).remainder(10).to(torch.uint8))
+    return tmp_path
+
+
+def no_network(monkeypatch):
+    import urllib.request
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+def test_digits_need_no_files():
+    data = pv.data.digits()
+    assert data.train.shape == (1197, 1, 8, 8)
+    assert data.validation.shape == data.test.shape == (300, 1, 8, 8)
+    assert data.data_shape == (1, 8, 8)
+    assert 0 <= data.train.min() < data.train.max() <= 1
+    assert set(data.test.unique().tolist()) == {0.0, 1.0}
+    assert data.transform is binarize
+    assert torch.equal(pv.data.digits().test, data.test)
+    everything = pv.data.digits(train_on_all=True)
+    assert len(everything.train) == 1497
+    assert everything.validation is None
+    assert torch.equal(everything.test, data.test), "the test set does not depend on the other splits"
+
+
+def test_mnist_splits(fake_mnist):
+    data = pv.data.mnist(fake_mnist)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [50_000, 10_000, 10_000]
+    assert data.train.shape[1:] == (1, 28, 28)
+    assert data.train_labels[:3].tolist() == [0, 1, 2]
+    everything = pv.data.mnist(fake_mnist, train_on_all=True)
+    assert len(everything.train) == 60_000
+    assert everything.validation is None
+    assert torch.equal(everything.test, data.test)
+
+
+def test_real_mnist(mnist_root):
+    data = pv.data.mnist(mnist_root, binarization=None)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [50_000, 10_000, 10_000]
+    everything = pv.data.mnist(mnist_root, binarization=None, train_on_all=True).train
+    assert everything.mean().item() == pytest.approx(0.1307, abs=5e-5)  # the mean that every tutorial subtracts
+    assert data.test_labels[:5].tolist() == [7, 2, 1, 0, 4]
+
+
+def test_binarization():
+    grey = pv.data.digits(binarization=None)
+    assert grey.transform is None
+    static, dynamic = grey.binarized("static", 3), grey.binarized("dynamic", 3)
+    assert set(static.train.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(dynamic.train, grey.train)
+    assert torch.equal(static.test, dynamic.test)
+    assert not torch.equal(static.test, grey.binarized("static", 4).test)
+    torch.manual_seed(1)
+    assert torch.equal(grey.binarized("dynamic", 3).test, dynamic.test), "apart from the training seed"
+    with pytest.raises(ValueError, match="'dynamic', 'static' or None, found 'both'"):
+        grey.binarized("both")
+    with pytest.raises(ValueError, match="binarised already"):
+        static.binarized("static")
+
+
+def test_binarize_draws_with_the_grey_values():
+    grey = torch.tensor([0.0, 0.2, 0.7, 1.0]).expand(100_000, 4)
+    mean = binarize(grey).mean(0)
+    assert mean[0] == 0
+    assert mean[3] == 1
+    assert torch.allclose(mean, grey[0], atol=4.5 * 0.5 / 100_000**0.5)
+
+
+def test_auto_goes_on_with_digits_and_says_so(tmp_path, monkeypatch, caplog):
+    no_network(monkeypatch)
+    with caplog.at_level(logging.WARNING, "pyrovae"):
+        data = pv.data.load("auto", tmp_path)
+    assert data.name == "digits"
+    assert len(caplog.records) == 1
+    assert str(tmp_path) in caplog.text
+    assert "digits" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion", "kmnist"])
+def test_an_explicit_name_without_data_is_an_error(name, tmp_path, monkeypatch):
+    no_network(monkeypatch)
+    with pytest.raises(DataUnavailableError, match="cannot be downloaded.*--data-dir"):
+        pv.data.load(name, tmp_path)
+
+
+def test_auto_takes_mnist_where_it_is(fake_mnist):
+    assert pv.data.load("auto", fake_mnist).name == "mnist"
+    assert isinstance(pv.data.load("digits"), Splits)
+    with pytest.raises(ValueError, match="choose one of auto, mnist, fashion, kmnist, digits"):
+        pv.data.load("cifar")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "longer", "empty", "gzipped", "labels for images"])
+def test_damaged_files_are_named(fake_mnist, damage):
+    path = fake_mnist / "MNIST/raw/train-images-idx3-ubyte"
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[:-1000])
+    elif damage == "longer":
+        path.write_bytes(content + b"x")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "gzipped":
+        path.write_bytes(gzip.compress(content[:10_000]))
+    else:
+        shutil.copy(path.with_name("train-labels-idx1-ubyte"), path)
+    for name in ("mnist", "auto"):
+        with pytest.raises(ValueError, match="train-images-idx3-ubyte"):
+            pv.data.load(name, fake_mnist)
+
+
+def test_data_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYROVAE_DATA", str(tmp_path / "a"))
+    assert data_dir() == tmp_path / "a"
+    assert data_dir(tmp_path / "b") == tmp_path / "b"
+    monkeypatch.setenv("PYROVAE_DATA", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert data_dir() == tmp_path / "cache/pyrovae"

@@ -1,0 +1,112 @@
+"""The example, run as a user runs it; and the README's commands are what CI and users run."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "examples/mnist_svi.py"
+FIGURES = ("samples.png", "reconstructions.png", "training.png", "tightness.png")
+
+
+def run(*options, cwd=None, **environment):
+    command = [sys.executable, "-W", "error", str(SCRIPT), *map(str, options)]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
+
+
+def test_every_example_is_tested():
+    assert sorted(path.name for path in (ROOT / "examples").glob("*.py")) == ["mnist_svi.py"]
+
+
+@pytest.fixture(scope="module")
+def digits_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    options = ("--dataset", "digits", "--epochs", 3, "--num-particles", 30, "--latent-dim", 2, "--quiet")
+    return [(run(*options, "--out", folder / name), folder / name) for name in ("first", "second")]
+
+
+def test_digits_end_in_a_result(digits_runs):
+    done, out = digits_runs[0]
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for word in ("ELBO", "log p(x)", "gap", "bits per pixel", "median ESS", "Pareto k", "active units", "seconds"):
+        assert word in done.stdout
+    for name in (*FIGURES, "manifold.png", "checkpoint.pt", "evaluation.nc"):
+        assert (out / name).stat().st_size > 1000, name
+    with (out / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[0]["validation_elbo"]) < 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    test = metrics["test"]
+    assert test["elbo"] <= test["log_marginal_likelihood"] < 0
+    assert test["log_marginal_likelihood_mc_stderr"] < test["log_marginal_likelihood_stderr"]
+    assert {"bias_estimate", "gap", "bits_per_pixel", "median_ess", "active_units", "num_particles"} <= test.keys()
+    assert {"dataset", "binarization", "device", "seed", "versions", "git_revision", "seconds"} <= metrics.keys()
+
+
+def test_same_seed_same_numbers(digits_runs):
+    first, second = (json.loads((out / "metrics.json").read_text()) for _, out in digits_runs)
+    for metrics in (first, second):
+        del metrics["seconds"], metrics["command"]
+    assert first == second
+
+
+def test_auto_without_mnist_and_network(tmp_path):
+    """Proxies that refuse stand for no network."""
+    proxies = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    options = ("--epochs", 1, "--num-particles", 5, "--quiet", "--data-dir", tmp_path / "nothing")
+    done = run(*options, cwd=tmp_path, no_proxy="", NO_PROXY="", **proxies)
+    assert done.returncode == 0, done.stderr
+    assert "going on with scikit-learn's embedded 8x8 digits" in done.stderr
+    assert len(list((tmp_path / "runs").glob("digits-*"))) == 1
+    done = run("--dataset", "mnist", *options, cwd=tmp_path, no_proxy="", NO_PROXY="", **proxies)
+    assert done.returncode == 1
+    assert "error: MNIST is not in" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_real_mnist(tmp_path, mnist_root):
+    done = run("--epochs", 1, "--num-particles", 2, "--quiet", "--out", tmp_path / "m", "--data-dir", mnist_root)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "m/metrics.json").read_text())
+    assert metrics["dataset"] == "mnist"
+    assert metrics["test"]["num_data"] == 10_000
+    assert -160 < metrics["test"]["log_marginal_likelihood"] < -90
+
+
+def test_options():
+    done = run("--help")
+    for option in (
+        *("--dataset", "--data-dir", "--binarization", "--latent-dim", "--epochs", "--batch-size", "--learning-rate"),
+        *("--num-particles", "--device", "--seed", "--data-seed", "--out", "--train-on-all"),
+    ):
+        assert option in done.stdout
+    done = run("--epochs", "0")
+    assert done.returncode == 2
+    assert "must be positive" in done.stderr
+    assert "invalid choice: 'cifar'" in run("--dataset", "cifar").stderr
+
+
+def test_readme_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert "python -m pip install -e . && python examples/mnist_svi.py" in readme
+    assert 'python -m pip install -e ".[test]" && python -m pytest' in readme
+    assert "python -m pytest" in (ROOT / ".ci/run").read_text()
+
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    """The README's Python blocks, in order, in one namespace, with fewer epochs and particles."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    assert blocks
+    code = "\n".join(blocks).replace("pv.data.mnist()", "pv.data.digits()")
+    code = code.replace("epochs=30", "epochs=1, progress=False").replace("num_particles=1000", "num_particles=20")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})

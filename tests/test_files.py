@@ -1,0 +1,179 @@
+"""What is written: checkpoints, ArviZ files, figures."""
+
+import math
+import pickle
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+import pyrovae as pv
+
+
+def make(hidden=8):
+    model = pv.GenerativeModel(
+        pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [hidden], 12), (1, 4, 3))
+    )
+    return model, pv.guides.MeanFieldNormal(pv.nets.MLP(12, [hidden]), 2)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_holds_what_was_given(tmp_path):
+    model, guide = make()
+    pv.save(tmp_path / "new" / "a.pt", model, guide, epoch=3, rate=np.float64(0.1), names=("x", None), tensor=torch.ones(2))
+    content = pv.load(tmp_path / "new" / "a.pt")
+    assert content["epoch"] == 3
+    assert content["rate"] == 0.1
+    assert content["names"] == ["x", None]
+    assert content["model"].keys() == model.state_dict().keys()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.pt"], "no temporary file is left"
+    with pytest.raises(TypeError, match=r"extra\['thing'\] is a object"):
+        pv.save(tmp_path / "b.pt", model, guide, thing=object())
+    assert not (tmp_path / "b.pt").exists()
+
+
+def test_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
+    pv.save(tmp_path / "a.pt", *make())
+    model, guide = make(hidden=9)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"does not fit the model: 'likelihood.decoder_net.layers.1.bias'"):
+        pv.load(tmp_path / "a.pt", model, guide)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_checkpoint_from_elsewhere(tmp_path):
+    ran = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(ran), "w"))
+
+    path = tmp_path / "bomb.pt"
+    with path.open("wb") as file:
+        pickle.dump({"format": 1, "model": Bomb()}, file)
+    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+        pv.load(path)
+    torch.save({"format": 1, "model": Bomb()}, path)
+    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+        pv.load(path)
+    assert not ran.exists()
+    torch.save({"weights": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"no checkpoint of pyrovae"):
+        pv.load(path)
+    torch.save({"format": 99}, path)
+    with pytest.raises(ValueError, match="format 99"):
+        pv.load(path)
+    pv.save(path, *make())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        pv.load(path)
+    with pytest.raises(FileNotFoundError):
+        pv.load(tmp_path / "nothing.pt")
+
+
+# --- ArviZ ------------------------------------------------------------------------------------------------------------
+
+
+def groups_of(data):
+    return {name.strip("/") for name in (data.groups() if callable(data.groups) else data.groups)} - {""}
+
+
+def test_inference_data_round_trip(tmp_path):
+    import arviz
+
+    model, guide = make()
+    x = model.generate(30)
+    lml = pv.log_marginal_likelihood(model, guide, x, num_particles=200)
+    data = lml.to_inference_data(model=model, guide=guide, args=(x[:7],), num_draws=50)
+    assert groups_of(data) == {"posterior", "observed_data", "sample_stats"}
+    assert data.posterior["z"].shape == (1, 50, 7, 2)
+    assert data.posterior["z"].dims == ("chain", "draw", "drawn_datum", "z_dim_0")
+    assert data.observed_data["x"].shape == (7, 1, 4, 3)
+    assert data.sample_stats["log_weight"].dims == ("chain", "draw", "drawn_datum")
+    assert data.sample_stats["bound"].dims == ("num_particles", "datum")
+    data.to_netcdf(str(tmp_path / "e.nc"))
+    if hasattr(arviz, "InferenceData"):
+        again = arviz.from_netcdf(str(tmp_path / "e.nc"))
+    else:
+        import xarray
+
+        again = xarray.open_datatree(tmp_path / "e.nc").load()
+    assert np.allclose(again.sample_stats["log_prob"].values, lml.log_prob.numpy())
+    assert np.allclose(again.sample_stats["pareto_k"].values, lml.pareto_k.numpy())
+    assert again.sample_stats.attrs["num_particles"] == 200
+    assert np.allclose(
+        np.log(np.exp(again.sample_stats["log_weight"].values).mean((0, 1))), lml.log_prob[:7].numpy(), atol=0.3
+    )
+    assert len(arviz.summary(again, var_names=["z"], kind="stats")) == 14
+
+
+def test_inference_data_of_the_result_alone_and_of_one_datum(double):
+    import pyro
+    import pyro.distributions as dist
+
+    def model(x):
+        theta = pyro.sample("theta", dist.Beta(2.0, 2.0))
+        with pyro.plate("flips", len(x)):
+            pyro.sample("x", dist.Bernoulli(theta), obs=x)
+
+    def guide(x):
+        pyro.sample("theta", dist.Beta(3.0, 3.0))
+
+    x = torch.tensor([1.0, 0.0, 1.0])
+    lml = pv.log_marginal_likelihood(model, guide, x, num_particles=50)
+    assert groups_of(pv.to_inference_data(lml)) == {"sample_stats"}
+    data = pv.to_inference_data(lml, model=model, guide=guide, args=(x,), num_draws=20)
+    assert data.posterior["theta"].dims == ("chain", "draw")
+    with pytest.raises(ValueError, match="both the model and the guide"):
+        pv.to_inference_data(lml, model=model)
+
+
+# --- results and figures ----------------------------------------------------------------------------------------------
+
+
+def test_result_over_data():
+    model, guide = make()
+    lml = pv.log_marginal_likelihood(model, guide, model.generate(64), num_particles=40)
+    assert lml.mean == pytest.approx(lml.log_prob.mean().item())
+    assert lml.mean_stderr == pytest.approx(lml.log_prob.std().item() / 8)
+    assert lml.mean_mc_stderr == pytest.approx(math.sqrt((lml.stderr**2).sum()) / 64)
+    assert lml.bias_estimate == pytest.approx((lml.jackknife - lml.log_prob).mean().item())
+    assert torch.equal(lml[:5].log_prob, lml.log_prob[:5])
+    assert lml[lml.pareto_k > 0].curve.shape[0] == len(lml.curve_particles)
+    for word in ("64 data", "40 particles", "ELBO", "gap", "ESS", "Pareto k"):
+        assert word in lml.summary()
+    assert "64 data" in repr(lml)
+    assert pv.active_units(guide, model.generate(64)).shape == (2,)
+    with pytest.raises(ValueError, match="2 data or more"):
+        pv.active_units(guide, model.generate(1))
+
+
+def test_summary_warns_of_heavy_tails():
+    log_weights = -1.5 * torch.rand(1000, 3, dtype=torch.float64).log()
+    lml = pv.LogMarginalLikelihood.from_log_weights(log_weights)
+    assert "3 of 3 data have k > 0.67" in lml.summary()
+    assert "annealed importance sampling" in lml.summary()
+    assert lml.share_of_bad_k() == 1.0
+
+
+def test_figures_take_arrays_and_axes():
+    images = torch.rand(10, 1, 8, 8)
+    _, given = plt.subplots()
+    assert pv.plots.image_grid(images, ax=given) is given
+    assert pv.plots.image_grid(torch.rand(3, 3, 8, 8), title="rgb") is not None
+    assert pv.plots.reconstructions(images, images, columns=5) is not None
+    assert pv.plots.manifold(torch.rand(3, 4, 1, 8, 8), extent=(-2, 2, -2, 2)) is not None
+    row = {"elbo": -3.0, "reconstruction": -2.0, "kl": 1.0}
+    history = [{"epoch": epoch, **row, **{f"validation_{k}": v for k, v in row.items()}} for epoch in range(12)]
+    assert len(pv.plots.training(history)) == 3
+    lml = pv.LogMarginalLikelihood.from_log_weights(torch.randn(100, 20))
+    assert len(pv.plots.tightness(lml.elbo, lml.log_prob, lml.curve_particles, lml.curve)) == 2
+    one = lml[:1]
+    assert len(pv.plots.tightness(one.elbo, one.log_prob, one.curve_particles, one.curve)) == 2
+    with pytest.raises(ValueError, match="found shape"):
+        pv.plots.image_grid(torch.rand(8, 8))
+    with pytest.raises(ValueError, match="differ in shape"):
+        pv.plots.reconstructions(images, images[:2])
