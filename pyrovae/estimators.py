@@ -6,11 +6,17 @@ answers in float64 (the dtype given says only what counts as rounding), and need
 fit asks ArviZ).
 """
 
+import functools
 import math
 import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy
 
 __all__ = [
     "bound_curve",
@@ -203,7 +209,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     dead = (log_weights == -math.inf).all(0)
     fit = ~constant & ~dead
     if fit.any():
-        fitted = _arviz_pareto_k(log_weights[:, fit].T.cpu().numpy().copy())
+        fitted = _arviz_pareto_k(log_weights[:, fit].T.cpu().numpy())
         k[fit] = torch.as_tensor(fitted).nan_to_num(math.inf, posinf=math.inf).to(k)
     return torch.where(constant, 0.0, k)
 
@@ -223,17 +229,26 @@ def pareto_k_limit(num_particles: int) -> float:
     return min(1 - 1 / math.log10(num_particles), 0.7)
 
 
-def _arviz_pareto_k(log_weights):
-    """Rows of (N, S) log weights (log weights, not their negatives) -> (N,), on ArviZ 0.x and 1.x."""
+def _arviz_pareto_k(log_weights: "numpy.ndarray") -> "numpy.ndarray":
+    """Rows of (N, S) log weights -> (N,), on ArviZ 0.x and 1.x."""
+    psislw, sign = _psislw()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # overflow in rows without a tail; they come back as inf or NaN
-        try:
-            from arviz_stats.base import array_stats
-        except ImportError:
-            from arviz import psislw
+        return psislw(sign * log_weights)[1]
 
-            return psislw(log_weights)[1]
-        return array_stats.psislw(log_weights)[1]
+
+@functools.cache
+def _psislw() -> tuple[Callable, int]:
+    """ArviZ's PSIS, and the sign it wants: 0.x takes log weights, 1.x their negatives (log likelihoods, for LOO).
+
+    Asked of the function itself, by weights whose k is 1: the wrong sign gives a plausible and very wrong k.
+    """
+    try:
+        from arviz_stats.base import array_stats as statistics
+    except ImportError:
+        import arviz as statistics
+    tail = -torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64).log().numpy()
+    return statistics.psislw, 1 if statistics.psislw(tail.copy())[1] > 0.5 else -1
 
 
 def _checked(log_weights: Tensor) -> tuple[Tensor, Tensor]:

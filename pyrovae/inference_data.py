@@ -67,7 +67,7 @@ def to_inference_data(
         for dimension in group.sizes:
             if dimension not in group.coords:
                 group.coords[dimension] = np.arange(group.sizes[dimension])
-    if hasattr(arviz, "InferenceData"):
+    if "InferenceData" in vars(arviz):
         return arviz.InferenceData(**groups)
     return xarray.DataTree.from_dict({f"/{name}": group for name, group in groups.items()})
 

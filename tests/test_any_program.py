@@ -162,7 +162,9 @@ def test_masked_data_do_not_count_even_if_nan(double):
 
     lml = pv.log_marginal_likelihood(model, guide, holes, num_particles=30)
     truth = [
-        dist.MultivariateNormal(torch.zeros(k), torch.eye(k) + 1).log_prob(row[m]).item() if (k := int(m.sum())) else 0.0
+        dist.MultivariateNormal(torch.zeros(k), torch.eye(k) + 1).log_prob(row[m]).item()
+        if (k := int(m.sum()))
+        else 0.0
         for row, m in zip(x, mask, strict=True)
     ]
     assert lml.log_prob.tolist() == pytest.approx(truth, abs=1e-10)

@@ -160,7 +160,10 @@ def test_memory_is_flat_in_the_particles():
     grown = {}
     for num_particles, num_data in ((100, 200), (100_000, 4)):
         done = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(num_particles), str(num_data)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", MEMORY, str(num_particles), str(num_data)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         grown[num_particles] = float(done.stdout)
     assert resource.RUSAGE_SELF == 0

@@ -1,6 +1,7 @@
 """Reducers against exact answers, before anything uses them."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,9 +52,7 @@ def test_hand_computed_values():
     assert estimators.jackknife(log_weights).item() == pytest.approx(4 * math.log(3) - 3 * sum(leave_one_out) / 4)
     sizes, curve = estimators.bound_curve(log_weights)
     assert sizes == [1, 2, 4]
-    assert curve[:, 0].tolist() == pytest.approx(
-        [math.log(36) / 4, (math.log(1.5) + math.log(4.5)) / 2, math.log(3)]
-    )
+    assert curve[:, 0].tolist() == pytest.approx([math.log(36) / 4, (math.log(1.5) + math.log(4.5)) / 2, math.log(3)])
 
 
 def test_bound_of_gamma_weights_is_exact_in_expectation():
@@ -138,7 +137,8 @@ def test_pareto_k_finds_the_tail_of_pareto_weights(k, low, high):
 
 def test_pareto_k_needs_25_particles_and_its_limit():
     assert estimators.pareto_k(torch.randn(24, 2)).isnan().all()
-    assert estimators.pareto_k(torch.randn(25, 2)).isfinite().all()
+    assert not estimators.pareto_k(torch.randn(25, 2)).isnan().any()  # ArviZ 1.x says inf: too few to tell
+    assert estimators.pareto_k(torch.randn(100, 2)).isfinite().all()
     assert estimators.pareto_k_limit(1000) == pytest.approx(1 - 1 / 3)
     assert estimators.pareto_k_limit(10**6) == 0.7
     with pytest.raises(ValueError, match="num_particles=1"):
@@ -151,7 +151,7 @@ def test_curve_rises_from_elbo_to_bound(num_particles):
     sizes, curve = estimators.bound_curve(log_weights)
     assert sizes[0] == 1
     assert sizes[-1] == num_particles
-    assert all(larger % smaller == 0 for smaller, larger in zip(sizes, sizes[1:], strict=False))
+    assert all(larger % smaller == 0 for smaller, larger in pairwise(sizes))
     assert torch.allclose(curve[0], estimators.elbo(log_weights))
     assert torch.allclose(curve[-1], estimators.importance_weighted_bound(log_weights))
     assert (curve.diff(dim=0) >= -1e-12).all()

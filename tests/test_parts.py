@@ -20,7 +20,10 @@ SHAPE = (1, 4, 3)
 PRIORS = {"StandardNormal": lambda: priors.StandardNormal(2)}
 GUIDES = {"MeanFieldNormal": lambda: guides.MeanFieldNormal(nets.MLP(12, [8]), 2)}
 LIKELIHOODS = {
-    "Bernoulli": (lambda: likelihoods.Bernoulli(nets.MLP(2, [8], 12), SHAPE), lambda: (torch.rand(5, *SHAPE) < 0.5) * 1.0)
+    "Bernoulli": (
+        lambda: likelihoods.Bernoulli(nets.MLP(2, [8], 12), SHAPE),
+        lambda: (torch.rand(5, *SHAPE) < 0.5) * 1.0,
+    )
 }
 NETS = {"MLP": lambda: nets.MLP(12, [8, 7], 6)}
 
