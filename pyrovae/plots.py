@@ -113,7 +113,7 @@ def tightness(elbo: Any, log_prob: Any, particles: Sequence[int], curve: Any, *,
         ylabel="mean over images [nats]",
         title=f"bound at {particles[-1]:,} particles: {mean[-1]:.2f} +- {over_data:.2f} nats",
     )
-    right.legend(loc="lower right", fontsize=8)
+    right.legend(loc="center right", fontsize=8)
     for ax in axes:
         ax.grid(alpha=0.3)
     return axes

@@ -33,7 +33,7 @@ __all__ = ["log_weight_blocks", "log_weights", "log_weights_of"]
 # Numbers that go through the networks at once, taking a row (one particle of one datum) for _ROW_SIZE or more. On a
 # CPU the activations should stay in the cache, which is the whole story of its speed; a GPU should be filled.
 _CPU_ELEMENTS, _GPU_ELEMENTS, _ROW_SIZE = 2**20, 2**26, 512
-_CPU_WEIGHTS, _GPU_WEIGHTS = 2**20, 2**26  # weights kept at once: all S of each datum of a block
+_CPU_WEIGHTS, _GPU_WEIGHTS = 2**18, 2**26  # weights kept at once: all S of each datum of a block
 _FEWEST_PARTICLES = 16  # drawn at once, so that the encoder's share stays small
 _HEAD = 32  # data used to look at a program
 _PARTICLES = "_pyrovae_particles"

@@ -1,6 +1,5 @@
 """Chunking changes nothing: neither blocks of data, nor chunks of particles, nor their ragged ends; memory stays flat."""
 
-import resource
 import subprocess
 import sys
 
@@ -142,30 +141,25 @@ def test_a_plate_of_fixed_size_is_not_cut(double):
 
 MEMORY = """
 import resource, sys, torch, pyrovae as pv
-x = (torch.rand(200, 1, 28, 28) < 0.5).float()
+x = (torch.rand(3, 1, 28, 28) < 0.5).float()
 model = pv.GenerativeModel(
     pv.priors.StandardNormal(10), pv.likelihoods.Bernoulli(pv.nets.MLP(10, [50], 784), (1, 28, 28))
 )
 guide = pv.guides.MeanFieldNormal(pv.nets.MLP(784, [50]), 10)
 pv.log_marginal_likelihood(model, guide, x, num_particles=50)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-pv.log_marginal_likelihood(model, guide, x[: int(sys.argv[2])], num_particles=int(sys.argv[1]))
+pv.log_marginal_likelihood(model, guide, x, num_particles=int(sys.argv[1]))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
 @pytest.mark.slow
-def test_memory_is_flat_in_the_particles():
-    """Growth of the peak, in MB, from 100 to 100,000 particles: below 100 MB (all weights at once would be 1 GB)."""
+def test_memory_is_flat_in_the_particles(record_property):
+    """Growth of the peak beyond model, data and libraries, in MB, for 3 images and 100 to 100,000 particles."""
     grown = {}
-    for num_particles, num_data in ((100, 200), (100_000, 4)):
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(num_particles), str(num_data)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        grown[num_particles] = float(done.stdout)
-    assert resource.RUSAGE_SELF == 0
-    assert grown[100_000] < 100, grown
-    assert grown[100] < 100, grown
+    for num_particles in (100, 10_000, 100_000):
+        command = [sys.executable, "-c", MEMORY, str(num_particles)]
+        grown[num_particles] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    record_property("peak_megabytes", grown)
+    print(f"peak memory above model and data, MB by particles: {grown}")
+    assert max(grown.values()) < 150, grown  # all activations at once would be 0.9 GB at 100,000
