@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pyrovae import estimators
 from pyrovae.guides import Guide
-from pyrovae.inspection import Program
 from pyrovae.modules import evaluation_mode
+from pyrovae.traces import Program
 from pyrovae.weights import log_weight_blocks
 
 __all__ = ["LogMarginalLikelihood", "active_units", "log_marginal_likelihood"]

@@ -5,86 +5,17 @@ with a `Layout` (which plate indexes the data, how deep plates nest) or refuses 
 the site. After that the draws in `pyrovae.weights` can be taken without a second look.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["Layout", "inspect_pair", "is_possible", "refuse_impossible_data", "run_pair", "sample_sites"]
+from pyrovae.traces import Layout, Program, is_possible, run_pair, sample_sites, trace_program
 
-Program = Callable[..., Any]
-
-
-class Layout(NamedTuple):
-    """Where the data are in a pair of programs.
-
-    plate: name of the plate that indexes the data; None: the whole program is one datum
-    dim: its batch dimension, negative; None for a sequential plate, or without a plate
-    num_data: the number of data N, of the subsample where the plate draws one
-    subsampled: whether it draws one
-    max_plate_nesting: how many batch dimensions, from the right, the programs' plates take up
-    pinned: a trace that holds the subsample indices, drawn once
-    """
-
-    plate: str | None
-    dim: int | None
-    num_data: int
-    subsampled: bool
-    max_plate_nesting: int
-    pinned: poutine.Trace
-
-    @property
-    def sequential(self) -> bool:
-        return self.plate is not None and self.dim is None
-
-
-def trace_program(program: Program, args: tuple, kwargs: dict, *replayed: poutine.Trace) -> poutine.Trace:
-    """Trace of one run without gradients or validation, with the values of the `replayed` traces put in."""
-    for trace in replayed:
-        program = poutine.replay(program, trace=trace)
-    with torch.no_grad(), pyro.validation_enabled(False):
-        return poutine.trace(program).get_trace(*args, **kwargs)
-
-
-def run_pair(
-    model: Program, guide: Program, args: tuple, kwargs: dict, *replayed: poutine.Trace
-) -> tuple[poutine.Trace, poutine.Trace]:
-    """(model trace, guide trace), the model run on the guide's draws."""
-    guide_trace = trace_program(guide, args, kwargs, *replayed)
-    model_trace = trace_program(model, args, kwargs, *replayed, guide_trace)
-    return model_trace, guide_trace
-
-
-def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
-    """The random choices and observations of a trace, without subsample indices and deterministic values."""
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site) or site["infer"].get("_deterministic"):
-            continue
-        yield name, site
-
-
-def is_possible(site: dict) -> Tensor | None:
-    """Where the site's value lies in its support, with the batch shape; masked elements do; None: always so."""
-    distribution, value = site["fn"], site["value"]
-    if site_is_factor(site):
-        return None
-    try:
-        support = distribution.support
-        possible = support.check(value)
-    except (AttributeError, NotImplementedError, ValueError):  # no support, or one torch cannot check
-        return None
-    extra = len(distribution.event_shape) - support.event_dim
-    if extra > 0:
-        possible = possible.flatten(-extra).all(-1)
-    for mask in (site["mask"], getattr(distribution, "_mask", None)):
-        if mask is not None:
-            possible = possible | ~torch.as_tensor(mask, dtype=torch.bool, device=possible.device)
-    return possible
+__all__ = ["inspect_pair", "refuse_impossible_data"]
 
 
 def inspect_pair(

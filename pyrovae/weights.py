@@ -8,27 +8,28 @@ where the program allows that, which is found by comparing two halves with the w
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, Literal
 
 import pyro
 import torch
-from pyro import poutine
+from pyro.poutine import Trace
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrovae.inspection import (
+from pyrovae.inspection import inspect_pair, refuse_impossible_data
+from pyrovae.modules import check_count, evaluation_mode
+from pyrovae.traces import (
     Layout,
     Program,
-    inspect_pair,
     is_possible,
-    refuse_impossible_data,
+    log_weights_of,
     run_pair,
     sample_sites,
+    select_data,
+    select_particle,
 )
-from pyrovae.modules import check_count, evaluation_mode
 
-__all__ = ["log_weight_blocks", "log_weights", "log_weights_of"]
+__all__ = ["log_weight_blocks", "log_weights"]
 
 # Numbers that go through the networks at once, taking a row (one particle of one datum) for _ROW_SIZE or more. On a
 # CPU the activations should stay in the cache, which is the whole story of its speed; a GPU should be filled.
@@ -159,7 +160,7 @@ class _Pair:
             whole = log_weights_of(layout, model_trace, guide_trace)
             halves = []
             for start, stop in ((0, head // 2), (head // 2, head)):
-                replayed = _select(guide_trace, partial(_data_of, layout, start, stop))
+                replayed = select_data(guide_trace, layout, start, stop)
                 traces = run_pair(self.model, self.guide, *self._cut(start, stop), replayed)
                 halves.append(log_weights_of(layout._replace(num_data=stop - start), *traces))
             if not _agree(whole, torch.cat(halves, 1)):
@@ -203,7 +204,7 @@ class _Pair:
             together = log_weights_of(layout, model_trace, guide_trace, 2)
             apart = []
             for particle in range(2):
-                replayed = _select(guide_trace, partial(_particle_of, layout, particle))
+                replayed = select_particle(guide_trace, layout, particle)
                 traces = run_pair(self.model, self.guide, args, kwargs, layout.pinned, replayed)
                 apart.append(log_weights_of(layout, *traces))
         except Exception as error:
@@ -226,15 +227,15 @@ class _Pair:
             size = min(chunk_size, num_particles - drawn) if vectorised else None
             model_trace, guide_trace = self._run(args, kwargs, guide, layout, size)
             if not chunks and self.split_size is not None:
-                self._refuse_impossible(model_trace, args, kwargs, layout)
+                self._refuse_impossible(model_trace, args, kwargs, layout, size)
             chunks.append(log_weights_of(layout, model_trace, guide_trace, size))
             drawn += size or 1
         return torch.cat(chunks)
 
-    def _refuse_impossible(self, model_trace, args, kwargs, layout) -> None:
+    def _refuse_impossible(self, model_trace, args, kwargs, layout, size) -> None:
         for _, site in sample_sites(model_trace):
             if site["is_observed"] and (possible := is_possible(site)) is not None and not possible.all():
-                other_trace, _ = self._run(args, kwargs, self.guide, layout, None)
+                other_trace, _ = self._run(args, kwargs, self.guide, layout, size)
                 refuse_impossible_data(model_trace, other_trace)
 
     def _layout_of(self, start: int, stop: int) -> Layout:
@@ -261,105 +262,6 @@ def _amortised(guide: Program, args: tuple, kwargs: dict) -> Program:
     return guide if encode_once is None else encode_once(guide, *args, **kwargs)
 
 
-def log_weights_of(
-    layout: Layout, model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int | None = None
-) -> Tensor:
-    """Log weights (S, N) of a pair of traces; (1, N) of traces without a particle plate."""
-    latents = {name for name, site in sample_sites(model_trace) if not site["is_observed"]}
-    if missing := sorted(latents - set(guide_trace.nodes)):
-        raise ValueError(f"the guide left out the model's latent site(s) {missing} in one of its runs")
-    terms = {
-        (program, name): _spread(_site_log_prob(site), site, layout, num_particles, columns)
-        for program, trace in (("model", model_trace), ("guide", guide_trace))
-        for columns in [_sequential_columns(trace, layout)]
-        for name, site in sample_sites(trace)
-    }
-    total = sum(term if program == "model" else -term for (program, _), term in terms.items())
-    # Where p(z) = 0 the weight is 0, whatever the likelihood makes of such a z.
-    for name in latents:
-        total = torch.where(terms["model", name] == -torch.inf, -torch.inf, total)
-    if not (total < torch.inf).all():
-        for (program, name), term in terms.items():
-            if term.isnan().any() or (term == torch.inf).any():
-                raise ValueError(
-                    f"the log density of site '{name}' of the {program} is NaN or +inf, so there is no log weight: "
-                    f"look for NaN in the data or parameters, or for a density without bound"
-                )
-        raise ValueError("a log weight is NaN or +inf: the guide drew a value to which it gives no density")
-    return total
-
-
-def _site_log_prob(site: dict) -> Tensor:
-    """Log density with the site's batch shape: -inf outside the support, 0 where masked, scales left out."""
-    distribution, value, mask = site["fn"], site["value"], site["mask"]
-    possible = is_possible(site)
-    try:
-        log_prob = distribution.log_prob(value, *site["args"], **site["kwargs"])
-    except ValueError:  # a distribution with validate_args=True refuses what we call -inf
-        if possible is None or possible.all():
-            raise
-        event = (...,) + (None,) * len(distribution.event_shape)
-        log_prob = distribution.log_prob(torch.where(possible[event], value, distribution.sample()))
-    if possible is not None:
-        log_prob = torch.where(possible, log_prob, -torch.inf)
-    if mask is not None:
-        log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, 0.0)
-    return log_prob
-
-
-def _spread(log_prob: Tensor, site: dict, layout: Layout, num_particles: int | None, columns: dict[int, int]) -> Tensor:
-    """Sum a site's log density over all dimensions but particles and data: (S, N), or (1, N) without particles."""
-    depth = layout.max_plate_nesting
-    log_prob = log_prob.reshape((1,) * (depth - log_prob.ndim) + log_prob.shape)
-    if num_particles is None or log_prob.ndim == depth:
-        log_prob = log_prob.unsqueeze(0)
-    elif log_prob.ndim > depth + 1 or len(log_prob) not in (1, num_particles):
-        raise ValueError(
-            f"site '{site['name']}' has batch shape {tuple(log_prob.shape)} under {num_particles} particles and "
-            f"{depth} plates"
-        )
-    if layout.dim is not None:
-        per_datum = log_prob.movedim(layout.dim, 1).flatten(2).sum(2) if depth > 1 or log_prob.ndim > 2 else log_prob
-        if per_datum.shape[1] != layout.num_data:
-            raise ValueError(
-                f"site '{site['name']}' has {per_datum.shape[1]} data where plate '{layout.plate}' has {layout.num_data}"
-            )
-        return per_datum
-    joint = log_prob.flatten(1).sum(1, keepdim=True) if log_prob.ndim > 1 else log_prob.unsqueeze(1)
-    if not layout.sequential:
-        return joint
-    counter = next(frame.counter for frame in site["cond_indep_stack"] if frame.name == layout.plate)
-    spread = joint.new_zeros(len(joint), layout.num_data)
-    spread[:, columns[counter]] = joint[:, 0]
-    return spread
-
-
-def _sequential_columns(trace: poutine.Trace, layout: Layout) -> dict[int, int]:
-    """Counter of a sequential plate -> column of the log weights."""
-    if not layout.sequential:
-        return {}
-    frames = (frame for _, site in sample_sites(trace) for frame in site["cond_indep_stack"])
-    counters = sorted({frame.counter for frame in frames if frame.name == layout.plate})
-    return {counter: column for column, counter in enumerate(counters)}
-
-
-def _select(trace: poutine.Trace, choose: Callable[[Tensor, int], Tensor]) -> poutine.Trace:
-    """The latents of a trace with `choose(value, event_dim)` applied, to be replayed."""
-    selected = poutine.Trace()
-    for name, site in sample_sites(trace):
-        value = choose(site["value"], len(site["fn"].event_shape))
-        selected.add_node(name, **{**site, "value": value})
-    return selected
-
-
-def _data_of(layout: Layout, start: int, stop: int, value: Tensor, event_dim: int) -> Tensor:
-    return value.narrow(layout.dim - event_dim, start, stop - start)
-
-
-def _particle_of(layout: Layout, particle: int, value: Tensor, event_dim: int) -> Tensor:
-    return value.select(-1 - layout.max_plate_nesting - event_dim, particle)
-
-
 def _agree(first: Tensor, second: Tensor) -> bool:
     tolerance = torch.finfo(first.dtype).eps ** 0.5
     scale = first[first.isfinite()].abs().max().item() if first.isfinite().any() else 1.0
@@ -368,7 +270,7 @@ def _agree(first: Tensor, second: Tensor) -> bool:
     )
 
 
-def _row_size(model_trace: poutine.Trace, layout: Layout) -> int:
+def _row_size(model_trace: Trace, layout: Layout) -> int:
     """Floats that one particle of one datum takes at the largest site."""
     return max(site["value"].numel() for _, site in sample_sites(model_trace)) // layout.num_data
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import pyrovae as pv
-from pyrovae.training import OneAdam
+from pyrovae.optimization import OneAdam
 
 
 def make(seed=0, latent_dim=2):

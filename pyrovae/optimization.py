@@ -1,0 +1,60 @@
+"""One optimizer for all parameters, as Pyro's `SVI` wants it, and its learning-rate schedule."""
+
+import math
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+__all__ = ["OneAdam", "cosine_schedule"]
+
+
+def cosine_schedule(fraction: float) -> float:
+    """Factor of the learning rate at a fraction of the training: 2 % linear warm-up, then half a cosine down to 0.
+
+    Source: Loshchilov & Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts (2017).
+
+    >>> cosine_schedule(0.0), cosine_schedule(0.02), cosine_schedule(1.0)
+    (0.0, 1.0, 0.0)
+    """
+    warm_up = 0.02
+    if fraction < warm_up:
+        return fraction / warm_up
+    return 0.5 + 0.5 * math.cos(math.pi * (fraction - warm_up) / (1 - warm_up))
+
+
+class OneAdam(pyro.optim.PyroOptim):
+    """One fused Adam over all parameters, as a Pyro optimizer for `SVI`.
+
+    `pyro.optim.Adam` makes one optimizer per parameter, which costs time and clips each gradient by itself; here
+    `clip_norm` bounds the global norm. `learning_rate` may be set at any step. Parameters join when `SVI` first sees
+    them, in the order of `parameters` (sums over them are then the same in every run).
+
+    Source: Kingma & Ba, Adam: A Method for Stochastic Optimization (2015).
+    """
+
+    def __init__(self, parameters: list[Tensor], learning_rate: float, clip_norm: float | None = None):
+        super().__init__(torch.optim.Adam, {"lr": learning_rate})
+        self.learning_rate, self.clip_norm = learning_rate, clip_norm
+        self.order = {parameter: rank for rank, parameter in enumerate(dict.fromkeys(parameters))}
+        self.adam: torch.optim.Adam | None = None
+        self.parameters: list[Tensor] = []
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        known = set(self.parameters)
+        if new := [parameter for parameter in params if parameter not in known]:
+            store = pyro.get_param_store()
+            new.sort(key=lambda p: (self.order.get(p, len(self.order)), store.param_name(p) or ""))
+            self.parameters += new
+            if self.adam is None:
+                self.adam = torch.optim.Adam(new, lr=self.learning_rate, fused=True)
+            else:
+                self.adam.add_param_group({"params": new})
+        assert self.adam is not None
+        for group in self.adam.param_groups:
+            group["lr"] = self.learning_rate
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros
