@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyrovae.modules import import_arviz
+
 if TYPE_CHECKING:
     import numpy
 
@@ -246,7 +248,7 @@ def _psislw() -> tuple[Callable, int]:
     try:
         from arviz_stats.base import array_stats as statistics
     except ImportError:
-        import arviz as statistics
+        statistics = import_arviz()
     tail = -torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64).log().numpy()
     return statistics.psislw, 1 if statistics.psislw(tail.copy())[1] > 0.5 else -1
 

@@ -8,7 +8,7 @@ import torch
 
 from pyrovae.evaluation import LogMarginalLikelihood
 from pyrovae.inspection import inspect_pair
-from pyrovae.modules import check_count, evaluation_mode
+from pyrovae.modules import check_count, evaluation_mode, import_arviz
 from pyrovae.traces import Layout, Program, log_weights_of, run_pair, sample_sites
 
 __all__ = ["to_inference_data"]
@@ -38,8 +38,9 @@ def to_inference_data(
     Source: Kumar, Carroll, Hartikainen & Martin, ArviZ: a unified library for exploratory analysis of Bayesian models
     in Python (2019).
     """
-    import arviz
     import xarray
+
+    arviz = import_arviz()
 
     if (model is None) != (guide is None):
         raise ValueError("draws need both the model and the guide: pass both, or neither")

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,15 @@ import torch
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
-__all__ = ["check_count", "emit_parameters", "evaluation_mode", "modules_behind"]
+__all__ = ["check_count", "emit_parameters", "evaluation_mode", "import_arviz", "modules_behind"]
+
+
+def import_arviz() -> Any:
+    """ArviZ, without the notice about its next version that 0.x gives on its first import of the day."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    return arviz
 
 
 def emit_parameters(module: nn.Module, name: str) -> None:

@@ -84,8 +84,9 @@ def groups_of(data):
 
 
 def test_inference_data_round_trip(tmp_path):
-    import arviz
+    from pyrovae.modules import import_arviz
 
+    arviz = import_arviz()
     model, guide = make()
     x = model.generate(30)
     lml = pv.log_marginal_likelihood(model, guide, x, num_particles=200)
