@@ -105,7 +105,8 @@ def gap(log_weights: Tensor) -> Tensor:
 
     log p(x) = ELBO + KL(q(z|x) || p(z|x)); as the bound lies below log p(x) on average, the gap is "at least" this.
 
-    Shapes: (S, N) -> (N,), in nats, never negative (Jensen); +inf where some but not all weights are 0.
+    Shapes: (S, N) -> (N,), in nats, never negative (Jensen); +inf where some but not all weights are 0, NaN where
+    all are.
     """
     log_weights, constant = _checked(log_weights)
     difference = importance_weighted_bound(log_weights) - elbo(log_weights)

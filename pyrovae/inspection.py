@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints
 
 from pyrovae.traces import Layout, Program, is_possible, run_pair, sample_sites, trace_program
 
@@ -32,6 +32,7 @@ def inspect_pair(
     _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)
     _refuse_mismatched_sites(model_trace, guide_trace)
     _refuse_point_masses(guide, guide_trace, args, kwargs)
+    _refuse_other_dimensions(model_trace, guide_trace)
     layout = _find_layout(model_trace, guide_trace, plate)
     _refuse_scales(layout, model_trace, guide_trace)
     # A few hundred draws from the prior, whether the program holds many data or is a single one.
@@ -71,7 +72,7 @@ def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Tr
     if extra := sorted(proposed - latents):
         raise ValueError(
             f"the guide samples site(s) {extra} that are no latent sites of the model, which has {sorted(latents)}: "
-            f"use the model's names, or mark them infer={{'is_auxiliary': True}}"
+            f"use the model's names, or sum the extra ones out (a mixture: MixtureSameFamily)"
         )
 
 
@@ -89,6 +90,32 @@ def _refuse_point_masses(guide: Program, guide_trace: poutine.Trace, args: tuple
                 f"the guide puts all its mass on one point at site '{name}' (Delta, as AutoDelta does): a point has no "
                 f"density and no importance weight; use a guide with a density, AutoNormal for instance"
             )
+
+
+def _refuse_other_dimensions(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    # Auxiliary draws are fine where the latents are a bijection of them (AutoNormal). Otherwise q(z) is an integral
+    # over them, and dividing by q(auxiliary, z) is no importance weight: the "bound" may lie above log p(x).
+    drawn = [site for _, site in sample_sites(guide_trace)]
+    random = [site for site in drawn if type(site["fn"]).__name__ != "Delta"]
+    if all(not site["infer"].get("is_auxiliary") for site in drawn):
+        return
+    latents = [site for _, site in sample_sites(model_trace) if not site["is_observed"]]
+    proposed, needed = sum(map(_dimensions, random)), sum(map(_dimensions, latents))
+    if proposed != needed:
+        names = [site["name"] for site in drawn if site["infer"].get("is_auxiliary")]
+        raise ValueError(
+            f"the guide draws {proposed} numbers (auxiliary sites {names}) for {needed} latent ones, so its density of the "
+            f"latents is an integral that is not at hand: sum the auxiliary variable out (a mixture: MixtureSameFamily), "
+            f"or sample it in the model too"
+        )
+
+
+def _dimensions(site: dict) -> int:
+    """How many unconstrained numbers a site draws."""
+    support = site["fn"].support
+    if support.is_discrete:
+        return site["value"].numel()
+    return biject_to(support).inverse_shape(site["value"].shape).numel()
 
 
 def _plates_of(site: dict) -> dict[str, Any]:

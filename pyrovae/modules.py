@@ -80,10 +80,18 @@ def _modules_behind(program: Any, seen: set[int]) -> Iterator[nn.Module]:
             yield from _modules_behind(part, seen)
     elif inspect.ismethod(program):
         yield from _modules_behind(program.__self__, seen)
+    elif isinstance(program, list | tuple | dict):
+        for part in program.values() if isinstance(program, dict) else program:
+            yield from _modules_behind(part, seen)
     elif inspect.isfunction(program):
         names = inspect.getclosurevars(program)
         for value in (*names.nonlocals.values(), *names.globals.values()):
-            if isinstance(value, nn.Module) or getattr(value, "__module__", None) == program.__module__:
+            ours = isinstance(value, nn.Module | list | tuple | dict)
+            if ours or getattr(value, "__module__", None) == program.__module__:
+                yield from _modules_behind(value, seen)
+    elif hasattr(program, "__dict__") and not isinstance(program, type):  # an object that holds modules
+        for value in vars(program).values():
+            if isinstance(value, nn.Module | list | tuple | dict):
                 yield from _modules_behind(value, seen)
 
 

@@ -99,11 +99,16 @@ def log_weights_of(
     if missing := sorted(latents - set(guide_trace.nodes)):
         raise ValueError(f"the guide left out the model's latent site(s) {missing} in one of its runs")
     terms = {
-        (program, name): _spread(_site_log_prob(site), site, layout, num_particles, columns)
+        (program, name): _spread(_site_log_prob(site), site, layout, num_particles)
         for program, trace in (("model", model_trace), ("guide", guide_trace))
-        for columns in [_sequential_columns(trace, layout)]
         for name, site in sample_sites(trace)
     }
+    for name in latents if layout.sequential else ():
+        if _sequential_column(model_trace.nodes[name], layout) != _sequential_column(guide_trace.nodes[name], layout):
+            raise ValueError(
+                f"site '{name}' belongs to different data of plate '{layout.plate}' in model and guide: go through the "
+                f"plate in one order in both"
+            )
     total = sum(term if program == "model" else -term for (program, _), term in terms.items())
     # Where p(z) = 0 the weight is 0, whatever the likelihood makes of such a z.
     for name in latents:
@@ -137,7 +142,7 @@ def _site_log_prob(site: dict) -> Tensor:
     return log_prob
 
 
-def _spread(log_prob: Tensor, site: dict, layout: Layout, num_particles: int | None, columns: dict[int, int]) -> Tensor:
+def _spread(log_prob: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
     """Sum a site's log density over all dimensions but particles and data: (S, N), or (1, N) without particles."""
     depth = layout.max_plate_nesting
     log_prob = log_prob.reshape((1,) * (depth - log_prob.ndim) + log_prob.shape)
@@ -158,19 +163,15 @@ def _spread(log_prob: Tensor, site: dict, layout: Layout, num_particles: int | N
     joint = log_prob.flatten(1).sum(1, keepdim=True) if log_prob.ndim > 1 else log_prob.unsqueeze(1)
     if not layout.sequential:
         return joint
-    counter = next(frame.counter for frame in site["cond_indep_stack"] if frame.name == layout.plate)
     spread = joint.new_zeros(len(joint), layout.num_data)
-    spread[:, columns[counter]] = joint[:, 0]
+    spread[:, _sequential_column(site, layout)] = joint[:, 0]
     return spread
 
 
-def _sequential_columns(trace: poutine.Trace, layout: Layout) -> dict[int, int]:
-    """Counter of a sequential plate -> column of the log weights."""
-    if not layout.sequential:
-        return {}
-    frames = (frame for _, site in sample_sites(trace) for frame in site["cond_indep_stack"])
-    counters = sorted({frame.counter for frame in frames if frame.name == layout.plate})
-    return {counter: column for column, counter in enumerate(counters)}
+def _sequential_column(site: dict, layout: Layout) -> int:
+    """Which datum of a sequential plate a site belongs to, by the plate's counter (1, 2, ... and on at a second pass)."""
+    counter = next(frame.counter for frame in site["cond_indep_stack"] if frame.name == layout.plate)
+    return (counter - 1) % layout.num_data
 
 
 def _select(trace: poutine.Trace, choose: Callable[[Tensor, int], Tensor]) -> poutine.Trace:

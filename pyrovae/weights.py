@@ -8,6 +8,7 @@ where the program allows that, which is found by comparing two halves with the w
 
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, Literal
 
 import pyro
@@ -16,6 +17,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from tqdm import tqdm
 
+from pyrovae.guides import Guide
 from pyrovae.inspection import inspect_pair, refuse_impossible_data
 from pyrovae.modules import check_count, evaluation_mode
 from pyrovae.traces import (
@@ -149,22 +151,26 @@ class _Pair:
         self.row_size = _row_size(model_trace, self.layout)
 
     def _try_to_split(self, length: int) -> bool:
-        """Whether tensors of this length can be cut into blocks of data: two halves give what the whole gives."""
+        """Whether tensors of this length can be cut into blocks of data: pieces give what the whole gives.
+
+        Asked of the first rows and of rows drawn from all, in pieces of many sizes, a single row among them.
+        """
         head = min(length, _HEAD)
+        edges = sorted({0, head} | {edge for edge in (1, 2, 5, 11, 16, 23, head - 1) if edge < head})
         self.split_size = length
         try:
-            args, kwargs = self._cut(0, head)
-            layout, model_trace, guide_trace = inspect_pair(self.model, self.guide, args, kwargs, self.plate)
-            if layout.dim is None or layout.subsampled or layout.num_data != head:
-                raise ValueError("the tensors passed do not set the size of the datum plate")
-            whole = log_weights_of(layout, model_trace, guide_trace)
-            halves = []
-            for start, stop in ((0, head // 2), (head // 2, head)):
-                replayed = select_data(guide_trace, layout, start, stop)
-                traces = run_pair(self.model, self.guide, *self._cut(start, stop), replayed)
-                halves.append(log_weights_of(layout._replace(num_data=stop - start), *traces))
-            if not _agree(whole, torch.cat(halves, 1)):
-                raise ValueError("data influence each other")
+            for rows in (torch.randperm(length)[:head].sort().values, torch.arange(head)):
+                layout, model_trace, guide_trace = inspect_pair(self.model, self.guide, *self._cut(rows), self.plate)
+                if layout.dim is None or layout.subsampled or layout.num_data != head:
+                    raise ValueError("the tensors passed do not set the size of the datum plate")
+                whole = log_weights_of(layout, model_trace, guide_trace)
+                pieces = []
+                for start, stop in pairwise(edges):
+                    replayed = select_data(guide_trace, layout, start, stop)
+                    traces = run_pair(self.model, self.guide, *self._cut(rows[start:stop]), replayed)
+                    pieces.append(log_weights_of(layout._replace(num_data=stop - start), *traces))
+                if not _agree(whole, torch.cat(pieces, 1)):
+                    raise ValueError("data influence each other")
         except Exception:  # whatever a program says to a slice of its data, it is asked again with all of them
             self.split_size = None
             return False
@@ -172,11 +178,11 @@ class _Pair:
         self.row_size = _row_size(model_trace, layout)
         return True
 
-    def _cut(self, start: int, stop: int) -> tuple[tuple, dict]:
+    def _cut(self, rows: slice | Tensor) -> tuple[tuple, dict]:
         if self.split_size is None:
             return self.args, self.kwargs
         return _map_tensors(
-            lambda tensor: tensor[start:stop] if tensor.ndim and len(tensor) == self.split_size else tensor,
+            lambda tensor: tensor[rows] if tensor.ndim and len(tensor) == self.split_size else tensor,
             (self.args, self.kwargs),
         )
 
@@ -197,7 +203,7 @@ class _Pair:
     def reason_to_loop(self) -> str | None:
         """Why particles must be drawn one by one; None where two drawn together are the same two drawn apart."""
         head = min(self.num_data, _HEAD)
-        args, kwargs = self._cut(0, head)
+        args, kwargs = self._cut(slice(head))
         layout = self._layout_of(0, head)
         try:
             model_trace, guide_trace = self._run(args, kwargs, _amortised(self.guide, args, kwargs), layout, 2)
@@ -218,7 +224,7 @@ class _Pair:
     @torch.no_grad()
     def block(self, start: int, stop: int, num_particles: int, chunk_size: int, vectorised: bool) -> Tensor:
         """Log weights (S, stop - start) of a range of data."""
-        args, kwargs = self._cut(start, stop)
+        args, kwargs = self._cut(slice(start, stop))
         layout = self._layout_of(start, stop)
         guide = _amortised(self.guide, args, kwargs)
         chunks = []
@@ -258,8 +264,9 @@ class _Pair:
 
 def _amortised(guide: Program, args: tuple, kwargs: dict) -> Program:
     """The guide with its encoding of these data done once, where it offers that (see `pyrovae.guides.Guide`)."""
-    encode_once = getattr(type(guide), "amortised_at", None)
-    return guide if encode_once is None else encode_once(guide, *args, **kwargs)
+    if isinstance(guide, Guide) and type(guide).forward is Guide.forward:  # a forward of its own is the user's guide
+        return guide.amortised_at(*args, **kwargs)
+    return guide
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:

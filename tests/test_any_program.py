@@ -431,3 +431,89 @@ def test_counts_out_of_range(number):
         pv.log_marginal_likelihood(normal_model, normal_guide, torch.randn(4), num_particles=2.5)
     with pytest.raises(ValueError, match="vectorize_particles"):
         pv.log_marginal_likelihood(normal_model, normal_guide, torch.randn(4), vectorize_particles="yes")
+
+
+# --- found by a reviewer ----------------------------------------------------------------------------------------------
+
+
+def test_auxiliary_draws_that_are_not_a_change_of_variables():
+    """q(z) of a mixture is a sum over k: dividing by q(k, z) would give log p(x) + log 2."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(x / 2 + 0.3 * (k - 0.5), 0.5**0.5))
+
+    refused("draws 8 numbers", guide=guide)
+
+
+def test_coupled_data_are_noticed_wherever_they_couple(double):
+    """A count series, x_t depending on x_(t-1), with a zero just where a single cut would look."""
+    x = torch.poisson(torch.full((1000,), 0.5))
+    x[15] = 0
+
+    def previous(x):
+        return torch.cat([x.new_zeros(1), x[:-1]])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(2 + previous(x), 2.0))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("rate", dist.Gamma(2 + previous(x) + x, 3.0))
+
+    lml = pv.log_marginal_likelihood(model, guide, x, num_particles=30)
+    assert torch.allclose(lml.log_prob, dist.GammaPoisson(2 + previous(x), 2.0).log_prob(x), atol=1e-10)
+
+
+def test_sequential_plates_keep_their_columns(double):
+    x = torch.tensor([5.0, 1.0, -2.0])
+
+    def model(x):
+        for i in pyro.plate("data", 3):
+            z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0)) if i > 0 else 0.0
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    def guide(x):
+        for i in pyro.plate("data", 3):
+            if i > 0:
+                pyro.sample(f"z{i}", dist.Normal(x[i] / 2, 0.5**0.5))
+
+    def backwards(x):
+        for i in pyro.plate("data", 3):
+            if i < 2:
+                pyro.sample(f"z{2 - i}", dist.Normal(x[2 - i] / 2, 0.5**0.5))
+
+    options = {"num_particles": 30, "plate": "data", "vectorize_particles": False}
+    lml = pv.log_marginal_likelihood(model, guide, x, **options)
+    truth = torch.cat([dist.Normal(0.0, 1.0).log_prob(x[:1]), evidence(x[1:])])
+    assert torch.allclose(lml.log_prob, truth, atol=1e-10)
+    with pytest.raises(ValueError, match="different data"):
+        pv.log_marginal_likelihood(model, backwards, x, **options)
+
+
+def test_modules_of_a_plain_class_are_put_into_eval(double):
+    class Plain:
+        def __init__(self):
+            self.net = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 1))
+
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z + self.net(torch.ones(len(x), 1)).squeeze(-1), 1.0), obs=x)
+
+    plain = Plain()
+    with torch.no_grad():
+        plain.net[1].weight.fill_(2.0)
+        plain.net[1].bias.fill_(0.0)
+    x = torch.zeros(40)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x - 2) / 2, 0.5**0.5))
+
+    lml = pv.log_marginal_likelihood(plain.model, guide, x, num_particles=30)
+    assert torch.allclose(lml.log_prob, evidence(x - 2), atol=1e-10)
+    assert plain.net[0].training
