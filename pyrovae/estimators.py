@@ -200,7 +200,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     estimate and its standard error mean little. The limit at S particles is `pareto_k_limit(S)`.
 
     Shapes: (S, N) -> (N,). NaN with fewer than 25 particles or where all weights are 0; 0 where the weights are
-    constant to rounding; +inf where no tail can be fitted (fewer than 5 distinct large weights).
+    constant to rounding or five and more are tied at the top; +inf where no tail can be fitted (fewer than 5 distinct large weights).
 
     Source: Vehtari et al., Pareto Smoothed Importance Sampling (2024); fitted by ArviZ.
     """
@@ -210,11 +210,13 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     if num_particles < 25:
         return k
     dead = (log_weights == -math.inf).all(0)
-    fit = ~constant & ~dead
+    # Five or more weights tied at the top (discrete latents): the weights are bounded, and there is no tail to fit.
+    tied = (log_weights == log_weights.amax(0)).sum(0) >= 5
+    fit = ~constant & ~dead & ~tied
     if fit.any():
         fitted = _arviz_pareto_k(log_weights[:, fit].T.cpu().numpy())
         k[fit] = torch.as_tensor(fitted).nan_to_num(math.inf, posinf=math.inf).to(k)
-    return torch.where(constant, 0.0, k)
+    return torch.where(constant | (tied & ~dead), 0.0, k)
 
 
 def pareto_k_limit(num_particles: int) -> float:

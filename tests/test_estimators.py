@@ -166,3 +166,8 @@ def test_standard_errors_match_the_spread_of_repeats():
         (estimators.gap, estimators.gap_stderr),
     ):
         assert error(log_weights).mean().item() == pytest.approx(estimate(log_weights).std().item(), rel=0.08)
+
+
+def test_discrete_weights_have_no_tail():
+    log_weights = torch.bernoulli(torch.full((1000, 3), 0.5)).double() * 2 - 50
+    assert estimators.pareto_k(log_weights).tolist() == [0, 0, 0]
