@@ -200,7 +200,8 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     estimate and its standard error mean little. The limit at S particles is `pareto_k_limit(S)`.
 
     Shapes: (S, N) -> (N,). NaN with fewer than 25 particles or where all weights are 0; 0 where the weights are
-    constant to rounding or five and more are tied at the top; +inf where no tail can be fitted (fewer than 5 distinct large weights).
+    constant to rounding or five and more are tied at the top; +inf where no tail can be fitted (fewer than 5 distinct
+    large weights).
 
     Source: Vehtari et al., Pareto Smoothed Importance Sampling (2024); fitted by ArviZ.
     """

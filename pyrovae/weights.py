@@ -3,7 +3,7 @@
 Data are the outer loop and particles the inner one, so that for one block of data all S weights are at hand (the
 reducers of `pyrovae.estimators` need them together) while memory stays flat in S. Particles are drawn under an outer
 plate where the program allows it, which is found by comparing with particles drawn one by one; data are fed in blocks
-where the program allows that, which is found by comparing two halves with the whole.
+where the program allows that, which is found by comparing pieces with the whole.
 """
 
 import warnings
