@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.likelihoods import Likelihood
-from pyrovae.modules import check_count, emit_parameters, evaluation_mode
+from pyrovae.modules import check_count, checks_values, emit_parameters, evaluation_mode
 from pyrovae.priors import Prior
 
 __all__ = ["GenerativeModel"]
@@ -33,7 +33,8 @@ class GenerativeModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run as a Pyro model on data x (N, *data_shape); returns x, simulated where a handler unobserves it."""
         self.likelihood.check_shape(x)
-        self.likelihood.check(x)
+        if checks_values():
+            self.likelihood.check(x)
         emit_parameters(self, "model")
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", self.prior())
