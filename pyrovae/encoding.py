@@ -6,6 +6,7 @@ Evaluation encodes each datum once, and whatever improves q for one datum works 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from pyrovae.modules import check_count, emit_parameters
 
-__all__ = ["EncoderGuide", "Guide"]
+__all__ = ["EncoderGuide", "Guide", "check_guide"]
 
 
 class Guide(nn.Module, ABC):
@@ -94,3 +95,11 @@ class EncoderGuide(Guide):
 def _sample(posterior: dist.TorchDistribution, num_data: int) -> Tensor:
     with pyro.plate("data", num_data, dim=-1):
         return pyro.sample("z", posterior)
+
+
+def check_guide(guide: Any) -> None:
+    """Raise TypeError unless `guide` is a `Guide`, for what works on encodings."""
+    if not isinstance(guide, Guide):
+        raise TypeError(
+            f"guide must be a pyrovae.guides.Guide, whose encode and distribution are used; found {type(guide).__name__}"
+        )

@@ -52,7 +52,9 @@ def test_public_names():
 def test_a_file_imports_only_from_levels_above_it():
     levels = [
         {"estimators", "modules", "nets", "data"},
-        {"priors", "likelihoods", "guides"},
+        {"encoding"},
+        {"priors", "likelihoods", "defensive", "refinement"},
+        {"guides"},
         {"model"},
         {"extract"},
         {"traces", "inspection", "draws", "pair", "weights"},
