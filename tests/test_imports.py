@@ -52,8 +52,8 @@ def test_public_names():
 def test_a_file_imports_only_from_levels_above_it():
     levels = [
         {"estimators", "modules", "nets", "data"},
-        {"encoding"},
-        {"priors", "likelihoods", "defensive", "refinement"},
+        {"guide_contract", "flows"},
+        {"priors", "likelihoods", "defensive", "flow_guides", "refinement"},
         {"guides"},
         {"model"},
         {"extract"},

@@ -10,11 +10,12 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 from pyrovae.modules import check_count, emit_parameters
 
-__all__ = ["EncoderGuide", "Guide", "check_guide"]
+__all__ = ["EncoderGuide", "Guide", "check_guide", "start_informative"]
 
 
 class Guide(nn.Module, ABC):
@@ -95,6 +96,13 @@ class EncoderGuide(Guide):
 def _sample(posterior: dist.TorchDistribution, num_data: int) -> Tensor:
     with pyro.plate("data", num_data, dim=-1):
         return pyro.sample("z", posterior)
+
+
+def start_informative(head: nn.Linear, latent_dim: int) -> None:
+    """Spread means and scales near 1/e, for a head whose first outputs are (mu, log sigma): see `guides.MeanFieldNormal`."""
+    with torch.no_grad():
+        head.weight[:latent_dim] *= 3
+        head.bias[latent_dim : 2 * latent_dim] -= 1
 
 
 def check_guide(guide: Any) -> None:
