@@ -77,7 +77,8 @@ class Pair:
         edges = sorted({0, head} | {edge for edge in (1, 2, 5, 11, 16, 23, head - 1) if edge < head})
         self.split_size = length
         try:
-            for rows in (torch.randperm(length)[:head].sort().values, torch.arange(head)):
+            first, random = torch.arange(head), torch.randperm(length)[:head].sort().values
+            for rows in (first,) if head == length else (random, first):
                 args, kwargs = self._cut(rows)
                 guide = self._guide(self._encode(args, kwargs))
                 layout, model_trace, guide_trace = inspect_pair(self.model, guide, args, kwargs, self.plate)

@@ -95,7 +95,8 @@ class Refined(Guide):
             parameters = start.detach().clone().requires_grad_()
             repeated = x.clone().repeat(self.num_particles, *(1 for _ in x.shape[1:]))
             draw = self._draw(parameters)
-            adam = torch.optim.Adam([parameters], lr=self.learning_rate)
+            # A short memory: the large gradients of a bad start must not make the later steps small.
+            adam = torch.optim.Adam([parameters], lr=self.learning_rate, betas=(0.9, 0.95))
             for step in range(self.num_steps):
                 adam.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.num_steps)
                 z, log_q = draw(parameters)
