@@ -146,6 +146,40 @@ def test_normals_do_not_bend(double):
     assert banana.gap(normal) == pytest.approx(0.417, abs=0.02)
 
 
+def test_normals_of_their_parameters(double):
+    """Mean and covariance are those of the docstrings, for numbers put in by hand."""
+    net = nets.MLP(12, [8])
+    loc, log_scale, triangle = (
+        torch.tensor([1.0, -2.0, 0.5]),
+        torch.tensor([0.1, -0.7, 0.3]),
+        torch.tensor([0.4, -0.2, 0.9]),
+    )
+    factor = torch.diag(log_scale.exp())
+    factor[1, 0], factor[2, 0], factor[2, 1] = triangle
+    full = guides.FullRankNormal(net, 3).distribution(torch.cat([loc, log_scale, triangle]).unsqueeze(0))
+    assert torch.allclose(full.mean, loc)
+    assert torch.allclose(full.covariance_matrix, factor @ factor.T)
+    directions = torch.tensor([[0.3, 1.0], [-0.5, 0.2], [0.8, 0.0]])
+    low = guides.LowRankNormal(net, 3, rank=2).distribution(
+        torch.cat([loc, log_scale, directions.flatten()]).unsqueeze(0)
+    )
+    assert torch.allclose(low.mean, loc)
+    assert torch.allclose(low.covariance_matrix, directions @ directions.T + torch.diag((2 * log_scale).exp()))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows_scale_and_shift_last(name, double):
+    """z = mu + sigma f(noise): another mu and sigma move the same draws, whatever f makes of the noise."""
+    guide = stirred(name)
+    loc, log_scale, context = torch.tensor([3.0, -1.0]), torch.tensor([0.7, -0.4]), torch.randn(4)
+    draws = []
+    for parameters in ((torch.zeros(2), torch.zeros(2), context), (loc, log_scale, context)):
+        torch.manual_seed(2)
+        draws.append(guide.distribution(torch.cat(parameters).unsqueeze(0)).rsample((50,)))
+    assert torch.allclose(draws[1], loc + log_scale.exp() * draws[0])
+    assert not torch.allclose(draws[0].std(), torch.tensor(1.0), atol=0.01)
+
+
 @pytest.mark.parametrize("name", GUIDES)
 def test_draws_and_density_agree(name, double):
     """Moments of draws, third ones and the mixed one too, are those of the density on a grid."""

@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pyrovae as pv
-from pyrovae import guides, likelihoods, nets, priors
+from pyrovae import guides, likelihoods, nets, priors, refinement
 from pyrovae.guides import DefensiveMixture, Refined
 
 
@@ -81,18 +81,22 @@ def test_few_steps_leave_a_lower_bound(linear_gaussian):
 
 
 @pytest.mark.parametrize("name", [name for name in GUIDES if name not in ("Refined", "DefensiveMixture")])
-def test_a_datum_is_refined_for_itself(name, double):
+def test_a_datum_is_refined_for_itself(name, double, monkeypatch):
     """q(z|x) depends on no other datum, on no seed, and on how often it was asked for; flows too."""
+    seed = refinement._seed
     model = pv.GenerativeModel(priors.StandardNormal(2), likelihoods.Bernoulli(nets.MLP(2, [8], 12), SHAPE)).double()
     x = model.generate(7)
     guide = GUIDES[name]().double()
     refined = Refined(guide, model, 15)
+    seeds = []
+    monkeypatch.setattr(refinement, "_seed", lambda *args: (seeds.append(args), seed(*args)))
     with torch.no_grad():
         together = refined.encode(x)
         torch.manual_seed(99)
         assert torch.allclose(torch.cat([refined.encode(part) for part in x.split([1, 4, 2])]), together, atol=1e-9)
         assert torch.allclose(refined.encode(x.flip(0)).flip(0), together, atol=1e-9)
         assert not torch.allclose(together, guide.encode(x), atol=1e-3)
+    assert len(seeds) == 5  # once for each call: drawn for all data at once, not for one after the other
 
 
 def test_nothing_else_changes(linear_gaussian):
@@ -108,6 +112,15 @@ def test_nothing_else_changes(linear_gaussian):
             parameter.grad = torch.ones_like(parameter)
     before = [tensor.clone() for part in (model, guide) for tensor in part.state_dict().values()]
     random_state = torch.get_rng_state()
+    model_state = [tensor.clone() for tensor in model.state_dict().values()]
+    refined.eval()
+    model.train()
+    refined.encode(x)  # BatchNorm in the model saw nothing of it
+    assert all(
+        torch.equal(first, second) for first, second in zip(model_state, model.state_dict().values(), strict=True)
+    )
+    assert all(module.training for module in model.modules())
+    guide.train()
     with torch.no_grad(), pv.modules.evaluation_mode(refined):
         encoded = refined.encode(x)
     assert not encoded.requires_grad
