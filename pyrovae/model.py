@@ -1,6 +1,9 @@
-"""The generative model p(z) p(x|z), as a Pyro program."""
+"""The generative model p(z) p(x|z), as a Pyro program; what all models of the library share."""
+
+from abc import ABC, abstractmethod
 
 import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
@@ -8,10 +11,65 @@ from pyrovae.likelihoods import Likelihood
 from pyrovae.modules import check_count, emit_parameters, evaluation_mode
 from pyrovae.priors import Prior
 
-__all__ = ["GenerativeModel"]
+__all__ = ["GenerativeModel", "LatentVariableModel"]
 
 
-class GenerativeModel(nn.Module):
+class LatentVariableModel(nn.Module, ABC):
+    """Contract of a model p(x, z) = p(z) p(x|z), z being all of its latents side by side.
+
+    As a Pyro program, `model(x)` has plate "data" (dim -1), the latent sites of the subclass, and site "x" (observed).
+
+    Shapes: x (N, *data_shape); z (N, D), D numbers in all.
+
+    Raises ValueError for data of the wrong shape or outside the likelihood's support.
+    """
+
+    likelihood: Likelihood
+
+    @abstractmethod
+    def latent_prior(self) -> dist.TorchDistribution:
+        """p(z) of all latents side by side: batch shape (), event shape (D,)."""
+
+    @abstractmethod
+    def sample_latents(self) -> Tensor:
+        """Run the latent sites, distributed as `latent_prior`; returns z (..., D)."""
+
+    @abstractmethod
+    def likelihood_at(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x|z) for latents z (..., D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run as a Pyro model on data x (N, *data_shape); returns x, simulated where a handler unobserves it."""
+        self.likelihood.check_shape(x)
+        self.likelihood.check(x)
+        emit_parameters(self, "model")
+        with pyro.plate("data", len(x), dim=-1):
+            z = self.sample_latents()
+            return pyro.sample("x", self.likelihood_at(z), obs=x)
+
+    @torch.no_grad()
+    def generate(self, num_samples: int, *, mean: bool = False) -> Tensor:
+        """Draw data from the model.
+
+        x ~ p(x):  z ~ p(z), then x ~ p(x|z); with `mean=True` E[x|z] in place of the draw, as pictures usually show.
+
+        Shapes: (num_samples, *data_shape).
+        """
+        check_count("num_samples", num_samples)
+        with evaluation_mode(self):
+            return _data(self.likelihood_at(self.latent_prior().sample((num_samples,))), mean)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, *, mean: bool = True) -> Tensor:
+        """Data for given latents: E[x|z], or a draw from p(x|z).
+
+        Shapes: (..., D) -> (..., *data_shape).
+        """
+        with evaluation_mode(self):
+            return _data(self.likelihood_at(z), mean)
+
+
+class GenerativeModel(LatentVariableModel):
     """Latent-variable model: a prior and a likelihood, run as a Pyro model.
 
     p(x, z) = p(z) p(x|z)
@@ -30,36 +88,15 @@ class GenerativeModel(nn.Module):
         self.prior = prior
         self.likelihood = likelihood
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run as a Pyro model on data x (N, *data_shape); returns x, simulated where a handler unobserves it."""
-        self.likelihood.check_shape(x)
-        self.likelihood.check(x)
-        emit_parameters(self, "model")
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", self.prior())
-            return pyro.sample("x", self.likelihood(z), obs=x)
+    def latent_prior(self) -> dist.TorchDistribution:
+        return self.prior()
 
-    @torch.no_grad()
-    def generate(self, num_samples: int, *, mean: bool = False) -> Tensor:
-        """Draw data from the model.
+    def sample_latents(self) -> Tensor:
+        return pyro.sample("z", self.prior())
 
-        x ~ p(x):  z ~ p(z), then x ~ p(x|z); with `mean=True` E[x|z] in place of the draw, as pictures usually show.
-
-        Shapes: (num_samples, *data_shape).
-        """
-        check_count("num_samples", num_samples)
-        with evaluation_mode(self):
-            return _data(self.likelihood(self.prior().sample((num_samples,))), mean)
-
-    @torch.no_grad()
-    def decode(self, z: Tensor, *, mean: bool = True) -> Tensor:
-        """Data for given latents: E[x|z], or a draw from p(x|z).
-
-        Shapes: (..., latent_dim) -> (..., *data_shape).
-        """
-        with evaluation_mode(self):
-            return _data(self.likelihood(z), mean)
+    def likelihood_at(self, z: Tensor) -> dist.TorchDistribution:
+        return self.likelihood(z)
 
 
-def _data(distribution, mean: bool) -> Tensor:
+def _data(distribution: dist.TorchDistribution, mean: bool) -> Tensor:
     return distribution.mean if mean else distribution.sample()
