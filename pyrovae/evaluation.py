@@ -167,6 +167,7 @@ def log_marginal_likelihood(
     vectorize_particles: bool | Literal["auto"] = "auto",
     data_batch_size: int | Literal["auto"] | None = "auto",
     particle_batch_size: int | Literal["auto"] = "auto",
+    compile: bool | Literal["auto"] = "auto",
     progress: bool = False,
     **kwargs: Any,
 ) -> LogMarginalLikelihood:
@@ -183,6 +184,8 @@ def log_marginal_likelihood(
     data_batch_size: data per block. "auto" cuts the tensors among the arguments whose first size is that of the plate,
         where two halves give what the whole gives; None does not cut
     particle_batch_size: particles per run of the programs
+    compile: record the programs (see `pyrovae.extract`) and let Inductor compile them: same draws, same numbers up to
+        rounding. "auto" does so for parts of this library where there is work enough to win the compilation back
     progress: show a bar
 
     Returns a `LogMarginalLikelihood`, each array (N,) in nats. Plate subsampling is divided out (N is then the size of
@@ -208,6 +211,7 @@ def log_marginal_likelihood(
         vectorize_particles=vectorize_particles,
         data_batch_size=data_batch_size,
         particle_batch_size=particle_batch_size,
+        compile=compile,
         progress=progress,
     )
     return LogMarginalLikelihood.concatenate([LogMarginalLikelihood.from_log_weights(block) for block in blocks])

@@ -70,9 +70,8 @@ class Guide(nn.Module, ABC):
         emit_parameters(self, "guide")
         return _sample(self.posterior(x), len(x))
 
-    def amortised_at(self, x: Tensor) -> Callable[..., Tensor]:
-        """This guide for these data alone, as a Pyro guide that encodes them once, here."""
-        parameters = self.encode(x)
+    def given(self, parameters: Tensor) -> Callable[..., Tensor]:
+        """This guide as a Pyro guide for data whose encoding (N, P) is known, so that they are encoded once."""
         return lambda *_, **__: _sample(self.distribution(parameters), len(parameters))
 
     def extra_repr(self) -> str:

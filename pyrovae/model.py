@@ -1,6 +1,7 @@
-"""The generative model p(z) p(x|z), as a Pyro program; what all models of the library share."""
+"""The generative model p(z) p(x|z), as a Pyro program, and what it shares with models of several layers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -8,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.likelihoods import Likelihood
-from pyrovae.modules import check_count, emit_parameters, evaluation_mode
+from pyrovae.modules import check_count, checks_values, emit_parameters, evaluation_mode
 from pyrovae.priors import Prior
 
 __all__ = ["GenerativeModel", "LatentVariableModel"]
 
 
 class LatentVariableModel(nn.Module, ABC):
-    """Contract of a model p(x, z) = p(z) p(x|z), z being all of its latents side by side.
+    """Contract of a model p(x, z) = p(z) p(x|z), where z is all of its latents side by side.
 
     As a Pyro program, `model(x)` has plate "data" (dim -1), the latent sites of the subclass, and site "x" (observed).
 
@@ -24,15 +25,17 @@ class LatentVariableModel(nn.Module, ABC):
     Raises ValueError for data of the wrong shape or outside the likelihood's support.
     """
 
-    likelihood: Likelihood
+    def __init__(self, prior: Prior, likelihood: Likelihood):
+        super().__init__()
+        self.prior = prior
+        self.likelihood = likelihood
 
     @abstractmethod
-    def latent_prior(self) -> dist.TorchDistribution:
-        """p(z) of all latents side by side: batch shape (), event shape (D,)."""
+    def latents(self, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
+        """Go through the latent sites as they are drawn: `visit(name, distribution)` gives each its value.
 
-    @abstractmethod
-    def sample_latents(self) -> Tensor:
-        """Run the latent sites, distributed as `latent_prior`; returns z (..., D)."""
+        Returns all values side by side, z (..., D).
+        """
 
     @abstractmethod
     def likelihood_at(self, z: Tensor) -> dist.TorchDistribution:
@@ -41,10 +44,11 @@ class LatentVariableModel(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Run as a Pyro model on data x (N, *data_shape); returns x, simulated where a handler unobserves it."""
         self.likelihood.check_shape(x)
-        self.likelihood.check(x)
+        if checks_values():
+            self.likelihood.check(x)
         emit_parameters(self, "model")
         with pyro.plate("data", len(x), dim=-1):
-            z = self.sample_latents()
+            z = self.latents(pyro.sample)
             return pyro.sample("x", self.likelihood_at(z), obs=x)
 
     @torch.no_grad()
@@ -57,7 +61,8 @@ class LatentVariableModel(nn.Module, ABC):
         """
         check_count("num_samples", num_samples)
         with evaluation_mode(self):
-            return _data(self.likelihood_at(self.latent_prior().sample((num_samples,))), mean)
+            z = self.latents(lambda _, distribution: distribution.expand((num_samples,)).sample())
+            return self._data(z, mean)
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, mean: bool = True) -> Tensor:
@@ -66,7 +71,11 @@ class LatentVariableModel(nn.Module, ABC):
         Shapes: (..., D) -> (..., *data_shape).
         """
         with evaluation_mode(self):
-            return _data(self.likelihood_at(z), mean)
+            return self._data(z, mean)
+
+    def _data(self, z: Tensor, mean: bool) -> Tensor:
+        distribution = self.likelihood_at(z)
+        return distribution.mean if mean else distribution.sample()
 
 
 class GenerativeModel(LatentVariableModel):
@@ -83,20 +92,8 @@ class GenerativeModel(LatentVariableModel):
     Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
 
-    def __init__(self, prior: Prior, likelihood: Likelihood):
-        super().__init__()
-        self.prior = prior
-        self.likelihood = likelihood
-
-    def latent_prior(self) -> dist.TorchDistribution:
-        return self.prior()
-
-    def sample_latents(self) -> Tensor:
-        return pyro.sample("z", self.prior())
+    def latents(self, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
+        return visit("z", self.prior())
 
     def likelihood_at(self, z: Tensor) -> dist.TorchDistribution:
         return self.likelihood(z)
-
-
-def _data(distribution: dist.TorchDistribution, mean: bool) -> Tensor:
-    return distribution.mean if mean else distribution.sample()

@@ -4,7 +4,7 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,18 @@ import torch
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
-__all__ = ["check_count", "emit_parameters", "evaluation_mode", "import_arviz", "modules_behind"]
+__all__ = [
+    "check_count",
+    "checks_values",
+    "emit_parameters",
+    "evaluation_mode",
+    "import_arviz",
+    "map_tensors",
+    "modules_behind",
+    "without_checks",
+]
+
+_checks_values = True
 
 
 def import_arviz() -> Any:
@@ -101,3 +112,30 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a whole number, found {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be 1 or more, found {value}")
+
+
+def checks_values() -> bool:
+    """Whether a part looks at the values of its data, as it does but in a recording (see `pyrovae.extract`)."""
+    return _checks_values
+
+
+@contextmanager
+def without_checks() -> Iterator[None]:
+    """No look at values inside: a recorded program cannot branch on them. For data that were checked before."""
+    global _checks_values
+    before, _checks_values = _checks_values, False
+    try:
+        yield
+    finally:
+        _checks_values = before
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Apply `function` to the tensors in nested tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(map_tensors(function, value) for value in tree)
+    return tree

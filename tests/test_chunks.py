@@ -68,15 +68,15 @@ def test_replayed_latents_give_the_same_bits(double, monkeypatch, particle_batch
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", Tape(table, columns))
 
-    from pyrovae import weights
+    from pyrovae.pair import Pair
 
-    original = weights._Pair.block
+    original = Pair.block
 
     def recording_block(*args):
         table.recording = True
         return original(*args)
 
-    monkeypatch.setattr(weights._Pair, "block", recording_block)
+    monkeypatch.setattr(Pair, "block", recording_block)
     drawn = pv.log_weights(
         model,
         guide,

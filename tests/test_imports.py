@@ -54,8 +54,9 @@ def test_a_file_imports_only_from_levels_above_it():
         {"estimators", "modules", "nets", "data"},
         {"priors", "likelihoods", "guides"},
         {"model"},
-        {"traces", "inspection", "weights"},
-        {"optimization", "training", "evaluation", "checkpoint"},
+        {"extract"},
+        {"traces", "inspection", "draws", "pair", "weights"},
+        {"optimization", "steps", "training", "evaluation", "checkpoint"},
         {"inference_data", "plots"},
     ]
     level_of = {name: level for level, names in enumerate(levels) for name in names}
