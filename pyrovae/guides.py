@@ -1,84 +1,29 @@
-"""Guides q(z|x). A guide is an `nn.Module` that runs as a Pyro guide and gives q(z|x) as a distribution.
+"""Guides q(z|x) on an encoder network, and all other guides by name.
 
-The seam: `encode(x) -> parameters (N, P)`, `distribution(parameters) -> q`, `posterior(x) = distribution(encode(x))`.
-Evaluation encodes each datum once, and whatever improves q for one datum works on its parameters. A new guide is one
-class here: subclass `Guide`, say how many parameters it takes, turn parameters into a distribution.
+A new guide is one class here: subclass `EncoderGuide`, say how many parameters it takes, turn parameters into a
+distribution. What evaluation makes of a guide (`Refined`, `DefensiveMixture`) is in `pyrovae.refinement`.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrovae.modules import check_count, emit_parameters
+from pyrovae.encoding import EncoderGuide, Guide
+from pyrovae.modules import check_count
+from pyrovae.refinement import DefensiveMixture, Refined
 
-__all__ = ["Guide", "MeanFieldNormal"]
-
-
-class Guide(nn.Module, ABC):
-    """Contract of a guide q(z|x), on the features of an encoder network and with a linear head of its own.
-
-    encoder_net: any module data (N, *data_shape) -> features (N, num_features)
-    latent_dim: D
-    num_features: width of the features; by default the network's `out_features`
-    num_parameters: P, how many numbers a distribution takes
-
-    As a Pyro program, `guide(x)` has plate "data" (dim -1) and site "z" (event shape (D,)).
-
-    Raises ValueError if the width of the features is unknown or wrong.
-    """
-
-    def __init__(self, encoder_net: nn.Module, latent_dim: int, num_features: int | None, num_parameters: int):
-        super().__init__()
-        check_count("latent_dim", latent_dim)
-        if num_features is None:
-            num_features = getattr(encoder_net, "out_features", None)
-        if num_features is None:
-            raise ValueError(
-                f"cannot tell how many features {type(encoder_net).__name__} gives: it has no `out_features`; "
-                f"pass num_features="
-            )
-        check_count("num_features", num_features)
-        self.encoder_net = encoder_net
-        self.latent_dim = latent_dim
-        self.num_features = num_features
-        self.head = nn.Linear(num_features, num_parameters)
-
-    @abstractmethod
-    def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
-        """q from its parameters (N, P): batch shape (N,), event shape (latent_dim,)."""
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Parameters (N, P) of q(z|x) for data x (N, *data_shape)."""
-        features = self.encoder_net(x)
-        if features.shape != (len(x), self.num_features):
-            raise ValueError(
-                f"the encoder network must give features ({len(x)}, {self.num_features}), found {tuple(features.shape)}: "
-                f"flatten its output, or set num_features="
-            )
-        return self.head(features)
-
-    def posterior(self, x: Tensor) -> dist.TorchDistribution:
-        """q(z|x): batch shape (N,), event shape (latent_dim,); its `.mean` is the embedding."""
-        return self.distribution(self.encode(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run as a Pyro guide; returns z (..., N, latent_dim)."""
-        emit_parameters(self, "guide")
-        return _sample(self.posterior(x), len(x))
-
-    def given(self, parameters: Tensor) -> Callable[..., Tensor]:
-        """This guide as a Pyro guide for data whose encoding (N, P) is known, so that they are encoded once."""
-        return lambda *_, **__: _sample(self.distribution(parameters), len(parameters))
-
-    def extra_repr(self) -> str:
-        return f"latent_dim={self.latent_dim}"
+__all__ = [
+    "DefensiveMixture",
+    "EncoderGuide",
+    "FullRankNormal",
+    "Guide",
+    "LowRankNormal",
+    "MeanFieldNormal",
+    "Refined",
+]
 
 
-class MeanFieldNormal(Guide):
+class MeanFieldNormal(EncoderGuide):
     """Normal guide with a diagonal covariance.
 
     q(z|x) = N(z; mu(x), diag sigma(x)^2),   (mu, log sigma) = head(encoder_net(x))
@@ -101,15 +46,94 @@ class MeanFieldNormal(Guide):
 
     def __init__(self, encoder_net: nn.Module, latent_dim: int, *, num_features: int | None = None):
         super().__init__(encoder_net, latent_dim, num_features, num_parameters=2 * latent_dim)
-        with torch.no_grad():
-            self.head.weight[:latent_dim] *= 3
-            self.head.bias[latent_dim:] -= 1
+        _start_informative(self.head, latent_dim)
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
         loc, log_scale = parameters.chunk(2, -1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
 
-def _sample(posterior: dist.TorchDistribution, num_data: int) -> Tensor:
-    with pyro.plate("data", num_data, dim=-1):
-        return pyro.sample("z", posterior)
+class FullRankNormal(EncoderGuide):
+    """Normal guide with a full covariance, by its Cholesky factor.
+
+    q(z|x) = N(z; mu(x), L(x) L(x)^T),   L = diag sigma + strictly lower triangle,   (mu, log sigma, triangle) = head(...)
+
+    It starts where `MeanFieldNormal` does: a triangle of zeros, informative means and scales. The head has D (D + 3) / 2
+    outputs, 860 at D = 40.
+
+    Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,).
+
+    Raises ValueError if the width of the features is unknown or wrong.
+
+    Source: Kingma & Welling, An Introduction to Variational Autoencoders (2019), section 2.5.1.
+
+    >>> import torch
+    >>> from pyrovae.nets import MLP
+    >>> FullRankNormal(MLP(4, [8]), latent_dim=2).posterior(torch.zeros(3, 4)).covariance_matrix.shape
+    torch.Size([3, 2, 2])
+    """
+
+    def __init__(self, encoder_net: nn.Module, latent_dim: int, *, num_features: int | None = None):
+        triangle = latent_dim * (latent_dim - 1) // 2
+        super().__init__(encoder_net, latent_dim, num_features, num_parameters=2 * latent_dim + triangle)
+        _start_informative(self.head, latent_dim)
+        with torch.no_grad():
+            self.head.weight[2 * latent_dim :] = 0
+            self.head.bias[2 * latent_dim :] = 0
+        # Where the diagonal and then the triangle go in a flattened matrix.
+        rows, columns = torch.tril_indices(latent_dim, latent_dim, -1)
+        diagonal = torch.arange(latent_dim) * (latent_dim + 1)
+        self.register_buffer("places", torch.cat([diagonal, rows * latent_dim + columns]), persistent=False)
+
+    def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
+        size = self.latent_dim
+        loc, log_scale, triangle = parameters.split([size, size, parameters.shape[-1] - 2 * size], -1)
+        entries = torch.cat([log_scale.exp(), triangle], -1)
+        # scatter: its gradient is a gather; assigning at index pairs takes six times as long
+        flat = entries.new_zeros(*entries.shape[:-1], size * size).scatter(-1, self.places.expand_as(entries), entries)
+        return dist.MultivariateNormal(loc, scale_tril=flat.unflatten(-1, (size, size)))
+
+
+class LowRankNormal(EncoderGuide):
+    """Normal guide whose covariance is a diagonal and a few directions.
+
+    q(z|x) = N(z; mu(x), diag sigma(x)^2 + V(x) V(x)^T),   V (D, rank),   (mu, log sigma, V) = head(encoder_net(x))
+
+    rank: number of directions; the head has (2 + rank) D outputs, and sampling and densities cost O(D rank^2)
+
+    It starts close to where `MeanFieldNormal` does, V small but not 0: there its expected gradient would vanish.
+
+    Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,).
+
+    Raises ValueError for rank < 1 and if the width of the features is unknown or wrong.
+
+    Source: Ong, Nott & Smith, Gaussian Variational Approximation with a Factor Covariance Structure (2018).
+
+    >>> import torch
+    >>> from pyrovae.nets import MLP
+    >>> LowRankNormal(MLP(4, [8]), latent_dim=6, rank=2).posterior(torch.zeros(3, 4)).cov_factor.shape
+    torch.Size([3, 6, 2])
+    """
+
+    def __init__(self, encoder_net: nn.Module, latent_dim: int, *, rank: int = 4, num_features: int | None = None):
+        check_count("rank", rank)
+        super().__init__(encoder_net, latent_dim, num_features, num_parameters=(2 + rank) * latent_dim)
+        self.rank = rank
+        _start_informative(self.head, latent_dim)
+        with torch.no_grad():
+            self.head.weight[2 * latent_dim :] *= 0.1
+
+    def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
+        size = self.latent_dim
+        loc, log_scale, factor = parameters.split([size, size, self.rank * size], -1)
+        return dist.LowRankMultivariateNormal(loc, factor.unflatten(-1, (size, self.rank)), (2 * log_scale).exp())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+def _start_informative(head: nn.Linear, latent_dim: int) -> None:
+    """Spread means and scales near 1/e, for a head whose first outputs are (mu, log sigma): see `MeanFieldNormal`."""
+    with torch.no_grad():
+        head.weight[:latent_dim] *= 3
+        head.bias[latent_dim : 2 * latent_dim] -= 1
