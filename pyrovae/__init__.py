@@ -1,9 +1,11 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
-from pyrovae import data, estimators, guides, likelihoods, nets, plots, priors
+from pyrovae import data, estimators, guides, likelihoods, nets, plots, priors, uses
 from pyrovae.checkpoint import load, save
 from pyrovae.evaluation import LogMarginalLikelihood, active_units, log_marginal_likelihood
+from pyrovae.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
 from pyrovae.inference_data import to_inference_data
+from pyrovae.layers import ConditionalNormal
 from pyrovae.model import GenerativeModel
 from pyrovae.training import FitResult, fit, pick_device
 from pyrovae.weights import log_weights
@@ -11,9 +13,13 @@ from pyrovae.weights import log_weights
 __version__ = "0.1.0"
 
 __all__ = [
+    "BottomUpGuide",
+    "ConditionalNormal",
     "FitResult",
     "GenerativeModel",
+    "HierarchicalModel",
     "LogMarginalLikelihood",
+    "TopDownGuide",
     "active_units",
     "data",
     "estimators",
@@ -29,4 +35,6 @@ __all__ = [
     "priors",
     "save",
     "to_inference_data",
+    "two_layer_vae",
+    "uses",
 ]

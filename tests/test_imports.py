@@ -52,8 +52,8 @@ def test_public_names():
 def test_a_file_imports_only_from_levels_above_it():
     levels = [
         {"estimators", "modules", "nets", "data"},
-        {"priors", "likelihoods", "guides"},
-        {"model"},
+        {"encoding", "refinement", "layers", "priors", "likelihoods", "guides"},
+        {"model", "hierarchy", "uses"},
         {"extract"},
         {"traces", "inspection", "draws", "pair", "weights"},
         {"optimization", "steps", "training", "evaluation", "checkpoint"},
