@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyrovae.modules import check_count, emit_parameters
 
-__all__ = ["EncoderGuide", "Guide", "features_of", "width_of_features"]
+__all__ = ["EncoderGuide", "Guide", "check_guide", "features_of", "width_of_features"]
 
 
 class Guide(nn.Module, ABC):
@@ -108,7 +108,15 @@ def features_of(net: nn.Module, x: Tensor, num_features: int) -> Tensor:
     features = net(x)
     if features.shape != (len(x), num_features):
         raise ValueError(
-            f"the encoder network must give features ({len(x)}, {num_features}), found {tuple(features.shape)}: "
+            f"the network must give features ({len(x)}, {num_features}), found {tuple(features.shape)}: "
             f"flatten its output, or set num_features="
         )
     return features
+
+
+def check_guide(guide: Any) -> None:
+    """Raise TypeError unless `guide` is a `Guide`, for what works on encodings."""
+    if not isinstance(guide, Guide):
+        raise TypeError(
+            f"guide must be a pyrovae.guides.Guide, whose encode and distribution are used; found {type(guide).__name__}"
+        )

@@ -8,9 +8,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyrovae.defensive import DefensiveMixture
 from pyrovae.encoding import EncoderGuide, Guide
 from pyrovae.modules import check_count
-from pyrovae.refinement import DefensiveMixture, Refined
+from pyrovae.refinement import Refined
 
 __all__ = [
     "DefensiveMixture",

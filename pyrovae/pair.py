@@ -64,7 +64,7 @@ class Pair:
                     f"plate does not take its size from the tensors passed, or data influence each other; "
                     f"data_batch_size=None evaluates them together"
                 )
-        self.layout, model_trace, _ = inspect_pair(model, guide, args, kwargs, plate)
+        self.layout, model_trace, _ = inspect_pair(model, self._guide(self._encode(args, kwargs)), args, kwargs, plate)
         self.num_data = self.layout.num_data
         self.row_size = _row_size(model_trace, self.layout)
 
@@ -78,7 +78,9 @@ class Pair:
         self.split_size = length
         try:
             for rows in (torch.randperm(length)[:head].sort().values, torch.arange(head)):
-                layout, model_trace, guide_trace = inspect_pair(self.model, self.guide, *self._cut(rows), self.plate)
+                args, kwargs = self._cut(rows)
+                guide = self._guide(self._encode(args, kwargs))
+                layout, model_trace, guide_trace = inspect_pair(self.model, guide, args, kwargs, self.plate)
                 if layout.dim is None or layout.subsampled or layout.num_data != head:
                     raise ValueError("the tensors passed do not set the size of the datum plate")
                 whole = log_weights_of(layout, model_trace, guide_trace)
@@ -187,9 +189,12 @@ class Pair:
             return self.guide.encode(*args, **kwargs)
         return None
 
+    def _guide(self, encoded: Tensor | None) -> Program:
+        return self.guide if encoded is None else self.guide.given(encoded)
+
     def _run(self, encoded: Tensor | None, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None):
         """One run of the pair: of `num_particles` under an outer plate, or of one without."""
-        guide = self.guide if encoded is None else self.guide.given(encoded)
+        guide = self._guide(encoded)
         if num_particles is None:
             return run_pair(self.model, guide, args, kwargs, layout.pinned)
 

@@ -1,21 +1,19 @@
-"""Better guides for evaluation, made of a trained one: improved for each datum, or made wide enough everywhere."""
+"""A guide improved for each datum by gradient steps: it takes the amortisation gap out of an evaluation."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
-from torch.distributions import constraints
+from torch import Tensor
 
-from pyrovae.encoding import Guide
-from pyrovae.modules import check_count, evaluation_mode
+from pyrovae.encoding import Guide, check_guide
+from pyrovae.modules import check_count, checks_values, evaluation_mode
 
-__all__ = ["DefensiveMixture", "Refined"]
+__all__ = ["Refined"]
 
 _SEED = 815_462_973  # of the noise of refinement: far from the seeds people set, under which the particles are drawn
 
@@ -23,7 +21,7 @@ Draw = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Refined(Guide):
-    """A guide improved for each datum by gradient steps on what its `encode` gives, the weights being left as they are.
+    """A guide improved for each datum by gradient steps on what its `encode` gives, its weights being left as they are.
 
     lambda_0 = guide.encode(x),   lambda_(t+1) = lambda_t + Adam( grad_lambda ELBO(x; lambda_t) ),
     ELBO(x; lambda) = E_q [ log p(x, z) - log q(z) ],   q = guide.distribution(lambda)
@@ -37,8 +35,10 @@ class Refined(Guide):
     For evaluation, where it removes (most of) the amortisation gap: `log_marginal_likelihood(model, Refined(guide, model),
     x)` refines each datum once and draws its particles afterwards, so the estimate remains a lower bound on average. The
     refinement takes random numbers of its own, the same for every datum and every call: q(z|x) is a function of x, of
-    no other datum and no seed. Model and guide run in eval mode and are not changed; `Refined` is not trained, as no
-    gradient passes through the steps.
+    no other datum and of no seed. Its steps run with model and guide in eval mode, and leave both as they are.
+
+    In training the encoder gets the gradient of the ELBO at the refined parameters, as if refinement were a shift
+    (lambda_T = lambda_0 + constant); derivatives of the steps are left out. Each call costs `num_steps` gradients.
 
     Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,).
 
@@ -46,7 +46,8 @@ class Refined(Guide):
     model whose latent sites are not just "z"; RuntimeError if the parameters stop being finite.
 
     Source: Kim, Wiseman, Miller, Sontag & Rush, Semi-Amortized Variational Autoencoders (2018); Cremer, Li & Duvenaud,
-    Inference Suboptimality in Variational Autoencoders (2018).
+    Inference Suboptimality in Variational Autoencoders (2018). The gradient in training: Finn, Abbeel & Levine,
+    Model-Agnostic Meta-Learning (2017), section 5.2, "first order".
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Refined(Guide):
         learning_rate: float = 0.05,
         num_particles: int = 8,
     ):
-        _check_guide(guide)
+        check_guide(guide)
         check_count("num_steps", num_steps)
         check_count("num_particles", num_particles)
         if not learning_rate > 0:
@@ -70,30 +71,38 @@ class Refined(Guide):
         self.num_steps, self.learning_rate, self.num_particles = num_steps, learning_rate, num_particles
 
     def encode(self, x: Tensor) -> Tensor:
-        devices = [x.device] if x.is_cuda else []
+        if not checks_values():
+            raise RuntimeError("refinement is a loop of gradient steps, which is not recorded: encode before")
+        start = self.guide.encode(x)
+        shift = self._refined(x, start) - start.detach()
+        return start + shift
+
+    def distribution(self, parameters: Tensor) -> pyro.distributions.TorchDistribution:
+        return self.guide.distribution(parameters)
+
+    def _refined(self, x: Tensor, start: Tensor) -> Tensor:
+        """Parameters (N, P), by the steps from `start`."""
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.random.fork_rng(devices),
+            torch.random.fork_rng([x.device] if x.is_cuda else []),
             pyro.validation_enabled(False),
             evaluation_mode(self.guide, self.model),
             poutine.block(),  # the handlers around this guide are not to see the model's sites
         ):
-            torch.manual_seed(_SEED)
-            return self._refine(x.clone() if x.is_inference() else x)
-
-    def _refine(self, x: Tensor) -> Tensor:
-        parameters = self.guide.encode(x).detach().clone().requires_grad_()
-        draw = self._draw(parameters)
-        repeated = x.repeat(self.num_particles, *(1 for _ in x.shape[1:]))
-        adam = torch.optim.Adam([parameters], lr=self.learning_rate)
-        for step in range(self.num_steps):
-            adam.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.num_steps)
-            z, log_q = draw(parameters)
-            elbo = (self._log_joint(repeated, z.flatten(0, 1)) - log_q.sum()) / self.num_particles
-            # A sum over data, so each row's gradient is that of its own datum; only the parameters get one.
-            (parameters.grad,) = torch.autograd.grad(-elbo, parameters)
-            adam.step()
+            _seed(_SEED, x.device)
+            # clone: what was made in inference mode takes part in no gradient
+            parameters = start.detach().clone().requires_grad_()
+            repeated = x.clone().repeat(self.num_particles, *(1 for _ in x.shape[1:]))
+            draw = self._draw(parameters)
+            adam = torch.optim.Adam([parameters], lr=self.learning_rate)
+            for step in range(self.num_steps):
+                adam.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.num_steps)
+                z, log_q = draw(parameters)
+                elbo = (self._log_joint(repeated, z.flatten(0, 1)) - log_q.sum()) / self.num_particles
+                # A sum over data, so each row's gradient is that of its own datum; only the parameters get one.
+                (parameters.grad,) = torch.autograd.grad(-elbo, parameters)
+                adam.step()
         if not parameters.isfinite().all():
             raise RuntimeError(
                 f"refinement ended at parameters that are not finite: lower learning_rate ({self.learning_rate:g}), and "
@@ -112,16 +121,15 @@ class Refined(Guide):
             z = posterior.rsample((self.num_particles,))
             return z.squeeze(1), posterior.log_prob(z).squeeze(1)
 
-        def draw_in_turn(parameters: Tensor) -> tuple[Tensor, Tensor]:
+        def draw_in_turn(parameters: Tensor) -> tuple[Tensor, ...]:
             seed = int(torch.randint(2**62, ()))
             draws = []
             for row in parameters:
-                torch.manual_seed(seed)
+                _seed(seed, parameters.device)
                 draws.append(draw_one(row))
             return tuple(torch.stack(parts, 1) for parts in zip(*draws, strict=True))
 
-        posterior = self.guide.distribution(parameters)
-        if not posterior.has_rsample:
+        if not self.guide.distribution(parameters).has_rsample:
             raise ValueError(
                 f"refinement needs reparameterised draws, and {type(self.guide).__name__} has none: refine a guide that "
                 f"has (DefensiveMixture(Refined(guide, model), prior), not the other way round)"
@@ -136,106 +144,22 @@ class Refined(Guide):
     def _log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x, z), summed over data."""
         trace = poutine.trace(poutine.condition(self.model, data={"z": z})).get_trace(x)
-        latents = [
-            name
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
-        ]
-        if latents or "z" not in trace.nodes:
-            found = sorted({*latents, *({"z"} & set(trace.nodes))})
-            raise ValueError(f"refinement needs a model whose one latent site is 'z', found {found}")
-        return trace.log_prob_sum()
+        sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
+        latents = {name for name, site in sites.items() if name == "z" or not site["is_observed"]}
+        if latents != {"z"}:
+            raise ValueError(f"refinement needs a model whose one latent site is 'z', found {sorted(latents)}")
+        # Without the scale of a subsampled plate, which log q does not have.
+        terms = (
+            scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
+            for site in sites.values()
+        )
+        return sum(term.sum() for term in terms)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_steps={self.num_steps}"
 
 
-class DefensiveMixture(Guide):
-    """A guide mixed with the prior, so that no importance weight is ever large.
-
-    q'(z|x) = (1 - weight) q(z|x) + weight p(z),   p(x, z) / q'(z|x) <= p(x|z) / weight
-
-    guide: q; prior: p, the model's (any module whose `forward()` gives a distribution); weight: between 0 and 1
-
-    For evaluation: where q is too narrow the weights of q alone have no finite variance, those of q' are bounded
-    wherever p(x|z) is, at the price of the share `weight` of the draws. A draw is a choice of component and so not
-    reparameterised: `rsample` and objectives that need it refuse it. The density of the prior's draws under q is needed;
-    with an autoregressive flow that is an inversion, latent_dim times the cost of a draw.
-
-    Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,).
-
-    Raises ValueError for a weight outside (0, 1) and for different numbers of latent dimensions.
-
-    Source: Hesterberg, Weighted Average Importance Sampling and Defensive Mixture Distributions (1995).
-    """
-
-    def __init__(self, guide: Guide, prior: nn.Module, weight: float = 0.1):
-        _check_guide(guide)
-        if not 0 < weight < 1:
-            raise ValueError(f"weight must lie between 0 and 1, the share of the prior's draws; found {weight}")
-        if prior().event_shape != (guide.latent_dim,):
-            raise ValueError(
-                f"prior and guide must have the same latent dimensions, found event shape {tuple(prior().event_shape)} "
-                f"and latent_dim={guide.latent_dim}"
-            )
-        super().__init__(guide.latent_dim)
-        self.guide, self.prior, self.weight = guide, prior, weight
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.guide.encode(x)
-
-    def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
-        return _Mixture(self.guide.distribution(parameters), self.prior(), self.weight)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight={self.weight:g}"
-
-
-class _Mixture(dist.TorchDistribution):
-    """(1 - weight) narrow + weight wide: two distributions of whatever families, the second wherever the first is."""
-
-    arg_constraints: dict[str, constraints.Constraint] = {}
-    has_rsample = False
-
-    def __init__(self, narrow: dist.TorchDistribution, wide: dist.TorchDistribution, weight: float):
-        self.narrow, self.wide, self.weight = narrow, wide.expand(narrow.batch_shape), weight
-        super().__init__(narrow.batch_shape, narrow.event_shape, validate_args=False)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return self.wide.support
-
-    @property
-    def mean(self) -> Tensor:
-        return (1 - self.weight) * self.narrow.mean + self.weight * self.wide.mean
-
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "_Mixture":
-        return _Mixture(self.narrow.expand(batch_shape), self.wide, self.weight)
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        with torch.no_grad():
-            narrow, wide = self.narrow.sample(sample_shape), self.wide.sample(sample_shape)
-            is_wide = torch.rand(narrow.shape[:-1], device=narrow.device) < self.weight
-            return torch.where(is_wide.unsqueeze(-1), wide, narrow)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return torch.logaddexp(
-            math.log1p(-self.weight) + _log_prob_anywhere(self.narrow, value),
-            math.log(self.weight) + _log_prob_anywhere(self.wide, value),
-        )
-
-
-def _log_prob_anywhere(distribution: dist.TorchDistribution, value: Tensor) -> Tensor:
-    """Log density, -inf outside the support: each component is asked about the other's draws."""
-    possible = distribution.support.check(value)
-    if possible.all():
-        return distribution.log_prob(value)
-    inside = torch.where(possible.unsqueeze(-1), value, distribution.sample())
-    return torch.where(possible, distribution.log_prob(inside), -torch.inf)
-
-
-def _check_guide(guide: Any) -> None:
-    if not isinstance(guide, Guide):
-        raise TypeError(
-            f"guide must be a pyrovae.guides.Guide, whose encode and distribution are used; found {type(guide).__name__}"
-        )
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the generator of one device: `torch.manual_seed` would seed all of them."""
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    generator.manual_seed(seed)

@@ -52,7 +52,9 @@ def test_public_names():
 def test_a_file_imports_only_from_levels_above_it():
     levels = [
         {"estimators", "modules", "nets", "data"},
-        {"encoding", "refinement", "layers", "priors", "likelihoods", "guides"},
+        {"encoding", "flows"},
+        {"priors", "likelihoods", "layers", "defensive", "refinement"},
+        {"guides"},
         {"model", "hierarchy", "uses"},
         {"extract"},
         {"traces", "inspection", "draws", "pair", "weights"},
