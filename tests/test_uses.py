@@ -136,6 +136,21 @@ def test_direction_of_an_attribute_in_closed_form(linear):
     assert torch.allclose(uses.attribute_direction(linear.guide, x, mask), expected)
 
 
+def test_direction_within_groups_leaves_out_what_differs_between_them(linear):
+    """x = that of its group + attribute * shift, with unlike shares of the attribute in the groups."""
+    shift, of_group = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]), torch.randn(3, 5)
+    groups = torch.tensor([0] * 8 + [1] * 5 + [2] * 3)
+    mask = torch.tensor([True] * 6 + [False] * 2 + [True] + [False] * 4 + [True] * 3)
+    x = of_group[groups] + mask.unsqueeze(1) * shift
+    direction = uses.attribute_direction(linear.guide, x, mask, groups=groups)
+    assert torch.allclose(direction, linear.M @ shift)
+    assert not torch.allclose(uses.attribute_direction(linear.guide, x, mask), linear.M @ shift, atol=0.1)
+    # Groups whose attribute shifts them differently count as often as they have data.
+    x = x + ((groups == 1) & mask).unsqueeze(1) * torch.ones(5)
+    direction = uses.attribute_direction(linear.guide, x, mask, groups=groups)
+    assert torch.allclose(direction, linear.M @ (shift + 5 / 13))
+
+
 def test_edit(linear):
     direction, amounts = torch.tensor([1.0, -2.0, 0.5]), [0.0, 1.0, -0.7]
     pictures = uses.edit(linear.model, linear.guide, linear.x, direction, amounts)
@@ -256,6 +271,14 @@ def test_draws_from_a_hierarchy_go_through_every_layer(double):
         (lambda m, g, x: uses.attribute_direction(g, x, torch.ones(3) > 0), r"bool \(4,\)"),
         (lambda m, g, x: uses.attribute_direction(g, x, torch.ones(4) > 0), "4 of 4 with it"),
         (lambda m, g, x: uses.attribute_direction(g, x, torch.zeros(4) > 0), "0 of 4 with it"),
+        (
+            lambda m, g, x: uses.attribute_direction(g, x, torch.arange(4) > 1, groups=(torch.arange(4) > 1).long()),
+            "in one group, found 2 of 4",
+        ),
+        (
+            lambda m, g, x: uses.attribute_direction(g, x, torch.arange(4) > 1, groups=torch.ones(4)),
+            r"whole numbers \(4,\), labels for instance; found torch.float64",
+        ),
     ],
 )
 def test_errors(linear, use, match):
