@@ -281,8 +281,17 @@ def test_particles_are_drawn_together_and_encoded_once(name):
     """No warning (they are errors) that particles are drawn one by one; and the seam that evaluation uses."""
     model, guide = PAIRS[name]()
     x = binary(40)
-    lml = pv.log_marginal_likelihood(model, guide, x, num_particles=50, data_batch_size=16, particle_batch_size=20)
-    assert lml.log_prob.isfinite().all()
+    first = guide.bottom if name == "bottom-up" else guide.top
+    encodings = []
+    first.head.register_forward_hook(lambda *_: encodings.append(1))
+    counts = []
+    for particle_batch_size in (50, 5):
+        encodings.clear()
+        options = {"num_particles": 50, "data_batch_size": 16, "particle_batch_size": particle_batch_size}
+        assert pv.log_marginal_likelihood(model, guide, x, **options).log_prob.isfinite().all()
+        counts.append(len(encodings))
+    if "vamp" not in name:  # whose prior encodes its pseudo-inputs at each call
+        assert counts[0] == counts[1]
     pyro.set_rng_seed(0)
     direct = poutine.trace(guide).get_trace(x)
     pyro.set_rng_seed(0)
