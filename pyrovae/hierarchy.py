@@ -76,17 +76,16 @@ class HierarchicalModel(LatentVariableModel):
 
         Raises ValueError for any other width.
         """
-        names, widths = (
-            self.latent_prior().names,
-            [sum(self.latent_dims[below:]) for below in range(len(self.layers) + 1)],
-        )
+        widths = [sum(self.latent_dims[below:]) for below in range(len(self.latent_dims))]
         if z.shape[-1] not in widths:
             raise ValueError(
                 f"expected latents of width {widths[0]} (layers of {self.latent_dims}), or {widths[1:]} for the upper layers "
                 f"alone; found {z.shape[-1]}"
             )
         below = widths.index(z.shape[-1])
-        given = dict(zip(names[below:], z.split(self.latent_dims[below:], -1), strict=True))
+        if below == 0:
+            return super().decode(z, mean=mean)
+        given = {f"z{below + 1 + i}": layer for i, layer in enumerate(z.split(self.latent_dims[below:], -1))}
 
         def visit(name: str, distribution: dist.TorchDistribution) -> Tensor:
             if name in given:
