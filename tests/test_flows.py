@@ -88,13 +88,18 @@ def test_the_density_of_a_draw_is_the_density(kind, draw, double, densities):
             densities.clear()
 
 
-def test_other_shapes_of_values(double):
-    q = distribution(make(), torch.randn(5, 4))
+@pytest.mark.parametrize("kind", ["IAF", "MAF", "NSF"])
+def test_other_shapes_of_values(kind, double):
+    flow, context = make(kind), torch.randn(5, 4)
+    q = distribution(flow, context)
     values = torch.randn(6, 5, 3)
     one_by_one = torch.stack([q.log_prob(value) for value in values])
     assert torch.allclose(q.log_prob(values), one_by_one)
     assert torch.allclose(q.expand((6, 5)).log_prob(values), one_by_one)
     assert torch.allclose(q.expand((6, 5)).log_prob(values[0]), one_by_one[0].expand(6, 5))
+    each = torch.cat([distribution(flow, one[None]).log_prob(values[0, :1]) for one in context])
+    assert torch.allclose(q.log_prob(values[0, 0]), each)
+    assert torch.allclose(q.log_prob(values[:, :1])[0], each)
 
 
 def test_attributes():
