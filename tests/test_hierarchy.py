@@ -208,19 +208,11 @@ def pair(kind="bottom-up", sizes=(3, 2), vamp=False, skip=False):
     else:
         top = guides.MeanFieldNormal(nets.MLP(12, [8]), z2)
         guide = pv.TopDownGuide(top, [small(z2 + 8, z1)], nets.MLP(12, [8]))
-    prior = VampPrior(guide.top, torch.rand(4, *SHAPE)) if vamp else priors.StandardNormal(z2)
+    prior = (
+        priors.VampPrior(guide.top, torch.rand(4, *SHAPE), learn_weights=True) if vamp else priors.StandardNormal(z2)
+    )
     likelihood = likelihoods.Bernoulli(nets.MLP(z1 + z2 if skip else z1, [8], 12), SHAPE)
     return pv.HierarchicalModel(prior, [small(z2, z1)], likelihood, skip=skip), guide
-
-
-class VampPrior(priors.Prior):
-    def __init__(self, guide, pseudo_inputs):
-        super().__init__(guide.latent_dim)
-        self.guide, self.pseudo_inputs = guide, nn.Parameter(pseudo_inputs)
-
-    def forward(self):
-        weights = dist.Categorical(logits=torch.zeros(len(self.pseudo_inputs)))
-        return dist.MixtureSameFamily(weights, self.guide.posterior(self.pseudo_inputs))
 
 
 PAIRS = {
