@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import within
+from parts import GUIDES, PRIORS
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from test_compiled_training import assert_same_step, eager_step, recorded_step
@@ -296,6 +297,32 @@ def test_particles_are_drawn_together_and_encoded_once(name):
     total = direct.nodes["z1"]["log_prob"] + direct.nodes["z2"]["log_prob"]
     assert torch.allclose(guide.posterior(x).log_prob(z), total, atol=1e-5)
     assert torch.equal(direct.nodes["_RETURN"]["value"], z)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_every_prior_on_top(name):
+    _, guide = pair("top-down")
+    likelihood = likelihoods.Bernoulli(nets.MLP(3, [8], 12), SHAPE)
+    check_pair(pv.HierarchicalModel(PRIORS[name](guide.top), [small(2, 3)], likelihood), guide)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_every_guide_as_the_layer_drawn_first(name):
+    model, _ = pair(sizes=(2, 2))
+    check_pair(model, pv.BottomUpGuide(GUIDES[name](), [small(2, 2)]))
+    model, _ = pair(sizes=(3, 2))
+    check_pair(model, pv.TopDownGuide(GUIDES[name](), [small(2 + 8, 3)], nets.MLP(12, [8])))
+
+
+def check_pair(model, guide):
+    x = binary()
+    Trace_ELBO().loss_and_grads(model, guide, x)
+    for name, parameter in [*model.named_parameters(), *guide.named_parameters()]:
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert pv.log_weights(model, guide, x, num_particles=4).isfinite().all()
+    assert model.generate(3).shape == (3, *SHAPE)
+    assert guide.posterior(x).mean.shape == (5, model.latent_dim)
 
 
 @pytest.mark.parametrize("kind", ["bottom-up", "top-down"])
