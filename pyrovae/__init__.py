@@ -1,6 +1,6 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
-from pyrovae import data, estimators, guides, likelihoods, nets, plots, priors
+from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plots, priors
 from pyrovae.checkpoint import load, save
 from pyrovae.evaluation import LogMarginalLikelihood, active_units, log_marginal_likelihood
 from pyrovae.inference_data import to_inference_data
@@ -24,6 +24,7 @@ __all__ = [
     "log_marginal_likelihood",
     "log_weights",
     "nets",
+    "objectives",
     "pick_device",
     "plots",
     "priors",
