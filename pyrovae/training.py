@@ -218,6 +218,9 @@ class _Parts:
 
     def add_traces(self, model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int) -> None:
         reconstruction, kl = 0.0, 0.0
+        for trace in (model_trace, guide_trace):
+            if any(site["infer"].get("_enumerate_dim") is not None for _, site in sample_sites(trace)):
+                reconstruction = kl = torch.tensor(math.nan)  # tables of log densities, not those of draws
         for _, site in sample_sites(model_trace):
             if site["is_observed"]:
                 reconstruction = reconstruction + site["log_prob_sum"].detach()

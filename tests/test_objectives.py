@@ -635,10 +635,7 @@ def test_pyros_own_losses_serve_for_discrete_latents(double, monkeypatch):
     assert torch.allclose(codes.expected(Trace_ELBO(), monkeypatch), exact, rtol=1e-9)
 
     # Enumeration needs one site per code; one datum carries the parameters.
-    w, v, prior, c = (
-        parameter[0].detach().clone().requires_grad_()
-        for parameter in codes.parameters.values()
-    )
+    w, v, prior, c = (parameter[0].detach().clone().requires_grad_() for parameter in codes.parameters.values())
 
     def model():
         with pyro.plate("data", 1):
