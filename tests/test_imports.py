@@ -51,8 +51,8 @@ def test_public_names():
 
 def test_a_file_imports_only_from_levels_above_it():
     levels = [
-        {"estimators", "modules", "nets", "data"},
-        {"priors", "likelihoods", "guides"},
+        {"estimators", "modules", "nets", "data", "flows", "mixtures"},
+        {"prior_contract", "flow_priors", "priors", "likelihoods", "guides"},
         {"model"},
         {"extract"},
         {"traces", "inspection", "draws", "pair", "particles", "weights"},
