@@ -5,6 +5,7 @@ configurations of discrete draws) and parameters of its own, so that the gradien
 estimator's expectation.
 """
 
+import copy
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import within
+from parts import LATENT_DIM, PRIORS, SHAPE
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -20,6 +22,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyrovae as pv
+from pyrovae.flows import FlowDistribution, import_zuko
 from pyrovae.objectives import (
     VIMCO,
     AnalyticKL,
@@ -30,6 +33,7 @@ from pyrovae.objectives import (
 )
 
 KL_OBJECTIVES = [MonteCarloKL, AnalyticKL, StickingTheLanding]
+WEIGHT_OBJECTIVES = [ImportanceWeighted, DoublyReparameterised, VIMCO]
 
 
 def gradients(objective, model, guide, parameters, *args):
@@ -691,3 +695,96 @@ def test_vimco_takes_reparameterised_latents_too(double, monkeypatch):
     found = gradients(objective, model, guide, [a, v, s])
     expected = [(weights * probability.detach() * grad).sum().item() for grad in found]
     assert expected == pytest.approx(exact, rel=1e-5)
+
+
+# --- this library's priors, and flows as guides -------------------------------------------------------------------------
+
+
+def path_and_prior(make, z, held_weights, log_joint):
+    """Minus the loss by hand: what goes through z at parameters held fixed, and the model's own gradient at fixed z."""
+    if make is StickingTheLanding:
+        return (held_weights + log_joint(z.detach()) - log_joint(z.detach()).detach()).mean(0).sum()
+    normalised = held_weights.detach().softmax(0)
+    return (normalised**2 * held_weights).sum() + (normalised * log_joint(z.detach())).sum()
+
+
+@pytest.mark.parametrize("make", [StickingTheLanding, DoublyReparameterised])
+def test_vamp_prior_by_hand_with_a_detached_copy(make, double):
+    """The path holds the shared encoder fixed in the guide's density and in the prior's; the prior then moves it too."""
+    guide = pv.guides.MeanFieldNormal(pv.nets.MLP(12, [8]), 2)
+    prior = pv.priors.VampPrior(guide, torch.rand(4, 12))
+    model = pv.GenerativeModel(prior, pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 12), 12))
+    model.double(), guide.double()
+    held_model, held_guide = copy.deepcopy((model, guide))
+    for parameter in (*held_model.parameters(), *held_guide.parameters()):
+        parameter.requires_grad_(False)
+    parameters = list(dict.fromkeys([*guide.parameters(), *model.parameters()]))
+    x = (torch.rand(6, 12) < 0.5) * 1.0
+    objective = make(3)
+    objective.loss(model, guide, x)
+    pyro.set_rng_seed(3)
+    found = gradients(objective, model, guide, parameters, x)
+
+    def joint(model, z):
+        return model.prior().log_prob(z) + model.likelihood(z).log_prob(x)
+
+    pyro.set_rng_seed(3)
+    z = guide.posterior(x).expand([3, 6]).rsample()
+    held_weights = joint(held_model, z) - held_guide.posterior(x).log_prob(z)
+    surrogate = path_and_prior(make, z, held_weights, lambda z: joint(model, z))
+    for one, other in zip(found, torch.autograd.grad(-surrogate, parameters), strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+        assert other.abs().sum() > 0
+
+
+@pytest.mark.parametrize("make", [StickingTheLanding, DoublyReparameterised])
+def test_flow_guide_by_hand_with_a_detached_copy(make, double):
+    """A flow that keeps the density of its own draw is inverted, and gives the gradient at the draw."""
+    flow = import_zuko().flows.MAF(2, context=2, hidden_features=[8])
+    held_flow = copy.deepcopy(flow).requires_grad_(False)
+    x = torch.randn(5, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + 0.2 * z**2, 0.5).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", FlowDistribution(flow(x), parameters=flow.parameters()))
+
+    def joint(z):
+        return dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + dist.Normal(z + 0.2 * z**2, 0.5).log_prob(x).sum(-1)
+
+    objective = make(3)
+    objective.loss(model, guide, x)
+    pyro.set_rng_seed(3)
+    found = gradients(objective, model, guide, list(flow.parameters()), x)
+    pyro.set_rng_seed(3)
+    z = FlowDistribution(flow(x)).expand([3, 5]).rsample()
+    surrogate = path_and_prior(make, z, joint(z) - held_flow(x).log_prob(z), joint)
+    for one, other in zip(found, torch.autograd.grad(-surrogate, list(flow.parameters())), strict=True):
+        assert torch.allclose(one, other, rtol=1e-7, atol=1e-10)
+        assert other.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_every_objective_takes_every_prior(name, double):
+    """Finite, with a gradient for every parameter; and the same ELBO whichever way its gradient is estimated."""
+    guide = pv.guides.MeanFieldNormal(pv.nets.MLP(12, [8]), LATENT_DIM)
+    model = pv.GenerativeModel(PRIORS[name](guide), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 12), SHAPE))
+    model.double(), guide.double()
+    x = (torch.rand(5, *SHAPE) < 0.5) * 1.0
+    parameters = list(dict.fromkeys([*guide.parameters(), *model.parameters()]))
+    losses = []
+    for objective in (*(make(2) for make in KL_OBJECTIVES), *(make(2) for make in WEIGHT_OBJECTIVES)):
+        objective.loss(model, guide, x)
+        pyro.set_rng_seed(1)
+        for grad in gradients(objective, model, guide, parameters, x):
+            assert grad.isfinite().all()
+            assert grad.abs().sum() > 0
+        pyro.set_rng_seed(1)
+        losses.append(objective.loss(model, guide, x))
+        assert math.isfinite(losses[-1])
+    assert losses[0] == pytest.approx(losses[2], rel=1e-10)
+    assert losses[3:] == pytest.approx([losses[3]] * 3, rel=1e-10)
