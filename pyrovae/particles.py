@@ -31,6 +31,7 @@ class Run(NamedTuple):
     num_particles: under the plate; None without it
     full_size: of a subsampled plate, that of the data where there is one; None without
     paths: how gradients get from cut draws to the guide; None where nothing was cut
+    link: a zero that carries the gradient of `pull_back`; None where nothing was cut
     """
 
     layout: Layout
@@ -39,6 +40,7 @@ class Run(NamedTuple):
     model_trace: poutine.Trace
     guide_trace: poutine.Trace
     paths: "_Paths | None"
+    link: Tensor | None
 
     @property
     def plate_scale(self) -> float:
@@ -69,11 +71,14 @@ def draw_runs(
             model, guide = (poutine.replay(program, trace=pinned) for program in (model, guide))
         with _Cut(cut) as draws:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        paths = _Paths(draws.drawn, draws.leaves) if draws.drawn else None
-        replayed = guide_trace if paths is None else _with_values(guide_trace, paths.values)
+        paths, link, replayed = None, None, guide_trace
+        if draws.drawn:
+            paths = _Paths(draws.drawn, draws.leaves)
+            *values, link = _Bridge.apply(paths, *paths.drawn)
+            replayed = _with_values(guide_trace, dict(zip(paths.names, values, strict=True)))
         model_trace = poutine.trace(poutine.replay(model, trace=replayed)).get_trace(*args, **kwargs)
         present, full_size = _present_layout(layout, model_trace)
-        runs.append(Run(present, size, full_size, model_trace, guide_trace, paths))
+        runs.append(Run(present, size, full_size, model_trace, guide_trace, paths, link))
     return runs
 
 
@@ -121,16 +126,13 @@ class _Cut(Messenger):
 class _Paths:
     """The cut draws of a run, and the way back: gradients at the leaves become gradients of the draws.
 
-    values: the draws as the model is to see them
-    link: a zero that carries the gradients of `pull_back`, to be added to the loss
+    It keeps nothing that comes after the bridge, which keeps it: a circle through autograd's graph is never freed.
     """
 
     def __init__(self, drawn: dict[str, Tensor], leaves: dict[str, Tensor]):
         self.names, self.drawn, self.leaves = list(drawn), list(drawn.values()), list(leaves.values())
         self.rates: list[Tensor | None] = [None] * len(self.names)
         self.added: list[Tensor | None] = [None] * len(self.names)
-        *values, self.link = _Bridge.apply(self, *self.drawn)
-        self.values = dict(zip(self.names, values, strict=True))
 
     def back(self, gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
         """The loss's gradient with respect to each draw, from what the model sent back to its values.
@@ -177,8 +179,7 @@ def pull_back(runs: Sequence[Run], guide_term: Tensor, rate: Tensor | None = Non
     guide_term: a sum over the guide's log densities at the leaves
     rate: (S, N), changes the gradient that the loss's model terms send to the draws by this factor
     """
-    cut = [run.paths for run in runs if run.paths is not None]
-    leaves = [leaf for paths in cut for leaf in paths.leaves]
+    leaves = [leaf for run in runs if run.paths is not None for leaf in run.paths.leaves]
     if not leaves:
         return guide_term.new_zeros(())
     added = iter([None] * len(leaves))
@@ -192,7 +193,7 @@ def pull_back(runs: Sequence[Run], guide_term: Tensor, rate: Tensor | None = Non
             run.paths.added[index] = next(added)
             if rows is not None:
                 run.paths.rates[index] = place(rows, run.guide_trace.nodes[name], run.layout, run.num_particles)
-    return torch.stack([paths.link for paths in cut]).sum()
+    return torch.stack([run.link for run in runs if run.link is not None]).sum()
 
 
 class Terms(NamedTuple):
