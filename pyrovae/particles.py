@@ -21,7 +21,7 @@ from torch.distributions import Independent
 
 from pyrovae.traces import Layout, Program, arrange, place, sample_sites, under_particles
 
-__all__ = ["Run", "Terms", "arranged", "draw_runs", "pull_back", "terms_of"]
+__all__ = ["Run", "Terms", "arranged", "draw_runs", "factors", "pull_back", "terms_of"]
 
 
 class Run(NamedTuple):
