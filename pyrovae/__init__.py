@@ -1,6 +1,6 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
-from pyrovae import data, estimators, guides, likelihoods, nets, plots, priors, uses
+from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plots, priors, uses
 from pyrovae.checkpoint import load, save
 from pyrovae.evaluation import LogMarginalLikelihood, active_units, log_marginal_likelihood
 from pyrovae.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
@@ -30,6 +30,7 @@ __all__ = [
     "log_marginal_likelihood",
     "log_weights",
     "nets",
+    "objectives",
     "pick_device",
     "plots",
     "priors",

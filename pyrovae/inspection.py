@@ -15,7 +15,7 @@ from torch.distributions import biject_to, constraints
 
 from pyrovae.traces import Layout, Program, is_possible, run_pair, sample_sites, trace_program
 
-__all__ = ["inspect_pair", "refuse_impossible_data"]
+__all__ = ["inspect_pair", "layout_for_training", "refuse_impossible_data"]
 
 
 def inspect_pair(
@@ -41,6 +41,28 @@ def inspect_pair(
         _refuse_uncovered_prior(guide, prior_trace, args, kwargs, layout.pinned)
         refuse_impossible_data(model_trace, prior_trace)
     return layout, model_trace, guide_trace
+
+
+def layout_for_training(
+    model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None, *, scales: bool
+) -> Layout:
+    """The layout alone, of a pair that may not be fit to be evaluated yet.
+
+    scales: let any scale through, for objectives that are linear in log densities
+
+    Raises ValueError for no latent sites, latent sites that only one of the two has, enumerated sites, observed sites in
+    the guide, and no single datum axis.
+    """
+    model_trace, guide_trace = run_pair(model, guide, args, kwargs)
+    if all(site["is_observed"] for _, site in sample_sites(model_trace)):
+        raise ValueError("the model has no latent sites, so there is nothing for a guide to learn")
+    _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)
+    _refuse_mismatched_sites(model_trace, guide_trace)
+    _refuse_other_dimensions(model_trace, guide_trace)
+    layout = _find_layout(model_trace, guide_trace, plate)
+    if not scales:
+        _refuse_scales(layout, model_trace, guide_trace)
+    return layout
 
 
 def _refuse_enumeration(prior_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:

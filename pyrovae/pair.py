@@ -7,7 +7,6 @@ one by one; data are fed in blocks where the program allows that, which is found
 from itertools import pairwise
 from typing import Any
 
-import pyro
 import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
@@ -25,9 +24,10 @@ from pyrovae.traces import (
     sample_sites,
     select_data,
     select_particle,
+    under_particles,
 )
 
-__all__ = ["Pair"]
+__all__ = ["Pair", "reason_to_loop"]
 
 # Numbers that go through the networks at once, taking a row (one particle of one datum) for _ROW_SIZE or more. On a
 # CPU the activations should stay in the cache, which is the whole story of its speed; a GPU should be filled.
@@ -35,7 +35,6 @@ _CPU_ELEMENTS, _GPU_ELEMENTS, _ROW_SIZE = 2**20, 2**26, 512
 _CPU_WEIGHTS, _GPU_WEIGHTS = 2**18, 2**26  # weights kept at once: all S of each datum of a block
 _FEWEST_PARTICLES = 16  # drawn at once, so that the encoder's share stays small
 _HEAD = 32  # data used to look at a program
-_PARTICLES = "_pyrovae_particles"
 
 
 class Pair:
@@ -124,22 +123,8 @@ class Pair:
         """Why particles must be drawn one by one; None where two drawn together are the same two drawn apart."""
         head = min(self.num_data, _HEAD)
         args, kwargs = self._cut(slice(head))
-        layout = self._layout_of(0, head)
-        try:
-            model_trace, guide_trace = self._run(self._encode(args, kwargs), args, kwargs, layout, 2)
-            together = log_weights_of(layout, model_trace, guide_trace, 2)
-            apart = []
-            for particle in range(2):
-                replayed = select_particle(guide_trace, layout, particle)
-                traces = run_pair(self.model, self.guide, args, kwargs, layout.pinned, replayed)
-                apart.append(log_weights_of(layout, *traces))
-        except Exception as error:
-            # A program that fails for one particle too has another trouble than the plate, and says so itself.
-            log_weights_of(layout, *run_pair(self.model, self.guide, args, kwargs, layout.pinned))
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        if not _agree(together, torch.cat(apart)):
-            return "two particles drawn together differ from the same two drawn apart"
-        return None
+        guide = self._guide(self._encode(args, kwargs))
+        return reason_to_loop(self.model, guide, args, kwargs, self._layout_of(0, head))
 
     @torch.no_grad()
     def block(self, start: int, stop: int, num_particles: int, chunk_size: int, vectorised: bool) -> Tensor:
@@ -194,18 +179,32 @@ class Pair:
 
     def _run(self, encoded: Tensor | None, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None):
         """One run of the pair: of `num_particles` under an outer plate, or of one without."""
-        guide = self._guide(encoded)
-        if num_particles is None:
-            return run_pair(self.model, guide, args, kwargs, layout.pinned)
+        return _run(self.model, self._guide(encoded), args, kwargs, layout, num_particles)
 
-        def under_plate(program):
-            def run(*args, **kwargs):
-                with pyro.plate(_PARTICLES, num_particles, dim=-1 - layout.max_plate_nesting):
-                    return program(*args, **kwargs)
 
-            return run
+def _run(model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None):
+    if num_particles is not None:
+        model, guide = (under_particles(program, layout, num_particles) for program in (model, guide))
+    return run_pair(model, guide, args, kwargs, layout.pinned)
 
-        return run_pair(under_plate(self.model), under_plate(guide), args, kwargs, layout.pinned)
+
+@torch.no_grad()
+def reason_to_loop(model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout) -> str | None:
+    """Why a pair must draw its particles one by one; None where two drawn together are the same two drawn apart."""
+    try:
+        model_trace, guide_trace = _run(model, guide, args, kwargs, layout, 2)
+        together = log_weights_of(layout, model_trace, guide_trace, 2)
+        apart = []
+        for particle in range(2):
+            replayed = select_particle(guide_trace, layout, particle)
+            apart.append(log_weights_of(layout, *run_pair(model, guide, args, kwargs, layout.pinned, replayed)))
+    except Exception as error:
+        # A program that fails for one particle too has another trouble than the plate, and says so itself.
+        log_weights_of(layout, *run_pair(model, guide, args, kwargs, layout.pinned))
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    if not _agree(together, torch.cat(apart)):
+        return "two particles drawn together differ from the same two drawn apart"
+    return None
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:

@@ -14,16 +14,22 @@ from pyrovae.modules import checks_values
 __all__ = [
     "Layout",
     "Program",
+    "arrange",
     "is_possible",
     "log_weights_of",
+    "place",
     "run_pair",
     "sample_sites",
     "select_data",
     "select_particle",
+    "spread",
     "trace_program",
+    "under_particles",
 ]
 
 Program = Callable[..., Any]
+
+_PARTICLES = "_pyrovae_particles"
 
 
 class Layout(NamedTuple):
@@ -66,6 +72,16 @@ def run_pair(
     return model_trace, guide_trace
 
 
+def under_particles(program: Program, layout: Layout, num_particles: int) -> Program:
+    """The program under an outer plate of particles, left of all its own plates."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with pyro.plate(_PARTICLES, num_particles, dim=-1 - layout.max_plate_nesting):
+            return program(*args, **kwargs)
+
+    return run
+
+
 def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
     """The random choices and observations of a trace, without subsample indices and deterministic values."""
     for name, site in trace.nodes.items():
@@ -101,7 +117,7 @@ def log_weights_of(
     if missing := sorted(latents - set(guide_trace.nodes)):
         raise ValueError(f"the guide left out the model's latent site(s) {missing} in one of its runs")
     terms = {
-        (program, name): _spread(_site_log_prob(site), site, layout, num_particles)
+        (program, name): spread(_site_log_prob(site), site, layout, num_particles)
         for program, trace in (("model", model_trace), ("guide", guide_trace))
         for name, site in sample_sites(trace)
     }
@@ -144,30 +160,52 @@ def _site_log_prob(site: dict) -> Tensor:
     return log_prob
 
 
-def _spread(log_prob: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
+def spread(log_prob: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
     """Sum a site's log density over all dimensions but particles and data: (S, N), or (1, N) without particles."""
+    terms = arrange(log_prob.unsqueeze(-1), site, layout, num_particles)
+    return terms.squeeze(-1) if terms.shape[-1] == 1 else terms.sum(-1)
+
+
+def arrange(terms: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
+    """Terms of a site (*batch_shape, any) with particles and data in front and the rest flat.
+
+    Shapes: (S, N, the rest), or (1, N, the rest) without particles, or of a site that has none.
+    """
     depth = layout.max_plate_nesting
-    log_prob = log_prob.reshape((1,) * (depth - log_prob.ndim) + log_prob.shape)
-    if num_particles is None or log_prob.ndim == depth:
-        log_prob = log_prob.unsqueeze(0)
-    elif log_prob.ndim > depth + 1 or len(log_prob) not in (1, num_particles):
+    terms = terms.reshape((1,) * (depth + 1 - terms.ndim) + terms.shape)
+    if num_particles is None or terms.ndim == depth + 1:
+        terms = terms.unsqueeze(0)
+    elif terms.ndim > depth + 2 or len(terms) not in (1, num_particles):
         raise ValueError(
-            f"site '{site['name']}' has batch shape {tuple(log_prob.shape)} under {num_particles} particles and "
+            f"site '{site['name']}' has batch shape {tuple(terms.shape[:-1])} under {num_particles} particles and "
             f"{depth} plates"
         )
     if layout.dim is not None:
-        per_datum = log_prob.movedim(layout.dim, 1).flatten(2).sum(2) if depth > 1 or log_prob.ndim > 2 else log_prob
+        per_datum = terms.movedim(layout.dim - 1, 1).flatten(2)
         if per_datum.shape[1] != layout.num_data:
             raise ValueError(
                 f"site '{site['name']}' has {per_datum.shape[1]} data where plate '{layout.plate}' has {layout.num_data}"
             )
         return per_datum
-    joint = log_prob.flatten(1).sum(1, keepdim=True) if log_prob.ndim > 1 else log_prob.unsqueeze(1)
+    joint = terms.flatten(1).unsqueeze(1)
     if not layout.sequential:
         return joint
-    spread = joint.new_zeros(len(joint), layout.num_data)
+    spread = joint.new_zeros(len(joint), layout.num_data, joint.shape[-1])
     spread[:, _sequential_column(site, layout)] = joint[:, 0]
     return spread
+
+
+def place(array: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
+    """What an array (S, N), or (1, N) without particles, has for each element of a site's value; broadcasts with it."""
+    if layout.sequential:
+        array = array[:, _sequential_column(site, layout)].unsqueeze(1)
+    shape = [1] * layout.max_plate_nesting
+    if layout.dim is not None:
+        shape[layout.dim] = array.shape[1]
+    placed = array.reshape(
+        *(() if num_particles is None else (len(array),)), *shape, *[1] * len(site["fn"].event_shape)
+    )
+    return placed.reshape(placed.shape[max(0, placed.ndim - site["value"].ndim) :])
 
 
 def _sequential_column(site: dict, layout: Layout) -> int:

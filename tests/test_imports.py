@@ -57,7 +57,8 @@ def test_a_file_imports_only_from_levels_above_it():
         {"guides"},
         {"model", "hierarchy", "uses"},
         {"extract"},
-        {"traces", "inspection", "draws", "pair", "weights"},
+        {"traces", "inspection", "draws", "pair", "particles", "weights"},
+        {"objective_contract", "kl_objectives", "objectives"},
         {"optimization", "steps", "training", "evaluation", "checkpoint"},
         {"inference_data", "plots"},
     ]
