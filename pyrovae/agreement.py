@@ -41,6 +41,10 @@ class in_float64(TorchDispatchMode):
     Views and operations in place are left as they are, or they would act on a copy.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here; asked to see to that, torch imports its compiler, which takes seconds
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

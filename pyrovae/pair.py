@@ -37,7 +37,7 @@ _CPU_ELEMENTS, _GPU_ELEMENTS, _ROW_SIZE = 2**20, 2**26, 512
 _CPU_WEIGHTS, _GPU_WEIGHTS = 2**18, 2**26  # weights kept at once: all S of each datum of a block
 _FEWEST_PARTICLES = 16  # drawn at once, so that the encoder's share stays small
 _HEAD = 32  # data used to look at a program
-_LOOK = 2**20  # numbers of data that go through the program at once to look at it
+_LOOK = 2**19  # numbers of data that go through the program at once to look at it
 _OTHERS = 8  # further runs that must find data impossible before they are called so
 _OF_MODULES = "$$$"  # in the names of parameters that Pyro knows from a module
 _PARTICLES = "_pyrovae_particles"
@@ -106,7 +106,7 @@ class Pair:
             if layout.dim is None or layout.subsampled or layout.num_data != head or asked:
                 raise ValueError("the tensors passed do not set the size of the datum plate")
             for whole, part in ((rows, torch.arange(head)), (torch.arange(many), _some(many, head))):
-                if not agree(lambda whole=whole, part=part: self._whole_and_pieces(layout, whole, part, fewest)):
+                if not self._pieces_agree(layout, whole, part, fewest):
                     raise ValueError("data influence each other")
         except Exception:  # whatever a program says to a slice of its data, it is asked again with all of them
             self.split_size = None
@@ -115,16 +115,21 @@ class Pair:
         self.row_size = _row_size(traces[0], layout)
         return True
 
-    def _whole_and_pieces(self, layout: Layout, rows: Tensor, part: Tensor, fewest: int) -> tuple[Tensor, Tensor]:
-        """Log weights of some rows, at positions `part`: drawn together with the others, and in pieces of many sizes."""
-        model_trace, guide_trace = run_pair(self.model, self.guide, *self._cut(rows))
-        whole = log_weights_of(layout._replace(num_data=len(rows)), model_trace, guide_trace)
-        pieces = []
-        for piece in _pieces(part, fewest):
-            replayed = select_data(guide_trace, layout, piece)
-            traces = run_pair(self.model, self.guide, *self._cut(rows[piece]), replayed)
-            pieces.append(log_weights_of(layout._replace(num_data=len(piece)), *traces))
-        return whole[:, part.to(whole.device)], torch.cat(pieces, 1)
+    def _pieces_agree(self, layout: Layout, rows: Tensor, part: Tensor, fewest: int) -> bool:
+        """Whether the data at positions `part` of some rows have the weights in small pieces that they have in the whole."""
+        pieces = _pieces(part, fewest)
+        whole_cut, cuts = self._cut(rows), [self._cut(rows[piece]) for piece in pieces]
+
+        def both() -> tuple[Tensor, Tensor]:
+            model_trace, guide_trace = run_pair(self.model, self.guide, *whole_cut)
+            whole = log_weights_of(layout._replace(num_data=len(rows)), model_trace, guide_trace)
+            apart = []
+            for piece, cut in zip(pieces, cuts, strict=True):
+                traces = run_pair(self.model, self.guide, *cut, select_data(guide_trace, layout, piece))
+                apart.append(log_weights_of(layout._replace(num_data=len(piece)), *traces))
+            return whole[:, part.to(whole.device)], torch.cat(apart, 1)
+
+        return agree(both)
 
     def _cut(self, rows: slice | Tensor) -> tuple[tuple, dict]:
         if self.split_size is None:
