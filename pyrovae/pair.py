@@ -58,18 +58,18 @@ class Pair:
         tensors: list[Tensor] = []
         map_tensors(tensors.append, (args, kwargs))
         self.cuda = any(tensor.is_cuda for tensor in tensors)
-        if data_batch_size is not None:
-            if self._find_split(tensors, fewest=1 if data_batch_size == 1 else 2):
-                return
-            if data_batch_size != "auto":
-                raise ValueError(
-                    f"data_batch_size={data_batch_size}, but the program cannot be fed its data in blocks: either its "
-                    f"plate does not take its size from the tensors passed, or data influence each other; "
-                    f"data_batch_size=None evaluates them together"
-                )
+        if data_batch_size is not None and self._find_split(tensors, fewest=1 if data_batch_size == 1 else 2):
+            return
+        # A program that is refused with a few data is refused here with all of them, which says why.
         self.layout, model_trace, _ = inspect_pair(model, guide, args, kwargs, plate)
         self.num_data = self.layout.num_data
         self.row_size = _row_size(model_trace, self.layout)
+        if data_batch_size not in (None, "auto"):
+            raise ValueError(
+                f"data_batch_size={data_batch_size}, but the program cannot be fed its data in blocks: either its plate does "
+                f"not take its size from the tensors passed, or data influence each other; data_batch_size=None evaluates "
+                f"them together"
+            )
 
     def _find_split(self, tensors: list[Tensor], fewest: int) -> bool:
         """Whether tensors can be cut into blocks of data, of `fewest` rows at least."""
