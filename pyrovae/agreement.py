@@ -30,9 +30,9 @@ def agree(both: Callable[[], tuple[Tensor, Tensor]]) -> bool:
         return False
     finite = first[first.isfinite()]
     scale = max(1.0, finite.abs().max().item()) if len(finite) else 1.0
-    eps = torch.finfo(first.dtype).eps
-    tolerance = scale * (eps**0.5 if first.dtype == torch.float64 else 256 * eps)
-    return torch.allclose(first, second, rtol=0.0, atol=tolerance)
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (first, second))
+    tolerance = scale * (256 * eps if eps > 1e-12 else eps**0.5)
+    return torch.allclose(first.double(), second.double(), rtol=0.0, atol=tolerance)
 
 
 class in_float64(TorchDispatchMode):
