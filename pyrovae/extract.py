@@ -71,6 +71,7 @@ class Extracted:
     """
 
     CAPACITY = 8
+    compiler = staticmethod(lambda graph: _inductor(graph))
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], modules: Sequence[nn.Module], gradients: bool):
         self.function = function
@@ -126,13 +127,9 @@ class Extracted:
         with torch.random.fork_rng(devices), pyro.validation_enabled(False), without_checks(), torch.no_grad():
             graph = make_fx(flat)(list(tensors), values)
         _refuse_captured_parameters(graph)
-        compiled = torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
-        with (
-            torch.random.fork_rng(devices),
-            torch.no_grad(),
-            _quiet(),
-        ):  # compiles now, so that it fails here if it must
-            compiled(list(tensors), values)
+        compiled = self.compiler(graph)
+        with torch.random.fork_rng(devices), torch.no_grad(), _quiet():
+            compiled(list(tensors), values)  # compiles now, so that it fails here if it must
         self.num_recordings += 1
 
         def run(tensors: Sequence[Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -143,6 +140,11 @@ class Extracted:
             return list(results[:num_outputs]), [next(gradients) if there else None for there in has_gradient]
 
         return run
+
+
+def _inductor(graph: torch.fx.GraphModule) -> Callable:
+    # The eager generator, so that the noise is that of the eager program.
+    return torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
 
 
 class _Caller(nn.Module):
