@@ -27,9 +27,10 @@ from pyrovae.traces import (
     select_data,
     select_particle,
     trace_program,
+    under_particles,
 )
 
-__all__ = ["Pair"]
+__all__ = ["Pair", "reason_to_loop"]
 
 # Numbers that go through the networks at once, taking a row (one particle of one datum) for _ROW_SIZE or more. On a
 # CPU the activations should stay in the cache, which is the whole story of its speed; a GPU should be filled.
@@ -40,7 +41,6 @@ _HEAD = 32  # data used to look at a program
 _LOOK = 2**19  # numbers of data that go through the program at once to look at it
 _OTHERS = 8  # further runs that must find data impossible before they are called so
 _OF_MODULES = "$$$"  # in the names of parameters that Pyro knows from a module
-_PARTICLES = "_pyrovae_particles"
 
 
 class Pair:
@@ -61,7 +61,7 @@ class Pair:
         if data_batch_size is not None and self._find_split(tensors, fewest=1 if data_batch_size == 1 else 2):
             return
         # A program that is refused with a few data is refused here with all of them, which says why.
-        self.layout, model_trace, _ = inspect_pair(model, guide, args, kwargs, plate)
+        self.layout, model_trace, _ = inspect_pair(model, self._guide(self.encode(args, kwargs)), args, kwargs, plate)
         self.num_data = self.layout.num_data
         self.row_size = _row_size(model_trace, self.layout)
         if data_batch_size not in (None, "auto"):
@@ -100,14 +100,16 @@ class Pair:
         head, many = min(length, _HEAD), min(length, max(_HEAD, _LOOK // row_size))
         try:
             rows = _some(length, head)
-            layout, *traces = inspect_pair(self.model, self.guide, *self._cut(rows), self.plate)
+            args, kwargs = self.cut(rows)
+            guide = self._guide(self.encode(args, kwargs))
+            layout, *traces = inspect_pair(self.model, guide, args, kwargs, self.plate)
             # A subsample size that leaves these data whole may cut more of them: min(32, len(x)).
             asked = any(trace.nodes[layout.plate]["fn"].subsample_size for trace in traces if layout.plate in trace)
             if layout.dim is None or layout.subsampled or layout.num_data != head or asked:
                 raise ValueError("the tensors passed do not set the size of the datum plate")
-            for whole, part in ((rows, torch.arange(head)), (torch.arange(many), _some(many, head))):
-                if not self._pieces_agree(layout, whole, part, fewest):
-                    raise ValueError("data influence each other")
+            looks = [(rows, torch.arange(head)), (torch.arange(many), _some(many, head))][: 1 + (length > head)]
+            if not all(self._pieces_agree(layout, whole, part, fewest) for whole, part in looks):
+                raise ValueError("data influence each other")
         except Exception:  # whatever a program says to a slice of its data, it is asked again with all of them
             self.split_size = None
             return False
@@ -118,7 +120,7 @@ class Pair:
     def _pieces_agree(self, layout: Layout, rows: Tensor, part: Tensor, fewest: int) -> bool:
         """Whether the data at positions `part` of some rows have the weights in small pieces that they have in the whole."""
         pieces = _pieces(part, fewest)
-        whole_cut, cuts = self._cut(rows), [self._cut(rows[piece]) for piece in pieces]
+        whole_cut, cuts = self.cut(rows), [self.cut(rows[piece]) for piece in pieces]
 
         def both() -> tuple[Tensor, Tensor]:
             model_trace, guide_trace = run_pair(self.model, self.guide, *whole_cut)
@@ -131,7 +133,7 @@ class Pair:
 
         return agree(both)
 
-    def _cut(self, rows: slice | Tensor) -> tuple[tuple, dict]:
+    def cut(self, rows: slice | Tensor) -> tuple[tuple, dict]:
         if self.split_size is None:
             return self.args, self.kwargs
         return map_tensors(
@@ -139,17 +141,22 @@ class Pair:
             (self.args, self.kwargs),
         )
 
+    @property
+    def rows(self) -> int:
+        """Particles times data that go through the networks at once."""
+        elements = _GPU_ELEMENTS if self.cuda else _CPU_ELEMENTS
+        return max(1, elements // max(self.row_size, _ROW_SIZE))
+
     def sizes(self, num_particles: int, data_batch_size: Any, particle_batch_size: Any) -> tuple[int, int]:
         """(data per block, particles per chunk)."""
-        elements, weights = (_GPU_ELEMENTS, _GPU_WEIGHTS) if self.cuda else (_CPU_ELEMENTS, _CPU_WEIGHTS)
-        rows = max(1, elements // max(self.row_size, _ROW_SIZE))
+        weights = _GPU_WEIGHTS if self.cuda else _CPU_WEIGHTS
         block = self.num_data
         if self.split_size is not None:
             if data_batch_size == "auto":
                 fewest = min(num_particles, _FEWEST_PARTICLES)
-                data_batch_size = max(2, min(rows // fewest, weights // num_particles))
+                data_batch_size = max(2, min(self.rows // fewest, weights // num_particles))
             block = min(block, data_batch_size)
-        chunk = max(1, rows // block) if particle_batch_size == "auto" else particle_batch_size
+        chunk = max(1, self.rows // block) if particle_batch_size == "auto" else particle_batch_size
         return block, min(chunk, num_particles)
 
     def blocks(self, size: int) -> Iterator[tuple[int, int]]:
@@ -162,37 +169,22 @@ class Pair:
     @torch.no_grad()
     def reason_to_loop(self, block_size: int) -> str | None:
         """Why particles must be drawn one by one; None where two drawn together are the same two drawn apart."""
-        for head in dict.fromkeys((min(self.num_data, _HEAD), min(block_size, 2))):
-            args, kwargs = self._cut(slice(head))
-            layout = self._layout_of(0, head)
-
-            def both(args=args, kwargs=kwargs, layout=layout) -> tuple[Tensor, Tensor]:
-                model_trace, guide_trace = self._run(self._encode(args, kwargs), args, kwargs, layout, 2)
-                together = log_weights_of(layout, model_trace, guide_trace, 2)
-                apart = []
-                for particle in range(2):
-                    replayed = select_particle(guide_trace, layout, particle)
-                    traces = run_pair(self.model, self.guide, args, kwargs, layout.pinned, replayed)
-                    apart.append(log_weights_of(layout, *traces))
-                return together, torch.cat(apart)
-
-            try:
-                if not agree(both):
-                    return "two particles drawn together differ from the same two drawn apart"
-            except Exception as error:
-                # A program that fails for one particle too has another trouble than the plate, and says so itself.
-                log_weights_of(layout, *run_pair(self.model, self.guide, args, kwargs, layout.pinned))
-                return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            if self.split_size is None:
-                break
+        heads = (
+            {min(self.num_data, _HEAD)} if self.split_size is None else {min(self.num_data, _HEAD), min(block_size, 2)}
+        )
+        for head in sorted(heads, reverse=True):
+            args, kwargs = self.cut(slice(head))
+            guide = self._guide(self.encode(args, kwargs))
+            if reason := reason_to_loop(self.model, guide, args, kwargs, self.layout_of(0, head)):
+                return reason
         return None
 
     @torch.no_grad()
     def block(self, start: int, stop: int, num_particles: int, chunk_size: int, vectorised: bool) -> Tensor:
         """Log weights (S, stop - start) of a range of data."""
-        args, kwargs = self._cut(slice(start, stop))
-        layout = self._layout_of(start, stop)
-        encoded = self._encode(args, kwargs)
+        args, kwargs = self.cut(slice(start, stop))
+        layout = self.layout_of(start, stop)
+        encoded = self.encode(args, kwargs)
         chunks: list[Tensor] = []
         drawn = 0
         while drawn < num_particles:
@@ -211,23 +203,23 @@ class Pair:
     @torch.no_grad()
     def record(self, modules: list[nn.Module], num_data: int, num_particles: int) -> None:
         """Record and compile the drawing of a chunk of that size, for `block` to use where it can."""
-        args, kwargs = self._cut(slice(num_data))
-        layout = self._layout_of(0, num_data)
+        args, kwargs = self.cut(slice(num_data))
+        layout = self.layout_of(0, num_data)
 
         def draw(encoded: Tensor | None, args: tuple, kwargs: dict) -> Tensor:
             return log_weights_of(layout, *self._run(encoded, args, kwargs, layout, num_particles), num_particles)
 
-        self.recorded = record_draw(draw, modules, self._encode(args, kwargs), args, kwargs)
+        self.recorded = record_draw(draw, modules, self.encode(args, kwargs), args, kwargs)
         self.recorded_sizes = (num_data, num_particles)
 
     def _refuse_impossible(self, model_trace, args, kwargs, layout, size) -> None:
         others = (self._run(None, args, kwargs, layout, size)[0] for _ in range(_OTHERS))
         refuse_impossible_data(model_trace, others)
 
-    def _layout_of(self, start: int, stop: int) -> Layout:
+    def layout_of(self, start: int, stop: int) -> Layout:
         return self.layout if self.split_size is None else self.layout._replace(num_data=stop - start)
 
-    def _encode(self, args: tuple, kwargs: dict) -> Tensor | None:
+    def encode(self, args: tuple, kwargs: dict) -> Tensor | None:
         """The guide's encoding of these data, done once for all particles, where it offers that (`pyrovae.guides.Guide`)."""
         kind = type(self.guide)
         # A class with a `forward` or `posterior` of its own is run as it is.
@@ -235,20 +227,39 @@ class Pair:
             return self.guide.encode(*args, **kwargs)
         return None
 
+    def _guide(self, encoded: Tensor | None) -> Program:
+        return self.guide if encoded is None else self.guide.given(encoded)
+
     def _run(self, encoded: Tensor | None, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None):
         """One run of the pair: of `num_particles` under an outer plate, or of one without."""
-        guide = self.guide if encoded is None else self.guide.given(encoded)
-        if num_particles is None:
-            return run_pair(self.model, guide, args, kwargs, layout.pinned)
+        return _run(self.model, self._guide(encoded), args, kwargs, layout, num_particles)
 
-        def under_plate(program):
-            def run(*args, **kwargs):
-                with pyro.plate(_PARTICLES, num_particles, dim=-1 - layout.max_plate_nesting):
-                    return program(*args, **kwargs)
 
-            return run
+def _run(model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None):
+    if num_particles is not None:
+        model, guide = (under_particles(program, layout, num_particles) for program in (model, guide))
+    return run_pair(model, guide, args, kwargs, layout.pinned)
 
-        return run_pair(under_plate(self.model), under_plate(guide), args, kwargs, layout.pinned)
+
+@torch.no_grad()
+def reason_to_loop(model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout) -> str | None:
+    """Why a pair must draw its particles one by one; None where two drawn together are the same two drawn apart."""
+
+    def both() -> tuple[Tensor, Tensor]:
+        model_trace, guide_trace = _run(model, guide, args, kwargs, layout, 2)
+        together = log_weights_of(layout, model_trace, guide_trace, 2)
+        apart = []
+        for particle in range(2):
+            replayed = select_particle(guide_trace, layout, particle)
+            apart.append(log_weights_of(layout, *run_pair(model, guide, args, kwargs, layout.pinned, replayed)))
+        return together, torch.cat(apart)
+
+    try:
+        return None if agree(both) else "two particles drawn together differ from the same two drawn apart"
+    except Exception as error:
+        # A program that fails for one particle too has another trouble than the plate, and says so itself.
+        log_weights_of(layout, *run_pair(model, guide, args, kwargs, layout.pinned))
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def _some(length: int, count: int) -> Tensor:

@@ -24,9 +24,12 @@ __all__ = [
     "site_log_prob",
     "spread",
     "trace_program",
+    "under_particles",
 ]
 
 Program = Callable[..., Any]
+
+_PARTICLES = "_pyrovae_particles"
 
 
 class Layout(NamedTuple):
@@ -67,6 +70,16 @@ def run_pair(
     guide_trace = trace_program(guide, args, kwargs, *replayed)
     model_trace = trace_program(model, args, kwargs, *replayed, guide_trace)
     return model_trace, guide_trace
+
+
+def under_particles(program: Program, layout: Layout, num_particles: int) -> Program:
+    """The program under an outer plate of particles, left of all its own plates."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with pyro.plate(_PARTICLES, num_particles, dim=-1 - layout.max_plate_nesting):
+            return program(*args, **kwargs)
+
+    return run
 
 
 def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
