@@ -13,6 +13,7 @@ are left out: whoever records a program runs it eagerly first.
 """
 
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -200,11 +201,13 @@ def _refuse_frozen_values(found: list[Tensor], expected: list[Tensor], other: li
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's note that a machine without a GPU has none."""
+    """Without torch's note that a machine without a GPU has none, and its warnings about its own deprecated parts."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
