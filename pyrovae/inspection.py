@@ -27,9 +27,9 @@ def inspect_pair(
     """Look at a model/guide pair once; answer with its layout and the two traces, or refuse it.
 
     Raises ValueError, naming the site, for: latent sites that only one of the two has; enumerated sites; observed
-    sites or factors in the guide; a guide that puts all its mass on one point; scales other than the subsampling of
-    the datum plate; no single datum axis; a guide that cannot reach where the prior puts mass; data outside the
-    support of their likelihood.
+    sites or factors in the guide; a guide that puts all its mass on one point, or carries auxiliary draws to the latents
+    with a wrong density; scales other than the subsampling of the datum plate; no single datum axis; a guide that cannot
+    reach where the prior puts mass and the data are possible; data outside the support of their likelihood.
     """
     model_trace, guide_trace = run_pair(model, guide, args, kwargs)
     _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)

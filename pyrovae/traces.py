@@ -124,11 +124,11 @@ def log_weights_of(
 
 
 def log_likelihood_of(layout: Layout, model_trace: poutine.Trace) -> Tensor:
-    """Log density (1, N) of what is observed, and of factors, in a trace without a particle plate."""
+    """Log density (1, N) of what is observed, and of factors, in a trace without a particle plate; () of nothing."""
     terms = [
         spread(site_log_prob(site), site, layout, None) for _, site in sample_sites(model_trace) if site["is_observed"]
     ]
-    return sum(terms) if terms else torch.zeros(1, layout.num_data)
+    return sum(terms) if terms else torch.zeros(())
 
 
 def site_log_prob(site: dict) -> Tensor:

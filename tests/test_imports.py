@@ -51,11 +51,11 @@ def test_public_names():
 
 def test_a_file_imports_only_from_levels_above_it():
     levels = [
-        {"estimators", "modules", "nets", "data"},
+        {"pareto", "estimators", "modules", "nets", "data"},
         {"priors", "likelihoods", "guides"},
         {"model"},
         {"extract"},
-        {"traces", "inspection", "draws", "pair", "weights"},
+        {"supports", "traces", "auxiliary", "inspection", "agreement", "draws", "pair", "weights"},
         {"optimization", "steps", "training", "evaluation", "checkpoint"},
         {"inference_data", "plots"},
     ]
