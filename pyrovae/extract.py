@@ -13,9 +13,10 @@ are left out: whoever records a program runs it eagerly first.
 """
 
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -128,8 +129,20 @@ class Extracted:
             graph = make_fx(flat)(list(tensors), values)
         _refuse_captured_parameters(graph)
         compiled = self.compiler(graph)
-        with torch.random.fork_rng(devices), torch.no_grad(), _quiet():
-            compiled(list(tensors), values)  # compiles now, so that it fails here if it must
+
+        def apart(program: Callable, noise: int) -> list[Tensor]:
+            """The outputs, under noise that is not that of the recording."""
+            quietly = (pyro.validation_enabled(False), without_checks(), torch.no_grad(), _quiet())
+            with torch.random.fork_rng(devices), ExitStack() as stack:
+                for context in quietly:
+                    stack.enter_context(context)
+                for device in ("cpu", *devices):
+                    torch.rand(1000 * noise, device=device)
+                results = program(list(tensors), [tensor.clone() for tensor in state.values()])
+            return results[: len(results) - sum(has_gradient)]
+
+        # Compiles now, so that it fails here if it must.
+        _refuse_frozen_values(apart(compiled, 1), apart(flat, 1), apart(flat, 2))
         self.num_recordings += 1
 
         def run(tensors: Sequence[Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -169,13 +182,32 @@ def _refuse_captured_parameters(graph: torch.fx.GraphModule) -> None:
             raise ValueError("the program uses a parameter that belongs to none of its modules")
 
 
+def _refuse_frozen_values(found: list[Tensor], expected: list[Tensor], other: list[Tensor]) -> None:
+    # What went through numpy, or came from a generator that is not torch's, a recording takes for a constant. Under other
+    # noise than that of the recording it then misses the eager program by about as much as other noise changes that.
+    for result, eager, elsewhere in zip(found, expected, other, strict=True):
+        eps = torch.finfo(eager.dtype).eps if eager.is_floating_point() else 0.0
+        result, eager, elsewhere = result.double(), eager.double(), elsewhere.double()
+        same = (result == eager) | (result.isnan() & eager.isnan())
+        miss = torch.where(same, 0.0, result - eager).nan_to_num().square().mean().sqrt()
+        noise = torch.where(elsewhere == eager, 0.0, elsewhere - eager).nan_to_num().square().mean().sqrt()
+        size = eager[eager.isfinite()].abs().max() if eager.isfinite().any() else torch.ones(())
+        if miss > eps**0.5 * size.clamp_min(1.0) and miss > 0.1 * noise:
+            raise ValueError(
+                "the recording gives other numbers than the program: some of its values go through numpy, or come from a "
+                "generator that is not torch's, and were frozen"
+            )
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's note that a machine without a GPU has none."""
+    """Without torch's note that a machine without a GPU has none, and its warnings about its own deprecated parts."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)

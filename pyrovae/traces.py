@@ -6,22 +6,24 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrovae.modules import checks_values
+from pyrovae.supports import innermost, is_possible, supported_elements
 
 __all__ = [
     "Layout",
     "Program",
     "arrange",
-    "is_possible",
+    "log_likelihood_of",
     "log_weights_of",
     "place",
     "run_pair",
     "sample_sites",
     "select_data",
     "select_particle",
+    "site_log_prob",
     "spread",
     "trace_program",
     "under_particles",
@@ -90,25 +92,6 @@ def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
         yield name, site
 
 
-def is_possible(site: dict) -> Tensor | None:
-    """Where the site's value lies in its support, with the batch shape; masked elements do; None: always so."""
-    distribution, value = site["fn"], site["value"]
-    if site_is_factor(site):
-        return None
-    try:
-        support = distribution.support
-        possible = support.check(value)
-    except (AttributeError, NotImplementedError, ValueError):  # no support, or one torch cannot check
-        return None
-    extra = len(distribution.event_shape) - support.event_dim
-    if extra > 0:
-        possible = possible.flatten(-extra).all(-1)
-    for mask in (site["mask"], getattr(distribution, "_mask", None)):
-        if mask is not None:
-            possible = possible | ~torch.as_tensor(mask, dtype=torch.bool, device=possible.device)
-    return possible
-
-
 def log_weights_of(
     layout: Layout, model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int | None = None
 ) -> Tensor:
@@ -117,7 +100,7 @@ def log_weights_of(
     if missing := sorted(latents - set(guide_trace.nodes)):
         raise ValueError(f"the guide left out the model's latent site(s) {missing} in one of its runs")
     terms = {
-        (program, name): spread(_site_log_prob(site), site, layout, num_particles)
+        (program, name): spread(site_log_prob(site), site, layout, num_particles)
         for program, trace in (("model", model_trace), ("guide", guide_trace))
         for name, site in sample_sites(trace)
     }
@@ -142,17 +125,26 @@ def log_weights_of(
     return total
 
 
-def _site_log_prob(site: dict) -> Tensor:
+def log_likelihood_of(layout: Layout, model_trace: poutine.Trace) -> Tensor:
+    """Log density (1, N) of what is observed, and of factors, in a trace without a particle plate; () of nothing."""
+    terms = [
+        spread(site_log_prob(site), site, layout, None) for _, site in sample_sites(model_trace) if site["is_observed"]
+    ]
+    return sum(terms) if terms else torch.zeros(())
+
+
+def site_log_prob(site: dict) -> Tensor:
     """Log density with the site's batch shape: -inf outside the support, 0 where masked, scales left out."""
     distribution, value, mask = site["fn"], site["value"], site["mask"]
     possible = is_possible(site)
     try:
         log_prob = distribution.log_prob(value, *site["args"], **site["kwargs"])
-    except ValueError:  # a distribution with validate_args=True refuses what we call -inf
-        if possible is None or possible.all():
+    except ValueError:  # a distribution with validate_args=True refuses what we call -inf, or what is masked
+        supported = supported_elements(distribution, value)
+        if supported is None or supported.all():
             raise
-        event = (...,) + (None,) * len(distribution.event_shape)
-        log_prob = distribution.log_prob(torch.where(possible[event], value, distribution.sample()))
+        event = (...,) + (None,) * len(innermost(distribution).event_shape)
+        log_prob = distribution.log_prob(torch.where(supported[event], value, distribution.sample()))
     if possible is not None:
         log_prob = torch.where(possible, log_prob, -torch.inf)
     if mask is not None:
@@ -223,11 +215,11 @@ def _select(trace: poutine.Trace, choose: Callable[[Tensor, int], Tensor]) -> po
     return selected
 
 
-def select_data(trace: poutine.Trace, layout: Layout, start: int, stop: int) -> poutine.Trace:
-    """The latents of a range of data, to be replayed."""
+def select_data(trace: poutine.Trace, layout: Layout, data: Tensor) -> poutine.Trace:
+    """The latents of the data at these positions, to be replayed."""
     dim = layout.dim
     assert dim is not None
-    return _select(trace, lambda value, event_dim: value.narrow(dim - event_dim, start, stop - start))
+    return _select(trace, lambda value, event_dim: value.index_select(dim - event_dim, data.to(value.device)))
 
 
 def select_particle(trace: poutine.Trace, layout: Layout, particle: int) -> poutine.Trace:

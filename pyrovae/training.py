@@ -10,7 +10,15 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, SVI, Trace_ELBO
+from pyro.infer import (
+    ELBO,
+    SVI,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    Trace_ELBO,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,6 +29,7 @@ from pyrovae.traces import Program, sample_sites
 
 __all__ = ["FitResult", "fit", "pick_device"]
 
+_JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 _VALIDATION_ROWS = 500
 _VALIDATION_SEED = 20260101
 
@@ -106,6 +115,12 @@ def fit(
     loss = Trace_ELBO() if loss is None else loss
     if not isinstance(loss, ELBO):
         raise TypeError(f"loss must be a pyro.infer.ELBO, Trace_ELBO() for instance; found {loss!r}")
+    if isinstance(loss, _JIT):
+        name = type(loss).__name__
+        raise TypeError(
+            f"loss={name}() reads its parameters from Pyro's global store, where those of modules are not: take "
+            f"{name.removeprefix('Jit')}(), with compile=True to have the step recorded and compiled"
+        )
 
     device = pick_device(device)
     modules = [module.to(device) for module in modules_behind(model, guide)]

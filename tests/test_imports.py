@@ -51,13 +51,13 @@ def test_public_names():
 
 def test_a_file_imports_only_from_levels_above_it():
     levels = [
-        {"estimators", "modules", "nets", "data", "flows", "mixtures"},
+        {"pareto", "estimators", "modules", "nets", "data", "flows", "mixtures"},
         {"encoding", "prior_contract"},
         {"priors", "flow_priors", "likelihoods", "layers", "defensive", "refinement"},
         {"guides"},
         {"model", "hierarchy", "uses"},
         {"extract"},
-        {"traces", "inspection", "draws", "pair", "particles", "weights"},
+        {"supports", "traces", "auxiliary", "inspection", "agreement", "draws", "pair", "particles", "weights"},
         {"objective_contract", "kl_objectives", "objectives"},
         {"optimization", "steps", "training", "evaluation", "checkpoint"},
         {"inference_data", "plots"},
