@@ -1,6 +1,7 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
 from pyrovae import data, estimators, guides, likelihoods, nets, plots, priors
+from pyrovae.bounds import BidirectionalMonteCarlo, annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.checkpoint import load, save
 from pyrovae.evaluation import LogMarginalLikelihood, active_units, log_marginal_likelihood
 from pyrovae.inference_data import to_inference_data
@@ -11,10 +12,13 @@ from pyrovae.weights import log_weights
 __version__ = "0.1.0"
 
 __all__ = [
+    "BidirectionalMonteCarlo",
     "FitResult",
     "GenerativeModel",
     "LogMarginalLikelihood",
     "active_units",
+    "annealed_importance_sampling",
+    "bidirectional_monte_carlo",
     "data",
     "estimators",
     "fit",

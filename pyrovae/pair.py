@@ -78,14 +78,14 @@ class Pair:
         self.split_size = length
         try:
             for rows in (torch.randperm(length)[:head].sort().values, torch.arange(head)):
-                layout, model_trace, guide_trace = inspect_pair(self.model, self.guide, *self._cut(rows), self.plate)
+                layout, model_trace, guide_trace = inspect_pair(self.model, self.guide, *self.cut(rows), self.plate)
                 if layout.dim is None or layout.subsampled or layout.num_data != head:
                     raise ValueError("the tensors passed do not set the size of the datum plate")
                 whole = log_weights_of(layout, model_trace, guide_trace)
                 pieces = []
                 for start, stop in pairwise(edges):
                     replayed = select_data(guide_trace, layout, start, stop)
-                    traces = run_pair(self.model, self.guide, *self._cut(rows[start:stop]), replayed)
+                    traces = run_pair(self.model, self.guide, *self.cut(rows[start:stop]), replayed)
                     pieces.append(log_weights_of(layout._replace(num_data=stop - start), *traces))
                 if not _agree(whole, torch.cat(pieces, 1)):
                     raise ValueError("data influence each other")
@@ -96,7 +96,7 @@ class Pair:
         self.row_size = _row_size(model_trace, layout)
         return True
 
-    def _cut(self, rows: slice | Tensor) -> tuple[tuple, dict]:
+    def cut(self, rows: slice | Tensor) -> tuple[tuple, dict]:
         if self.split_size is None:
             return self.args, self.kwargs
         return map_tensors(
@@ -104,27 +104,32 @@ class Pair:
             (self.args, self.kwargs),
         )
 
+    @property
+    def rows(self) -> int:
+        """Particles times data that go through the networks at once."""
+        elements = _GPU_ELEMENTS if self.cuda else _CPU_ELEMENTS
+        return max(1, elements // max(self.row_size, _ROW_SIZE))
+
     def sizes(self, num_particles: int, data_batch_size: Any, particle_batch_size: Any) -> tuple[int, int]:
         """(data per block, particles per chunk)."""
-        elements, weights = (_GPU_ELEMENTS, _GPU_WEIGHTS) if self.cuda else (_CPU_ELEMENTS, _CPU_WEIGHTS)
-        rows = max(1, elements // max(self.row_size, _ROW_SIZE))
+        weights = _GPU_WEIGHTS if self.cuda else _CPU_WEIGHTS
         block = self.num_data
         if self.split_size is not None:
             if data_batch_size == "auto":
                 fewest = min(num_particles, _FEWEST_PARTICLES)
-                data_batch_size = max(1, min(rows // fewest, weights // num_particles))
+                data_batch_size = max(1, min(self.rows // fewest, weights // num_particles))
             block = min(block, data_batch_size)
-        chunk = max(1, rows // block) if particle_batch_size == "auto" else particle_batch_size
+        chunk = max(1, self.rows // block) if particle_batch_size == "auto" else particle_batch_size
         return block, min(chunk, num_particles)
 
     @torch.no_grad()
     def reason_to_loop(self) -> str | None:
         """Why particles must be drawn one by one; None where two drawn together are the same two drawn apart."""
         head = min(self.num_data, _HEAD)
-        args, kwargs = self._cut(slice(head))
-        layout = self._layout_of(0, head)
+        args, kwargs = self.cut(slice(head))
+        layout = self.layout_of(0, head)
         try:
-            model_trace, guide_trace = self._run(self._encode(args, kwargs), args, kwargs, layout, 2)
+            model_trace, guide_trace = self._run(self.encode(args, kwargs), args, kwargs, layout, 2)
             together = log_weights_of(layout, model_trace, guide_trace, 2)
             apart = []
             for particle in range(2):
@@ -142,9 +147,9 @@ class Pair:
     @torch.no_grad()
     def block(self, start: int, stop: int, num_particles: int, chunk_size: int, vectorised: bool) -> Tensor:
         """Log weights (S, stop - start) of a range of data."""
-        args, kwargs = self._cut(slice(start, stop))
-        layout = self._layout_of(start, stop)
-        encoded = self._encode(args, kwargs)
+        args, kwargs = self.cut(slice(start, stop))
+        layout = self.layout_of(start, stop)
+        encoded = self.encode(args, kwargs)
         chunks: list[Tensor] = []
         drawn = 0
         while drawn < num_particles:
@@ -163,13 +168,13 @@ class Pair:
     @torch.no_grad()
     def record(self, modules: list[nn.Module], num_data: int, num_particles: int) -> None:
         """Record and compile the drawing of a chunk of that size, for `block` to use where it can."""
-        args, kwargs = self._cut(slice(num_data))
-        layout = self._layout_of(0, num_data)
+        args, kwargs = self.cut(slice(num_data))
+        layout = self.layout_of(0, num_data)
 
         def draw(encoded: Tensor | None, args: tuple, kwargs: dict) -> Tensor:
             return log_weights_of(layout, *self._run(encoded, args, kwargs, layout, num_particles), num_particles)
 
-        self.recorded = record_draw(draw, modules, self._encode(args, kwargs), args, kwargs)
+        self.recorded = record_draw(draw, modules, self.encode(args, kwargs), args, kwargs)
         self.recorded_sizes = (num_data, num_particles)
 
     def _refuse_impossible(self, model_trace, args, kwargs, layout, size) -> None:
@@ -178,10 +183,10 @@ class Pair:
                 other_trace, _ = self._run(None, args, kwargs, layout, size)
                 refuse_impossible_data(model_trace, other_trace)
 
-    def _layout_of(self, start: int, stop: int) -> Layout:
+    def layout_of(self, start: int, stop: int) -> Layout:
         return self.layout if self.split_size is None else self.layout._replace(num_data=stop - start)
 
-    def _encode(self, args: tuple, kwargs: dict) -> Tensor | None:
+    def encode(self, args: tuple, kwargs: dict) -> Tensor | None:
         """The guide's encoding of these data, done once for all particles, where it offers that (`pyrovae.guides.Guide`)."""
         if isinstance(self.guide, Guide) and type(self.guide).forward is Guide.forward:  # its own forward is the user's
             return self.guide.encode(*args, **kwargs)
@@ -192,15 +197,18 @@ class Pair:
         guide = self.guide if encoded is None else self.guide.given(encoded)
         if num_particles is None:
             return run_pair(self.model, guide, args, kwargs, layout.pinned)
+        model_under, guide_under = (self.under_plate(p, layout, num_particles) for p in (self.model, guide))
+        return run_pair(model_under, guide_under, args, kwargs, layout.pinned)
 
-        def under_plate(program):
-            def run(*args, **kwargs):
-                with pyro.plate(_PARTICLES, num_particles, dim=-1 - layout.max_plate_nesting):
-                    return program(*args, **kwargs)
+    @staticmethod
+    def under_plate(program: Program, layout: Layout, num_particles: int) -> Program:
+        """The program under an outer plate of particles."""
 
-            return run
+        def run(*args, **kwargs):
+            with pyro.plate(_PARTICLES, num_particles, dim=-1 - layout.max_plate_nesting):
+                return program(*args, **kwargs)
 
-        return run_pair(under_plate(self.model), under_plate(guide), args, kwargs, layout.pinned)
+        return run
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:

@@ -20,6 +20,8 @@ __all__ = [
     "sample_sites",
     "select_data",
     "select_particle",
+    "site_log_prob",
+    "spread",
     "trace_program",
 ]
 
@@ -101,7 +103,7 @@ def log_weights_of(
     if missing := sorted(latents - set(guide_trace.nodes)):
         raise ValueError(f"the guide left out the model's latent site(s) {missing} in one of its runs")
     terms = {
-        (program, name): _spread(_site_log_prob(site), site, layout, num_particles)
+        (program, name): spread(site_log_prob(site), site, layout, num_particles)
         for program, trace in (("model", model_trace), ("guide", guide_trace))
         for name, site in sample_sites(trace)
     }
@@ -126,7 +128,7 @@ def log_weights_of(
     return total
 
 
-def _site_log_prob(site: dict) -> Tensor:
+def site_log_prob(site: dict) -> Tensor:
     """Log density with the site's batch shape: -inf outside the support, 0 where masked, scales left out."""
     distribution, value, mask = site["fn"], site["value"], site["mask"]
     possible = is_possible(site)
@@ -144,7 +146,7 @@ def _site_log_prob(site: dict) -> Tensor:
     return log_prob
 
 
-def _spread(log_prob: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
+def spread(log_prob: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
     """Sum a site's log density over all dimensions but particles and data: (S, N), or (1, N) without particles."""
     depth = layout.max_plate_nesting
     log_prob = log_prob.reshape((1,) * (depth - log_prob.ndim) + log_prob.shape)

@@ -55,8 +55,8 @@ def test_a_file_imports_only_from_levels_above_it():
         {"priors", "likelihoods", "guides"},
         {"model"},
         {"extract"},
-        {"traces", "inspection", "draws", "pair", "weights"},
-        {"optimization", "steps", "training", "evaluation", "checkpoint"},
+        {"traces", "inspection", "draws", "pair", "weights", "potential", "anneal", "simulation"},
+        {"optimization", "steps", "training", "evaluation", "bounds", "checkpoint"},
         {"inference_data", "plots"},
     ]
     level_of = {name: level for level, names in enumerate(levels) for name in names}
