@@ -20,7 +20,7 @@ from pyrovae.potential import Potential
 __all__ = ["Annealed", "Kernels", "anneal", "anneal_back", "num_pilot_kernels", "sigmoidal_schedule", "tune"]
 
 _ACCEPTANCE = 0.65  # the optimum of HMC in high dimensions (Beskos et al. 2013)
-_JITTER = 0.25  # of the step size, so that no trajectory resonates with an oscillation of the energy
+_JITTER = 0.2  # of the step size, for each chain and kernel
 _SETTLING = 40  # kernels at the first and at the last temperature of a pilot
 _GAIN = 0.3  # how fast log step sizes follow the acceptance in a pilot
 
@@ -33,14 +33,14 @@ class Kernels:
     step_sizes: (T + 1, N), in units of the metric
     start_variance, end_variance: (N, D), of u at beta = 0 and 1; the metric between is that of a path between normals,
         1 / variance_beta = (1 - beta) / start_variance + beta / end_variance
-    num_leapfrog_steps: per kernel
+    num_steps: leapfrog steps of each kernel, (T + 1,): trajectories of one length would resonate with the posterior
     """
 
     temperatures: Tensor
     step_sizes: Tensor
     start_variance: Tensor
     end_variance: Tensor
-    num_leapfrog_steps: int
+    num_steps: list[int]
 
     def scale(self, beta: Tensor) -> Tensor:
         """Standard deviations (N, D) of the metric."""
@@ -132,7 +132,8 @@ def tune(
     start_variance = torch.cat(draws).var(0)
     pilot_temperatures = sigmoidal_schedule(_num_pilot_temperatures(num_temperatures)).to(start_variance)
     first_guess = start_variance.new_full(start_variance.shape[:1], start_variance.shape[-1] ** -0.25)
-    kernels = Kernels(pilot_temperatures, first_guess, start_variance, start_variance, num_leapfrog_steps)
+    num_steps = _draw_num_steps(len(pilot_temperatures), num_leapfrog_steps)
+    kernels = Kernels(pilot_temperatures, first_guess, start_variance, start_variance, num_steps)
     settled, _, _ = _pilot(potential, kernels, tick)
     # Shrunk as Stan does: a few draws may by chance hardly differ in one of many dimensions.
     share = len(settled) / (len(settled) + 5)
@@ -144,7 +145,12 @@ def tune(
         steps = torch.linspace(0, 1, num_temperatures + 1).to(start_variance)
         temperatures = (temperatures + _interpolate(steps, length / length[-1], pilot_temperatures)) / 2
     step_sizes = _interpolate(temperatures, pilot_temperatures, log_step_sizes).exp()
-    return replace(kernels, temperatures=temperatures, step_sizes=step_sizes)
+    num_steps = _draw_num_steps(len(temperatures), num_leapfrog_steps)
+    return replace(kernels, temperatures=temperatures, step_sizes=step_sizes, num_steps=num_steps)
+
+
+def _draw_num_steps(count: int, most: int) -> list[int]:
+    return torch.randint(1, most + 1, (count,)).tolist()
 
 
 def _num_pilot_temperatures(num_temperatures: int) -> int:
@@ -170,7 +176,7 @@ def _pilot(potential: Potential, kernels: Kernels, tick: Callable[[], None]) -> 
     for t in [1] * _SETTLING + list(range(1, last)) + [last] * _SETTLING:
         beta = temperatures[t]
         spread_here = state.log_weight.clamp_min(torch.finfo(state.log_weight.dtype).min / 1e3).std(0)
-        state, rate = _leap(potential, state, beta, kernels.scale(beta), log_step.exp(), kernels.num_leapfrog_steps)
+        state, rate = _leap(potential, state, beta, kernels.scale(beta), log_step.exp(), kernels.num_steps[t])
         log_step = log_step + _GAIN * (rate - _ACCEPTANCE)
         if t == last:
             settled.append(state.u)
@@ -199,7 +205,7 @@ def _factor(state: _State, kernels: Kernels, t: int) -> Tensor:
 
 def _move(potential: Potential, state: _State, kernels: Kernels, t: int) -> tuple[_State, Tensor]:
     beta = kernels.temperatures[t]
-    return _leap(potential, state, beta, kernels.scale(beta), kernels.step_sizes[t], kernels.num_leapfrog_steps)
+    return _leap(potential, state, beta, kernels.scale(beta), kernels.step_sizes[t], kernels.num_steps[t])
 
 
 def _leap(

@@ -13,7 +13,7 @@ from pyrovae import estimators
 from pyrovae.anneal import Kernels, anneal, anneal_back, num_pilot_kernels, tune
 from pyrovae.draws import pays_off
 from pyrovae.evaluation import LogMarginalLikelihood
-from pyrovae.extract import Extracted
+from pyrovae.extract import Extracted, all_ours
 from pyrovae.modules import check_count, evaluation_mode, map_tensors, modules_behind
 from pyrovae.pair import Pair
 from pyrovae.potential import Potential, prior_of
@@ -50,8 +50,9 @@ def annealed_importance_sampling(
     when it starts from the prior.
 
     model: a Pyro program, called as model(*args, **kwargs); modules are put in eval mode meanwhile
-    num_chains, num_temperatures, num_leapfrog_steps: S, T and the steps per trajectory; the model is evaluated with its
-        gradient about 1.5 S T (steps + 1) times per datum, pilots included
+    num_chains, num_temperatures: S and T
+    num_leapfrog_steps: most steps per trajectory; each temperature draws its number from 1 to this. The model is evaluated
+        with its gradient about 0.8 S T steps times per datum, pilots included
     schedule: "adaptive" spends half of the temperatures where log w varies most in the pilot, half as "sigmoidal"
     plate, data_batch_size, compile, progress: as in `log_marginal_likelihood`
 
@@ -189,7 +190,7 @@ def bidirectional_monte_carlo(
         exact = exact_draws(pair, trace, guide, settings.num_chains)
         for start, potential, kernels, tick in _tuned_blocks(pair, settings, guide is None, passes=2):
             forward = anneal(potential, kernels, tick)
-            back = anneal_back(potential, kernels, exact[:, start : start + potential.num_data], tick)
+            back = anneal_back(potential, kernels, exact[:, start : start + potential.num_data].contiguous(), tick)
             lower.append(estimators.importance_weighted_bound(forward.log_weights))
             lower_stderr.append(estimators.importance_weighted_bound_stderr(forward.log_weights))
             upper.append(-estimators.importance_weighted_bound(-back.log_weights))
@@ -220,18 +221,19 @@ def _tuned_blocks(
         num_blocks = math.ceil(pair.num_data / most)
     size = math.ceil(pair.num_data / num_blocks)
     modules = modules_behind(pair.model, pair.guide)
-    compile = settings.compile
-    if compile == "auto":
-        num_gradients = pair.num_data * num_chains * num_temperatures * (settings.num_leapfrog_steps + 1)
-        compile = pays_off(3 * num_gradients, modules_behind(pair.model), modules)
+    record = inductor = settings.compile
+    if settings.compile == "auto":
+        num_gradients = pair.num_data * num_chains * num_temperatures * settings.num_leapfrog_steps
+        record = bool(modules) and all_ours(modules)
+        inductor = pays_off(num_gradients, modules_behind(pair.model), modules)
     recorded: dict[tuple[int, int], Extracted | None] = {}
 
     def potential_of(start: int, stop: int, num_chains: int) -> Potential:
         potential = Potential(pair, start, stop, num_chains, from_prior=from_prior)
         sizes = (stop - start, num_chains)
-        if compile and stop - start == size:  # a ragged last block is not worth a compilation
+        if record and stop - start == size:  # a ragged last block is not worth a compilation
             if sizes not in recorded:
-                potential.record(modules)
+                potential.record(modules, inductor=inductor)
                 recorded[sizes] = potential.recorded
             potential.recorded = recorded[sizes]
         return potential

@@ -65,9 +65,9 @@ class Potential:
             self.encoded = None if from_prior else pair.encode(self.args, self.kwargs)
         self._sites: dict[str, _Site] = {}
         self.recorded: Extracted | None = None
-        u = self.draw()
-        self.device = u.device
-        self._refuse_without_gradient(u)
+        self._example = self.draw()
+        self.device = self._example.device
+        self._refuse_without_gradient(self._example)
 
     @property
     def num_data(self) -> int:
@@ -90,16 +90,16 @@ class Potential:
             return Energy(*self.recorded(u, beta, *self._tensors())[0])
         return Energy(*self._energy(u, beta, self.encoded, self.args, self.kwargs))
 
-    def record(self, modules: list[nn.Module]) -> None:
-        """Record and compile `energy`, where that can be done; `recorded` then serves every block of as many data."""
+    def record(self, modules: list[nn.Module], *, inductor: bool) -> None:
+        """Record `energy` (and compile it), where that can be done; `recorded` then serves every block of as many data."""
 
         def flat(u: Tensor, beta: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             rest = iter(tensors)
             encoded = None if self.encoded is None else next(rest)
             return self._energy(u, beta, encoded, *map_tensors(lambda _: next(rest), (self.args, self.kwargs)))
 
-        u = self.draw()
-        self.recorded = extract(flat, modules, (u, u.new_tensor(0.5), *self._tensors()))
+        u = self._example
+        self.recorded = extract(flat, modules, (u, u.new_tensor(0.5), *self._tensors()), inductor=inductor)
 
     def _tensors(self) -> list[Tensor]:
         tensors = [] if self.encoded is None else [self.encoded]

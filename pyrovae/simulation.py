@@ -28,6 +28,11 @@ def simulate(
             raise ValueError(
                 f"observed site '{name}' is masked, so what to simulate is unclear: pass data without gaps"
             )
+        if site["value"].shape != site["infer"]["obs"].shape:
+            raise ValueError(
+                f"observed site '{name}' simulates values of shape {tuple(site['value'].shape)} for data of shape "
+                f"{tuple(site['infer']['obs'].shape)}: give its distribution the shape of the data (expand)"
+            )
     if not observed:
         raise ValueError("the model observes nothing, so there is no log p(x) to bound")
     # Where the data come in as arguments (reshaped perhaps), the simulated ones take their place there.

@@ -17,6 +17,11 @@ from pyrovae.pair import Pair
 from pyrovae.potential import Potential, prior_of
 
 
+@pytest.fixture(autouse=True)
+def _recorded(uncompiled):
+    """compile=True records and does not compile: the chains at a tenth of the time."""
+
+
 def potential_of(model, guide, num_chains, *args):
     pair = Pair(model, guide or prior_of(model), args, {}, None, "auto")
     return Potential(pair, 0, pair.num_data, num_chains, from_prior=guide is None)
@@ -31,7 +36,7 @@ def mean_ratio(log_ratios):
 def posterior_draws(linear_gaussian, x, num_chains):
     noise = torch.randn(len(x), linear_gaussian.latent_dim)
     z = linear_gaussian.posterior_mean(x) + noise @ torch.linalg.cholesky(linear_gaussian.covariance).T
-    return z.expand(num_chains, *z.shape)
+    return z.repeat(num_chains, 1, 1)
 
 
 def test_sigmoidal_schedule_by_hand():
@@ -75,23 +80,24 @@ def test_densities_are_those_of_the_programs(linear_gaussian, start):
     assert torch.allclose(energy.gradient[..., 1], slope, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("latent_dim", [2, 10])
-def test_both_directions_are_strict(double, latent_dim):
+@pytest.mark.parametrize(("latent_dim", "scale"), [(2, 1.5), (10, 4.0)])
+def test_both_directions_are_strict(double, latent_dim, scale):
     """E[w] = p(x) forwards and E[1/w] = 1/p(x) backwards, where the weights hardly vary."""
-    linear_gaussian = LinearGaussian(latent_dim, 2 * latent_dim, scale=1.5)
+    linear_gaussian = LinearGaussian(latent_dim, 2 * latent_dim, scale)
     x = linear_gaussian.data(200)
     truth = linear_gaussian.log_prob(x)
-    potential = potential_of(linear_gaussian.model, None, 4, x)
-    kernels = tune(potential, 60, 5)
+    potential = potential_of(linear_gaussian.model, None, 8, x)
+    potential.record([], inductor=False)
+    kernels = tune(potential, 100, 8)
     forward = anneal(potential, kernels)
     # Chains are independent given the kernels; data are independent of each other.
     ratio, stderr = mean_ratio(forward.log_weights - truth)
-    assert stderr < 0.05
+    assert stderr < 0.03
     within(ratio, 1.0, stderr)
-    back = anneal_back(potential, kernels, posterior_draws(linear_gaussian, x, 4))
+    back = anneal_back(potential, kernels, posterior_draws(linear_gaussian, x, 8))
     # Chains that start at one draw are not independent: their mean per datum is.
-    ratio, stderr = mean_ratio(torch.logsumexp(truth - back.log_weights, 0) - math.log(4))
-    assert stderr < 0.05
+    ratio, stderr = mean_ratio(torch.logsumexp(truth - back.log_weights, 0) - math.log(8))
+    assert stderr < 0.03
     within(ratio, 1.0, stderr)
     assert 0.5 < forward.acceptance.mean() < 0.8
     assert torch.allclose(forward.u.mean((0, 1)), linear_gaussian.posterior_mean(x).mean(0), atol=0.2)
@@ -102,8 +108,9 @@ def test_a_wrong_kernel_is_caught(double, monkeypatch):
     linear_gaussian = LinearGaussian(2, 4, scale=1.5)
     x = linear_gaussian.data(200)
     truth = linear_gaussian.log_prob(x)
-    potential = potential_of(linear_gaussian.model, None, 4, x)
-    kernels = tune(potential, 60, 5)
+    potential = potential_of(linear_gaussian.model, None, 8, x)
+    potential.record([], inductor=False)
+    kernels = tune(potential, 100, 8)
     leap = annealing._leap
 
     def accepting(*args):
@@ -121,7 +128,12 @@ def test_bounds_in_order_and_the_width_falls(linear_gaussian):
     widths = []
     for num_temperatures in (25, 200):
         result = pv.bidirectional_monte_carlo(
-            linear_gaussian.model, x, num_chains=2, num_temperatures=num_temperatures, num_leapfrog_steps=4
+            linear_gaussian.model,
+            x,
+            num_chains=2,
+            num_temperatures=num_temperatures,
+            num_leapfrog_steps=8,
+            compile=True,
         )
         truth = linear_gaussian.log_prob(result.data["x"])
         below, above = result.lower - truth, result.upper - truth
@@ -144,7 +156,8 @@ def test_from_a_guide(linear_gaussian):
         guide=linear_gaussian.mean_field_guide,
         num_chains=2,
         num_temperatures=60,
-        num_leapfrog_steps=4,
+        num_leapfrog_steps=8,
+        compile=True,
     )
     error = result.log_prob - linear_gaussian.log_prob(x)
     within(error.mean().item(), 0.0, error.std().item() / math.sqrt(50) + 0.01)
@@ -155,7 +168,8 @@ def test_from_a_guide(linear_gaussian):
         guide=linear_gaussian.mean_field_guide,
         num_chains=2,
         num_temperatures=60,
-        num_leapfrog_steps=4,
+        num_leapfrog_steps=8,
+        compile=True,
     )
     truth = linear_gaussian.log_prob(both.data["x"])
     assert (both.lower - truth).abs().mean() < 0.2
@@ -165,7 +179,7 @@ def test_from_a_guide(linear_gaussian):
 def gamma_poisson(counts):
     with pyro.plate("data", len(counts)):
         rate = pyro.sample("rate", dist.Gamma(2.0, 0.5))
-        pyro.sample("counts", dist.Poisson(rate.unsqueeze(-1)).to_event(1), obs=counts)
+        pyro.sample("counts", dist.Poisson(rate.unsqueeze(-1).expand(*rate.shape, 3)).to_event(1), obs=counts)
 
 
 def gamma_poisson_log_prob(counts):
@@ -183,12 +197,14 @@ def test_constrained_latents(double):
     """Gamma-Poisson, whose rate is positive; data drawn for two of its rates."""
     counts = torch.poisson(torch.tensor([[1.0], [9.0]]).expand(20, 2, 3).reshape(40, 3))
     result = pv.annealed_importance_sampling(
-        gamma_poisson, counts, num_chains=4, num_temperatures=80, num_leapfrog_steps=4
+        gamma_poisson, counts, num_chains=16, num_temperatures=100, num_leapfrog_steps=8, compile=True
     )
     error = result.log_prob - gamma_poisson_log_prob(counts)
     assert error.abs().max() < 0.5
     within(error.mean().item(), 0.0, error.std().item() / math.sqrt(40) + 0.005)
-    both = pv.bidirectional_monte_carlo(gamma_poisson, counts, num_chains=4, num_temperatures=80, num_leapfrog_steps=4)
+    both = pv.bidirectional_monte_carlo(
+        gamma_poisson, counts, num_chains=16, num_temperatures=100, num_leapfrog_steps=8, compile=True
+    )
     truth = gamma_poisson_log_prob(both.data["counts"])
     assert (both.lower - truth).mean() < 0.02
     assert (both.upper - truth).mean() > -0.02
@@ -218,7 +234,7 @@ def test_several_sites_and_auxiliary_draws(double, guided):
     if guided:
         guide(x)
     result = pv.annealed_importance_sampling(
-        two_sites, x, guide=guide, num_chains=4, num_temperatures=80, num_leapfrog_steps=4
+        two_sites, x, guide=guide, num_chains=16, num_temperatures=100, num_leapfrog_steps=8, compile=True
     )
     error = result.log_prob - two_sites_log_prob(x)
     assert error.abs().mean() < 0.15
@@ -236,7 +252,9 @@ def test_one_joint_datum(double):
             pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
     truth = dist.MultivariateNormal(torch.zeros(6), torch.eye(6) + 4.0).log_prob(x)
-    result = pv.annealed_importance_sampling(model, x, num_chains=40, num_temperatures=100, num_leapfrog_steps=4)
+    result = pv.annealed_importance_sampling(
+        model, x, num_chains=40, num_temperatures=100, num_leapfrog_steps=8, compile=True
+    )
     assert len(result) == 1
     within(result.log_prob.item(), truth.item(), result.stderr.item())
 
@@ -248,16 +266,21 @@ def small_pair():
 
 
 def test_library_models_in_blocks_and_compiled(double):
-    """Against 20,000 particles of importance sampling on a small network; blocks and compilation change nothing."""
+    """Against quadrature, with a guide so bad that importance sampling errs by a nat; blocks and compilation change nothing."""
     model, guide = small_pair()
     x = torch.bernoulli(torch.full((7, 12), 0.4))
-    reference = pv.log_marginal_likelihood(model, guide, x, num_particles=20_000)
-    settings = {"num_chains": 4, "num_temperatures": 60, "num_leapfrog_steps": 4}
+    axis = torch.linspace(-7, 7, 281)
+    z = torch.cartesian_prod(axis, axis).unsqueeze(1)
+    with torch.no_grad():
+        joint = model.prior().log_prob(z) + model.likelihood(z).log_prob(x)
+    truth = torch.logsumexp(joint, 0) + 2 * (axis[1] - axis[0]).log()
+    settings = {"num_chains": 16, "num_temperatures": 60, "num_leapfrog_steps": 5}
     for start in (None, guide):
-        whole = pv.annealed_importance_sampling(model, x, guide=start, **settings)
-        blocks = pv.annealed_importance_sampling(model, x, guide=start, data_batch_size=3, **settings)
+        whole = pv.annealed_importance_sampling(model, x, guide=start, compile=True, **settings)
+        blocks = pv.annealed_importance_sampling(model, x, guide=start, compile=True, data_batch_size=3, **settings)
         for result in (whole, blocks):
-            assert (result.log_prob - reference.log_prob).abs().max() < 0.1
+            assert ((result.log_prob - truth).abs() < 6 * result.stderr + 0.01).all()  # 15 degrees of freedom
+            assert result.stderr.mean() < 0.2
     assert whole.gap.isnan().all()
     pyro.set_rng_seed(4)
     eager = pv.annealed_importance_sampling(model, x, guide=guide, compile=False, **settings)
@@ -269,7 +292,7 @@ def test_library_models_in_blocks_and_compiled(double):
 def test_simulation_is_of_the_model_and_reads_no_data(linear_gaussian):
     x = linear_gaussian.data(500)
     result = pv.bidirectional_monte_carlo(
-        linear_gaussian.model, x, num_chains=1, num_temperatures=5, num_leapfrog_steps=1
+        linear_gaussian.model, x, num_chains=1, num_temperatures=5, num_leapfrog_steps=1, compile=True
     )
     z, simulated = result.latents["z"], result.data["x"]
     within(z.mean().item(), 0.0, 1 / math.sqrt(1500))
@@ -285,7 +308,9 @@ def test_data_that_are_no_argument(double):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
-    result = pv.bidirectional_monte_carlo(model, num_chains=2, num_temperatures=60, num_leapfrog_steps=4)
+    result = pv.bidirectional_monte_carlo(
+        model, num_chains=16, num_temperatures=100, num_leapfrog_steps=8, compile=True
+    )
     truth = dist.Normal(0.0, math.sqrt(1.25)).log_prob(result.data["x"])
     assert (result.lower - truth).abs().max() < 0.5
     assert (result.upper - truth).abs().max() < 0.5
