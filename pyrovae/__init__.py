@@ -3,6 +3,7 @@
 from pyrovae import data, estimators, guides, likelihoods, nets, plots, priors
 from pyrovae.bounds import BidirectionalMonteCarlo, annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.checkpoint import load, save
+from pyrovae.comparison import Comparison, compare
 from pyrovae.evaluation import LogMarginalLikelihood, active_units, log_marginal_likelihood
 from pyrovae.inference_data import to_inference_data
 from pyrovae.model import GenerativeModel
@@ -13,12 +14,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BidirectionalMonteCarlo",
+    "Comparison",
     "FitResult",
     "GenerativeModel",
     "LogMarginalLikelihood",
     "active_units",
     "annealed_importance_sampling",
     "bidirectional_monte_carlo",
+    "compare",
     "data",
     "estimators",
     "fit",

@@ -56,7 +56,7 @@ def test_a_file_imports_only_from_levels_above_it():
         {"model"},
         {"extract"},
         {"traces", "inspection", "draws", "pair", "weights", "potential", "anneal", "simulation"},
-        {"optimization", "steps", "training", "evaluation", "bounds", "checkpoint"},
+        {"optimization", "steps", "training", "evaluation", "bounds", "comparison", "checkpoint"},
         {"inference_data", "plots"},
     ]
     level_of = {name: level for level, names in enumerate(levels) for name in names}
