@@ -1,7 +1,9 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
 from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plots, priors, uses
+from pyrovae.bounds import BidirectionalMonteCarlo, annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.checkpoint import load, save
+from pyrovae.comparison import Comparison, compare
 from pyrovae.evaluation import LogMarginalLikelihood, active_units, log_marginal_likelihood
 from pyrovae.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
 from pyrovae.inference_data import to_inference_data
@@ -13,7 +15,9 @@ from pyrovae.weights import log_weights
 __version__ = "0.1.0"
 
 __all__ = [
+    "BidirectionalMonteCarlo",
     "BottomUpGuide",
+    "Comparison",
     "ConditionalNormal",
     "FitResult",
     "GenerativeModel",
@@ -21,6 +25,9 @@ __all__ = [
     "LogMarginalLikelihood",
     "TopDownGuide",
     "active_units",
+    "annealed_importance_sampling",
+    "bidirectional_monte_carlo",
+    "compare",
     "data",
     "estimators",
     "fit",

@@ -42,6 +42,7 @@ def extract(
     examples: Sequence[Tensor],
     *,
     gradients: bool = False,
+    inductor: bool = True,
 ) -> "Extracted | None":
     """Record and compile a function of tensors and of the modules it refers to.
 
@@ -49,11 +50,12 @@ def extract(
     modules: whose parameters and buffers it uses
     examples: tensors as it will be called with
     gradients: also give d(first output) / d(parameter) for each of `parameters`
+    inductor: compile what was recorded (seconds, to be won back); else run it as it is, without Pyro's share of the time
 
     Returns None where that cannot be done (control flow that depends on values, no C++ compiler); one line of the log
     says why, and the caller runs its eager program.
     """
-    extracted = Extracted(function, modules, gradients)
+    extracted = Extracted(function, modules, gradients, inductor)
     try:
         extracted(*examples, dry=True)
     except Exception as error:  # whatever stands in the way: the eager program is always there
@@ -67,15 +69,18 @@ class Extracted:
     """What `extract` gives. Each call sees the present values of parameters and buffers, and draws new noise.
 
     Called with tensors, it answers with the outputs and the gradients, in the order of `parameters` (None for a parameter
-    that has none; no gradients unless asked for). Another signature (shapes, dtypes, devices, modes) is recorded anew; the
+    that has none; no gradients unless asked for). Another signature (shapes, strides, dtypes, devices, modes) is recorded anew; the
     last `CAPACITY` recordings are kept.
     """
 
     CAPACITY = 8
     compiler = staticmethod(lambda graph: _inductor(graph))
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], modules: Sequence[nn.Module], gradients: bool):
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], modules: Sequence[nn.Module], gradients: bool, inductor: bool
+    ):
         self.function = function
+        self.inductor = inductor
         self.modules = nn.ModuleList(modules)
         self.gradients = gradients
         self.num_recordings = 0
@@ -101,7 +106,7 @@ class Extracted:
     def _signature(self, tensors: Sequence[Tensor]) -> tuple:
         modes = tuple(module.training for module in self.modules.modules())
         trained = tuple(parameter.requires_grad for parameter in self.modules.parameters())
-        kinds = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+        kinds = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
         return modes, trained, kinds, torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
 
     def _record(self, tensors: Sequence[Tensor], state: dict[str, Tensor]) -> Callable:
@@ -128,7 +133,7 @@ class Extracted:
         with torch.random.fork_rng(devices), pyro.validation_enabled(False), without_checks(), torch.no_grad():
             graph = make_fx(flat)(list(tensors), values)
         _refuse_captured_parameters(graph)
-        compiled = self.compiler(graph)
+        compiled = self.compiler(graph) if self.inductor else graph
 
         def apart(program: Callable, noise: int) -> list[Tensor]:
             """The outputs, under noise that is not that of the recording."""

@@ -61,7 +61,9 @@ class Pair:
         if data_batch_size is not None and self._find_split(tensors, fewest=1 if data_batch_size == 1 else 2):
             return
         # A program that is refused with a few data is refused here with all of them, which says why.
-        self.layout, model_trace, _ = inspect_pair(model, self._guide(self.encode(args, kwargs)), args, kwargs, plate)
+        self.layout, model_trace, _ = inspect_pair(
+            model, self.guide_given(self.encode(args, kwargs)), args, kwargs, plate
+        )
         self.num_data = self.layout.num_data
         self.row_size = _row_size(model_trace, self.layout)
         if data_batch_size not in (None, "auto"):
@@ -101,7 +103,7 @@ class Pair:
         try:
             rows = _some(length, head)
             args, kwargs = self.cut(rows)
-            guide = self._guide(self.encode(args, kwargs))
+            guide = self.guide_given(self.encode(args, kwargs))
             layout, *traces = inspect_pair(self.model, guide, args, kwargs, self.plate)
             # A subsample size that leaves these data whole may cut more of them: min(32, len(x)).
             asked = any(trace.nodes[layout.plate]["fn"].subsample_size for trace in traces if layout.plate in trace)
@@ -174,7 +176,7 @@ class Pair:
         )
         for head in sorted(heads, reverse=True):
             args, kwargs = self.cut(slice(head))
-            guide = self._guide(self.encode(args, kwargs))
+            guide = self.guide_given(self.encode(args, kwargs))
             if reason := reason_to_loop(self.model, guide, args, kwargs, self.layout_of(0, head)):
                 return reason
         return None
@@ -227,12 +229,13 @@ class Pair:
             return self.guide.encode(*args, **kwargs)
         return None
 
-    def _guide(self, encoded: Tensor | None) -> Program:
+    def guide_given(self, encoded: Tensor | None) -> Program:
+        """The guide that draws from what `encode` gave."""
         return self.guide if encoded is None else self.guide.given(encoded)
 
     def _run(self, encoded: Tensor | None, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None):
         """One run of the pair: of `num_particles` under an outer plate, or of one without."""
-        return _run(self.model, self._guide(encoded), args, kwargs, layout, num_particles)
+        return _run(self.model, self.guide_given(encoded), args, kwargs, layout, num_particles)
 
 
 def _run(model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None):

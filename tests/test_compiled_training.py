@@ -21,12 +21,6 @@ from pyrovae.optimization import OneAdam
 from pyrovae.steps import pays_off, record_step
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Recordings run as they were recorded: seconds faster than with Inductor, for what the recording itself decides."""
-    monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
-
-
 def eager_step(model, guide, batch, loss=None):
     """(loss, gradients) by Pyro's loss, from seed 3."""
     every = [*model.parameters(), *(p for p in guide.parameters() if all(p is not q for q in model.parameters()))]

@@ -59,7 +59,8 @@ def test_a_file_imports_only_from_levels_above_it():
         {"extract"},
         {"supports", "traces", "auxiliary", "inspection", "agreement", "draws", "pair", "particles", "weights"},
         {"objective_contract", "kl_objectives", "objectives"},
-        {"optimization", "steps", "training", "evaluation", "checkpoint"},
+        {"potential", "anneal", "simulation"},
+        {"optimization", "steps", "training", "evaluation", "bounds", "comparison", "checkpoint"},
         {"inference_data", "plots"},
     ]
     level_of = {name: level for level, names in enumerate(levels) for name in names}
