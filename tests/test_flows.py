@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 
 from pyrovae.extract import extract
-from pyrovae.flows import FlowDistribution, import_zuko, start_near_identity
+from pyrovae.flows import FlowDistribution, _spread_points, import_zuko, start_near_identity
 
 IMPORT = """
 import torch, pyro
@@ -252,6 +252,15 @@ def test_mean_of_an_affine_flow_is_exact(double):
     shift, log_scale = flow.transform.transforms[0].phi
     scale = zuko.transforms.MonotonicAffineTransform(shift, log_scale).scale
     assert torch.allclose(FlowDistribution(flow()).mean, -shift / scale)
+
+
+def test_points_of_the_mean_are_spread_evenly():
+    points = torch.as_tensor(_spread_points(128, 7))
+    assert points.shape == (128, 7)
+    for column in points.T:
+        assert (torch.histc(column, 64, 0.0, 1.0) == 2).all()
+    assert torch.allclose(points.mean(0), torch.full((7,), 0.5, dtype=torch.double))
+    assert (torch.corrcoef(points.T) - torch.eye(7)).abs().max() < 4.5 / 64**0.5
 
 
 def test_in_many_pieces_the_mean_is_the_same(double, monkeypatch):
