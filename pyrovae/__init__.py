@@ -1,9 +1,13 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
-from pyrovae import data, estimators, guides, likelihoods, nets, plots, priors
+from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plots, priors, uses
+from pyrovae.bounds import BidirectionalMonteCarlo, annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.checkpoint import load, save
+from pyrovae.comparison import Comparison, compare
 from pyrovae.evaluation import LogMarginalLikelihood, active_units, log_marginal_likelihood
+from pyrovae.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
 from pyrovae.inference_data import to_inference_data
+from pyrovae.layers import ConditionalNormal
 from pyrovae.model import GenerativeModel
 from pyrovae.training import FitResult, fit, pick_device
 from pyrovae.weights import log_weights
@@ -11,10 +15,19 @@ from pyrovae.weights import log_weights
 __version__ = "0.1.0"
 
 __all__ = [
+    "BidirectionalMonteCarlo",
+    "BottomUpGuide",
+    "Comparison",
+    "ConditionalNormal",
     "FitResult",
     "GenerativeModel",
+    "HierarchicalModel",
     "LogMarginalLikelihood",
+    "TopDownGuide",
     "active_units",
+    "annealed_importance_sampling",
+    "bidirectional_monte_carlo",
+    "compare",
     "data",
     "estimators",
     "fit",
@@ -24,9 +37,12 @@ __all__ = [
     "log_marginal_likelihood",
     "log_weights",
     "nets",
+    "objectives",
     "pick_device",
     "plots",
     "priors",
     "save",
     "to_inference_data",
+    "two_layer_vae",
+    "uses",
 ]

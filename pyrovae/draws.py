@@ -45,10 +45,14 @@ class RecordedDraw:
         self.draw, self.extracted = draw, extracted
 
     def __call__(self, encoded: Tensor | None, args: tuple, kwargs: dict) -> Tensor:
-        before = torch.get_rng_state()
-        (log_weights,), _ = self.extracted(*_flatten(encoded, args, kwargs))
+        tensors = _flatten(encoded, args, kwargs)
+        devices = {tensor.device for tensor in (*tensors, *self.extracted.modules.parameters()) if tensor.is_cuda}
+        before = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+        (log_weights,), _ = self.extracted(*tensors)
         if not (log_weights < torch.inf).all():
-            torch.set_rng_state(before)
+            torch.set_rng_state(before[0])
+            for device, state in before[1].items():
+                torch.cuda.set_rng_state(state, device)
             return self.draw(encoded, args, kwargs)
         return log_weights
 

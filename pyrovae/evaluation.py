@@ -29,6 +29,7 @@ class LogMarginalLikelihood:
     pareto_k: tail shape of the weights (NaN below 25 particles); above `pareto_k_limit` the row cannot be trusted,
         above 0.5 its standard error may be too small
     curve_particles, curve: the bound at growing numbers of particles, (len(curve_particles), N)
+    acceptance: of annealed importance sampling alone, where S counts chains and `elbo` and `gap` are NaN; else None
     """
 
     num_particles: int
@@ -43,6 +44,7 @@ class LogMarginalLikelihood:
     pareto_k: Tensor
     curve_particles: list[int]
     curve: Tensor
+    acceptance: Tensor | None = None
 
     @classmethod
     def from_log_weights(cls, log_weights: Tensor) -> "LogMarginalLikelihood":
@@ -64,6 +66,20 @@ class LogMarginalLikelihood:
         )
 
     @classmethod
+    def from_annealed(cls, log_weights: Tensor, acceptance: Tensor) -> "LogMarginalLikelihood":
+        """Of annealed weights (S, N): their mean is no ELBO, so that `elbo` and `gap` are NaN."""
+        result = cls.from_log_weights(log_weights)
+        unknown = torch.full_like(result.elbo, math.nan)
+        return replace(
+            result,
+            elbo=unknown,
+            elbo_stderr=unknown,
+            gap=unknown,
+            gap_stderr=unknown,
+            acceptance=acceptance.cpu().double(),
+        )
+
+    @classmethod
     def concatenate(cls, parts: "list[LogMarginalLikelihood]") -> "LogMarginalLikelihood":
         """One result of results for consecutive data, all with the same number of particles."""
         first = parts[0]
@@ -72,6 +88,7 @@ class LogMarginalLikelihood:
             **{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.per_datum()},
             curve_particles=first.curve_particles,
             curve=torch.cat([part.curve for part in parts], dim=1),
+            acceptance=None if first.acceptance is None else torch.cat([part.acceptance for part in parts]),
         )
 
     @staticmethod
@@ -85,7 +102,8 @@ class LogMarginalLikelihood:
     def __getitem__(self, index: slice | Tensor) -> "LogMarginalLikelihood":
         """The results of some of the data, by a slice, a mask or indices."""
         chosen = {name: getattr(self, name)[index] for name in self.per_datum()}
-        return replace(self, **chosen, curve=self.curve[:, index])
+        acceptance = None if self.acceptance is None else self.acceptance[index]
+        return replace(self, **chosen, curve=self.curve[:, index], acceptance=acceptance)
 
     @property
     def mean(self) -> float:
@@ -115,6 +133,11 @@ class LogMarginalLikelihood:
         """Largest Pareto k at which a row can be trusted; NaN with one particle."""
         return estimators.pareto_k_limit(self.num_particles) if self.num_particles > 1 else math.nan
 
+    @property
+    def method(self) -> str:
+        """What estimated it: "importance sampling" or "annealed importance sampling"."""
+        return "importance sampling" if self.acceptance is None else "annealed importance sampling"
+
     def share_of_bad_k(self, limit: float | None = None) -> float:
         """Share of data whose Pareto k is above `limit` (`pareto_k_limit` by default); NaN where k is not known."""
         if self.pareto_k.isnan().all():
@@ -124,14 +147,20 @@ class LogMarginalLikelihood:
     def summary(self) -> str:
         """A few lines to print: bound, estimate, gap, their errors, and whether to trust them."""
         num_data = f"{len(self):,} {'datum' if len(self) == 1 else 'data'}"
+        particles = f"{self.num_particles:,} {'particles' if self.acceptance is None else 'chains'}"
         lines = [
-            f"log p(x) by importance sampling: {num_data}, {self.num_particles:,} particles; nats per datum",
-            f"  ELBO            {self.elbo.mean():10.3f}",
+            f"log p(x) by {self.method}: {num_data}, {particles}; nats per datum",
             f"  log p(x)        {self.mean:10.3f}   +- {self.mean_stderr:.3f} over data, "
             f"+- {self.mean_mc_stderr:.3f} Monte Carlo; a lower bound, too low by at least {self.bias_estimate:.3f}",
-            f"  gap             {self.gap.mean():10.3f}   at least: KL(q(z|x) || p(z|x))",
-            f"  ESS             {self.ess.median():10.1f}   median, of {self.num_particles:,}",
         ]
+        if self.acceptance is None:
+            lines += [
+                f"  ELBO            {self.elbo.mean():10.3f}",
+                f"  gap             {self.gap.mean():10.3f}   at least: KL(q(z|x) || p(z|x))",
+            ]
+        else:
+            lines.append(f"  acceptance      {self.acceptance.mean():10.2f}   of the trajectories")
+        lines.append(f"  ESS             {self.ess.median():10.1f}   median, of {particles}")
         bad, doubtful = self.share_of_bad_k(), self.share_of_bad_k(0.5)
         if not math.isnan(bad):
             lines.append(f"  Pareto k        {self.pareto_k.median():10.2f}   median")
@@ -146,9 +175,10 @@ class LogMarginalLikelihood:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
+        bound = f"ELBO {self.elbo.mean():.3f}, gap {self.gap.mean():.3f}" if self.acceptance is None else "annealed"
         return (
             f"LogMarginalLikelihood({len(self)} data, {self.num_particles} particles: log p(x) {self.mean:.3f} "
-            f"+- {self.mean_stderr:.3f}, ELBO {self.elbo.mean():.3f}, gap {self.gap.mean():.3f})"
+            f"+- {self.mean_stderr:.3f}, {bound})"
         )
 
     def to_inference_data(self, **kwargs: Any) -> Any:
@@ -182,7 +212,8 @@ def log_marginal_likelihood(
     vectorize_particles: draw particles under an outer plate. "auto" does so where two particles drawn together are
         the same as two drawn apart, and warns where they are not
     data_batch_size: data per block. "auto" cuts the tensors among the arguments whose first size is that of the plate,
-        where two halves give what the whole gives; None does not cut
+        where pieces give what the whole gives (looked at for some data drawn from all and for the first ones, up to half a
+        million numbers); None does not cut. A single datum left over joins the block before it
     particle_batch_size: particles per run of the programs
     compile: record the programs (see `pyrovae.extract`) and let Inductor compile them: same draws, same numbers up to
         rounding. "auto" does so for parts of this library where there is work enough to win the compilation back
@@ -195,8 +226,9 @@ def log_marginal_likelihood(
     is not noticed by either.
 
     Raises ValueError, naming the site, for: latent sites that model and guide do not share, enumerated sites, factors
-    or observations in the guide, guides with all mass on a point, `poutine.scale`, data outside their support, a guide
-    that does not cover the prior's draws, a latent outside the named plate, several plates to choose from, NaN.
+    or observations in the guide, guides with all mass on a point, Delta sites with a `log_density` that is not that of
+    their change of variables, `poutine.scale`, data outside their support, a guide that does not cover the prior's draws
+    where the data are possible, a latent outside the named plate, several plates to choose from, NaN.
 
     Source: Rezende, Mohamed & Wierstra, Stochastic Backpropagation (2014), appendix E; Burda, Grosse &
     Salakhutdinov, Importance Weighted Autoencoders (2016).

@@ -13,9 +13,10 @@ are left out: whoever records a program runs it eagerly first.
 """
 
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -41,6 +42,7 @@ def extract(
     examples: Sequence[Tensor],
     *,
     gradients: bool = False,
+    inductor: bool = True,
 ) -> "Extracted | None":
     """Record and compile a function of tensors and of the modules it refers to.
 
@@ -48,11 +50,12 @@ def extract(
     modules: whose parameters and buffers it uses
     examples: tensors as it will be called with
     gradients: also give d(first output) / d(parameter) for each of `parameters`
+    inductor: compile what was recorded (seconds, to be won back); else run it as it is, without Pyro's share of the time
 
     Returns None where that cannot be done (control flow that depends on values, no C++ compiler); one line of the log
     says why, and the caller runs its eager program.
     """
-    extracted = Extracted(function, modules, gradients)
+    extracted = Extracted(function, modules, gradients, inductor)
     try:
         extracted(*examples, dry=True)
     except Exception as error:  # whatever stands in the way: the eager program is always there
@@ -66,14 +69,18 @@ class Extracted:
     """What `extract` gives. Each call sees the present values of parameters and buffers, and draws new noise.
 
     Called with tensors, it answers with the outputs and the gradients, in the order of `parameters` (None for a parameter
-    that has none; no gradients unless asked for). Another signature (shapes, dtypes, devices, modes) is recorded anew; the
+    that has none; no gradients unless asked for). Another signature (shapes, strides, dtypes, devices, modes) is recorded anew; the
     last `CAPACITY` recordings are kept.
     """
 
     CAPACITY = 8
+    compiler = staticmethod(lambda graph: _inductor(graph))
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], modules: Sequence[nn.Module], gradients: bool):
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], modules: Sequence[nn.Module], gradients: bool, inductor: bool
+    ):
         self.function = function
+        self.inductor = inductor
         self.modules = nn.ModuleList(modules)
         self.gradients = gradients
         self.num_recordings = 0
@@ -99,7 +106,7 @@ class Extracted:
     def _signature(self, tensors: Sequence[Tensor]) -> tuple:
         modes = tuple(module.training for module in self.modules.modules())
         trained = tuple(parameter.requires_grad for parameter in self.modules.parameters())
-        kinds = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+        kinds = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
         return modes, trained, kinds, torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
 
     def _record(self, tensors: Sequence[Tensor], state: dict[str, Tensor]) -> Callable:
@@ -126,13 +133,21 @@ class Extracted:
         with torch.random.fork_rng(devices), pyro.validation_enabled(False), without_checks(), torch.no_grad():
             graph = make_fx(flat)(list(tensors), values)
         _refuse_captured_parameters(graph)
-        compiled = torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
-        with (
-            torch.random.fork_rng(devices),
-            torch.no_grad(),
-            _quiet(),
-        ):  # compiles now, so that it fails here if it must
-            compiled(list(tensors), values)
+        compiled = self.compiler(graph) if self.inductor else graph
+
+        def apart(program: Callable, noise: int) -> list[Tensor]:
+            """The outputs, under noise that is not that of the recording."""
+            quietly = (pyro.validation_enabled(False), without_checks(), torch.no_grad(), _quiet())
+            with torch.random.fork_rng(devices), ExitStack() as stack:
+                for context in quietly:
+                    stack.enter_context(context)
+                for device in ("cpu", *devices):
+                    torch.rand(1000 * noise, device=device)
+                results = program(list(tensors), [tensor.clone() for tensor in state.values()])
+            return results[: len(results) - sum(has_gradient)]
+
+        # Compiles now, so that it fails here if it must.
+        _refuse_frozen_values(apart(compiled, 1), apart(flat, 1), apart(flat, 2))
         self.num_recordings += 1
 
         def run(tensors: Sequence[Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -143,6 +158,11 @@ class Extracted:
             return list(results[:num_outputs]), [next(gradients) if there else None for there in has_gradient]
 
         return run
+
+
+def _inductor(graph: torch.fx.GraphModule) -> Callable:
+    # The eager generator, so that the noise is that of the eager program.
+    return torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
 
 
 class _Caller(nn.Module):
@@ -167,13 +187,32 @@ def _refuse_captured_parameters(graph: torch.fx.GraphModule) -> None:
             raise ValueError("the program uses a parameter that belongs to none of its modules")
 
 
+def _refuse_frozen_values(found: list[Tensor], expected: list[Tensor], other: list[Tensor]) -> None:
+    # What went through numpy, or came from a generator that is not torch's, a recording takes for a constant. Under other
+    # noise than that of the recording it then misses the eager program by about as much as other noise changes that.
+    for result, eager, elsewhere in zip(found, expected, other, strict=True):
+        eps = torch.finfo(eager.dtype).eps if eager.is_floating_point() else 0.0
+        result, eager, elsewhere = result.double(), eager.double(), elsewhere.double()
+        same = (result == eager) | (result.isnan() & eager.isnan())
+        miss = torch.where(same, 0.0, result - eager).nan_to_num().square().mean().sqrt()
+        noise = torch.where(elsewhere == eager, 0.0, elsewhere - eager).nan_to_num().square().mean().sqrt()
+        size = eager[eager.isfinite()].abs().max() if eager.isfinite().any() else torch.ones(())
+        if miss > eps**0.5 * size.clamp_min(1.0) and miss > 0.1 * noise:
+            raise ValueError(
+                "the recording gives other numbers than the program: some of its values go through numpy, or come from a "
+                "generator that is not torch's, and were frozen"
+            )
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's note that a machine without a GPU has none."""
+    """Without torch's note that a machine without a GPU has none, and its warnings about its own deprecated parts."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)

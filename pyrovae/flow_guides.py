@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Transform
 
+from pyrovae.encoding import EncoderGuide, start_informative
 from pyrovae.flows import FlowDistribution, import_zuko, start_near_identity
-from pyrovae.guide_contract import EncoderGuide, start_informative
 from pyrovae.modules import check_count
 
 __all__ = ["FlowGuide", "InverseAutoregressiveFlow", "NeuralSplineFlow"]

@@ -133,10 +133,16 @@ class FlowDistribution(dist.TorchDistribution):
             self._validate_sample(value)
         last = self._last_draw
         if last is None or value is not last.value or last.state is None or last.state != self._state(value):
-            return self.flow.log_prob(value)
+            return self._log_prob_afresh(value)
         if torch.is_grad_enabled():
-            return last.log_prob if last.with_gradient else self.flow.log_prob(value)
+            return last.log_prob if last.with_gradient else self._log_prob_afresh(value)
         return last.log_prob.detach()
+
+    def _log_prob_afresh(self, value: Tensor) -> Tensor:
+        # zuko's affine transforms do not spread one value over several contexts.
+        return self.flow.log_prob(
+            value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
+        )
 
     @property
     def mean(self) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.defensive import DefensiveMixture
+from pyrovae.encoding import EncoderGuide, Guide, start_informative
 from pyrovae.flow_guides import FlowGuide, InverseAutoregressiveFlow, NeuralSplineFlow
-from pyrovae.guide_contract import EncoderGuide, Guide, start_informative
 from pyrovae.modules import check_count
 from pyrovae.refinement import Refined
 

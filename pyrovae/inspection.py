@@ -5,17 +5,20 @@ with a `Layout` (which plate indexes the data, how deep plates nest) or refuses 
 the site. After that the draws in `pyrovae.weights` can be taken without a second look.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
-from pyrovae.traces import Layout, Program, is_possible, run_pair, sample_sites, trace_program
+from pyrovae.auxiliary import is_delta, refuse_other_dimensions, refuse_point_masses, refuse_wrong_stretches
+from pyrovae.supports import innermost, is_possible, possible_elements
+from pyrovae.traces import Layout, Program, log_likelihood_of, run_pair, sample_sites, spread, trace_program
 
-__all__ = ["inspect_pair", "refuse_impossible_data"]
+__all__ = ["inspect_pair", "layout_for_training", "refuse_impossible_data"]
 
 
 def inspect_pair(
@@ -24,23 +27,47 @@ def inspect_pair(
     """Look at a model/guide pair once; answer with its layout and the two traces, or refuse it.
 
     Raises ValueError, naming the site, for: latent sites that only one of the two has; enumerated sites; observed
-    sites or factors in the guide; a guide that puts all its mass on one point; scales other than the subsampling of
-    the datum plate; no single datum axis; a guide that cannot reach where the prior puts mass; data outside the
-    support of their likelihood.
+    sites or factors in the guide; a guide that puts all its mass on one point, or carries auxiliary draws to the latents
+    with a wrong density; scales other than the subsampling of the datum plate; no single datum axis; a guide that cannot
+    reach where the prior puts mass and the data are possible; data outside the support of their likelihood.
     """
     model_trace, guide_trace = run_pair(model, guide, args, kwargs)
     _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)
     _refuse_mismatched_sites(model_trace, guide_trace)
-    _refuse_point_masses(guide, guide_trace, args, kwargs)
-    _refuse_other_dimensions(model_trace, guide_trace)
+    refuse_point_masses(guide, guide_trace, args, kwargs)
+    refuse_other_dimensions(model_trace, guide_trace)
     layout = _find_layout(model_trace, guide_trace, plate)
     _refuse_scales(layout, model_trace, guide_trace)
+    refuse_wrong_stretches(guide, layout, model_trace, guide_trace, args, kwargs)
     # A few hundred draws from the prior, whether the program holds many data or is a single one.
-    for _ in range(max(1, min(32, 256 // layout.num_data))):
-        prior_trace = trace_program(model, args, kwargs, layout.pinned)
-        _refuse_uncovered_prior(guide, prior_trace, args, kwargs, layout.pinned)
-        refuse_impossible_data(model_trace, prior_trace)
+    num_draws = max(1, min(32, 256 // layout.num_data))
+    prior_traces = [trace_program(model, args, kwargs, layout.pinned) for _ in range(num_draws)]
+    refuse_impossible_data(model_trace, prior_traces)
+    for prior_trace in prior_traces:
+        _refuse_uncovered_prior(guide, layout, prior_trace, args, kwargs)
     return layout, model_trace, guide_trace
+
+
+def layout_for_training(
+    model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None, *, scales: bool
+) -> Layout:
+    """The layout alone, of a pair that may not be fit to be evaluated yet.
+
+    scales: let any scale through, for objectives that are linear in log densities
+
+    Raises ValueError for no latent sites, latent sites that only one of the two has, enumerated sites, observed sites in
+    the guide, and no single datum axis.
+    """
+    model_trace, guide_trace = run_pair(model, guide, args, kwargs)
+    if all(site["is_observed"] for _, site in sample_sites(model_trace)):
+        raise ValueError("the model has no latent sites, so there is nothing for a guide to learn")
+    _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)
+    _refuse_mismatched_sites(model_trace, guide_trace)
+    refuse_other_dimensions(model_trace, guide_trace)
+    layout = _find_layout(model_trace, guide_trace, plate)
+    if not scales:
+        _refuse_scales(layout, model_trace, guide_trace)
+    return layout
 
 
 def _refuse_enumeration(prior_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
@@ -74,48 +101,6 @@ def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Tr
             f"the guide samples site(s) {extra} that are no latent sites of the model, which has {sorted(latents)}: "
             f"use the model's names, or sum the extra ones out (a mixture: MixtureSameFamily)"
         )
-
-
-def _refuse_point_masses(guide: Program, guide_trace: poutine.Trace, args: tuple, kwargs: dict) -> None:
-    # AutoNormal and its kin also end in Delta sites, but carry an auxiliary random draw to them.
-    sites = dict(sample_sites(guide_trace))
-    points = [name for name, site in sites.items() if type(site["fn"]).__name__ == "Delta"]
-    if not points:
-        return
-    again = trace_program(guide, args, kwargs).nodes
-    auxiliary = any(site["infer"].get("is_auxiliary") for site in sites.values())
-    for name in points:
-        if not auxiliary or torch.equal(sites[name]["value"], again[name]["value"]):
-            raise ValueError(
-                f"the guide puts all its mass on one point at site '{name}' (Delta, as AutoDelta does): a point has no "
-                f"density and no importance weight; use a guide with a density, AutoNormal for instance"
-            )
-
-
-def _refuse_other_dimensions(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    # Auxiliary draws are fine where the latents are a bijection of them (AutoNormal). Otherwise q(z) is an integral
-    # over them, and dividing by q(auxiliary, z) is no importance weight: the "bound" may lie above log p(x).
-    drawn = [site for _, site in sample_sites(guide_trace)]
-    random = [site for site in drawn if type(site["fn"]).__name__ != "Delta"]
-    if all(not site["infer"].get("is_auxiliary") for site in drawn):
-        return
-    latents = [site for _, site in sample_sites(model_trace) if not site["is_observed"]]
-    proposed, needed = sum(map(_dimensions, random)), sum(map(_dimensions, latents))
-    if proposed != needed:
-        names = [site["name"] for site in drawn if site["infer"].get("is_auxiliary")]
-        raise ValueError(
-            f"the guide draws {proposed} numbers (auxiliary sites {names}) for {needed} latent ones, so its density of the "
-            f"latents is an integral that is not at hand: sum the auxiliary variable out (a mixture: MixtureSameFamily), "
-            f"or sample it in the model too"
-        )
-
-
-def _dimensions(site: dict) -> int:
-    """How many unconstrained numbers a site draws."""
-    support = site["fn"].support
-    if support.is_discrete:
-        return site["value"].numel()
-    return biject_to(support).inverse_shape(site["value"].shape).numel()
 
 
 def _plates_of(site: dict) -> dict[str, Any]:
@@ -195,35 +180,50 @@ def _refuse_scales(layout: Layout, *traces: poutine.Trace) -> None:
 
 
 def _refuse_uncovered_prior(
-    guide: Program, prior_trace: poutine.Trace, args: tuple, kwargs: dict, pinned: poutine.Trace
+    guide: Program, layout: Layout, prior_trace: poutine.Trace, args: tuple, kwargs: dict
 ) -> None:
-    replayed = trace_program(guide, args, kwargs, pinned, prior_trace)
+    # What the guide leaves out counts only where the data are possible there: the posterior of z under x ~ Uniform(0, z)
+    # is narrower than the prior, and its exact form is the best of guides.
+    replayed = trace_program(guide, args, kwargs, layout.pinned, prior_trace)
     for name, site in sample_sites(replayed):
-        if name not in prior_trace or type(site["fn"]).__name__ == "Delta":
+        if name not in prior_trace or is_delta(site):
             continue  # an auxiliary draw; a Delta behind one is a transform onto the whole support
         possible = is_possible(site)
-        if possible is not None and not possible.all():
-            share = 1 - possible.double().mean().item()
+        if possible is None or possible.all():
+            continue
+        possible = possible.expand(torch.broadcast_shapes(possible.shape, site["fn"].batch_shape))
+        uncovered = spread(torch.where(possible, 0.0, -torch.inf), site, layout, None) == -torch.inf
+        missed = uncovered & (log_likelihood_of(layout, prior_trace) != -torch.inf)
+        if missed.any():
             raise ValueError(
-                f"the guide does not cover the prior at site '{name}': {share:.1%} of the prior's draws lie outside "
-                f"the guide's support {site['fn'].support}, and what is never proposed is never counted; give the "
-                f"guide the support of the prior"
+                f"the guide does not cover the prior at site '{name}': {missed.double().mean():.1%} of the prior's draws lie "
+                f"outside the guide's support {site['fn'].support} where the data are possible, and what is never "
+                f"proposed is never counted; give the guide the support of the prior, or of the posterior"
             )
 
 
-def refuse_impossible_data(model_trace: poutine.Trace, other_trace: poutine.Trace) -> None:
-    """Raise ValueError if data lie outside their likelihood's support; `other_trace`: the model at other latents."""
+def refuse_impossible_data(model_trace: poutine.Trace, other_traces: Iterable[poutine.Trace]) -> None:
+    """Raise ValueError if data lie outside their likelihood's support; `other_traces`: the model at other latents."""
+    suspects = {}
     for name, site in sample_sites(model_trace):
-        if not site["is_observed"] or (possible := is_possible(site)) is None or possible.all():
-            continue
+        elements = possible_elements(site) if site["is_observed"] else None
+        if elements is not None and not elements.all():
+            suspects[name] = site, elements
+    others = iter(other_traces) if suspects else iter(())
+    while suspects and (other := next(others, None)) is not None:
         # A support that moves with the latents (Uniform(0, z)) makes a datum impossible for some z: weight 0.
-        support, other = site["fn"].support, other_trace.nodes[name]["fn"].support
-        if not _same(support, other):
-            continue
-        bad = _first_outside(site["value"], support)
+        suspects = {
+            name: found
+            for name, found in suspects.items()
+            if _same(found[0]["fn"].support, other.nodes[name]["fn"].support)
+        }
+    for name, (site, elements) in suspects.items():
+        distribution = innermost(site["fn"])
+        value = site["value"].expand(elements.shape + distribution.event_shape)[~elements][0]
         raise ValueError(
-            f"observed site '{name}' has data outside the support of {_describe(site['fn'])}: found {bad}, expected "
-            f"{support}; change the data (pyrovae.data.binarize makes grey images binary) or the likelihood"
+            f"observed site '{name}' has data outside the support of {type(distribution).__name__}: found "
+            f"{value.tolist():{'' if value.ndim else 'g'}}, expected {distribution.support}; change the data "
+            f"(pyrovae.data.binarize makes grey images binary) or the likelihood"
         )
 
 
@@ -236,17 +236,3 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(map(_same, first, second))
     return first == second
-
-
-def _first_outside(value: Tensor, support: Any) -> str:
-    base = getattr(support, "base_constraint", support)
-    outside = ~base.check(value)
-    if outside.shape == value.shape:
-        return f"{value[outside][0].item():g}"
-    return f"{value[outside][0].tolist()}"
-
-
-def _describe(distribution: Any) -> str:
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return type(distribution).__name__

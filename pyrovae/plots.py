@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["image_grid", "manifold", "reconstructions", "tightness", "training"]
+__all__ = ["image_grid", "image_table", "manifold", "reconstructions", "tightness", "training"]
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "0.45"
 
@@ -27,6 +27,41 @@ def image_grid(images: Any, *, columns: int = 16, title: str | None = None, ax: 
     ax = _axes(ax, (columns * 0.5, rows * 0.5 + (0.35 if title else 0.05)))
     ax.imshow(tiled, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
+    if title:
+        ax.set_title(title, fontsize=10)
+    return ax
+
+
+def image_table(
+    images: Any,
+    *,
+    row_labels: Sequence[Any] | None = None,
+    column_labels: Sequence[Any] | None = None,
+    title: str | None = None,
+    ax: Any = None,
+) -> Any:
+    """Show images in rows and columns with their labels: interpolations, traversals, edits.
+
+    Shapes: images (rows, columns, channels, height, width) with 1 or 3 channels, values in [0, 1] (others are clipped);
+    a label for each row, and for each column.
+
+    Raises ValueError for other shapes.
+    """
+    images = np.asarray(images)
+    if images.ndim != 5:
+        raise ValueError(f"expected images (rows, columns, 1 or 3, height, width), found shape {images.shape}")
+    rows, columns = images.shape[:2]
+    for name, labels, count in (("row_labels", row_labels, rows), ("column_labels", column_labels, columns)):
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"{name} must be {count}, found {len(labels)}")
+    ax = _axes(ax, (columns * 0.6 + 0.8, rows * 0.6 + 0.5))
+    tiled = _tile(_images(images.reshape(-1, *images.shape[2:])), rows, columns)
+    ax.imshow(tiled, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    height, width = tiled.shape[0] / rows, tiled.shape[1] / columns
+    ax.set_xticks((np.arange(columns) + 0.5) * width, [""] * columns if column_labels is None else column_labels)
+    ax.set_yticks((np.arange(rows) + 0.5) * height, [""] * rows if row_labels is None else row_labels)
+    ax.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
+    ax.spines[:].set_visible(False)
     if title:
         ax.set_title(title, fontsize=10)
     return ax

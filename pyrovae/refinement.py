@@ -10,7 +10,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyrovae.guide_contract import Guide, check_guide
+from pyrovae.encoding import Guide, check_guide
 from pyrovae.modules import check_count, checks_values, evaluation_mode
 
 __all__ = ["Refined"]

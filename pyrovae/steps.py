@@ -43,15 +43,19 @@ def record_step(
         batch = train[index] if transform is None else transform(train[index])
         return _surrogate(loss, model, guide, batch)
 
-    extracted = extract(objective, modules, (train, index), gradients=True)
-    return None if extracted is None else RecordedStep(extracted, optimizer)
+    # An objective that changes with the steps (KL warm-up) keeps what changes in buffers of modules of its own.
+    extracted = extract(objective, [*modules, *getattr(loss, "modules", ())], (train, index), gradients=True)
+    return None if extracted is None else RecordedStep(extracted, optimizer, getattr(loss, "advance", None))
 
 
 class RecordedStep:
-    """Gradients from a recording, then the optimizer's step on the parameters it has, as `SVI.step` does."""
+    """Gradients from a recording, then the optimizer's step on the parameters it has, as `SVI.step` does.
 
-    def __init__(self, extracted: Extracted, optimizer: OneAdam):
-        self.extracted, self.optimizer = extracted, optimizer
+    advance: tells the objective that a step was made
+    """
+
+    def __init__(self, extracted: Extracted, optimizer: OneAdam, advance: Callable[[], None] | None):
+        self.extracted, self.optimizer, self.advance = extracted, optimizer, advance
 
     def __call__(self, train: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, reconstruction, kl), summed over the batch."""
@@ -59,6 +63,8 @@ class RecordedStep:
         for parameter, gradient in zip(self.extracted.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer(self.optimizer.parameters)
+        if self.advance is not None:
+            self.advance()
         return value, reconstruction, kl
 
 

@@ -6,24 +6,32 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrovae.modules import checks_values
+from pyrovae.supports import innermost, is_possible, supported_elements
 
 __all__ = [
     "Layout",
     "Program",
-    "is_possible",
+    "arrange",
+    "log_likelihood_of",
     "log_weights_of",
+    "place",
     "run_pair",
     "sample_sites",
     "select_data",
     "select_particle",
+    "site_log_prob",
+    "spread",
     "trace_program",
+    "under_particles",
 ]
 
 Program = Callable[..., Any]
+
+_PARTICLES = "_pyrovae_particles"
 
 
 class Layout(NamedTuple):
@@ -66,31 +74,22 @@ def run_pair(
     return model_trace, guide_trace
 
 
+def under_particles(program: Program, layout: Layout, num_particles: int) -> Program:
+    """The program under an outer plate of particles, left of all its own plates."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with pyro.plate(_PARTICLES, num_particles, dim=-1 - layout.max_plate_nesting):
+            return program(*args, **kwargs)
+
+    return run
+
+
 def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
     """The random choices and observations of a trace, without subsample indices and deterministic values."""
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site_is_subsample(site) or site["infer"].get("_deterministic"):
             continue
         yield name, site
-
-
-def is_possible(site: dict) -> Tensor | None:
-    """Where the site's value lies in its support, with the batch shape; masked elements do; None: always so."""
-    distribution, value = site["fn"], site["value"]
-    if site_is_factor(site):
-        return None
-    try:
-        support = distribution.support
-        possible = support.check(value)
-    except (AttributeError, NotImplementedError, ValueError):  # no support, or one torch cannot check
-        return None
-    extra = len(distribution.event_shape) - support.event_dim
-    if extra > 0:
-        possible = possible.flatten(-extra).all(-1)
-    for mask in (site["mask"], getattr(distribution, "_mask", None)):
-        if mask is not None:
-            possible = possible | ~torch.as_tensor(mask, dtype=torch.bool, device=possible.device)
-    return possible
 
 
 def log_weights_of(
@@ -101,7 +100,7 @@ def log_weights_of(
     if missing := sorted(latents - set(guide_trace.nodes)):
         raise ValueError(f"the guide left out the model's latent site(s) {missing} in one of its runs")
     terms = {
-        (program, name): _spread(_site_log_prob(site), site, layout, num_particles)
+        (program, name): spread(site_log_prob(site), site, layout, num_particles)
         for program, trace in (("model", model_trace), ("guide", guide_trace))
         for name, site in sample_sites(trace)
     }
@@ -126,17 +125,26 @@ def log_weights_of(
     return total
 
 
-def _site_log_prob(site: dict) -> Tensor:
+def log_likelihood_of(layout: Layout, model_trace: poutine.Trace) -> Tensor:
+    """Log density (1, N) of what is observed, and of factors, in a trace without a particle plate; () of nothing."""
+    terms = [
+        spread(site_log_prob(site), site, layout, None) for _, site in sample_sites(model_trace) if site["is_observed"]
+    ]
+    return sum(terms) if terms else torch.zeros(())
+
+
+def site_log_prob(site: dict) -> Tensor:
     """Log density with the site's batch shape: -inf outside the support, 0 where masked, scales left out."""
     distribution, value, mask = site["fn"], site["value"], site["mask"]
     possible = is_possible(site)
     try:
         log_prob = distribution.log_prob(value, *site["args"], **site["kwargs"])
-    except ValueError:  # a distribution with validate_args=True refuses what we call -inf
-        if possible is None or possible.all():
+    except ValueError:  # a distribution with validate_args=True refuses what we call -inf, or what is masked
+        supported = supported_elements(distribution, value)
+        if supported is None or supported.all():
             raise
-        event = (...,) + (None,) * len(distribution.event_shape)
-        log_prob = distribution.log_prob(torch.where(possible[event], value, distribution.sample()))
+        event = (...,) + (None,) * len(innermost(distribution).event_shape)
+        log_prob = distribution.log_prob(torch.where(supported[event], value, distribution.sample()))
     if possible is not None:
         log_prob = torch.where(possible, log_prob, -torch.inf)
     if mask is not None:
@@ -144,30 +152,52 @@ def _site_log_prob(site: dict) -> Tensor:
     return log_prob
 
 
-def _spread(log_prob: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
+def spread(log_prob: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
     """Sum a site's log density over all dimensions but particles and data: (S, N), or (1, N) without particles."""
+    terms = arrange(log_prob.unsqueeze(-1), site, layout, num_particles)
+    return terms.squeeze(-1) if terms.shape[-1] == 1 else terms.sum(-1)
+
+
+def arrange(terms: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
+    """Terms of a site (*batch_shape, any) with particles and data in front and the rest flat.
+
+    Shapes: (S, N, the rest), or (1, N, the rest) without particles, or of a site that has none.
+    """
     depth = layout.max_plate_nesting
-    log_prob = log_prob.reshape((1,) * (depth - log_prob.ndim) + log_prob.shape)
-    if num_particles is None or log_prob.ndim == depth:
-        log_prob = log_prob.unsqueeze(0)
-    elif log_prob.ndim > depth + 1 or len(log_prob) not in (1, num_particles):
+    terms = terms.reshape((1,) * (depth + 1 - terms.ndim) + terms.shape)
+    if num_particles is None or terms.ndim == depth + 1:
+        terms = terms.unsqueeze(0)
+    elif terms.ndim > depth + 2 or len(terms) not in (1, num_particles):
         raise ValueError(
-            f"site '{site['name']}' has batch shape {tuple(log_prob.shape)} under {num_particles} particles and "
+            f"site '{site['name']}' has batch shape {tuple(terms.shape[:-1])} under {num_particles} particles and "
             f"{depth} plates"
         )
     if layout.dim is not None:
-        per_datum = log_prob.movedim(layout.dim, 1).flatten(2).sum(2) if depth > 1 or log_prob.ndim > 2 else log_prob
+        per_datum = terms.movedim(layout.dim - 1, 1).flatten(2)
         if per_datum.shape[1] != layout.num_data:
             raise ValueError(
                 f"site '{site['name']}' has {per_datum.shape[1]} data where plate '{layout.plate}' has {layout.num_data}"
             )
         return per_datum
-    joint = log_prob.flatten(1).sum(1, keepdim=True) if log_prob.ndim > 1 else log_prob.unsqueeze(1)
+    joint = terms.flatten(1).unsqueeze(1)
     if not layout.sequential:
         return joint
-    spread = joint.new_zeros(len(joint), layout.num_data)
+    spread = joint.new_zeros(len(joint), layout.num_data, joint.shape[-1])
     spread[:, _sequential_column(site, layout)] = joint[:, 0]
     return spread
+
+
+def place(array: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
+    """What an array (S, N), or (1, N) without particles, has for each element of a site's value; broadcasts with it."""
+    if layout.sequential:
+        array = array[:, _sequential_column(site, layout)].unsqueeze(1)
+    shape = [1] * layout.max_plate_nesting
+    if layout.dim is not None:
+        shape[layout.dim] = array.shape[1]
+    placed = array.reshape(
+        *(() if num_particles is None else (len(array),)), *shape, *[1] * len(site["fn"].event_shape)
+    )
+    return placed.reshape(placed.shape[max(0, placed.ndim - site["value"].ndim) :])
 
 
 def _sequential_column(site: dict, layout: Layout) -> int:
@@ -185,11 +215,11 @@ def _select(trace: poutine.Trace, choose: Callable[[Tensor, int], Tensor]) -> po
     return selected
 
 
-def select_data(trace: poutine.Trace, layout: Layout, start: int, stop: int) -> poutine.Trace:
-    """The latents of a range of data, to be replayed."""
+def select_data(trace: poutine.Trace, layout: Layout, data: Tensor) -> poutine.Trace:
+    """The latents of the data at these positions, to be replayed."""
     dim = layout.dim
     assert dim is not None
-    return _select(trace, lambda value, event_dim: value.narrow(dim - event_dim, start, stop - start))
+    return _select(trace, lambda value, event_dim: value.index_select(dim - event_dim, data.to(value.device)))
 
 
 def select_particle(trace: poutine.Trace, layout: Layout, particle: int) -> poutine.Trace:

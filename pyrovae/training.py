@@ -10,7 +10,15 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, SVI, Trace_ELBO
+from pyro.infer import (
+    ELBO,
+    SVI,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    Trace_ELBO,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,6 +29,7 @@ from pyrovae.traces import Program, sample_sites
 
 __all__ = ["FitResult", "fit", "pick_device"]
 
+_JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 _VALIDATION_ROWS = 500
 _VALIDATION_SEED = 20260101
 
@@ -106,6 +115,12 @@ def fit(
     loss = Trace_ELBO() if loss is None else loss
     if not isinstance(loss, ELBO):
         raise TypeError(f"loss must be a pyro.infer.ELBO, Trace_ELBO() for instance; found {loss!r}")
+    if isinstance(loss, _JIT):
+        name = type(loss).__name__
+        raise TypeError(
+            f"loss={name}() reads its parameters from Pyro's global store, where those of modules are not: take "
+            f"{name.removeprefix('Jit')}(), with compile=True to have the step recorded and compiled"
+        )
 
     device = pick_device(device)
     modules = [module.to(device) for module in modules_behind(model, guide)]
@@ -211,8 +226,16 @@ class _Parts:
         self.reconstruction = (self.reconstruction if started else 0.0) + reconstruction
         self.kl = (self.kl if started else 0.0) + kl
 
+    def add_parts(self, parts: Any) -> None:
+        """Add what an objective of ours reports of a step (`pyrovae.objectives.Parts`)."""
+        self.full_size = parts.full_size or self.full_size
+        self.add(parts.reconstruction, parts.kl)
+
     def add_traces(self, model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int) -> None:
         reconstruction, kl = 0.0, 0.0
+        for trace in (model_trace, guide_trace):
+            if any(site["infer"].get("_enumerate_dim") is not None for _, site in sample_sites(trace)):
+                reconstruction = kl = torch.tensor(math.nan)  # tables of log densities, not those of draws
         for _, site in sample_sites(model_trace):
             if site["is_observed"]:
                 reconstruction = reconstruction + site["log_prob_sum"].detach()
@@ -237,23 +260,27 @@ class _Parts:
 
 @contextmanager
 def _recorded(loss: ELBO, full_size: int | None = None) -> Iterator[_Parts]:
-    """Read the two parts of the ELBO off the traces of a loss (its `_get_trace`), without running anything twice."""
+    """Read the two parts of the ELBO off what a loss computes anyway: our objectives' `surrogate`, Pyro's traces."""
     parts = _Parts(full_size)
-    get_trace = getattr(loss, "_get_trace", None)
-    if get_trace is None:
+    name = "surrogate" if hasattr(loss, "surrogate") else "_get_trace"
+    original = getattr(loss, name, None)
+    if original is None:
         yield parts
         return
 
-    def recording(*args: Any, **kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
-        model_trace, guide_trace = get_trace(*args, **kwargs)
-        parts.add_traces(model_trace, guide_trace, loss.num_particles)
-        return model_trace, guide_trace
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if name == "surrogate":
+            parts.add_parts(result[1])
+        else:
+            parts.add_traces(*result, loss.num_particles)
+        return result
 
-    loss._get_trace = recording
+    setattr(loss, name, recording)
     try:
         yield parts
     finally:
-        del loss._get_trace
+        delattr(loss, name)
 
 
 def _validate(model: Program, guide: Program, data: Tensor) -> tuple[float, float, float]:

@@ -86,8 +86,9 @@ def log_weight_blocks(
         if device is not None:
             args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
         pair = Pair(model, guide, args, kwargs, plate, data_batch_size)
+        block_size, chunk_size = pair.sizes(num_particles, data_batch_size, particle_batch_size)
         vectorised = bool(vectorize_particles)
-        if vectorised and (reason := pair.reason_to_loop()):
+        if vectorised and (reason := pair.reason_to_loop(block_size)):
             if vectorize_particles is True:
                 raise ValueError(
                     f"the program cannot draw its particles under an outer plate ({reason}); "
@@ -99,14 +100,12 @@ def log_weight_blocks(
                 stacklevel=3,
             )
             vectorised = False
-        block_size, chunk_size = pair.sizes(num_particles, data_batch_size, particle_batch_size)
         modules = modules_behind(model, guide)
         if compile == "auto":
             compile = pays_off(pair.num_data * num_particles, modules_behind(model), modules)
         if vectorised and compile and chunk_size < num_particles:
             pair.record(modules, block_size, chunk_size)
         with tqdm(total=pair.num_data, unit=" data", desc="log weights", disable=not progress) as bar:
-            for start in range(0, pair.num_data, block_size):
-                stop = min(start + block_size, pair.num_data)
+            for start, stop in pair.blocks(block_size):
                 yield pair.block(start, stop, num_particles, chunk_size, vectorised)
                 bar.update(stop - start)

@@ -10,6 +10,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyrovae.extract import Extracted
+
 matplotlib.use("Agg")
 
 
@@ -41,6 +43,12 @@ def mnist_root():
     if not root or not (Path(root) / "MNIST/raw/train-images-idx3-ubyte").exists():
         pytest.skip(f"needs MNIST: $PYROVAE_DATA={root!r} holds no MNIST/raw")
     return root
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Recordings run as they were recorded: seconds faster than with Inductor, for what the recording itself decides."""
+    monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
 
 
 class LinearGaussian:

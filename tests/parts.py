@@ -24,6 +24,12 @@ def plain_model(x):
 # name -> make(guide): the guide is there for priors that share its parameters
 PRIORS = {
     "StandardNormal": lambda guide: priors.StandardNormal(LATENT_DIM),
+    "DiagonalNormal": lambda guide: priors.DiagonalNormal(LATENT_DIM),
+    "MixtureOfNormals": lambda guide: priors.MixtureOfNormals(LATENT_DIM, 3),
+    "VampPrior": lambda guide: priors.VampPrior(guide, torch.rand(4, *SHAPE)),
+    "NeuralSplineFlow": lambda guide: priors.NeuralSplineFlow(LATENT_DIM, hidden_features=[8]),
+    "MaskedAutoregressiveFlow": lambda guide: priors.MaskedAutoregressiveFlow(LATENT_DIM, hidden_features=[8]),
+    "RealNVP": lambda guide: priors.RealNVP(LATENT_DIM, hidden_features=[8]),
 }
 
 # name -> make()

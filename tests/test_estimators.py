@@ -171,3 +171,71 @@ def test_standard_errors_match_the_spread_of_repeats():
 def test_discrete_weights_have_no_tail():
     log_weights = torch.bernoulli(torch.full((1000, 3), 0.5)).double() * 2 - 50
     assert estimators.pareto_k(log_weights).tolist() == [0, 0, 0]
+
+
+TAILS = {
+    "one large weight": ([5.0], math.inf),
+    "two values, the larger four times": ([5.0] * 4, math.inf),
+    "two values, the larger five times": ([5.0] * 5, 0.0),
+    "four values": ([5.0, 4.0, 4.0, 4.0, 3.0, 3.0, 2.0, 2.0], math.inf),
+    "five values, the largest five times": ([5.0] * 5 + [4.0, 3.0, 2.0, 1.0], 0.0),
+    "a foot of ties": ([5.0, 4.5, 4.0, 3.5, 3.0] + [1.0] * 40, math.inf),
+    "values that differ in the last digit": ([5.0, 5.0 - 1e-15, 5.0 - 2e-15], math.inf),
+    "values that underflow": ([5.0, -800.0, -801.0], math.inf),
+}
+
+
+@pytest.mark.parametrize("rest", [0.0, -math.inf])
+@pytest.mark.parametrize("num_particles", [50, 100, 225, 1000])
+@pytest.mark.parametrize("name", TAILS)
+def test_tails_of_few_values(name, num_particles, rest):
+    """Never an exception nor a number from a fit that cannot be made, on ArviZ 0.x and 1.x."""
+    values, expected = TAILS[name]
+    log_weights = torch.full((num_particles, 1), rest, dtype=torch.float64)
+    log_weights[: len(values), 0] = torch.tensor(values).double()
+    log_weights = log_weights[torch.randperm(num_particles)] - 70
+    if name == "a foot of ties" and num_particles == 50:
+        return  # there the ties are below the tail
+    assert estimators.pareto_k(log_weights).item() == expected
+    beside = torch.cat([log_weights, torch.randn(num_particles, 1).double()], 1)
+    assert estimators.pareto_k(beside)[0].item() == expected
+    assert estimators.pareto_k(beside)[1].isfinite()
+
+
+def test_any_weights_have_an_answer():
+    """Random tails of few values, of zeros, of jumps: a number, 0 or inf, or NaN where all weights are 0."""
+    for _ in range(300):
+        num_particles = int(torch.randint(25, 400, ()))
+        values = torch.randn(int(torch.randint(1, 9, ()))).double() * 10 ** (8 * torch.rand(()).double() - 6)
+        log_weights = values[torch.randint(len(values), (num_particles, 3))]
+        log_weights[torch.rand(num_particles, 3) < 0.3 * torch.rand(())] = -torch.inf
+        log_weights[0] += 100 * torch.rand(3)
+        k = estimators.pareto_k(log_weights)
+        assert torch.equal(k.isnan(), (log_weights == -torch.inf).all(0))
+        assert not (k == -torch.inf).any()
+
+
+def test_a_continuous_tail_beside_ties_is_fitted():
+    """Ties in the body leave the fit alone: k is that of the same tail without them."""
+    log_weights = -0.6 * torch.rand(2000, 1, dtype=torch.float64).log()
+    tied = torch.where(log_weights < log_weights.median(), log_weights.min(), log_weights)
+    assert estimators.pareto_k(tied).item() == pytest.approx(estimators.pareto_k(log_weights).item(), abs=1e-12)
+
+
+def test_a_nan_among_the_weights_is_no_k():
+    log_weights = torch.randn(100, 2).double()
+    log_weights[3, 1] = torch.nan
+    assert estimators.pareto_k(log_weights).isnan().tolist() == [False, True]
+
+
+def test_what_float32_hides():
+    """The contract: range <= 64 eps max|log w| is rounding. At 1,000 nats in float32 that is 0.0076, in float64 1e-11."""
+    spread = torch.linspace(0.0, 0.007, 101, dtype=torch.float64).unsqueeze(1) - 1000
+    hidden, seen = spread.float(), spread
+    assert estimators.importance_weighted_bound_stderr(hidden).item() == 0
+    assert estimators.pareto_k(hidden).item() == 0
+    stderr = estimators.importance_weighted_bound_stderr(seen).item()
+    assert 0 < stderr < 0.004 / math.sqrt(100)
+    assert 0 < estimators.gap(seen).item() < 0.007**2 / 8
+    wider = (1000 + 2 * (spread + 1000) - 2000).float()
+    assert estimators.importance_weighted_bound_stderr(wider).item() == pytest.approx(2 * stderr, rel=0.02)

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import within
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 from torch.nn import functional
 
@@ -235,6 +235,11 @@ def test_fit_refuses():
         ({"batch_size": -1}, ValueError, "batch_size must be 1 or more"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive"),
         ({"loss": "elbo"}, TypeError, "pyro.infer.ELBO"),
+        (
+            {"loss": JitTrace_ELBO()},
+            TypeError,
+            r"loss=JitTrace_ELBO\(\) reads .* take Trace_ELBO\(\), with compile=True",
+        ),
         ({"validation": x[:0]}, ValueError, "validation must be a tensor of at least one datum"),
     ):
         with pytest.raises(error, match=match):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyrovae.modules import check_count, emit_parameters
 
-__all__ = ["EncoderGuide", "Guide", "check_guide", "start_informative"]
+__all__ = ["EncoderGuide", "Guide", "check_guide", "features_of", "start_informative", "width_of_features"]
 
 
 class Guide(nn.Module, ABC):
@@ -23,7 +23,8 @@ class Guide(nn.Module, ABC):
 
     latent_dim: D
 
-    As a Pyro program, `guide(x)` has plate "data" (dim -1) and site "z" (event shape (D,)).
+    As a Pyro program, `guide(x)` has plate "data" (dim -1) and site "z" (event shape (D,)), or the sites that `latents`
+    visits, where a subclass has others.
     """
 
     def __init__(self, latent_dim: int):
@@ -43,14 +44,26 @@ class Guide(nn.Module, ABC):
         """q(z|x): batch shape (N,), event shape (latent_dim,); its `.mean` is the embedding."""
         return self.distribution(self.encode(x))
 
+    def latents(self, parameters: Tensor, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
+        """Go through the latent sites as they are drawn: `visit(name, distribution)` gives each its value.
+
+        Returns all values side by side, z (..., N, D).
+        """
+        return visit("z", self.distribution(parameters))
+
     def forward(self, x: Tensor) -> Tensor:
         """Run as a Pyro guide; returns z (..., N, latent_dim)."""
         emit_parameters(self, "guide")
-        return _sample(self.posterior(x), len(x))
+        return self.given(self.encode(x))()
 
     def given(self, parameters: Tensor) -> Callable[..., Tensor]:
         """This guide as a Pyro guide for data whose encoding (N, P) is known, so that they are encoded once."""
-        return lambda *_, **__: _sample(self.distribution(parameters), len(parameters))
+
+        def run(*_: Any, **__: Any) -> Tensor:
+            with pyro.plate("data", len(parameters), dim=-1):
+                return self.latents(parameters, pyro.sample)
+
+        return run
 
     def extra_repr(self) -> str:
         return f"latent_dim={self.latent_dim}"
@@ -71,31 +84,35 @@ class EncoderGuide(Guide):
 
     def __init__(self, encoder_net: nn.Module, latent_dim: int, num_features: int | None, num_parameters: int):
         super().__init__(latent_dim)
-        if num_features is None:
-            num_features = getattr(encoder_net, "out_features", None)
-        if num_features is None:
-            raise ValueError(
-                f"cannot tell how many features {type(encoder_net).__name__} gives: it has no `out_features`; "
-                f"pass num_features="
-            )
-        check_count("num_features", num_features)
         self.encoder_net = encoder_net
-        self.num_features = num_features
-        self.head = nn.Linear(num_features, num_parameters)
+        self.num_features = width_of_features(encoder_net, num_features)
+        self.head = nn.Linear(self.num_features, num_parameters)
 
     def encode(self, x: Tensor) -> Tensor:
-        features = self.encoder_net(x)
-        if features.shape != (len(x), self.num_features):
-            raise ValueError(
-                f"the encoder network must give features ({len(x)}, {self.num_features}), found {tuple(features.shape)}: "
-                f"flatten its output, or set num_features="
-            )
-        return self.head(features)
+        return self.head(features_of(self.encoder_net, x, self.num_features))
 
 
-def _sample(posterior: dist.TorchDistribution, num_data: int) -> Tensor:
-    with pyro.plate("data", num_data, dim=-1):
-        return pyro.sample("z", posterior)
+def width_of_features(net: nn.Module, num_features: int | None) -> int:
+    """`num_features`, or the network's `out_features`; raises ValueError if neither is known."""
+    if num_features is None:
+        num_features = getattr(net, "out_features", None)
+    if num_features is None:
+        raise ValueError(
+            f"cannot tell how many features {type(net).__name__} gives: it has no `out_features`; pass num_features="
+        )
+    check_count("num_features", num_features)
+    return num_features
+
+
+def features_of(net: nn.Module, x: Tensor, num_features: int) -> Tensor:
+    """Features (N, num_features) of x (N, ...); raises ValueError if they have another shape."""
+    features = net(x)
+    if features.shape != (len(x), num_features):
+        raise ValueError(
+            f"the network must give features ({len(x)}, {num_features}), found {tuple(features.shape)}: "
+            f"flatten its output, or set num_features="
+        )
+    return features
 
 
 def start_informative(head: nn.Linear, latent_dim: int) -> None:

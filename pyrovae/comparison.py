@@ -1,0 +1,150 @@
+"""Fitted pairs against each other on the same data: paired differences of log p(x) and of the ELBO."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pyrovae.evaluation import LogMarginalLikelihood
+
+__all__ = ["Comparison", "ComparisonRow", "compare"]
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One pair in a comparison, in nats per datum.
+
+    rank: by log_prob, 0 the best
+    log_prob, stderr: mean over the data, with its standard error as an estimate for new data
+    difference, difference_stderr: log_prob minus that of the best, and the standard error of this paired difference
+    bias_estimate: how much log_prob is too low, at least
+    elbo, elbo_difference, elbo_difference_stderr: of the ELBO, against the pair that is best in log_prob; NaN for
+        annealed results
+    gap: log_prob - elbo, at least KL(q(z|x) || p(z|x))
+    bad_k: share of data whose Pareto k is above its limit
+    """
+
+    name: str
+    rank: int
+    log_prob: float
+    stderr: float
+    difference: float
+    difference_stderr: float
+    bias_estimate: float
+    elbo: float
+    elbo_difference: float
+    elbo_difference_stderr: float
+    gap: float
+    bad_k: float
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """What `compare` gives: `rows` from best to worst, `num_data`, and `notes` on how to read them."""
+
+    rows: list[ComparisonRow]
+    num_data: int
+    notes: list[str]
+
+    def to_dataframe(self) -> Any:
+        """The table as a pandas DataFrame indexed by name, as `arviz.compare` gives it."""
+        import pandas
+
+        return pandas.DataFrame([asdict(row) for row in self.rows]).set_index("name")
+
+    def __repr__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        head = (
+            f"{'':{width}}  rank  log p(x)      se    diff    dse    bias     ELBO   ELBO diff    dse     gap   bad k"
+        )
+        lines = [
+            f"{row.name:{width}}  {row.rank:4d}  {row.log_prob:8.2f}  {row.stderr:6.2f}  {row.difference:6.2f} "
+            f"{row.difference_stderr:6.2f}  {row.bias_estimate:6.2f} {row.elbo:8.2f}   {row.elbo_difference:9.2f} "
+            f"{row.elbo_difference_stderr:6.2f}  {row.gap:6.2f}  {row.bad_k:6.1%}"
+            for row in self.rows
+        ]
+        title = f"{len(self.rows)} model/guide pairs on {self.num_data:,} data; nats per datum, differences paired"
+        return "\n".join([title, head, *lines, *self.notes])
+
+
+def compare(results: Mapping[str, LogMarginalLikelihood]) -> Comparison:
+    """Compare fitted pairs on the same data.
+
+    difference_k = mean_n( log p_k(x_n) - log p_best(x_n) ),   standard error sd_n / sqrt(N)
+
+    results: what `log_marginal_likelihood` (or `annealed_importance_sampling`) gave for each pair, all for the same data in
+        the same order
+
+    The standard errors are those of a draw of new data, Monte Carlo noise included. They contain neither the bias of each
+    estimate (unequal tightness looks like a difference between models: see `bias_estimate`) nor what another training seed
+    would change.
+
+    Raises ValueError for fewer than two results, or results of different numbers of data; TypeError for other things.
+
+    Source: Vehtari, Gelman & Gabry, Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and WAIC
+    (2017), section 5, for paired differences.
+    """
+    for name, result in results.items():
+        if not isinstance(result, LogMarginalLikelihood):
+            raise TypeError(f"'{name}' is a {type(result).__name__}: pass what log_marginal_likelihood gives")
+    if len(results) < 2:
+        raise ValueError(f"a comparison needs two results or more, found {len(results)}")
+    lengths = {name: len(result) for name, result in results.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"the results are for different numbers of data, {lengths}: evaluate all pairs on the same data"
+        )
+    num_data = len(next(iter(results.values())))
+    order = sorted(results, key=lambda name: -results[name].mean)
+    best = results[order[0]]
+    rows = []
+    for rank, name in enumerate(order):
+        result = results[name]
+        difference, difference_stderr = _paired(result.log_prob, best.log_prob)
+        elbo_difference, elbo_difference_stderr = _paired(result.elbo, best.elbo)
+        rows.append(
+            ComparisonRow(
+                name=name,
+                rank=rank,
+                log_prob=result.mean,
+                stderr=result.mean_stderr,
+                difference=difference,
+                difference_stderr=difference_stderr if rank else 0.0,
+                bias_estimate=result.bias_estimate,
+                elbo=result.elbo.mean().item(),
+                elbo_difference=elbo_difference,
+                elbo_difference_stderr=elbo_difference_stderr if rank else 0.0,
+                gap=result.gap.mean().item(),
+                bad_k=result.share_of_bad_k(),
+            )
+        )
+    return Comparison(rows, num_data, _notes(rows))
+
+
+def _paired(first: Tensor, second: Tensor) -> tuple[float, float]:
+    difference = first - second
+    stderr = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
+    return difference.mean().item(), stderr
+
+
+def _notes(rows: list[ComparisonRow]) -> list[str]:
+    notes = []
+    with_elbo = [row for row in rows if not math.isnan(row.elbo)]
+    if with_elbo and len(with_elbo) == len(rows):
+        tightest = max(rows, key=lambda row: row.elbo)
+        if tightest.rank:
+            notes.append(
+                f"The best ELBO is that of '{tightest.name}', the best log p(x) that of '{rows[0].name}': the ELBO also "
+                f"rewards a guide that fits."
+            )
+    biases = [row.bias_estimate for row in rows]
+    second = rows[1]
+    if max(biases) - min(biases) > abs(second.difference):
+        notes.append(
+            f"The bias estimates differ by {max(biases) - min(biases):.2f} nats, more than the best two models do: take more "
+            f"particles."
+        )
+    notes.append("Standard errors are for new data; they do not contain what another training seed would change.")
+    return notes

@@ -1,0 +1,89 @@
+"""A mixture of K distributions, which draws only from the component that a draw chose."""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+__all__ = ["Mixture"]
+
+
+class Mixture(dist.TorchDistribution):
+    """Mixture of K distributions of one kind.
+
+    p(z) = sum_k w_k p_k(z)
+
+    log_weights: (K,); their logsumexp must be 0
+    components_at: index of components, (M,) or a slice -> their distributions, batch shape (M,)
+    components: all of them, `components_at(slice(None))`, where known before
+
+    `dist.MixtureSameFamily` draws from all K components for each draw it gives, hundreds of times too much for a
+    VampPrior; here a component is chosen first. Draws are not reparameterised: the choice has no gradient.
+
+    Shapes: batch shape () unless expanded, event shape that of the components; a density takes K numbers of the event's
+    size for each value.
+
+    >>> normal = lambda index: dist.Normal(torch.tensor([-2.0, 2.0])[index], 1.0)
+    >>> Mixture(torch.tensor([0.5, 0.5]).log(), normal).log_prob(torch.tensor(0.0))
+    tensor(-2.9189)
+    """
+
+    arg_constraints: ClassVar = {}
+    has_rsample = False
+
+    def __init__(
+        self,
+        log_weights: Tensor,
+        components_at: Callable[[Tensor | slice], dist.TorchDistribution],
+        *,
+        components: dist.TorchDistribution | None = None,
+        batch_shape: Sequence[int] = (),
+        validate_args: bool | None = None,
+    ):
+        self.log_weights = log_weights
+        self.components_at = components_at
+        self.components = components_at(slice(None)) if components is None else components
+        if self.components.batch_shape != log_weights.shape:
+            raise ValueError(
+                f"{len(log_weights)} components must have batch shape ({len(log_weights)},), "
+                f"found {tuple(self.components.batch_shape)}"
+            )
+        super().__init__(torch.Size(batch_shape), self.components.event_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self.components.support
+
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> "Mixture":
+        return Mixture(
+            self.log_weights,
+            self.components_at,
+            components=self.components,
+            batch_shape=batch_shape,
+            validate_args=self.__dict__.get("_validate_args"),
+        )
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        of_components = self.components.log_prob(value.unsqueeze(-1 - self.event_dim))
+        log_prob = (self.log_weights + of_components).logsumexp(-1)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        num_draws = shape.numel() // max(1, self.event_shape.numel())
+        index = torch.multinomial(self.log_weights.exp(), num_draws, replacement=True)
+        return self.components_at(index).sample().reshape(shape)
+
+    @property
+    def mean(self) -> Tensor:
+        weights = self.log_weights.exp().reshape(-1, *[1] * self.event_dim)
+        return (weights * self.components.mean).sum(0).expand(self.batch_shape + self.event_shape)
+
+    def __repr__(self) -> str:
+        return f"Mixture({len(self.log_weights)} components, batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"

@@ -1,0 +1,72 @@
+"""Where values lie in the supports of their distributions, through the wrappers that Pyro puts around a distribution."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
+from pyro.poutine.util import site_is_factor
+from torch import Tensor
+from torch.distributions import Independent
+
+__all__ = ["innermost", "is_possible", "possible_elements", "supported_elements"]
+
+_WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
+
+
+def innermost(distribution: Any) -> Any:
+    """The distribution inside `to_event`, `mask` and `expand`."""
+    while isinstance(distribution, _WRAPPERS):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def is_possible(site: dict) -> Tensor | None:
+    """Where the site's value lies in its support, with the batch shape; masked elements do; None: always so."""
+    possible = possible_elements(site)
+    num_parts = _num_parts(site["fn"])
+    return possible.flatten(-num_parts).all(-1) if possible is not None and num_parts else possible
+
+
+def possible_elements(site: dict) -> Tensor | None:
+    """The same for each element of the value that `to_event` put into one event, and that a mask may leave out."""
+    distribution = site["fn"]
+    elements = None if site_is_factor(site) else supported_elements(distribution, site["value"])
+    if elements is None:
+        return None
+    for mask, num_parts in ((site["mask"], _num_parts(distribution)), *_masks(distribution)):
+        if mask is not None:
+            mask = torch.as_tensor(mask, dtype=torch.bool, device=elements.device)
+            elements = elements | ~mask[(...,) + (None,) * num_parts]
+    return elements
+
+
+def supported_elements(distribution: Any, value: Tensor) -> Tensor | None:
+    """The same without the masks: the value as the innermost distribution sees it."""
+    base = innermost(distribution)
+    try:
+        support = base.support
+        elements = support.check(value)
+    except (AttributeError, NotImplementedError, ValueError):  # no support, or one torch cannot check
+        return None
+    extra = len(base.event_shape) - support.event_dim
+    if extra > 0:
+        elements = elements.flatten(-extra).all(-1)
+    num_parts = _num_parts(distribution)
+    if num_parts:  # a value of fewer dimensions stands for all parts
+        parts = distribution.batch_shape + distribution.event_shape[:num_parts]
+        elements = elements.expand(torch.broadcast_shapes(elements.shape, parts))
+    return elements
+
+
+def _num_parts(distribution: Any) -> int:
+    """How many dimensions `to_event` made part of the event."""
+    return len(distribution.event_shape) - len(innermost(distribution).event_shape)
+
+
+def _masks(distribution: Any) -> Iterator[tuple[Any, int]]:
+    """The masks inside a distribution, each with the number of event dimensions that are its batch dimensions' right."""
+    while isinstance(distribution, _WRAPPERS):
+        if isinstance(distribution, MaskedDistribution):
+            yield distribution._mask, _num_parts(distribution)
+        distribution = distribution.base_dist

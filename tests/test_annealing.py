@@ -1,0 +1,402 @@
+"""Annealing against exact log p(x): strict bounds from both sides, constrained and several latents, planted mistakes."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import LinearGaussian, within
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+
+import pyrovae as pv
+from pyrovae import anneal as annealing
+from pyrovae.anneal import anneal, anneal_back, sigmoidal_schedule, tune
+from pyrovae.pair import Pair
+from pyrovae.potential import Potential, prior_of
+
+
+@pytest.fixture(autouse=True)
+def _recorded(uncompiled):
+    """compile=True records and does not compile: the chains at a tenth of the time."""
+
+
+def potential_of(model, guide, num_chains, *args):
+    pair = Pair(model, guide or prior_of(model), args, {}, None, "auto")
+    return Potential(pair, 0, pair.num_data, num_chains, from_prior=guide is None)
+
+
+def mean_ratio(log_ratios):
+    """(mean of exp(log_ratios), its standard error), from independent ratios."""
+    ratios = log_ratios.exp().flatten()
+    return ratios.mean().item(), ratios.std().item() / math.sqrt(len(ratios))
+
+
+def posterior_draws(linear_gaussian, x, num_chains):
+    noise = torch.randn(len(x), linear_gaussian.latent_dim)
+    z = linear_gaussian.posterior_mean(x) + noise @ torch.linalg.cholesky(linear_gaussian.covariance).T
+    return z.repeat(num_chains, 1, 1)
+
+
+def test_sigmoidal_schedule_by_hand():
+    beta = sigmoidal_schedule(4)
+    low, high = 1 / (1 + math.exp(4)), 1 / (1 + math.exp(-4))
+    assert beta.tolist() == pytest.approx(
+        [((1 / (1 + math.exp(-4 * (t / 2 - 1)))) - low) / (high - low) for t in range(5)]
+    )
+    assert (beta.diff() > 0).all()
+
+
+@pytest.mark.parametrize("start", ["prior", "overdispersed", "mean field"])
+def test_densities_are_those_of_the_programs(linear_gaussian, start):
+    guides = {
+        "prior": None,
+        "overdispersed": lambda x: linear_gaussian.guide(x, 1.5),
+        "mean field": linear_gaussian.mean_field_guide,
+    }
+    x = linear_gaussian.data(4)
+    potential = potential_of(linear_gaussian.model, guides[start], 6, x)
+    u = potential.draw()
+    log_start, log_weight = potential.log_densities(u)
+    prior = dist.Normal(0.0, 1.0).log_prob(u).sum(-1)
+    likelihood = (
+        dist.Normal(u @ linear_gaussian.weight.T + linear_gaussian.bias, linear_gaussian.scale).log_prob(x).sum(-1)
+    )
+    assert u.shape == (6, 4, 3)
+    assert torch.allclose(log_start + log_weight, prior + likelihood)
+    if start == "prior":
+        assert torch.allclose(log_start, prior)
+    if start == "overdispersed":
+        covariance = 1.5 * linear_gaussian.covariance
+        q = dist.MultivariateNormal(linear_gaussian.posterior_mean(x), covariance).log_prob(u)
+        assert torch.allclose(log_start, q)
+    beta = torch.tensor(0.3)
+    energy = potential.energy(u, beta)
+    shifted = u.clone()
+    shifted[..., 1] += 1e-6
+    moved = potential.energy(shifted, beta)
+    slope = ((moved.log_start + beta * moved.log_weight) - (energy.log_start + beta * energy.log_weight)) / 1e-6
+    assert torch.allclose(energy.gradient[..., 1], slope, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("latent_dim", "scale"), [(2, 1.5), (10, 4.0)])
+def test_both_directions_are_strict(double, latent_dim, scale):
+    """E[w] = p(x) forwards and E[1/w] = 1/p(x) backwards, where the weights hardly vary."""
+    linear_gaussian = LinearGaussian(latent_dim, 2 * latent_dim, scale)
+    x = linear_gaussian.data(200)
+    truth = linear_gaussian.log_prob(x)
+    potential = potential_of(linear_gaussian.model, None, 8, x)
+    potential.record([], inductor=False)
+    kernels = tune(potential, 100, 8)
+    forward = anneal(potential, kernels)
+    # Chains are independent given the kernels; data are independent of each other.
+    ratio, stderr = mean_ratio(forward.log_weights - truth)
+    assert stderr < 0.03
+    within(ratio, 1.0, stderr)
+    back = anneal_back(potential, kernels, posterior_draws(linear_gaussian, x, 8))
+    # Chains that start at one draw are not independent: their mean per datum is.
+    ratio, stderr = mean_ratio(torch.logsumexp(truth - back.log_weights, 0) - math.log(8))
+    assert stderr < 0.03
+    within(ratio, 1.0, stderr)
+    assert 0.5 < forward.acceptance.mean() < 0.8
+    assert torch.allclose(forward.u.mean((0, 1)), linear_gaussian.posterior_mean(x).mean(0), atol=0.2)
+
+
+def test_a_wrong_kernel_is_caught(double, monkeypatch):
+    """The check above fails for a kernel that accepts too much: it can fail."""
+    linear_gaussian = LinearGaussian(2, 4, scale=1.5)
+    x = linear_gaussian.data(200)
+    truth = linear_gaussian.log_prob(x)
+    potential = potential_of(linear_gaussian.model, None, 8, x)
+    potential.record([], inductor=False)
+    kernels = tune(potential, 100, 8)
+    leap = annealing._leap
+
+    def accepting(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand_like", lambda tensor: torch.full_like(tensor, 1e-12))
+            return leap(*args)
+
+    monkeypatch.setattr(annealing, "_leap", accepting)
+    ratio, stderr = mean_ratio(anneal(potential, kernels).log_weights - truth)
+    assert abs(ratio - 1) > 10 * stderr
+
+
+def test_bounds_in_order_and_the_width_falls(linear_gaussian):
+    x = linear_gaussian.data(60)
+    widths = []
+    for num_temperatures in (25, 200):
+        result = pv.bidirectional_monte_carlo(
+            linear_gaussian.model,
+            x,
+            num_chains=2,
+            num_temperatures=num_temperatures,
+            num_leapfrog_steps=8,
+            compile=True,
+        )
+        truth = linear_gaussian.log_prob(result.data["x"])
+        below, above = result.lower - truth, result.upper - truth
+        assert below.mean() < 3 * below.std() / math.sqrt(60)
+        assert above.mean() > -3 * above.std() / math.sqrt(60)
+        # Markov: P(lower > log p + a) <= exp(-a); 60 data of which e^-3 = 5 % may, and more than 12 only once in 30,000.
+        assert (below > 3).sum() <= 12
+        widths.append(result.width.mean().item())
+        assert not torch.equal(result.data["x"], x)
+        assert result.latents["z"].shape == (60, 3)
+    assert widths[1] < 0.5 * widths[0]
+
+
+def test_from_a_guide(linear_gaussian):
+    """From the mean-field guide to the posterior is a short way."""
+    x = linear_gaussian.data(50)
+    result = pv.annealed_importance_sampling(
+        linear_gaussian.model,
+        x,
+        guide=linear_gaussian.mean_field_guide,
+        num_chains=2,
+        num_temperatures=60,
+        num_leapfrog_steps=8,
+        compile=True,
+    )
+    error = result.log_prob - linear_gaussian.log_prob(x)
+    within(error.mean().item(), 0.0, error.std().item() / math.sqrt(50) + 0.01)
+    assert error.abs().mean() < 0.2
+    both = pv.bidirectional_monte_carlo(
+        linear_gaussian.model,
+        x,
+        guide=linear_gaussian.mean_field_guide,
+        num_chains=2,
+        num_temperatures=60,
+        num_leapfrog_steps=8,
+        compile=True,
+    )
+    truth = linear_gaussian.log_prob(both.data["x"])
+    assert (both.lower - truth).abs().mean() < 0.2
+    assert (both.upper - truth).abs().mean() < 0.2
+
+
+def gamma_poisson(counts):
+    with pyro.plate("data", len(counts)):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 0.5))
+        pyro.sample("counts", dist.Poisson(rate.unsqueeze(-1).expand(*rate.shape, 3)).to_event(1), obs=counts)
+
+
+def gamma_poisson_log_prob(counts):
+    total, num = counts.sum(-1), counts.shape[-1]
+    return (
+        2 * math.log(0.5)
+        - math.lgamma(2)
+        + torch.lgamma(2 + total)
+        - (2 + total) * math.log(0.5 + num)
+        - torch.lgamma(counts + 1).sum(-1)
+    )
+
+
+def test_constrained_latents(double):
+    """Gamma-Poisson, whose rate is positive; data drawn for two of its rates."""
+    counts = torch.poisson(torch.tensor([[1.0], [9.0]]).expand(20, 2, 3).reshape(40, 3))
+    result = pv.annealed_importance_sampling(
+        gamma_poisson, counts, num_chains=16, num_temperatures=100, num_leapfrog_steps=8, compile=True
+    )
+    error = result.log_prob - gamma_poisson_log_prob(counts)
+    assert error.abs().max() < 0.5
+    within(error.mean().item(), 0.0, error.std().item() / math.sqrt(40) + 0.005)
+    both = pv.bidirectional_monte_carlo(
+        gamma_poisson, counts, num_chains=16, num_temperatures=100, num_leapfrog_steps=8, compile=True
+    )
+    truth = gamma_poisson_log_prob(both.data["counts"])
+    assert (both.lower - truth).mean() < 0.02
+    assert (both.upper - truth).mean() > -0.02
+    assert both.width.mean() < 0.1
+
+
+def two_sites(x):
+    """b ~ N(0, 1), a | b ~ N(b, 0.5), x | a, b ~ N((a + b, a), 0.6): a linear-Gaussian model with two sites."""
+    with pyro.plate("data", len(x)):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        a = pyro.sample("a", dist.Normal(b, 0.5))
+        pyro.sample("x", dist.Normal(torch.stack([a + b, a], -1), 0.6).to_event(1), obs=x)
+
+
+def two_sites_log_prob(x):
+    joint = torch.tensor([[1.0, 1.0], [1.0, 1.25]])  # of (b, a)
+    design = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    return dist.MultivariateNormal(torch.zeros(2), design @ joint @ design.T + 0.36 * torch.eye(2)).log_prob(x)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_several_sites_and_auxiliary_draws(double, guided):
+    """The prior's path, and that of an AutoNormal, whose draws are auxiliary."""
+    pyro.clear_param_store()
+    x = torch.randn(30, 2) * torch.tensor([2.2, 1.2])
+    guide = AutoNormal(two_sites, init_scale=0.5) if guided else None
+    if guided:
+        guide(x)
+    result = pv.annealed_importance_sampling(
+        two_sites, x, guide=guide, num_chains=16, num_temperatures=100, num_leapfrog_steps=8, compile=True
+    )
+    error = result.log_prob - two_sites_log_prob(x)
+    assert error.abs().mean() < 0.15
+    within(error.mean().item(), 0.0, error.std().item() / math.sqrt(30) + 0.005)
+    pyro.clear_param_store()
+
+
+def test_one_joint_datum(double):
+    """Without a plate common to all sites, the program is one datum: a global mean with its data."""
+    x = torch.randn(6) + 1
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    truth = dist.MultivariateNormal(torch.zeros(6), torch.eye(6) + 4.0).log_prob(x)
+    result = pv.annealed_importance_sampling(
+        model, x, num_chains=40, num_temperatures=100, num_leapfrog_steps=8, compile=True
+    )
+    assert len(result) == 1
+    within(result.log_prob.item(), truth.item(), result.stderr.item())
+
+
+def small_pair():
+    torch.manual_seed(0)
+    model = pv.GenerativeModel(pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 12), 12))
+    return model.double(), pv.guides.MeanFieldNormal(pv.nets.MLP(12, [8]), 2).double()
+
+
+def test_library_models_in_blocks_and_compiled(double):
+    """Against quadrature, with a guide so bad that importance sampling errs by a nat; blocks and compilation change nothing."""
+    model, guide = small_pair()
+    x = torch.bernoulli(torch.full((7, 12), 0.4))
+    axis = torch.linspace(-7, 7, 281)
+    z = torch.cartesian_prod(axis, axis).unsqueeze(1)
+    with torch.no_grad():
+        joint = model.prior().log_prob(z) + model.likelihood(z).log_prob(x)
+    truth = torch.logsumexp(joint, 0) + 2 * (axis[1] - axis[0]).log()
+    settings = {"num_chains": 16, "num_temperatures": 60, "num_leapfrog_steps": 5}
+    for start in (None, guide):
+        whole = pv.annealed_importance_sampling(model, x, guide=start, compile=True, **settings)
+        blocks = pv.annealed_importance_sampling(model, x, guide=start, compile=True, data_batch_size=3, **settings)
+        for result in (whole, blocks):
+            assert ((result.log_prob - truth).abs() < 6 * result.stderr + 0.01).all()  # 15 degrees of freedom
+            assert result.stderr.mean() < 0.2
+    assert whole.gap.isnan().all()
+    pyro.set_rng_seed(4)
+    eager = pv.annealed_importance_sampling(model, x, guide=guide, compile=False, **settings)
+    pyro.set_rng_seed(4)
+    compiled = pv.annealed_importance_sampling(model, x, guide=guide, compile=True, **settings)
+    assert torch.allclose(eager.log_prob, compiled.log_prob, atol=1e-6)
+
+
+def test_simulation_is_of_the_model_and_reads_no_data(linear_gaussian):
+    x = linear_gaussian.data(500)
+    result = pv.bidirectional_monte_carlo(
+        linear_gaussian.model, x, num_chains=1, num_temperatures=5, num_leapfrog_steps=1, compile=True
+    )
+    z, simulated = result.latents["z"], result.data["x"]
+    within(z.mean().item(), 0.0, 1 / math.sqrt(1500))
+    residual = (simulated - z @ linear_gaussian.weight.T - linear_gaussian.bias) / linear_gaussian.scale
+    within(residual.square().mean().item(), 1.0, math.sqrt(2 / 2500))
+
+
+def test_data_that_are_no_argument(double):
+    x = torch.randn(5)
+
+    def model():
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    result = pv.bidirectional_monte_carlo(
+        model, num_chains=16, num_temperatures=100, num_leapfrog_steps=8, compile=True
+    )
+    truth = dist.Normal(0.0, math.sqrt(1.25)).log_prob(result.data["x"])
+    assert (result.lower - truth).abs().max() < 0.5
+    assert (result.upper - truth).abs().max() < 0.5
+
+
+SETTINGS = {"num_chains": 2, "num_temperatures": 5, "num_leapfrog_steps": 1}
+
+
+def test_discrete_latents_are_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="site 'k' is discrete"):
+        pv.annealed_importance_sampling(model, torch.zeros(3), **SETTINGS)
+
+
+def test_a_detached_latent_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.detach(), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="no gradient"):
+        pv.annealed_importance_sampling(model, torch.zeros(3), **SETTINGS)
+
+
+def test_nan_names_the_site():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z * math.nan, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="site 'x'"):
+        pv.annealed_importance_sampling(model, torch.zeros(3), **SETTINGS)
+
+
+def test_what_cannot_be_simulated_is_refused():
+    def factor(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("x", -((z - x) ** 2))
+
+    def masked(x):
+        with pyro.plate("data", len(x)), poutine.mask(mask=torch.tensor([True, False, True])):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def reading(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + x.mean(), 1.0), obs=x)
+
+    x = torch.tensor([0.1, 0.5, -1.0])
+    for model, text in ((factor, "factor"), (masked, "masked"), (reading, "depends on the values")):
+        with pytest.raises(ValueError, match=text):
+            pv.bidirectional_monte_carlo(model, x, **SETTINGS)
+
+
+def test_auxiliary_draws_cannot_start_a_reverse_chain():
+    pyro.clear_param_store()
+    x = torch.zeros(3, 2)
+    guide = AutoNormal(two_sites)
+    guide(x)
+    with pytest.raises(ValueError, match="auxiliary"):
+        pv.bidirectional_monte_carlo(two_sites, x, guide=guide, **SETTINGS)
+    pyro.clear_param_store()
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [({"num_chains": 0}, "num_chains"), ({"schedule": "linear"}, "schedule"), ({"num_temperatures": 1.5}, "num_temp")],
+)
+def test_options_out_of_range(option, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        pv.annealed_importance_sampling(gamma_poisson, torch.ones(2, 3), **(SETTINGS | option))
+
+
+def test_a_program_that_cannot_take_a_plate_is_refused():
+    layer = torch.nn.Linear(1, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(layer(z.view(len(x), 1)), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="outer plate"):
+        pv.annealed_importance_sampling(model, torch.zeros(3, 2), **SETTINGS)

@@ -1,0 +1,66 @@
+"""Comparisons: paired differences against known ones, and what the notes say."""
+
+import math
+
+import pytest
+import torch
+from conftest import within
+
+import pyrovae as pv
+from pyrovae import LogMarginalLikelihood
+
+
+def result(log_prob, spread=0.5, num_particles=200, gap=0.0):
+    """Weights whose mean is exp(log_prob) in expectation: log-normal, shifted."""
+    noise = torch.randn(num_particles, len(log_prob)).double()
+    return LogMarginalLikelihood.from_log_weights(log_prob + spread * noise - spread**2 / 2)
+
+
+def test_difference_of_known_models(double):
+    truth = 10 * torch.randn(2000)
+    shift = 0.3 + 0.1 * torch.randn(2000)
+    table = pv.compare({"worse": result(truth), "better": result(truth + shift)})
+    best, other = table.rows
+    assert (best.name, best.rank, best.difference) == ("better", 0, 0.0)
+    within(other.difference, -shift.mean().item(), math.sqrt(2 * (math.exp(0.25) - 1) / 200 / 2000))
+    # Paired: the spread of the data themselves (10 nats) is not in it.
+    assert other.difference_stderr == pytest.approx(
+        math.sqrt((0.1**2 + 2 * (math.exp(0.25) - 1) / 200) / 2000), rel=0.15
+    )
+    assert other.stderr == pytest.approx(10 / math.sqrt(2000), rel=0.1)
+    assert list(table.to_dataframe().index) == ["better", "worse"]
+    assert "better" in repr(table)
+
+
+def test_notes_say_that_the_winners_differ(double):
+    truth = torch.randn(500)
+    loose, tight = result(truth + 0.2, spread=1.0), result(truth, spread=0.1)
+    table = pv.compare({"loose": loose, "tight": tight})
+    assert table.rows[0].name == "loose"
+    assert any("best ELBO is that of 'tight'" in note for note in table.notes)
+    assert any("training seed" in note for note in table.notes)
+
+
+def test_a_difference_smaller_than_the_bias_is_noted(double):
+    truth = torch.randn(300)
+    table = pv.compare({"a": result(truth, spread=2.0, num_particles=20), "b": result(truth - 0.2, spread=0.1)})
+    assert any("bias estimates differ" in note for note in table.notes)
+
+
+def test_annealed_results_have_no_elbo(double):
+    weights = torch.randn(30, 8)
+    annealed = LogMarginalLikelihood.from_annealed(weights, torch.full((8,), 0.6))
+    table = pv.compare({"annealed": annealed, "sampled": LogMarginalLikelihood.from_log_weights(weights - 1)})
+    assert table.rows[0].name == "annealed"
+    assert math.isnan(table.rows[0].elbo)
+    assert not any("ELBO" in note for note in table.notes)
+
+
+def test_what_cannot_be_compared_is_refused(double):
+    few, many = result(torch.zeros(3)), result(torch.zeros(4))
+    with pytest.raises(ValueError, match="different numbers of data"):
+        pv.compare({"few": few, "many": many})
+    with pytest.raises(ValueError, match="two results or more"):
+        pv.compare({"few": few})
+    with pytest.raises(TypeError, match="log_marginal_likelihood gives"):
+        pv.compare({"few": few, "other": torch.zeros(3)})
