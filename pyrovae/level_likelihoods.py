@@ -125,7 +125,9 @@ class Categorical(Likelihood):
         bias = torch.zeros(self.parameters_shape)
         if mean is not None:
             loc = mean.unsqueeze(-1)
-            start = LogisticLevels(torch.zeros_like(loc), loc, torch.full_like(loc, math.log(_INITIAL_SCALE)), num_levels)
+            start = LogisticLevels(
+                torch.zeros_like(loc), loc, torch.full_like(loc, math.log(_INITIAL_SCALE)), num_levels
+            )
             bias += start.log_prob(_column(torch.linspace(0, 1, num_levels), self.data_shape))
         self.bias = nn.Parameter(bias)
 

@@ -4,8 +4,7 @@ Each is elementwise over its batch; `to_event` makes images of pixels. All numbe
 finite parameters that leave room in the dtype: networks start out with bold ones.
 """
 
-import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +40,7 @@ class ContinuousBernoulli(TorchDistribution):
     tensor([0.3435, 0.5000, 0.6565])
     """
 
-    arg_constraints = {"logits": constraints.real}
+    arg_constraints: ClassVar[dict] = {"logits": constraints.real}
     support = constraints.unit_interval
 
     def __init__(self, logits: Tensor, validate_args: bool | None = None):
@@ -123,7 +122,7 @@ class LogisticLevels(TorchDistribution):
     Source: Salimans, Karpathy, Chen & Kingma, PixelCNN++ (2017).
     """
 
-    arg_constraints = {
+    arg_constraints: ClassVar[dict] = {
         "weight_logits": constraints.independent(constraints.real, 1),
         "loc": constraints.independent(constraints.real, 1),
         "log_scale": constraints.independent(constraints.real, 1),
@@ -202,7 +201,7 @@ class CategoricalLevels(TorchDistribution):
     Raises ValueError, where Pyro validates, for values that are no level.
     """
 
-    arg_constraints = {"logits": constraints.independent(constraints.real, 1)}
+    arg_constraints: ClassVar[dict] = {"logits": constraints.independent(constraints.real, 1)}
 
     def __init__(self, logits: Tensor, validate_args: bool | None = None):
         self.logits = logits
