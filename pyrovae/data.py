@@ -150,8 +150,8 @@ def frey_faces(
             f"name another folder (--data-dir, $PYROVAE_DATA); --dataset digits needs no files"
         )
     try:
-        with np.load(path) as file:
-            array = file["images"]
+        with path.open("rb") as file, np.load(file) as arrays:  # NumPy leaves a damaged file open that it opened itself
+            array = arrays["images"]
     except Exception as error:  # what NumPy raises for a damaged file is not one type
         raise ValueError(
             f"{path} is truncated, damaged or has no `images` ({type(error).__name__}: {error}): put a whole one there"

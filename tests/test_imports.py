@@ -51,8 +51,8 @@ def test_public_names():
 
 def test_a_file_imports_only_from_levels_above_it():
     levels = [
-        {"estimators", "modules", "nets", "data"},
-        {"priors", "likelihoods", "guides"},
+        {"estimators", "modules", "conv_nets", "nets", "splits", "data"},
+        {"pixels", "likelihood_contract", "level_likelihoods", "likelihoods", "priors", "guides"},
         {"model"},
         {"extract"},
         {"traces", "inspection", "draws", "pair", "weights"},
