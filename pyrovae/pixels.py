@@ -53,21 +53,21 @@ class ContinuousBernoulli(TorchDistribution):
     @property
     def mean(self) -> Tensor:
         """E[x] = 1 / (1 - exp(-l)) - 1 / l."""
-        near, far = self._near_and_far()
+        is_near, near, far = self._near_and_far()
         squared = near * near
         slope = sum(2 * (k + 1) * term * squared**k for k, term in enumerate(_SERIES))
-        return torch.where(self._is_near, 0.5 + near * slope, -1 / torch.expm1(-far) - 1 / far)
+        return torch.where(is_near, 0.5 + near * slope, -1 / torch.expm1(-far) - 1 / far)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        near, far = self._near_and_far()
+        is_near, near, far = self._near_and_far()
         squared = near * near
         series = torch.zeros_like(squared)
         for term in reversed(_SERIES):
             series = (series + term) * squared
         width = far.abs()
-        log_norm = torch.where(self._is_near, near / 2 + series, far.relu() + (-torch.expm1(-width) / width).log())
+        log_norm = torch.where(is_near, near / 2 + series, far.relu() + (-torch.expm1(-width) / width).log())
         return self.logits * value - log_norm
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
@@ -78,13 +78,13 @@ class ContinuousBernoulli(TorchDistribution):
             distance = (-torch.log1p(uniform * torch.expm1(-width)) / width).clamp(max=1.0)  # from the likelier end
             return torch.where(self.logits < 0, distance, 1 - distance)
 
-    @property
-    def _is_near(self) -> Tensor:
-        return self.logits.abs() < _SERIES_RADIUS
+    def _near_and_far(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the series is for, its logits and the closed form's.
 
-    def _near_and_far(self) -> tuple[Tensor, Tensor]:
-        # Each branch of a `where` sees harmless numbers where it is not chosen: NaN would pass through its gradient.
-        return torch.where(self._is_near, self.logits, 0.0), torch.where(self._is_near, 1.0, self.logits)
+        Each branch of a `where` sees harmless numbers where it is not chosen: NaN would pass through its gradient.
+        """
+        is_near = self.logits.abs() < _SERIES_RADIUS
+        return is_near, torch.where(is_near, self.logits, 0.0), torch.where(is_near, 1.0, self.logits)
 
 
 class GreyLevels(constraints.Constraint):
@@ -171,7 +171,7 @@ class LogisticLevels(TorchDistribution):
         log_masses = (-torch.expm1(-width)).log() + F.logsigmoid(above) + F.logsigmoid(-below)
         if loc.shape[-1] == 1:
             return log_masses.squeeze(-1)
-        return (self.weight_logits.log_softmax(-1) + log_masses).logsumexp(-1)
+        return (self.weight_logits + log_masses).logsumexp(-1) - self.weight_logits.logsumexp(-1)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         with torch.no_grad():
@@ -228,8 +228,8 @@ class CategoricalLevels(TorchDistribution):
             self._validate_sample(value)
         level = (value * (self.num_levels - 1)).round().long().clamp(0, self.num_levels - 1)
         shape = torch.broadcast_shapes(level.shape, self.batch_shape)
-        logits = self.logits.expand(*shape, self.num_levels)
-        return logits.gather(-1, level.expand(shape).unsqueeze(-1)).squeeze(-1) - self.logits.logsumexp(-1)
+        log_masses = self.logits.log_softmax(-1).expand(*shape, self.num_levels)
+        return log_masses.gather(-1, level.expand(shape).unsqueeze(-1)).squeeze(-1)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         with torch.no_grad():

@@ -149,6 +149,15 @@ def test_mixture_of_logistics_exactly(double):
     assert torch.allclose(found, wanted.log(), rtol=1e-10)
 
 
+def test_components_are_drawn_by_their_weights():
+    weights = torch.tensor([0.1, 0.3, 0.6])
+    loc, log_scale = torch.tensor([0.2, 0.5, 0.9]), torch.full((3,), -9.0)
+    samples = LogisticLevels(weights.log(), loc, log_scale, 11).sample((20_000,))
+    for weight, level in zip(weights.tolist(), loc, strict=True):
+        frequency = (samples - level).abs().lt(1e-3).float().mean().item()
+        within(frequency, weight, math.sqrt(weight * (1 - weight) / 20_000))
+
+
 def test_categorical_exactly(double):
     logits = torch.randn(4, 9)
     level = torch.tensor([0, 3, 7, 8])
