@@ -1,15 +1,16 @@
-"""Data: tensors in, tensors out. The MNIST family through torchvision, digits that need no network, binarisation."""
+"""Data: the MNIST family through torchvision, digits that need no network, Frey faces; as grey levels or binarised."""
 
 import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+
+from pyrovae.splits import Splits, binarize, dequantize
 
 __all__ = [
     "NAMES",
@@ -17,8 +18,10 @@ __all__ = [
     "Splits",
     "binarize",
     "data_dir",
+    "dequantize",
     "digits",
     "fashion_mnist",
+    "frey_faces",
     "kmnist",
     "load",
     "mnist",
@@ -26,91 +29,18 @@ __all__ = [
 
 _logger = logging.getLogger("pyrovae")
 _CLASSES = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
-NAMES = ("auto", *_CLASSES, "digits")
+NAMES = ("auto", *_CLASSES, "digits", "freyfaces")
 _DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
-_DIGITS_SPLIT_SEED = 0
+_SPLIT_SEED = 0
+_FREY_FILE, _FREY_SHAPE = "freyfaces.npz", (1965, 28, 20)
 
 
 class DataUnavailableError(RuntimeError):
     """A data set is neither on disk nor to be had from the network."""
 
 
-@dataclass(frozen=True)
-class Splits:
-    """A data set in three parts, images (N, channels, height, width) in [0, 1] with their labels (N,).
-
-    `validation` is None where all of its images went to `train`. `transform` makes a batch of `train` ready for use:
-    `binarize` where the training images are grey and binarised anew at every use (dynamic), None where nothing
-    is left to do. `validation` and `test` are ready as they are: binarised once, from `data_seed`.
-    """
-
-    name: str
-    train: Tensor
-    validation: Tensor | None
-    test: Tensor
-    train_labels: Tensor
-    validation_labels: Tensor | None
-    test_labels: Tensor
-    binarization: str | None = None
-    data_seed: int | None = None
-    transform: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def data_shape(self) -> torch.Size:
-        """Shape of one image."""
-        return self.train.shape[1:]
-
-    def binarized(self, binarization: str | None = "dynamic", data_seed: int = 0) -> "Splits":
-        """These images made binary, x ~ Bernoulli(grey value).
-
-        dynamic: training images are redrawn at every use; static: drawn once; None: all images stay grey.
-        Validation and test images are drawn once in either case, each split by a generator of its own from
-        `data_seed`, so that a test set is the same for every training seed, device and choice of splits.
-
-        Raises ValueError for another word, and for images already binarised.
-
-        Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016), for dynamic;
-        Larochelle & Murray, The Neural Autoregressive Distribution Estimator (2011), for static.
-        """
-        if binarization not in ("dynamic", "static", None):
-            raise ValueError(f"binarization must be 'dynamic', 'static' or None, found {binarization!r}")
-        if self.binarization is not None:
-            raise ValueError(f"these images are binarised already ({self.binarization})")
-        if binarization is None:
-            return self
-
-        def draw(images: Tensor | None, stream: int) -> Tensor | None:
-            if images is None:
-                return None
-            return binarize(images, torch.Generator().manual_seed(3 * data_seed + stream))
-
-        dynamic = binarization == "dynamic"
-        return replace(
-            self,
-            train=self.train if dynamic else draw(self.train, 2),
-            validation=draw(self.validation, 1),
-            test=draw(self.test, 0),
-            binarization=binarization,
-            data_seed=data_seed,
-            transform=binarize if dynamic else None,
-        )
-
-
-def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw binary pixels with the grey values as probabilities, x ~ Bernoulli(images).
-
-    Shapes: any, values in [0, 1]; the same shape and dtype, values 0 and 1. (`torch.bernoulli` draws from the same
-    distribution and takes three times as long on a CPU.)
-
-    >>> binarize(torch.tensor([0.0, 1.0]))
-    tensor([0., 1.])
-    """
-    uniform = torch.rand(images.shape, generator=generator, dtype=images.dtype, device=images.device)
-    return (uniform < images).to(images.dtype)
-
-
 def load(name: str = "auto", root: str | os.PathLike | None = None, **options) -> Splits:
-    """Load a data set by name: auto, mnist, fashion, kmnist or digits.
+    """Load a data set by name: auto, mnist, fashion, kmnist, digits or freyfaces.
 
     auto takes MNIST; where it is neither on disk nor to be had from the network, it says so in one line of the log
     and takes the digits. `root` and `options` are those of `mnist`.
@@ -121,6 +51,8 @@ def load(name: str = "auto", root: str | os.PathLike | None = None, **options) -
         raise ValueError(f"no data set {name!r}: choose one of {', '.join(NAMES)}")
     if name == "digits":
         return digits(**options)
+    if name == "freyfaces":
+        return frey_faces(root, **options)
     if name != "auto":
         return _mnist_family(name, root, **options)
     try:
@@ -183,11 +115,53 @@ def digits(*, binarization: str | None = "dynamic", data_seed: int = 0, train_on
     bunch = load_digits()
     images = torch.as_tensor(bunch.images, dtype=torch.float32).div(16).unsqueeze(1)
     labels = torch.as_tensor(bunch.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_DIGITS_SPLIT_SEED))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     images, labels = images[order], labels[order]
-    return _split("digits", images[:-300], labels[:-300], images[-300:], labels[-300:], 300, train_on_all).binarized(
-        binarization, data_seed
-    )
+    splits = _split("digits", images[:-300], labels[:-300], images[-300:], labels[-300:], 300, train_on_all)
+    return replace(splits, num_levels=17).binarized(binarization, data_seed)
+
+
+def frey_faces(
+    root: str | os.PathLike | None = None,
+    *,
+    binarization: str | None = None,
+    data_seed: int = 0,
+    train_on_all: bool = False,
+) -> Splits:
+    """Frey faces: 1,965 grey images, 28 high and 20 wide, of one man's face from a film, without labels.
+
+    Split into 1,565 training, 200 validation and 200 test images, as published, here by a fixed seed. Neighbours in the
+    film are alike and fall into different parts: the test tells how well faces are filled in between others.
+
+    root: folder that holds freyfaces.npz (array `images`, bytes); else $PYROVAE_DATA, else a cache folder of the user's.
+        There is no download
+    binarization, data_seed: see `Splits.binarized`; grey by default
+    train_on_all: train on 1,765 images, without a validation set
+
+    Raises DataUnavailableError (a RuntimeError) if the file is not there; ValueError, with its name, if it is damaged.
+
+    Source: Roweis, Saul & Hinton, Global Coordination of Local Linear Models (2002); the split: Tomczak & Welling, VAE
+    with a VampPrior (2018).
+    """
+    path = data_dir(root) / _FREY_FILE
+    if not path.exists():
+        raise DataUnavailableError(
+            f"Frey faces are not in {path.parent}: put {_FREY_FILE} there (array `images` of bytes, {_FREY_SHAPE}), or "
+            f"name another folder (--data-dir, $PYROVAE_DATA); --dataset digits needs no files"
+        )
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:  # NumPy leaves a damaged file open that it opened itself
+            array = arrays["images"]
+    except Exception as error:  # what NumPy raises for a damaged file is not one type
+        raise ValueError(
+            f"{path} is truncated, damaged or has no `images` ({type(error).__name__}: {error}): put a whole one there"
+        ) from error
+    if array.shape != _FREY_SHAPE or array.dtype != np.uint8:
+        raise ValueError(f"{path} must hold `images` of bytes, {_FREY_SHAPE}; found {array.dtype}, {array.shape}")
+    order = torch.randperm(len(array), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    images = torch.as_tensor(array)[order].unsqueeze(1).float().div(255)
+    splits = _split("freyfaces", images[:-200], None, images[-200:], None, 200, train_on_all)
+    return splits.binarized(binarization, data_seed)
 
 
 def data_dir(root: str | os.PathLike | None = None) -> Path:
@@ -204,7 +178,8 @@ def _split(name, images, labels, test, test_labels, num_validation, train_on_all
     if train_on_all:
         return Splits(name, images, None, test, labels, None, test_labels)
     cut = len(images) - num_validation
-    return Splits(name, images[:cut], images[cut:], test, labels[:cut], labels[cut:], test_labels)
+    train_labels, validation_labels = (None, None) if labels is None else (labels[:cut], labels[cut:])
+    return Splits(name, images[:cut], images[cut:], test, train_labels, validation_labels, test_labels)
 
 
 def _mnist_family(

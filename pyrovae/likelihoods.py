@@ -1,78 +1,37 @@
 """Likelihoods p(x|z). A likelihood is an `nn.Module` whose `forward(z)` gives a normalised distribution over x.
 
-A new likelihood is one class here: subclass `Likelihood`, say how many numbers the network must give per datum, turn
-those numbers into a distribution. Networks are fed rows: whatever dimensions stand before the last one of z are
-flattened for the network and put back after it, so that any network for batches works under any number of particles.
+A new likelihood is one class: subclass `Likelihood`, say how many numbers the network must give per datum, turn those
+numbers into a distribution.
+
+Which one: binary data `Bernoulli`; grey levels as they are stored `DiscretizedLogistic` or `Categorical`, whose log_prob
+is the log of a probability mass (minus it, over D ln 2, are bits per pixel); real-valued data the rest, whose log_prob is
+the log of a density in the units of x. A density of grey levels k / 255 is not comparable with a mass, and grows without
+bound with any model sure enough of a level: draw such data evenly within their levels first (`data.dequantize`). Then
+E log p(x) - D ln 256 is a lower bound of the log mass (Theis, van den Oord & Bethge 2016).
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Bernoulli", "Likelihood"]
+from pyrovae.level_likelihoods import Categorical, DiscretizedLogistic
+from pyrovae.likelihood_contract import Likelihood
+from pyrovae.pixels import ContinuousBernoulli as ContinuousBernoulliPixel
 
-
-class Likelihood(nn.Module, ABC):
-    """Contract of a likelihood p(x|z): decoder parameters in, a distribution over data out.
-
-    decoder_net: any module (rows, latent_dim) -> (rows, *parameters_shape), up to a reshape
-    data_shape: shape of one datum, (1, 28, 28) for instance
-
-    Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape.
-
-    Raises ValueError if the network's output has the wrong size, or data the wrong shape or values.
-    """
-
-    def __init__(self, decoder_net: nn.Module, data_shape: Sequence[int]):
-        super().__init__()
-        data_shape = (data_shape,) if isinstance(data_shape, int) else tuple(data_shape)
-        if not data_shape or min(data_shape) < 1:
-            raise ValueError(f"data_shape must hold sizes of 1 or more, (1, 28, 28) for instance; found {data_shape}")
-        self.decoder_net = decoder_net
-        self.data_shape = torch.Size(data_shape)
-
-    @property
-    def parameters_shape(self) -> torch.Size:
-        """Shape of what the network gives for one datum."""
-        return self.data_shape
-
-    @abstractmethod
-    def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
-        """p(x|z) from the network's output (..., *parameters_shape)."""
-
-    @abstractmethod
-    def check(self, x: Tensor) -> None:
-        """Raise ValueError if `x` (N, *data_shape) lies outside the support, saying what was found."""
-
-    def forward(self, z: Tensor) -> dist.TorchDistribution:
-        """p(x|z) for latents z (..., latent_dim)."""
-        rows = z.reshape(-1, z.shape[-1])
-        output = self.decoder_net(rows)
-        size = math.prod(self.parameters_shape)
-        if output.numel() != len(rows) * size:
-            raise ValueError(
-                f"{type(self).__name__} needs {size} numbers per datum from its decoder network, to be shaped "
-                f"{tuple(self.parameters_shape)}; found {tuple(output.shape)} for {len(rows)} latents: set the network's "
-                f"output to {size}"
-            )
-        return self.distribution(output.reshape(*z.shape[:-1], *self.parameters_shape))
-
-    def check_shape(self, x: Tensor) -> None:
-        """Raise ValueError if `x` is not a batch of data, (N, *data_shape)."""
-        if x.ndim != 1 + len(self.data_shape) or x.shape[1:] != self.data_shape:
-            raise ValueError(
-                f"expected data of shape (N, {', '.join(map(str, self.data_shape))}), found {tuple(x.shape)}; one datum "
-                f"needs a leading axis (x[None]), and flat data x.reshape(-1, {', '.join(map(str, self.data_shape))})"
-            )
-        if not x.is_floating_point():
-            raise TypeError(f"expected floating-point data, found {x.dtype}: x.float()")
-
-    def extra_repr(self) -> str:
-        return f"data_shape={tuple(self.data_shape)}"
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "HeteroscedasticNormal",
+    "LearnedScaleNormal",
+    "Likelihood",
+    "Normal",
+]
 
 
 class Bernoulli(Likelihood):
@@ -84,7 +43,7 @@ class Bernoulli(Likelihood):
     data_mean: mean of the training data, whose logit the bias starts at (0.001 to 0.999); zeros without it. A network
         that starts near 0 then starts at the mean image instead of spending its first epochs on finding it.
 
-    Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Densities in nats per datum.
+    Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log masses in nats per datum.
 
     Raises ValueError for data other than 0 and 1, for wrong shapes, and for a mean outside [0, 1].
 
@@ -94,15 +53,8 @@ class Bernoulli(Likelihood):
 
     def __init__(self, decoder_net: nn.Module, data_shape: Sequence[int], *, data_mean: Tensor | None = None):
         super().__init__(decoder_net, data_shape)
-        self.bias = nn.Parameter(torch.zeros(self.data_shape))
-        if data_mean is not None:
-            if data_mean.shape != self.data_shape or not ((data_mean >= 0) & (data_mean <= 1)).all():
-                raise ValueError(
-                    f"data_mean must hold means in [0, 1] of shape {tuple(self.data_shape)}, "
-                    f"found shape {tuple(data_mean.shape)} in [{data_mean.min():g}, {data_mean.max():g}]"
-                )
-            with torch.no_grad():
-                self.bias.copy_(data_mean.clamp(1e-3, 1 - 1e-3).logit())
+        mean = self.initial_mean(data_mean, 0, 1)
+        self.bias = nn.Parameter(torch.zeros(self.data_shape) if mean is None else mean.clamp(1e-3, 1 - 1e-3).logit())
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=parameters + self.bias).to_event(len(self.data_shape))
@@ -114,3 +66,199 @@ class Bernoulli(Likelihood):
                 f"(pyrovae.data.binarize; fit(..., transform=pyrovae.data.binarize) redraws at every use), or take a "
                 f"likelihood for grey values"
             )
+
+
+class ContinuousBernoulli(Likelihood):
+    """Independent continuous Bernoulli pixels, for data in [0, 1]: what "binary cross-entropy of grey pixels" lacks.
+
+    p(x|z) = prod_d l_d exp(l_d x_d) / (exp(l_d) - 1),   l = decoder_net(z) + bias
+
+    decoder_net: any module (rows, latent_dim) -> (rows, data_shape), the logits up to a learned bias per pixel
+    data_mean: mean of the training data, which the bias gives at the start (0.02 to 0.98); zeros without it
+
+    Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log densities in nats per datum.
+
+    Raises ValueError for data outside [0, 1], for wrong shapes, and for a mean outside [0, 1].
+
+    Source: Loaiza-Ganem & Cunningham, The continuous Bernoulli: fixing a pervasive error in variational autoencoders
+    (2019).
+    """
+
+    def __init__(self, decoder_net: nn.Module, data_shape: Sequence[int], *, data_mean: Tensor | None = None):
+        super().__init__(decoder_net, data_shape)
+        mean = self.initial_mean(data_mean, 0, 1)
+        self.bias = nn.Parameter(torch.zeros(self.data_shape) if mean is None else _logits_of_mean(mean))
+
+    def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
+        return ContinuousBernoulliPixel(parameters + self.bias).to_event(len(self.data_shape))
+
+    def check(self, x: Tensor) -> None:
+        inside = (x >= 0) & (x <= 1)
+        if not inside.all():
+            raise ValueError(
+                f"continuous Bernoulli pixels lie in [0, 1], found {x[~inside][0].item():g}: scale the data to it, or "
+                f"take a normal likelihood"
+            )
+
+
+class Normal(Likelihood):
+    """Independent normal pixels of one given standard deviation.
+
+    p(x|z) = prod_d N(x_d; mu_d, scale^2),   mu = decoder_net(z) + bias
+
+    decoder_net: any module (rows, latent_dim) -> (rows, data_shape), the means up to a learned bias per pixel
+    scale: a hyper-parameter, in the units of x. 1 is the textbook's unit variance, under which maximising the likelihood
+        is least squares; for pixels in [0, 1] it is wide, and the KL then switches most latent dimensions off
+    data_mean: mean of the training data, at which the bias starts; zeros without it
+
+    Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log densities in nats per datum.
+
+    Raises ValueError for data that are not finite, for wrong shapes, and for a scale that is not positive.
+
+    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014).
+    """
+
+    def __init__(
+        self,
+        decoder_net: nn.Module,
+        data_shape: Sequence[int],
+        *,
+        scale: float = 1.0,
+        data_mean: Tensor | None = None,
+    ):
+        super().__init__(decoder_net, data_shape)
+        self.scale = _positive("scale", scale)
+        mean = self.initial_mean(data_mean)
+        self.bias = nn.Parameter(torch.zeros(self.data_shape) if mean is None else mean)
+
+    def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
+        return dist.Normal(parameters + self.bias, self.scale).to_event(len(self.data_shape))
+
+    def check(self, x: Tensor) -> None:
+        _check_finite(x)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale={self.scale:g}"
+
+
+class LearnedScaleNormal(Likelihood):
+    """Independent normal pixels of one standard deviation, which is learned.
+
+    p(x|z) = prod_d N(x_d; mu_d, sigma^2),   mu = decoder_net(z) + bias,   sigma = exp(log_scale)
+
+    decoder_net: any module (rows, latent_dim) -> (rows, data_shape), the means up to a learned bias per pixel
+    initial_scale: of sigma, in the units of x
+    data_mean: mean of the training data, at which the bias starts; zeros without it
+
+    Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log densities in nats per datum. They are
+    bounded unless the network reproduces all pixels of all data without any error.
+
+    Raises ValueError for data that are not finite, for wrong shapes, and for a scale that is not positive.
+
+    Source: Rybkin, Daniilidis & Levine, Simple and Effective VAE Training with Calibrated Decoders (2021).
+    """
+
+    def __init__(
+        self,
+        decoder_net: nn.Module,
+        data_shape: Sequence[int],
+        *,
+        initial_scale: float = 0.3,
+        data_mean: Tensor | None = None,
+    ):
+        super().__init__(decoder_net, data_shape)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(_positive("initial_scale", initial_scale))))
+        mean = self.initial_mean(data_mean)
+        self.bias = nn.Parameter(torch.zeros(self.data_shape) if mean is None else mean)
+
+    def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
+        return dist.Normal(parameters + self.bias, self.log_scale.exp()).to_event(len(self.data_shape))
+
+    def check(self, x: Tensor) -> None:
+        _check_finite(x)
+
+
+class HeteroscedasticNormal(Likelihood):
+    """Independent normal pixels, the mean and the standard deviation of each from the network.
+
+    p(x|z) = prod_d N(x_d; mu_d, sigma_d^2),   (mu, r) = decoder_net(z) + bias,   sigma = min_scale + softplus(r)
+
+    decoder_net: any module (rows, latent_dim) -> (rows, 2, *data_shape), means then r, up to a learned bias for each
+    min_scale: the floor of sigma, in the units of x. Without one the likelihood has no maximum: the density is unbounded
+        wherever the network meets a pixel exactly. 0.001 is about the standard deviation of rounding to 256 levels of
+        [0, 1], and lets a datum gain 6 nats per pixel at most; pixels that are always the same (a black rim) take all
+        of that, unless they are dequantised
+    initial_scale: where sigma starts
+    data_mean: mean of the training data, at which the bias of mu starts; zeros without it
+
+    Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log densities in nats per datum.
+
+    Raises ValueError for data that are not finite, for wrong shapes, and for scales that are not positive or an
+    initial_scale below min_scale.
+
+    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014), appendix C.2; the floor: Mattei & Frellsen,
+    Leveraging the exact likelihood of deep latent variable models (2018).
+    """
+
+    def __init__(
+        self,
+        decoder_net: nn.Module,
+        data_shape: Sequence[int],
+        *,
+        min_scale: float = 1e-3,
+        initial_scale: float = 0.3,
+        data_mean: Tensor | None = None,
+    ):
+        super().__init__(decoder_net, data_shape)
+        self.min_scale = _positive("min_scale", min_scale)
+        above = _positive("initial_scale", initial_scale) - min_scale
+        if not above > 0:
+            raise ValueError(f"initial_scale must lie above min_scale={min_scale:g}, found {initial_scale:g}")
+        self.bias = nn.Parameter(torch.zeros(self.parameters_shape))
+        mean = self.initial_mean(data_mean)
+        with torch.no_grad():
+            self.bias[1] = above + math.log(-math.expm1(-above))  # the inverse of softplus
+            if mean is not None:
+                self.bias[0] = mean
+
+    @classmethod
+    def num_parameters(cls) -> int:
+        return 2
+
+    @property
+    def parameters_shape(self) -> torch.Size:
+        return torch.Size((2, *self.data_shape))
+
+    def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
+        loc, raw_scale = (parameters + self.bias).unbind(-1 - len(self.data_shape))
+        return dist.Normal(loc, self.min_scale + F.softplus(raw_scale)).to_event(len(self.data_shape))
+
+    def check(self, x: Tensor) -> None:
+        _check_finite(x)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, min_scale={self.min_scale:g}"
+
+
+def _check_finite(x: Tensor) -> None:
+    if not x.isfinite().all():
+        raise ValueError(f"normal pixels are real numbers, found {x[~x.isfinite()][0].item():g}")
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, found {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, found {value}")
+    return float(value)
+
+
+def _logits_of_mean(mean: Tensor) -> Tensor:
+    """Logits of continuous Bernoulli distributions with these means, clamped to (0.02, 0.98), by bisection."""
+    wanted = mean.double().clamp(0.02, 0.98)
+    low, high = torch.full_like(wanted, -50.0), torch.full_like(wanted, 50.0)  # E[x] is 1/50 and 1 - 1/50 there
+    for _ in range(50):
+        middle = (low + high) / 2
+        below = ContinuousBernoulliPixel(middle).mean < wanted
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return ((low + high) / 2).to(mean.dtype)

@@ -5,7 +5,9 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-__all__ = ["MLP"]
+from pyrovae.conv_nets import ConvDecoder, ConvEncoder, ResidualDecoder, ResidualEncoder
+
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "ResidualDecoder", "ResidualEncoder"]
 
 
 class MLP(nn.Module):

@@ -55,14 +55,42 @@ LIKELIHOODS = {
         lambda make_decoder: likelihoods.Bernoulli(make_decoder(SHAPE), SHAPE),
         lambda: (torch.rand(5, *SHAPE) < 0.5) * 1.0,
     ),
+    "ContinuousBernoulli": (
+        lambda make_decoder: likelihoods.ContinuousBernoulli(make_decoder(SHAPE), SHAPE),
+        lambda: torch.rand(5, *SHAPE),
+    ),
+    "Normal": (
+        lambda make_decoder: likelihoods.Normal(make_decoder(SHAPE), SHAPE, scale=0.5),
+        lambda: torch.randn(5, *SHAPE),
+    ),
+    "LearnedScaleNormal": (
+        lambda make_decoder: likelihoods.LearnedScaleNormal(make_decoder(SHAPE), SHAPE),
+        lambda: torch.randn(5, *SHAPE),
+    ),
+    "HeteroscedasticNormal": (
+        lambda make_decoder: likelihoods.HeteroscedasticNormal(make_decoder((2, *SHAPE)), SHAPE),
+        lambda: torch.randn(5, *SHAPE),
+    ),
+    "DiscretizedLogistic": (
+        lambda make_decoder: likelihoods.DiscretizedLogistic(make_decoder((6, *SHAPE)), SHAPE, num_components=2),
+        lambda: torch.randint(0, 256, (5, *SHAPE)) / 255,
+    ),
+    "Categorical": (
+        lambda make_decoder: likelihoods.Categorical(make_decoder((7, *SHAPE)), SHAPE, num_levels=7),
+        lambda: torch.randint(0, 7, (5, *SHAPE)) / 6,
+    ),
 }
 
 # name -> make(out_shape): decoders latent -> out_shape (channels first)
 DECODERS = {
     "MLP": lambda out_shape: nets.MLP(LATENT_DIM, [8], torch.Size(out_shape).numel()),
+    "ConvDecoder": lambda out_shape: nets.ConvDecoder(LATENT_DIM, out_shape, [8, 4]),
+    "ResidualDecoder": lambda out_shape: nets.ResidualDecoder(LATENT_DIM, out_shape, [8, 4]),
 }
 
 # name -> make(): encoders of data of SHAPE
 ENCODERS = {
     "MLP": lambda: nets.MLP(12, [8]),
+    "ConvEncoder": lambda: nets.ConvEncoder(SHAPE, [4, 8], 8),
+    "ResidualEncoder": lambda: nets.ResidualEncoder(SHAPE, [4, 8], 8),
 }

@@ -2,14 +2,17 @@
 
 import gzip
 import logging
+import os
 import shutil
 import struct
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import pyrovae as pv
-from pyrovae.data import DataUnavailableError, Splits, binarize, data_dir
+from pyrovae.data import DataUnavailableError, Splits, binarize, data_dir, dequantize
 
 
 def write_idx(path, array):
@@ -96,6 +99,92 @@ def test_binarize_draws_with_the_grey_values():
     assert torch.allclose(mean, grey[0], atol=4.5 * 0.5 / 100_000**0.5)
 
 
+def test_grey_levels_and_dequantisation():
+    grey = pv.data.digits(binarization=None)
+    assert grey.num_levels == 17
+    likelihood = pv.likelihoods.DiscretizedLogistic(torch.nn.Identity(), grey.data_shape, num_levels=17)
+    for part in (grey.train, grey.validation, grey.test):
+        likelihood.check(part)
+    assert grey.binarized().num_levels == 2
+    continuous = grey.dequantized(3)
+    assert torch.equal(continuous.train, grey.train), "redrawn at every use"
+    for drawn, images in (
+        (continuous.transform(grey.train), grey.train),
+        (continuous.test, grey.test),
+        (continuous.validation, grey.validation),
+    ):
+        assert torch.equal((drawn * 17).floor(), (images * 16).round()), "each within its level"
+        assert 0 <= drawn.min() <= drawn.max() < 1
+    assert continuous.test.unique().numel() > 10_000
+    assert torch.equal(continuous.test, grey.dequantized(3).test)
+    assert not torch.equal(continuous.test, grey.dequantized(4).test)
+    assert (continuous.num_levels, continuous.is_dequantized, continuous.data_seed) == (17, True, 3)
+    with pytest.raises(ValueError, match="dequantised already"):
+        continuous.binarized()
+    with pytest.raises(ValueError, match="binarised already"):
+        grey.binarized("static").dequantized()
+
+
+def test_dequantize_draws_evenly():
+    uniform = dequantize(torch.full((100_000,), 5 / 255)).mul(256).sub(5)
+    assert 0 <= uniform.min() <= uniform.max() <= 1
+    for power in (1, 2):
+        assert uniform.pow(power).mean().item() == pytest.approx(1 / (power + 1), abs=4.5 * 0.3 / 100_000**0.5)
+
+
+@pytest.fixture
+def fake_frey(tmp_path):
+    np.savez(tmp_path / "freyfaces.npz", images=np.arange(1965 * 560).reshape(1965, 28, 20).astype(np.uint8))
+    return tmp_path
+
+
+def test_frey_faces(fake_frey):
+    data = pv.data.load("freyfaces", fake_frey)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [1565, 200, 200]
+    assert (data.data_shape, data.num_levels, data.transform) == ((1, 28, 20), 256, None)
+    assert data.train_labels is data.validation_labels is data.test_labels is None
+    likelihood = pv.likelihoods.DiscretizedLogistic(torch.nn.Identity(), data.data_shape)
+    likelihood.check(data.test)
+    # Every image once, with its rows and columns where they were.
+    everything = torch.cat([data.train, data.validation, data.test]).mul(255).round()
+    assert (everything.flatten(1).diff() % 256 == 1).all()
+    again = pv.data.frey_faces(fake_frey, train_on_all=True)
+    assert len(again.train) == 1765
+    assert again.validation is None
+    assert torch.equal(again.test, data.test)
+    assert set(pv.data.frey_faces(fake_frey, binarization="static").train.unique().tolist()) == {0.0, 1.0}
+
+
+def test_real_frey_faces():
+    root = os.environ.get("PYROVAE_DATA", "")
+    if not (Path(root) / "freyfaces.npz").exists():
+        pytest.skip(f"needs Frey faces: $PYROVAE_DATA={root!r} holds no freyfaces.npz")
+    data = pv.data.frey_faces(root)
+    assert torch.cat([data.train, data.validation, data.test]).mean().item() * 255 == pytest.approx(154.461, abs=1e-3)
+
+
+@pytest.mark.parametrize("damage", ["absent", "truncated", "empty", "other array", "other shape", "other type"])
+def test_frey_faces_that_are_not(fake_frey, damage):
+    path = fake_frey / "freyfaces.npz"
+    if damage == "absent":
+        path.unlink()
+        with pytest.raises(DataUnavailableError, match="not in .*put freyfaces.npz there.*--data-dir"):
+            pv.data.frey_faces(fake_frey)
+        return
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "other array":
+        np.savez(path, faces=np.zeros((1965, 28, 20), np.uint8))
+    elif damage == "other shape":
+        np.savez(path, images=np.zeros((1965, 560), np.uint8))
+    else:
+        np.savez(path, images=np.zeros((1965, 28, 20)))
+    with pytest.raises(ValueError, match="freyfaces.npz"):
+        pv.data.frey_faces(fake_frey)
+
+
 def test_auto_goes_on_with_digits_and_says_so(tmp_path, monkeypatch, caplog):
     no_network(monkeypatch)
     with caplog.at_level(logging.WARNING, "pyrovae"):
@@ -116,7 +205,7 @@ def test_an_explicit_name_without_data_is_an_error(name, tmp_path, monkeypatch):
 def test_auto_takes_mnist_where_it_is(fake_mnist):
     assert pv.data.load("auto", fake_mnist).name == "mnist"
     assert isinstance(pv.data.load("digits"), Splits)
-    with pytest.raises(ValueError, match="choose one of auto, mnist, fashion, kmnist, digits"):
+    with pytest.raises(ValueError, match="choose one of auto, mnist, fashion, kmnist, digits, freyfaces"):
         pv.data.load("cifar")
 
 

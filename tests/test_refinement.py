@@ -172,6 +172,34 @@ def test_masked_data_are_left_out_of_refinement(linear_gaussian):
     assert torch.allclose(posterior.covariance_matrix, torch.eye(3).expand(2, 3, 3), atol=0.2)
 
 
+@pytest.mark.parametrize("top_down", [False, True])
+def test_refinement_of_layers(top_down, double):
+    """Guides of several sites: what they encode is refined, the layers stay; the ELBO is the grid's."""
+
+    def layer(width):
+        normal = pv.ConditionalNormal(nn.Identity(), 1, num_features=width)
+        nn.init.zeros_(normal.head.weight[1])  # a scale exp(z) has an infinite ELBO
+        return normal
+
+    likelihood = likelihoods.Bernoulli(nets.MLP(1, [8], 12), SHAPE)
+    model = pv.HierarchicalModel(priors.StandardNormal(1), [layer(1)], likelihood).double()
+    first = guides.MeanFieldNormal(nets.MLP(12, [8]), 1)
+    guide = pv.TopDownGuide(first, [layer(9)], nets.MLP(12, [8])) if top_down else pv.BottomUpGuide(first, [layer(1)])
+    guide = guide.double()
+    x = model.generate(3)
+    refined = Refined(guide, model, 60)
+    axis = torch.linspace(-8, 8, 161)
+    grid = torch.cartesian_prod(axis, axis)
+    log_joint = model.latent_prior().log_prob(grid).unsqueeze(1) + model.likelihood_at(grid.unsqueeze(1)).log_prob(x)
+    with torch.no_grad():
+        log_q = refined.posterior(x).log_prob(grid.unsqueeze(1))
+    exact = (log_q.exp() * (log_joint - log_q)).sum(0) * (axis[1] - axis[0]) ** 2
+    before, after = (pv.log_marginal_likelihood(model, g, x, num_particles=2000) for g in (guide, refined))
+    assert after.elbo.mean() > before.elbo.mean() + 0.05
+    for value, elbo, stderr in zip(after.elbo.tolist(), exact.tolist(), after.elbo_stderr.tolist(), strict=True):
+        within(value, elbo, stderr)
+
+
 def test_draws_that_vmap_cannot_share():
     """A guide of the user's, with Gamma draws: one by one, each datum still refined for itself."""
 
@@ -239,11 +267,11 @@ def test_errors_of_refinement(linear_gaussian):
     with pytest.raises(TypeError, match="model must be a Pyro program"):
         Refined(guide, None, 1)
     mixture = DefensiveMixture(guide, priors.StandardNormal(3))
-    with pytest.raises(ValueError, match="DefensiveMixture has none: refine a guide that has"):
+    with pytest.raises(ValueError, match="DefensiveMixture has none at site 'z': refine a guide"):
         Refined(mixture, model, 1).encode(x)
-    with pytest.raises(ValueError, match=r"one latent site is 'z', found \['w', 'z'\]"):
+    with pytest.raises(ValueError, match=r"sites of its guide, \['z'\]; found \['w', 'z'\]"):
         Refined(guide, lambda x: (pyro.sample("w", dist.Normal(0.0, 1.0)), model(x)), 1).encode(x)
-    with pytest.raises(ValueError, match=r"one latent site is 'z', found \['w'\]"):
+    with pytest.raises(ValueError, match=r"sites of its guide, \['z'\]; found \['w'\]"):
         Refined(guide, lambda x: pyro.sample("w", dist.Normal(0.0, 1.0)), 1).encode(x)
     with pytest.raises(RuntimeError, match="not finite: lower learning_rate"):
         Refined(guide, model, 2).encode(torch.full((2, 5), torch.nan))
