@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro.poutine import runtime
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
 __all__ = [
+    "apart_from_handlers",
     "check_count",
     "checks_values",
     "emit_parameters",
@@ -54,6 +56,23 @@ def _local_parameter(parameter: Tensor) -> Tensor:
     value = parameter.detach()
     value.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
     return value
+
+
+@contextmanager
+def apart_from_handlers() -> Iterator[None]:
+    """Run a Pyro program inside another as if it were alone: no handler or plate around it sees it, or lends it a dimension.
+
+    `poutine.block` hides sites, but a plate inside still finds its name or its dimension taken by one outside.
+    """
+    stacks = runtime._PYRO_STACK, runtime._DIM_ALLOCATOR._stack
+    kept = [list(stack) for stack in stacks]
+    for stack in stacks:
+        stack.clear()
+    try:
+        yield
+    finally:
+        for stack, before in zip(stacks, kept, strict=True):
+            stack[:] = before
 
 
 @contextmanager

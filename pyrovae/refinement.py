@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrovae.encoding import Guide, check_guide
-from pyrovae.modules import check_count, checks_values, evaluation_mode
+from pyrovae.modules import apart_from_handlers, check_count, checks_values, evaluation_mode
 
 __all__ = ["Refined"]
 
@@ -92,7 +92,7 @@ class Refined(Guide):
             torch.random.fork_rng([x.device] if x.is_cuda else []),
             pyro.validation_enabled(False),
             evaluation_mode(self.guide, self.model),
-            poutine.block(),  # the handlers around this guide are not to see the model's sites
+            apart_from_handlers(),
         ):
             _seed(_SEED, x.device)
             # clone: what was made in inference mode takes part in no gradient

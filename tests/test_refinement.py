@@ -135,10 +135,21 @@ def test_nothing_else_changes(linear_gaussian):
 
 
 def test_refinement_is_not_seen_by_handlers(linear_gaussian):
-    """A trace of the guide holds its one site; the steps' runs of the model leave nothing in it."""
+    """A trace around it holds the guide's one site, and its steps run the model as if alone: inside a plate of that name too."""
     refined = Refined(normal_guide(), linear_gaussian.model, 2)
-    trace = poutine.trace(refined).get_trace(linear_gaussian.data(3))
-    assert {name for name, site in trace.nodes.items() if site["type"] == "sample"} <= {"data", "z"}
+    x = linear_gaussian.data(3)
+
+    def guide_of_a_user(x):
+        with pyro.plate("data", len(x)), poutine.scale(scale=0.5):
+            return pyro.sample("z", refined.posterior(x))
+
+    alone = refined.encode(x)
+    for guide in (refined, guide_of_a_user):
+        trace = poutine.trace(guide).get_trace(x)
+        assert {name for name, site in trace.nodes.items() if site["type"] == "sample"} <= {"data", "z"}
+        assert torch.equal(trace.nodes["z"]["fn"].mean, refined.distribution(alone).mean)
+    with pyro.plate("data", 3), pytest.raises(ValueError, match="duplicate plate"):  # the plates are back
+        linear_gaussian.model(x)
 
 
 def test_plate_scale_is_left_out_of_refinement(linear_gaussian):
