@@ -10,11 +10,12 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 from pyrovae.modules import check_count, emit_parameters
 
-__all__ = ["EncoderGuide", "Guide", "check_guide", "features_of", "width_of_features"]
+__all__ = ["EncoderGuide", "Guide", "check_guide", "features_of", "start_informative", "width_of_features"]
 
 
 class Guide(nn.Module, ABC):
@@ -112,6 +113,13 @@ def features_of(net: nn.Module, x: Tensor, num_features: int) -> Tensor:
             f"flatten its output, or set num_features="
         )
     return features
+
+
+def start_informative(head: nn.Linear, latent_dim: int) -> None:
+    """Spread means and scales near 1/e, for a head whose first outputs are (mu, log sigma): see `guides.MeanFieldNormal`."""
+    with torch.no_grad():
+        head.weight[:latent_dim] *= 3
+        head.bias[latent_dim : 2 * latent_dim] -= 1
 
 
 def check_guide(guide: Any) -> None:

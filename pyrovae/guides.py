@@ -1,7 +1,8 @@
 """Guides q(z|x) on an encoder network, and all other guides by name.
 
 A new guide is one class here: subclass `EncoderGuide`, say how many parameters it takes, turn parameters into a
-distribution. What evaluation makes of a guide (`Refined`, `DefensiveMixture`) is in `pyrovae.refinement`.
+distribution. Flows are in `pyrovae.flow_guides`; what evaluation makes of any guide, in `pyrovae.refinement` and
+`pyrovae.defensive`.
 """
 
 import pyro.distributions as dist
@@ -9,17 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.defensive import DefensiveMixture
-from pyrovae.encoding import EncoderGuide, Guide
+from pyrovae.encoding import EncoderGuide, Guide, start_informative
+from pyrovae.flow_guides import FlowGuide, InverseAutoregressiveFlow, NeuralSplineFlow
 from pyrovae.modules import check_count
 from pyrovae.refinement import Refined
 
 __all__ = [
     "DefensiveMixture",
     "EncoderGuide",
+    "FlowGuide",
     "FullRankNormal",
     "Guide",
+    "InverseAutoregressiveFlow",
     "LowRankNormal",
     "MeanFieldNormal",
+    "NeuralSplineFlow",
     "Refined",
 ]
 
@@ -47,7 +52,7 @@ class MeanFieldNormal(EncoderGuide):
 
     def __init__(self, encoder_net: nn.Module, latent_dim: int, *, num_features: int | None = None):
         super().__init__(encoder_net, latent_dim, num_features, num_parameters=2 * latent_dim)
-        _start_informative(self.head, latent_dim)
+        start_informative(self.head, latent_dim)
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
         loc, log_scale = parameters.chunk(2, -1)
@@ -77,7 +82,7 @@ class FullRankNormal(EncoderGuide):
     def __init__(self, encoder_net: nn.Module, latent_dim: int, *, num_features: int | None = None):
         triangle = latent_dim * (latent_dim - 1) // 2
         super().__init__(encoder_net, latent_dim, num_features, num_parameters=2 * latent_dim + triangle)
-        _start_informative(self.head, latent_dim)
+        start_informative(self.head, latent_dim)
         with torch.no_grad():
             self.head.weight[2 * latent_dim :] = 0
             self.head.bias[2 * latent_dim :] = 0
@@ -120,7 +125,7 @@ class LowRankNormal(EncoderGuide):
         check_count("rank", rank)
         super().__init__(encoder_net, latent_dim, num_features, num_parameters=(2 + rank) * latent_dim)
         self.rank = rank
-        _start_informative(self.head, latent_dim)
+        start_informative(self.head, latent_dim)
         with torch.no_grad():
             self.head.weight[2 * latent_dim :] *= 0.1
 
@@ -131,10 +136,3 @@ class LowRankNormal(EncoderGuide):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
-
-
-def _start_informative(head: nn.Linear, latent_dim: int) -> None:
-    """Spread means and scales near 1/e, for a head whose first outputs are (mu, log sigma): see `MeanFieldNormal`."""
-    with torch.no_grad():
-        head.weight[:latent_dim] *= 3
-        head.bias[latent_dim : 2 * latent_dim] -= 1

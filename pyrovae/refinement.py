@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -17,7 +18,7 @@ __all__ = ["Refined"]
 
 _SEED = 815_462_973  # of the noise of refinement: far from the seeds people set, under which the particles are drawn
 
-Draw = Callable[[Tensor], tuple[Tensor, Tensor]]
+Draw = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
 
 
 class Refined(Guide):
@@ -27,7 +28,7 @@ class Refined(Guide):
     ELBO(x; lambda) = E_q [ log p(x, z) - log q(z) ],   q = guide.distribution(lambda)
 
     guide: any guide with reparameterised draws; for a flow the context moves and the flow stays
-    model: the model whose ELBO is raised: any Pyro program of x with the one latent site "z"
+    model: the model whose ELBO is raised: any Pyro program of x with the latent sites of the guide
     num_steps: steps of Adam
     learning_rate: its rate at the first step, falling linearly to 0 at the last
     num_particles: draws per datum and step
@@ -43,7 +44,7 @@ class Refined(Guide):
     Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,).
 
     Raises ValueError for num_steps, num_particles or learning_rate out of range, a guide without reparameterised draws, a
-    model whose latent sites are not just "z"; RuntimeError if the parameters stop being finite.
+    model with other latent sites than the guide's; RuntimeError if the parameters stop being finite.
 
     Source: Kim, Wiseman, Miller, Sontag & Rush, Semi-Amortized Variational Autoencoders (2018); Cremer, Li & Duvenaud,
     Inference Suboptimality in Variational Autoencoders (2018). The gradient in training: Finn, Abbeel & Levine,
@@ -77,8 +78,11 @@ class Refined(Guide):
         shift = self._refined(x, start) - start.detach()
         return start + shift
 
-    def distribution(self, parameters: Tensor) -> pyro.distributions.TorchDistribution:
+    def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
         return self.guide.distribution(parameters)
+
+    def latents(self, parameters: Tensor, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
+        return self.guide.latents(parameters, visit)
 
     def _refined(self, x: Tensor, start: Tensor) -> Tensor:
         """Parameters (N, P), by the steps from `start`."""
@@ -95,11 +99,12 @@ class Refined(Guide):
             parameters = start.detach().clone().requires_grad_()
             repeated = x.clone().repeat(self.num_particles, *(1 for _ in x.shape[1:]))
             draw = self._draw(parameters)
-            adam = torch.optim.Adam([parameters], lr=self.learning_rate)
+            # A short memory: the large gradients of a bad start must not make the later steps small.
+            adam = torch.optim.Adam([parameters], lr=self.learning_rate, betas=(0.9, 0.95))
             for step in range(self.num_steps):
                 adam.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.num_steps)
-                z, log_q = draw(parameters)
-                elbo = (self._log_joint(repeated, z.flatten(0, 1)) - log_q.sum()) / self.num_particles
+                latents, log_q = draw(parameters)
+                elbo = (self._log_joint(repeated, latents) - log_q.sum()) / self.num_particles
                 # A sum over data, so each row's gradient is that of its own datum; only the parameters get one.
                 (parameters.grad,) = torch.autograd.grad(-elbo, parameters)
                 adam.step()
@@ -111,29 +116,41 @@ class Refined(Guide):
         return parameters.detach()
 
     def _draw(self, parameters: Tensor) -> Draw:
-        """Parameters (N, P) -> z (S, N, D), log q(z) (S, N), with one noise for all data.
+        """Parameters (N, P) -> the latent sites (S, N, event size) by name, log q of them all (S, N); one noise for all data.
 
         With noise that depended on a datum's place in the batch, q would too, and data could not be cut into blocks.
         """
 
-        def draw_one(row: Tensor) -> tuple[Tensor, Tensor]:
-            posterior = self.guide.distribution(row.unsqueeze(0))
-            z = posterior.rsample((self.num_particles,))
-            return z.squeeze(1), posterior.log_prob(z).squeeze(1)
+        def draw_one(row: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+            latents, log_q = {}, []
 
-        def draw_in_turn(parameters: Tensor) -> tuple[Tensor, ...]:
+            def visit(name: str, distribution: dist.TorchDistribution) -> Tensor:
+                if not distribution.has_rsample:
+                    raise ValueError(
+                        f"refinement needs reparameterised draws, and {type(self.guide).__name__} has none at site "
+                        f"'{name}': refine a guide that has (DefensiveMixture(Refined(guide, model), prior), not the other "
+                        f"way round)"
+                    )
+                several = distribution.expand((self.num_particles, 1))
+                value = several.rsample()
+                latents[name] = value.squeeze(1)
+                log_q.append(several.log_prob(value).squeeze(1))
+                return value
+
+            self.guide.latents(row.unsqueeze(0), visit)
+            return latents, sum(log_q)
+
+        def draw_in_turn(parameters: Tensor) -> tuple[dict[str, Tensor], Tensor]:
             seed = int(torch.randint(2**62, ()))
             draws = []
             for row in parameters:
                 _seed(seed, parameters.device)
                 draws.append(draw_one(row))
-            return tuple(torch.stack(parts, 1) for parts in zip(*draws, strict=True))
-
-        if not self.guide.distribution(parameters).has_rsample:
-            raise ValueError(
-                f"refinement needs reparameterised draws, and {type(self.guide).__name__} has none: refine a guide that "
-                f"has (DefensiveMixture(Refined(guide, model), prior), not the other way round)"
+            latents, log_q = zip(*draws, strict=True)
+            return {name: torch.stack([values[name] for values in latents], 1) for name in latents[0]}, torch.stack(
+                log_q, 1
             )
+
         together = torch.vmap(draw_one, out_dims=1, randomness="same")
         try:
             together(parameters)
@@ -141,13 +158,16 @@ class Refined(Guide):
             return draw_in_turn
         return together
 
-    def _log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+    def _log_joint(self, x: Tensor, latents: dict[str, Tensor]) -> Tensor:
         """log p(x, z), summed over data."""
-        trace = poutine.trace(poutine.condition(self.model, data={"z": z})).get_trace(x)
+        values = {name: value.flatten(0, 1) for name, value in latents.items()}
+        trace = poutine.trace(poutine.condition(self.model, data=values)).get_trace(x)
         sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
-        latents = {name for name, site in sites.items() if name == "z" or not site["is_observed"]}
-        if latents != {"z"}:
-            raise ValueError(f"refinement needs a model whose one latent site is 'z', found {sorted(latents)}")
+        found = {name for name, site in sites.items() if name in values or not site["is_observed"]}
+        if found != set(values):
+            raise ValueError(
+                f"refinement needs a model with the latent sites of its guide, {sorted(values)}; found {sorted(found)}"
+            )
         # Without the scale of a subsampled plate, which log q does not have.
         terms = (
             scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])

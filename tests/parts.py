@@ -3,12 +3,23 @@
 A part that is not listed here fails `test_every_part_is_listed`.
 """
 
+import pyro
+import pyro.distributions as dist
 import torch
 
 from pyrovae import guides, likelihoods, nets, priors
 
 SHAPE = (1, 4, 3)
 LATENT_DIM = 2
+
+
+def plain_model(x):
+    """A model without parameters, for `Refined` to raise the ELBO of."""
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(LATENT_DIM), 1.0).to_event(1))
+        logits = z @ torch.linspace(-2, 3, 12 * LATENT_DIM).reshape(LATENT_DIM, 12).to(x)
+        pyro.sample("x", dist.Bernoulli(logits=logits.unflatten(-1, SHAPE), validate_args=False).to_event(3), obs=x)
+
 
 # name -> make(guide): the guide is there for priors that share its parameters
 PRIORS = {
@@ -24,6 +35,18 @@ PRIORS = {
 # name -> make()
 GUIDES = {
     "MeanFieldNormal": lambda: guides.MeanFieldNormal(nets.MLP(12, [8]), LATENT_DIM),
+    "FullRankNormal": lambda: guides.FullRankNormal(nets.MLP(12, [8]), LATENT_DIM),
+    "LowRankNormal": lambda: guides.LowRankNormal(nets.MLP(12, [8]), LATENT_DIM, rank=1),
+    "InverseAutoregressiveFlow": lambda: guides.InverseAutoregressiveFlow(
+        nets.MLP(12, [8]), LATENT_DIM, hidden_features=(16,), num_context=4
+    ),
+    "NeuralSplineFlow": lambda: guides.NeuralSplineFlow(
+        nets.MLP(12, [8]), LATENT_DIM, hidden_features=(16,), num_context=4
+    ),
+    "Refined": lambda: guides.Refined(guides.MeanFieldNormal(nets.MLP(12, [8]), LATENT_DIM), plain_model, num_steps=3),
+    "DefensiveMixture": lambda: guides.DefensiveMixture(
+        guides.MeanFieldNormal(nets.MLP(12, [8]), LATENT_DIM), priors.StandardNormal(LATENT_DIM)
+    ),
 }
 
 # name -> (make(make_decoder), draw data (5, *SHAPE)); make_decoder(out_shape) gives a network for that output

@@ -53,7 +53,16 @@ def test_a_file_imports_only_from_levels_above_it():
     levels = [
         {"pareto", "estimators", "modules", "conv_nets", "nets", "splits", "data", "flows", "mixtures"},
         {"encoding", "prior_contract", "pixels", "likelihood_contract"},
-        {"priors", "flow_priors", "likelihoods", "level_likelihoods", "layers", "defensive", "refinement"},
+        {
+            "priors",
+            "flow_priors",
+            "likelihoods",
+            "level_likelihoods",
+            "layers",
+            "defensive",
+            "flow_guides",
+            "refinement",
+        },
         {"guides"},
         {"model", "hierarchy", "uses"},
         {"extract"},
