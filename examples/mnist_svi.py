@@ -26,7 +26,6 @@ matplotlib.use("Agg")  # figures go to files
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from pyro.infer import Trace_ELBO
 
 import pyrovae as pv
 
@@ -43,15 +42,14 @@ def main() -> None:
     pyro.set_rng_seed(options.seed)
     device = pv.pick_device(options.device)
 
-    # Data: images of binary pixels. The training images are redrawn from their grey values at every use (dynamic), the
-    # test images are drawn once, from a seed of their own.
-    data = pv.data.load(
-        options.dataset,
-        options.data_dir,
-        binarization=options.binarization,
-        data_seed=options.data_seed,
-        train_on_all=options.train_on_all,
-    )
+    # Data: images, made to suit the likelihood. Binary pixels are redrawn from the grey values of the training images at
+    # every use (dynamic); the test images are drawn once, from a seed of their own.
+    choice = pv.registry.LIKELIHOODS[options.likelihood]
+    data = pv.data.load(options.dataset, options.data_dir, binarization=None, train_on_all=options.train_on_all)
+    if choice.images == "binary":
+        data = data.binarized(options.binarization, options.data_seed)
+    elif choice.images == "continuous":
+        data = data.dequantized(options.data_seed)
     defaults = DEFAULTS["digits" if data.name == "digits" else "image28"]
     latent_dim = options.latent_dim or defaults["latent_dim"]
     epochs = options.epochs or defaults["epochs"]
@@ -59,17 +57,28 @@ def main() -> None:
     learning_rate = options.learning_rate or defaults["learning_rate"]
     hidden, pixels = defaults["hidden"], data.data_shape.numel()
     print(
-        f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images of {pixels} binary pixels, {device}"
+        f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images of {pixels} {choice.images} pixels, "
+        f"{device}"
     )
 
-    # The model p(z) p(x|z) and the guide q(z|x): two Pyro programs made of exchangeable parts.
-    prior = pv.priors.StandardNormal(latent_dim)
-    decoder = pv.nets.MLP(latent_dim, hidden, pixels, layer_norm=True)
-    likelihood = pv.likelihoods.Bernoulli(decoder, data.data_shape, data_mean=data.train.mean(0))
+    # The model p(z) p(x|z) and the guide q(z|x): two Pyro programs made of exchangeable parts, here by their names.
+    network = pv.registry.NETWORKS[options.network]
+    guide = pv.registry.GUIDES[options.guide](network.encoder(data.data_shape, hidden), latent_dim)
+    prior = pv.registry.PRIORS[options.prior](latent_dim, guide, data.train)
+    likelihood = choice(lambda out_shape: network.decoder(latent_dim, out_shape, hidden), data, options.scale)
     model = pv.GenerativeModel(prior, likelihood)
-    guide = pv.guides.MeanFieldNormal(pv.nets.MLP(pixels, hidden, layer_norm=True), latent_dim)
 
-    # Training: pyro.infer.SVI(model, guide, Adam, Trace_ELBO()), one step per batch.
+    # The objective: the ELBO, unless another is asked for. Evaluation reports the real ELBO whatever it is.
+    steps_per_epoch = -(-len(data.train) // batch_size)
+    objective = pv.registry.make_objective(
+        options.objective,
+        options.objective_particles,
+        beta=options.beta,
+        kl_warmup_steps=options.kl_warmup * steps_per_epoch,
+        free_bits=options.free_bits,
+    )
+
+    # Training: pyro.infer.SVI(model, guide, Adam, objective), one step per batch.
     result = pv.fit(
         model,
         guide,
@@ -79,7 +88,7 @@ def main() -> None:
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
-        loss=Trace_ELBO(),
+        loss=objective,
         device=device,
         progress=not options.quiet,
     )
@@ -97,7 +106,20 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     figures_started = time.perf_counter()
     write_figures(out, model, guide, data, result, lml, device)
-    pv.save(out / "checkpoint.pt", model, guide, latent_dim=latent_dim, hidden=hidden, data_shape=list(data.data_shape))
+    parts = {
+        name: getattr(options, name)
+        for name in ("prior", "guide", "likelihood", "network", "objective", "scale", "beta")
+    }
+    parts |= {name: getattr(options, name) for name in ("kl_warmup", "free_bits", "objective_particles")}
+    pv.save(
+        out / "checkpoint.pt",
+        model,
+        guide,
+        latent_dim=latent_dim,
+        hidden=hidden,
+        data_shape=list(data.data_shape),
+        **parts,
+    )
     drawn = data.test[: min(100, len(data.test))]
     lml.to_inference_data(model=model, guide=guide, args=(drawn,)).to_netcdf(str(out / "evaluation.nc"))
     with (out / "history.csv").open("w", newline="") as file:
@@ -109,6 +131,7 @@ def main() -> None:
     metrics = {
         "dataset": data.name,
         "binarization": data.binarization,
+        **parts,
         "data_seed": data.data_seed,
         "num_train": len(data.train),
         "num_validation": 0 if data.validation is None else len(data.validation),
@@ -129,7 +152,7 @@ def main() -> None:
             "log_marginal_likelihood_mc_stderr": lml.mean_mc_stderr,
             "bias_estimate": lml.bias_estimate,
             "gap": lml.gap.mean().item(),
-            "bits_per_pixel": -lml.mean / pixels / math.log(2),
+            "bits_per_pixel": bits_per_pixel(lml.mean, data),
             "median_ess": lml.ess.median().item(),
             "share_pareto_k_above_0.7": lml.share_of_bad_k(0.7),
             "active_units": int(active.sum()),
@@ -144,16 +167,42 @@ def main() -> None:
     print(report(metrics, out))
 
 
+def bits_per_pixel(log_prob, data) -> float:
+    """-log2 mass per pixel; a density of dequantised images bounds the mass of their grey levels."""
+    pixels = data.data_shape.numel()
+    return -log_prob / pixels / math.log(2) + (math.log2(data.num_levels) if data.is_dequantized else 0.0)
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--prior", default="standard-normal", choices=pv.registry.PRIORS, help="p(z) (default: standard-normal)")
+    add("--guide", default="mean-field", choices=pv.registry.GUIDES, help="q(z|x) (default: mean-field)")
+    add("--likelihood", default="bernoulli", choices=pv.registry.LIKELIHOODS, help="p(x|z) (default: bernoulli)")
+    add("--scale", type=positive(float), default=1.0, help="standard deviation of --likelihood normal (default: 1)")
+    add("--network", default="mlp", choices=pv.registry.NETWORKS, help="of encoder and decoder (default: mlp)")
+    add("--objective", default="elbo", choices=pv.registry.OBJECTIVES, help="what training maximises (default: elbo)")
+    add("--objective-particles", type=positive(int), default=1, help="particles per image in training (default: 1)")
+    add("--beta", type=not_negative(float), default=1.0, help="weight of the KL in training (default: 1)")
+    add(
+        "--kl-warmup",
+        type=not_negative(int),
+        default=0,
+        help="epochs over which the KL's weight grows from 0 (default: 0)",
+    )
+    add(
+        "--free-bits",
+        type=not_negative(float),
+        default=0.0,
+        help="nats of KL per dimension left unpenalised (default: 0)",
+    )
     add("--dataset", default="auto", choices=pv.data.NAMES, help="auto: MNIST, or digits where it is not to be had")
     add("--data-dir", help="folder of the data, in torchvision's layout (default: $PYROVAE_DATA, else a cache folder)")
     add(
         "--binarization",
         default="dynamic",
         choices=["dynamic", "static"],
-        help="redraw training pixels at every use, or once",
+        help="of images for --likelihood bernoulli: redraw training pixels at every use, or once",
     )
     add(
         "--train-on-all",
@@ -185,7 +234,7 @@ def parse_options() -> argparse.Namespace:
         "--data-seed",
         type=int,
         default=0,
-        help="of the binary test and validation images, apart from --seed (default: 0)",
+        help="of the test and validation images' binary or dequantised pixels, apart from --seed (default: 0)",
     )
     add("--out", help="folder for numbers and figures (default: a new one under runs/)")
     add("--quiet", action="store_true", help="no progress bars")
@@ -193,13 +242,21 @@ def parse_options() -> argparse.Namespace:
 
 
 def positive(kind):
+    return checked(kind, "positive", lambda value: value > 0)
+
+
+def not_negative(kind):
+    return checked(kind, "0 or more", lambda value: value >= 0)
+
+
+def checked(kind, name, accepts):
     def parse(text):
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be positive, found {text}")
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"must be {name}, found {text}")
         return value
 
-    parse.__name__ = f"positive {kind.__name__}"
+    parse.__name__ = kind.__name__
     return parse
 
 
@@ -209,22 +266,25 @@ def write_figures(out, model, guide, data, result, lml, device):
         plt.savefig(out / name, dpi=150)
         plt.close()
 
-    pv.plots.image_grid(model.generate(128, mean=True).cpu(), title="means of p(x|z) for z drawn from the prior")
+    cmap = "gray" if data.name == "freyfaces" else "gray_r"
+    pv.plots.image_grid(
+        model.generate(128, mean=True).cpu(), title="means of p(x|z) for z drawn from the prior", cmap=cmap
+    )
     write("samples.png")
     shown = data.test[:64]
     means = model.decode(guide.posterior(shown.to(device)).mean)
-    pv.plots.reconstructions(shown, means.cpu())
+    pv.plots.reconstructions(shown, means.cpu(), cmap=cmap)
     write("reconstructions.png")
     pv.plots.training(result.history)
     write("training.png")
     pv.plots.tightness(lml.elbo, lml.log_prob, lml.curve_particles, lml.curve)
     write("tightness.png")
-    if model.prior.latent_dim == 2:
+    if model.prior.latent_dim == 2 and isinstance(model.prior, pv.priors.StandardNormal):
         # Equal steps of the prior's probability, so that each picture stands for as much of p(z).
         steps = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, 20))
         grid = torch.stack(torch.meshgrid(steps, steps.flip(0), indexing="xy"), -1)
         edges = (steps[0].item(), steps[-1].item())
-        pv.plots.manifold(model.decode(grid.to(device)).cpu(), extent=(*edges, *edges))
+        pv.plots.manifold(model.decode(grid.to(device)).cpu(), extent=(*edges, *edges), cmap=cmap)
         write("manifold.png")
 
 
@@ -246,9 +306,11 @@ def report(metrics, out) -> str:
         *((f"seconds, {name}", f"{value:.1f}") for name, value in seconds.items()),
     ]
     table = "\n".join(f"  {name:24} {value}" for name, value in rows)
+    binarization = f", {metrics['binarization']} binarisation" if metrics["binarization"] else ""
     return (
-        f"\n{metrics['dataset']}, {metrics['binarization']} binarisation: {test['num_data']:,} test images, "
-        f"{test['num_particles']:,} particles each\n{table}\n"
+        f"\n{metrics['dataset']}{binarization}: {metrics['prior']} prior, "
+        f"{metrics['guide']} guide, {metrics['likelihood']} likelihood, {metrics['network']} networks; "
+        f"{test['num_data']:,} test images, {test['num_particles']:,} particles each\n{table}\n"
         f"The ELBO lies {test['gap']:.2f} nats or more below log p(x): that gap is KL(q(z|x) || p(z|x)), what the guide "
         f"misses of the true posterior.\nNumbers and figures: {out}"
     )

@@ -1,6 +1,6 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
-from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plots, priors, uses
+from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plots, priors, registry, uses
 from pyrovae.bounds import BidirectionalMonteCarlo, annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.checkpoint import load, save
 from pyrovae.comparison import Comparison, compare
@@ -41,6 +41,7 @@ __all__ = [
     "pick_device",
     "plots",
     "priors",
+    "registry",
     "save",
     "to_inference_data",
     "two_layer_vae",

@@ -13,10 +13,13 @@ __all__ = ["image_grid", "image_table", "manifold", "reconstructions", "tightnes
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "0.45"
 
 
-def image_grid(images: Any, *, columns: int = 16, title: str | None = None, ax: Any = None) -> Any:
+def image_grid(
+    images: Any, *, columns: int = 16, title: str | None = None, cmap: str = "gray_r", ax: Any = None
+) -> Any:
     """Show images side by side.
 
     Shapes: images (N, channels, height, width) with 1 or 3 channels, values in [0, 1] (others are clipped).
+    cmap: matplotlib's colour map of images with 1 channel; "gray_r" is ink on paper, "gray" suits photographs
 
     Raises ValueError for other shapes.
     """
@@ -25,7 +28,7 @@ def image_grid(images: Any, *, columns: int = 16, title: str | None = None, ax: 
     rows = -(-len(images) // columns)
     tiled = _tile(images, rows, columns)
     ax = _axes(ax, (columns * 0.5, rows * 0.5 + (0.35 if title else 0.05)))
-    ax.imshow(tiled, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(tiled, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
     if title:
         ax.set_title(title, fontsize=10)
@@ -38,6 +41,7 @@ def image_table(
     row_labels: Sequence[Any] | None = None,
     column_labels: Sequence[Any] | None = None,
     title: str | None = None,
+    cmap: str = "gray_r",
     ax: Any = None,
 ) -> Any:
     """Show images in rows and columns with their labels: interpolations, traversals, edits.
@@ -56,7 +60,7 @@ def image_table(
             raise ValueError(f"{name} must be {count}, found {len(labels)}")
     ax = _axes(ax, (columns * 0.6 + 0.8, rows * 0.6 + 0.5))
     tiled = _tile(_images(images.reshape(-1, *images.shape[2:])), rows, columns)
-    ax.imshow(tiled, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(tiled, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
     height, width = tiled.shape[0] / rows, tiled.shape[1] / columns
     ax.set_xticks((np.arange(columns) + 0.5) * width, [""] * columns if column_labels is None else column_labels)
     ax.set_yticks((np.arange(rows) + 0.5) * height, [""] * rows if row_labels is None else row_labels)
@@ -67,7 +71,7 @@ def image_table(
     return ax
 
 
-def reconstructions(originals: Any, means: Any, *, columns: int = 16, ax: Any = None) -> Any:
+def reconstructions(originals: Any, means: Any, *, columns: int = 16, cmap: str = "gray_r", ax: Any = None) -> Any:
     """Show data above the mean of p(x|z) at the mean of q(z|x), in pairs of rows.
 
     Shapes: both (N, channels, height, width).
@@ -80,7 +84,7 @@ def reconstructions(originals: Any, means: Any, *, columns: int = 16, ax: Any = 
     pairs = np.stack([part[:whole].reshape(-1, columns, *part.shape[1:]) for part in (originals, means)], axis=1)
     title = "odd rows: data    even rows: reconstructions, E[x | z = E q(z|x)]"
     return image_grid(
-        pairs.reshape(-1, *originals.shape[1:]).transpose(0, 3, 1, 2), columns=columns, title=title, ax=ax
+        pairs.reshape(-1, *originals.shape[1:]).transpose(0, 3, 1, 2), columns=columns, title=title, cmap=cmap, ax=ax
     )
 
 
@@ -154,7 +158,9 @@ def tightness(elbo: Any, log_prob: Any, particles: Sequence[int], curve: Any, *,
     return axes
 
 
-def manifold(images: Any, *, extent: tuple[float, float, float, float] | None = None, ax: Any = None) -> Any:
+def manifold(
+    images: Any, *, extent: tuple[float, float, float, float] | None = None, cmap: str = "gray_r", ax: Any = None
+) -> Any:
     """Decoded means over a grid of a 2-D latent.
 
     Shapes: images (rows, columns, channels, height, width); row 0 is drawn at the top.
@@ -164,7 +170,7 @@ def manifold(images: Any, *, extent: tuple[float, float, float, float] | None = 
     rows, columns = images.shape[:2]
     ax = _axes(ax, (7, 7 * rows / columns))
     tiled = _tile(_images(images.reshape(-1, *images.shape[2:])), rows, columns, border=0)
-    ax.imshow(tiled, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(tiled, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
     ax.set(xlabel="$z_1$", ylabel="$z_2$", title=r"E[x|z] over the prior's quantiles of z", xticks=[], yticks=[])
     if extent is not None:
         height, width = tiled.shape[:2]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pyrovae import registry
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples/mnist_svi.py"
 FIGURES = ("samples.png", "reconstructions.png", "training.png", "tightness.png")
@@ -70,6 +72,66 @@ def test_auto_without_mnist_and_network(tmp_path):
     assert done.returncode == 1
     assert "error: MNIST is not in" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+ROLES = {
+    "prior": registry.PRIORS,
+    "guide": registry.GUIDES,
+    "likelihood": registry.LIKELIHOODS,
+    "network": registry.NETWORKS,
+    "objective": registry.OBJECTIVES,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(max(map(len, ROLES.values()))))
+def test_every_part_by_its_name(number, tmp_path):
+    """As many runs as the longest table has names; between them each name is used."""
+    chosen = {role: list(table)[number % len(table)] for role, table in ROLES.items()}
+    options = [f"--{role}={name}" for role, name in chosen.items()]
+    if "elbo" in chosen["objective"] or chosen["objective"] == "stl":
+        options += ["--beta", 0.5, "--kl-warmup", 1, "--free-bits", 0.1]
+    elif chosen["objective"] in ("iwae", "dreg"):
+        options += ["--objective-particles", 3]
+    options += ["--scale", 0.5] if chosen["likelihood"] == "normal" else []
+    small = ("--dataset", "digits", "--epochs", 1, "--num-particles", 5, "--latent-dim", 3, "--quiet")
+    done = run(*small, *options, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert {role: metrics[role] for role in chosen} == chosen
+    assert metrics["test"]["gap"] > 0
+    for name in FIGURES:
+        assert (tmp_path / "run" / name).stat().st_size > 1000, name
+
+
+def test_wrong_names_list_the_right_ones():
+    for role, table in ROLES.items():
+        message = run(f"--{role}=wrong").stderr
+        assert "invalid choice: 'wrong'" in message
+        assert all(name in message for name in table)
+    assert "has no KL to weigh" in run("--dataset", "digits", "--objective", "iwae", "--beta", "2", "--quiet").stderr
+
+
+def test_frey_faces(tmp_path, mnist_root):
+    if not (Path(mnist_root) / "freyfaces.npz").exists():
+        pytest.skip(f"needs Frey faces: {mnist_root} holds no freyfaces.npz")
+    options = (
+        "--dataset",
+        "freyfaces",
+        "--likelihood",
+        "normal-per-pixel",
+        "--epochs",
+        1,
+        "--num-particles",
+        5,
+        "--quiet",
+    )
+    done = run(*options, "--out", tmp_path / "frey", "--data-dir", mnist_root)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "frey/metrics.json").read_text())
+    assert metrics["test"]["num_data"] == 200
+    assert 0 < metrics["test"]["bits_per_pixel"] < 8
 
 
 def test_real_mnist(tmp_path, mnist_root):

@@ -1,0 +1,140 @@
+"""Names of the parts, as the command line takes them: the one place where a name becomes a part.
+
+    prior = registry.PRIORS["vamp"](latent_dim, guide, train)
+
+Each table's entries are called alike. In Python, take the classes themselves.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor, nn
+
+from pyrovae import guides, likelihoods, nets, objectives, priors
+from pyrovae.splits import Splits
+
+__all__ = [
+    "GUIDES",
+    "LIKELIHOODS",
+    "NETWORKS",
+    "OBJECTIVES",
+    "PRIORS",
+    "LikelihoodName",
+    "NetworkName",
+    "make_objective",
+]
+
+
+class NetworkName(NamedTuple):
+    """encoder(data_shape, hidden) and decoder(latent_dim, out_shape, hidden); `hidden` counts for MLPs alone."""
+
+    encoder: Callable[[Sequence[int], Sequence[int]], nn.Module]
+    decoder: Callable[[int, Sequence[int], Sequence[int]], nn.Module]
+
+
+class LikelihoodName(NamedTuple):
+    """A likelihood and the images it is for.
+
+    images: "binary" (`Splits.binarized`), "levels" (grey levels as loaded) or "continuous" (`Splits.dequantized`)
+    options(data, scale): what its class takes beside the network, the shape and the mean of the data
+    """
+
+    likelihood: type[likelihoods.Likelihood]
+    images: str
+    options: Callable[[Splits, float], dict] = lambda data, scale: {}
+
+    def __call__(
+        self, decoder: Callable[[Sequence[int]], nn.Module], data: Splits, scale: float = 1.0
+    ) -> likelihoods.Likelihood:
+        """The likelihood on the network that decoder(out_shape) gives."""
+        options = self.options(data, scale)
+        sizes = {name: value for name, value in options.items() if name in ("num_levels", "num_components")}
+        num_parameters = self.likelihood.num_parameters(**sizes)
+        out_shape = data.data_shape if num_parameters == 1 else (num_parameters, *data.data_shape)
+        return self.likelihood(decoder(out_shape), data.data_shape, data_mean=data.train.mean(0), **options)
+
+
+NETWORKS = {
+    "mlp": NetworkName(
+        lambda data_shape, hidden: nets.MLP(_size(data_shape), hidden, layer_norm=True),
+        lambda latent_dim, out_shape, hidden: nets.MLP(latent_dim, hidden, _size(out_shape), layer_norm=True),
+    ),
+    "conv": NetworkName(
+        lambda data_shape, hidden: nets.ConvEncoder(data_shape),
+        lambda latent_dim, out_shape, hidden: nets.ConvDecoder(latent_dim, out_shape),
+    ),
+    "resnet": NetworkName(
+        lambda data_shape, hidden: nets.ResidualEncoder(data_shape),
+        lambda latent_dim, out_shape, hidden: nets.ResidualDecoder(latent_dim, out_shape),
+    ),
+}
+
+# name -> (encoder_net, latent_dim) -> guide
+GUIDES: dict[str, Callable[[nn.Module, int], guides.Guide]] = {
+    "mean-field": guides.MeanFieldNormal,
+    "full-rank": guides.FullRankNormal,
+    "low-rank": guides.LowRankNormal,
+    "iaf": guides.InverseAutoregressiveFlow,
+    "nsf": guides.NeuralSplineFlow,
+}
+
+_NUM_COMPONENTS, _NUM_PSEUDO_INPUTS = 100, 500  # Tomczak & Welling (2018) take 500
+
+# name -> (latent_dim, guide, training images) -> prior; the guide and the images are for "vamp"
+PRIORS: dict[str, Callable[[int, guides.Guide, Tensor], priors.Prior]] = {
+    "standard-normal": lambda latent_dim, guide, train: priors.StandardNormal(latent_dim),
+    "diagonal-normal": lambda latent_dim, guide, train: priors.DiagonalNormal(latent_dim),
+    "mixture": lambda latent_dim, guide, train: priors.MixtureOfNormals(latent_dim, _NUM_COMPONENTS),
+    "vamp": lambda latent_dim, guide, train: priors.VampPrior(guide, train[:_NUM_PSEUDO_INPUTS].clone()),
+    "nsf": lambda latent_dim, guide, train: priors.NeuralSplineFlow(latent_dim),
+    "maf": lambda latent_dim, guide, train: priors.MaskedAutoregressiveFlow(latent_dim),
+    "realnvp": lambda latent_dim, guide, train: priors.RealNVP(latent_dim),
+}
+
+LIKELIHOODS = {
+    "bernoulli": LikelihoodName(likelihoods.Bernoulli, "binary"),
+    "continuous-bernoulli": LikelihoodName(likelihoods.ContinuousBernoulli, "continuous"),
+    "normal": LikelihoodName(likelihoods.Normal, "continuous", lambda data, scale: {"scale": scale}),
+    "normal-learned": LikelihoodName(likelihoods.LearnedScaleNormal, "continuous"),
+    "normal-per-pixel": LikelihoodName(likelihoods.HeteroscedasticNormal, "continuous"),
+    "discretized-logistic": LikelihoodName(
+        likelihoods.DiscretizedLogistic, "levels", lambda data, scale: {"num_levels": data.num_levels}
+    ),
+    "categorical": LikelihoodName(
+        likelihoods.Categorical, "levels", lambda data, scale: {"num_levels": data.num_levels}
+    ),
+}
+
+
+def make_objective(
+    name: str, num_particles: int, *, beta: float = 1.0, kl_warmup_steps: int = 0, free_bits: float = 0.0
+) -> ELBO:
+    """The objective of that name (one of `OBJECTIVES`); the weights of the KL are for the ELBO's objectives alone.
+
+    "elbo" is Pyro's `Trace_ELBO`, unless the KL is weighed.
+
+    Raises ValueError where weights are given to an importance-weighted objective.
+    """
+    objective = OBJECTIVES[name]
+    weights = {"beta": beta, "kl_warmup_steps": kl_warmup_steps, "free_bits": free_bits}
+    weighed = (beta, kl_warmup_steps, free_bits) != (1.0, 0, 0.0)
+    if issubclass(objective, objectives.KLObjective):
+        return objective(num_particles, **weights) if weighed or name != "elbo" else Trace_ELBO(num_particles)
+    if weighed:
+        raise ValueError(f"objective {name!r} has no KL to weigh: leave out beta, KL warm-up and free bits")
+    return objective(num_particles)
+
+
+OBJECTIVES: dict[str, type[ELBO]] = {
+    "elbo": objectives.MonteCarloKL,
+    "elbo-analytic-kl": objectives.AnalyticKL,
+    "iwae": objectives.ImportanceWeighted,
+    "stl": objectives.StickingTheLanding,
+    "dreg": objectives.DoublyReparameterised,
+}
+
+
+def _size(shape: Sequence[int]) -> int:
+    return math.prod(shape)
