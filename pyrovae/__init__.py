@@ -1,16 +1,16 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
 from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plots, priors, registry, uses
-from pyrovae.bounds import BidirectionalMonteCarlo, annealed_importance_sampling, bidirectional_monte_carlo
+from pyrovae.annealing.bounds import BidirectionalMonteCarlo, annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.checkpoint import load, save
 from pyrovae.comparison import Comparison, compare
 from pyrovae.evaluation import LogMarginalLikelihood, active_units, log_marginal_likelihood
-from pyrovae.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
 from pyrovae.inference_data import to_inference_data
-from pyrovae.layers import ConditionalNormal
-from pyrovae.model import GenerativeModel
-from pyrovae.training import FitResult, fit, pick_device
-from pyrovae.weights import log_weights
+from pyrovae.models.generative import GenerativeModel
+from pyrovae.models.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
+from pyrovae.models.layers import ConditionalNormal
+from pyrovae.training.loop import FitResult, fit, pick_device
+from pyrovae.weights.blocks import log_weights
 
 __version__ = "0.1.0"
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pyrovae import estimators
-from pyrovae.guides import Guide
-from pyrovae.modules import evaluation_mode
-from pyrovae.traces import Program
-from pyrovae.weights import log_weight_blocks
+from pyrovae.guides.contract import Guide
+from pyrovae.programs.modules import evaluation_mode
+from pyrovae.programs.traces import Program
+from pyrovae.weights.blocks import log_weight_blocks
 
 __all__ = ["LogMarginalLikelihood", "active_units", "log_marginal_likelihood"]
 
@@ -215,7 +215,7 @@ def log_marginal_likelihood(
         where pieces give what the whole gives (looked at for some data drawn from all and for the first ones, up to half a
         million numbers); None does not cut. A single datum left over joins the block before it
     particle_batch_size: particles per run of the programs
-    compile: record the programs (see `pyrovae.extract`) and let Inductor compile them: same draws, same numbers up to
+    compile: record the programs (see `pyrovae.programs.extract`) and let Inductor compile them: same draws, same numbers up to
         rounding. "auto" does so for parts of this library where there is work enough to win the compilation back
     progress: show a bar
 

@@ -7,9 +7,9 @@ import pyro
 import torch
 
 from pyrovae.evaluation import LogMarginalLikelihood
-from pyrovae.inspection import inspect_pair
-from pyrovae.modules import check_count, evaluation_mode, import_arviz
-from pyrovae.traces import Layout, Program, log_weights_of, run_pair, sample_sites
+from pyrovae.programs.inspection import inspect_pair
+from pyrovae.programs.modules import check_count, evaluation_mode, import_arviz
+from pyrovae.programs.traces import Layout, Program, log_weights_of, run_pair, sample_sites
 
 __all__ = ["to_inference_data"]
 

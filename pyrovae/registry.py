@@ -13,7 +13,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
 from pyrovae import guides, likelihoods, nets, objectives, priors
-from pyrovae.splits import Splits
+from pyrovae.data.splits import Splits
 
 __all__ = [
     "GUIDES",

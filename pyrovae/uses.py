@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyrovae.encoding import Guide
-from pyrovae.model import LatentVariableModel
-from pyrovae.modules import check_count, evaluation_mode
+from pyrovae.guides.contract import Guide
+from pyrovae.models.generative import LatentVariableModel
+from pyrovae.programs.modules import check_count, evaluation_mode
 
 __all__ = ["attribute_direction", "edit", "embed", "interpolate", "reconstruct", "sample_posterior", "traverse"]
 

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyrovae.extract import Extracted
+from pyrovae.programs.extract import Extracted
 
 matplotlib.use("Agg")
 

@@ -11,10 +11,10 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
 import pyrovae as pv
-from pyrovae import anneal as annealing
-from pyrovae.anneal import anneal, anneal_back, sigmoidal_schedule, tune
-from pyrovae.pair import Pair
-from pyrovae.potential import Potential, prior_of
+from pyrovae.annealing import chains as annealing
+from pyrovae.annealing.chains import anneal, anneal_back, sigmoidal_schedule, tune
+from pyrovae.annealing.potential import Potential, prior_of
+from pyrovae.weights.pair import Pair
 
 
 @pytest.fixture(autouse=True)

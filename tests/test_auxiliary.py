@@ -10,7 +10,7 @@ from conftest import LinearGaussian, within
 from pyro.infer import autoguide
 
 import pyrovae as pv
-from pyrovae import auxiliary
+from pyrovae.programs import auxiliary
 
 AUXILIARY = {"is_auxiliary": True}
 A, B = 2.0, 0.5  # rate ~ Gamma(A, B), x ~ Poisson(rate)

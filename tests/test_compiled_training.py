@@ -16,9 +16,9 @@ from test_training import binary, make, parameters
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.extract import Extracted, extract
-from pyrovae.optimization import OneAdam
-from pyrovae.steps import pays_off, record_step
+from pyrovae.programs.extract import Extracted, extract
+from pyrovae.training.optimization import OneAdam
+from pyrovae.training.recorded import pays_off, record_step
 
 
 def eager_step(model, guide, batch, loss=None):

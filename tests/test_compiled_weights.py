@@ -13,8 +13,8 @@ from pyro import poutine
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.draws import RecordedDraw
-from pyrovae.extract import Extracted, extract
+from pyrovae.programs.extract import Extracted, extract
+from pyrovae.weights.recorded import RecordedDraw
 
 
 @pytest.fixture(autouse=True)

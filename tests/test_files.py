@@ -84,7 +84,7 @@ def groups_of(data):
 
 
 def test_inference_data_round_trip(tmp_path):
-    from pyrovae.modules import import_arviz
+    from pyrovae.programs.modules import import_arviz
 
     arviz = import_arviz()
     model, guide = make()

@@ -14,9 +14,9 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import guides, likelihoods, nets, priors
-from pyrovae.extract import extract
-from pyrovae.flows import import_zuko
-from pyrovae.steps import _surrogate
+from pyrovae.distributions.flows import import_zuko
+from pyrovae.programs.extract import extract
+from pyrovae.training.recorded import _surrogate
 
 FLOWS = ["InverseAutoregressiveFlow", "NeuralSplineFlow"]
 

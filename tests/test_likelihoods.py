@@ -16,9 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyrovae as pv
 from pyrovae import likelihoods, nets, priors
-from pyrovae.extract import extract
-from pyrovae.modules import without_checks
-from pyrovae.pixels import CategoricalLevels, ContinuousBernoulli, LogisticLevels
+from pyrovae.distributions.pixels import CategoricalLevels, ContinuousBernoulli, LogisticLevels
+from pyrovae.programs.extract import extract
+from pyrovae.programs.modules import without_checks
 
 SHAPE = (1, 2, 2)
 

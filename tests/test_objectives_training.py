@@ -15,10 +15,11 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from torch import nn
 
 import pyrovae as pv
-from pyrovae import objectives, particles
-from pyrovae.extract import extract
-from pyrovae.steps import _surrogate
-from pyrovae.training import _recorded
+from pyrovae import objectives
+from pyrovae.objectives import particles
+from pyrovae.programs.extract import extract
+from pyrovae.training.loop import _recorded
+from pyrovae.training.recorded import _surrogate
 
 # name -> make(): every objective, with what it can be asked for
 OBJECTIVES = {
@@ -365,7 +366,7 @@ def test_a_step_leaves_nothing_behind(name, monkeypatch):
         draws.extend(weakref.ref(run.paths.drawn[0]) for run in runs if run.paths is not None)
         return runs
 
-    monkeypatch.setattr("pyrovae.objective_contract.draw_runs", draw_runs)
+    monkeypatch.setattr("pyrovae.objectives.contract.draw_runs", draw_runs)
     objective, (model, guide) = OBJECTIVES[name](), make()
     gc.collect()
     gc.disable()

@@ -15,9 +15,9 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import guides, likelihoods, nets, priors
-from pyrovae.extract import extract
-from pyrovae.flows import FlowDistribution, import_zuko, start_near_identity
-from pyrovae.mixtures import Mixture
+from pyrovae.distributions.flows import FlowDistribution, import_zuko, start_near_identity
+from pyrovae.distributions.mixtures import Mixture
+from pyrovae.programs.extract import extract
 
 LEARNED = {
     "DiagonalNormal": priors.DiagonalNormal,

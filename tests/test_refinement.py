@@ -13,8 +13,8 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pyrovae as pv
-from pyrovae import guides, likelihoods, nets, priors, refinement
-from pyrovae.guides import DefensiveMixture, Refined
+from pyrovae import guides, likelihoods, nets, priors
+from pyrovae.guides import DefensiveMixture, Refined, refinement
 
 
 def normal_guide(family=guides.FullRankNormal, latent_dim=3, data_dim=5):

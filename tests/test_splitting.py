@@ -12,8 +12,8 @@ from pyro.infer import autoguide
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.agreement import agree, in_float64
-from pyrovae.pair import Pair
+from pyrovae.programs.agreement import agree, in_float64
+from pyrovae.weights.pair import Pair
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from conftest import within
 
 import pyrovae as pv
-from pyrovae.supports import innermost, is_possible
+from pyrovae.programs.supports import innermost, is_possible
 
 
 def site(distribution, value, mask=None):

@@ -1,0 +1,247 @@
+"""A model/guide pair as densities of unconstrained numbers: what gradients and Markov chains need.
+
+The guide's draws, mapped to unconstrained numbers u (chains, data, D), have the density q(u); the importance weight w(u)
+then belongs to each u, and q(u) w(u)^beta leads from the guide (beta = 0) to the joint density p(x, z) (beta = 1), whose
+normaliser is p(x). Any pair that `pyrovae.weights` takes will do, auxiliary draws of AutoNormal included. Without a guide
+the prior takes its place, and log w is log p(x|z).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyrovae.programs.auxiliary import is_delta
+from pyrovae.programs.extract import Extracted, extract
+from pyrovae.programs.modules import map_tensors
+from pyrovae.programs.traces import (
+    Layout,
+    Program,
+    log_weights_of,
+    sample_sites,
+    site_log_prob,
+    spread,
+    under_particles,
+)
+from pyrovae.weights.pair import Pair
+
+__all__ = ["Energy", "Potential", "prior_of", "unconstrained"]
+
+
+class Energy(NamedTuple):
+    """log q(u) and log w(u), each (S, N), and the gradient of log q + beta log w, (S, N, D)."""
+
+    log_start: Tensor
+    log_weight: Tensor
+    gradient: Tensor
+
+
+def prior_of(model: Program) -> Program:
+    """The model's latent draws alone, as a guide."""
+
+    def prior(*args, **kwargs):
+        with poutine.block(hide_fn=lambda site: site["type"] == "sample" and site["is_observed"]):
+            model(*args, **kwargs)
+
+    return prior
+
+
+class Potential:
+    """Densities of one block of data, under S chains at once.
+
+    pair: a pair that has been looked at; its guide is `prior_of(model)` where `from_prior`
+    start, stop: the range of data
+    num_chains: S
+
+    Raises ValueError, naming the site, for latents that are discrete or without a gradient.
+    """
+
+    def __init__(self, pair: Pair, start: int, stop: int, num_chains: int, *, from_prior: bool):
+        self.pair, self.num_chains, self.from_prior = pair, num_chains, from_prior
+        self.layout = pair.layout_of(start, stop)
+        if self.layout.sequential:
+            raise ValueError(
+                f"plate '{self.layout.plate}' is sequential, and chains run over all data at once: write it with "
+                f"'with pyro.plate(...)'"
+            )
+        self.args, self.kwargs = pair.cut(slice(start, stop))
+        with torch.no_grad():
+            self.encoded = None if from_prior else pair.encode(self.args, self.kwargs)
+        self._sites: dict[str, _Site] = {}
+        self.recorded: Extracted | None = None
+        self._example = self.draw()
+        self.device = self._example.device
+        self._refuse_without_gradient(self._example)
+
+    @property
+    def num_data(self) -> int:
+        return self.layout.num_data
+
+    @torch.no_grad()
+    def draw(self) -> Tensor:
+        """Draws u (S, N, D) from the guide."""
+        _, guide_trace = self._run(_Placed({}), self.encoded, self.args, self.kwargs)
+        u, self._sites = _pack(guide_trace, self.layout, self.num_chains)
+        return u
+
+    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(log q(u), log w(u)), each (S, N); differentiable."""
+        return self._log_densities(u, self.encoded, self.args, self.kwargs)
+
+    def energy(self, u: Tensor, beta: Tensor) -> Energy:
+        """Both densities and the gradient of log q(u) + beta log w(u), without a graph; beta () or (N,)."""
+        if self.recorded is not None:
+            return Energy(*self.recorded(u, beta, *self._tensors())[0])
+        return Energy(*self._energy(u, beta, self.encoded, self.args, self.kwargs))
+
+    def record(self, modules: list[nn.Module], *, inductor: bool) -> None:
+        """Record `energy` (and compile it), where that can be done; `recorded` then serves every block of as many data."""
+
+        def flat(u: Tensor, beta: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            rest = iter(tensors)
+            encoded = None if self.encoded is None else next(rest)
+            return self._energy(u, beta, encoded, *map_tensors(lambda _: next(rest), (self.args, self.kwargs)))
+
+        u = self._example
+        self.recorded = extract(flat, modules, (u, u.new_tensor(0.5), *self._tensors()), inductor=inductor)
+
+    def _tensors(self) -> list[Tensor]:
+        tensors = [] if self.encoded is None else [self.encoded]
+        map_tensors(tensors.append, (self.args, self.kwargs))
+        return tensors
+
+    def _energy(self, u, beta, encoded, args, kwargs) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            log_start, log_weight = self._log_densities(u, encoded, args, kwargs)
+            (gradient,) = torch.autograd.grad(log_start.sum() + (beta * log_weight).sum(), u)
+        return log_start.detach(), log_weight.detach(), gradient
+
+    def _log_densities(self, u, encoded, args, kwargs) -> tuple[Tensor, Tensor]:
+        placed = _Placed(self._unpack(u))
+        model_trace, guide_trace = self._run(placed, encoded, args, kwargs)
+        log_start = sum(
+            spread(site_log_prob(site) + placed.log_jacobians[name], site, self.layout, self.num_chains)
+            for name, site in _random_sites(guide_trace)
+        )
+        if self.from_prior:  # the latents' own terms cancel
+            for name, _ in _random_sites(guide_trace):
+                model_trace.remove_node(name)
+            guide_trace = poutine.Trace()
+        return log_start, log_weights_of(self.layout, model_trace, guide_trace, self.num_chains)
+
+    def _run(self, placed: "_Placed", encoded, args, kwargs) -> tuple[poutine.Trace, poutine.Trace]:
+        """(model trace, guide trace) of one run under a plate of chains, with gradients where those are on."""
+        guide, model = (
+            under_particles(program, self.layout, self.num_chains)
+            for program in (self.pair.guide_given(encoded), self.pair.model)
+        )
+        with pyro.validation_enabled(False), poutine.replay(trace=self.layout.pinned):
+            if self.from_prior:
+                with placed:
+                    model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+                latents = poutine.Trace()
+                for name, site in sample_sites(model_trace):
+                    if not site["is_observed"]:
+                        latents.add_node(name, **site)
+                return model_trace, latents
+            with placed:
+                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace
+
+    def _unpack(self, u: Tensor) -> dict[str, Tensor]:
+        values, parts = {}, u.split([site.width for site in self._sites.values()], -1)
+        for (name, site), part in zip(self._sites.items(), parts, strict=True):
+            if site.data_axis is None:
+                values[name] = part.reshape(site.shape)
+            else:
+                others = [size for axis, size in enumerate(site.shape) if axis not in (0, site.data_axis)]
+                values[name] = part.reshape(self.num_chains, self.num_data, *others).movedim(1, site.data_axis)
+        return values
+
+    def _refuse_without_gradient(self, u: Tensor) -> None:
+        with torch.enable_grad():
+            values = {name: value.detach().requires_grad_() for name, value in self._unpack(u).items()}
+            joined = torch.cat([_flatten(value, self._sites[name].data_axis) for name, value in values.items()], -1)
+            log_start, log_weight = self.log_densities(joined)
+            for part, what in ((log_start, "the density it starts from"), (log_weight, "the weight")):
+                if not part.requires_grad:
+                    raise ValueError(
+                        f"{what} has no gradient with respect to site(s) {sorted(values)}: detached somewhere?"
+                    )
+            gradients = torch.autograd.grad((log_start + log_weight).sum(), list(values.values()), allow_unused=True)
+        for name, gradient in zip(values, gradients, strict=True):
+            if gradient is None:
+                raise ValueError(
+                    f"the joint density has no gradient with respect to site '{name}': detached somewhere?"
+                )
+
+
+@torch.no_grad()
+def unconstrained(trace: poutine.Trace, layout: Layout, num_chains: int) -> Tensor:
+    """u (S, N, D) of the draws in a guide's trace; single draws are repeated for S chains."""
+    return _pack(trace, layout, num_chains)[0]
+
+
+class _Site(NamedTuple):
+    shape: torch.Size  # of the unconstrained value: chains, plates, event
+    data_axis: int | None
+    width: int  # numbers per datum
+
+
+class _Placed(Messenger):
+    """Put unconstrained values into sample sites, through the bijection to the support that the site has in this run."""
+
+    def __init__(self, unconstrained: dict[str, Tensor]):
+        super().__init__()
+        self.unconstrained = unconstrained
+        self.log_jacobians: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg) -> None:
+        u = self.unconstrained.get(msg["name"])
+        if u is None:
+            return
+        transform = biject_to(msg["fn"].support)
+        msg["value"], msg["done"] = transform(u), True
+        log_jacobian = transform.log_abs_det_jacobian(u, msg["value"])
+        self.log_jacobians[msg["name"]] = log_jacobian.reshape(
+            *log_jacobian.shape[: len(msg["fn"].batch_shape)], -1
+        ).sum(-1)
+
+
+def _random_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
+    for name, site in sample_sites(trace):
+        if not is_delta(site):  # a Delta carries an auxiliary draw to a latent
+            yield name, site
+
+
+def _pack(trace: poutine.Trace, layout: Layout, num_chains: int) -> tuple[Tensor, dict[str, _Site]]:
+    sites, columns = {}, []
+    for name, site in _random_sites(trace):
+        support = site["fn"].support
+        if support.is_discrete:
+            raise ValueError(
+                f"site '{name}' is discrete ({site['fn']}), and Hamiltonian dynamics need a gradient: sum it out in the "
+                f"model, or take log_marginal_likelihood"
+            )
+        value = biject_to(support).inv(site["value"])
+        event_dim = value.ndim - len(site["fn"].batch_shape)
+        missing = 1 + layout.max_plate_nesting + event_dim - value.ndim
+        value = value.reshape((1,) * missing + value.shape)
+        value = value.expand(num_chains, *value.shape[1:])
+        axis = None if layout.dim is None else value.ndim - event_dim + layout.dim
+        flat = _flatten(value, axis)
+        sites[name] = _Site(value.shape, axis, flat.shape[-1])
+        columns.append(flat)
+    return torch.cat(columns, -1), sites
+
+
+def _flatten(value: Tensor, data_axis: int | None) -> Tensor:
+    """(S, plates with N among them, event) -> (S, N, D)."""
+    flat = value.unsqueeze(1) if data_axis is None else value.movedim(data_axis, 1)
+    return flat.reshape(*flat.shape[:2], -1)

@@ -1,0 +1,35 @@
+"""Reducers of log importance weights: every bound, error and diagnostic is a function of one array.
+
+``log_weights[s, n] = log p(x_n, z_sn) - log q(z_sn | x_n)`` with ``z_sn ~ q(. | x_n)`` has shape (S, N):
+S particles for each of N data. Every function here maps (S, N) -> (N,), reads S from the array, computes and
+answers in float64 (the dtype given says only what counts as rounding), and needs nothing but torch (the Pareto
+fit asks ArviZ).
+"""
+
+from pyrovae.estimators.reducers import (
+    bound_curve,
+    effective_sample_size,
+    elbo,
+    elbo_stderr,
+    gap,
+    gap_stderr,
+    importance_weighted_bound,
+    importance_weighted_bound_stderr,
+    jackknife,
+    pareto_k,
+    pareto_k_limit,
+)
+
+__all__ = [
+    "bound_curve",
+    "effective_sample_size",
+    "elbo",
+    "elbo_stderr",
+    "gap",
+    "gap_stderr",
+    "importance_weighted_bound",
+    "importance_weighted_bound_stderr",
+    "jackknife",
+    "pareto_k",
+    "pareto_k_limit",
+]

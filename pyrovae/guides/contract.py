@@ -1,0 +1,130 @@
+"""What a guide q(z|x) is: an `nn.Module` that runs as a Pyro guide and gives q(z|x) as a distribution.
+
+The seam: `encode(x) -> parameters (N, P)`, `distribution(parameters) -> q`, `posterior(x) = distribution(encode(x))`.
+Evaluation encodes each datum once, and whatever improves q for one datum works on its parameters.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyrovae.programs.modules import check_count, emit_parameters
+
+__all__ = ["EncoderGuide", "Guide", "check_guide", "features_of", "start_informative", "width_of_features"]
+
+
+class Guide(nn.Module, ABC):
+    """Contract of a guide q(z|x): what it makes of a datum, and which distribution that stands for.
+
+    latent_dim: D
+
+    As a Pyro program, `guide(x)` has plate "data" (dim -1) and site "z" (event shape (D,)), or the sites that `latents`
+    visits, where a subclass has others.
+    """
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        check_count("latent_dim", latent_dim)
+        self.latent_dim = latent_dim
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Parameters (N, P) of q(z|x) for data x (N, *data_shape), each row a function of its datum alone."""
+
+    @abstractmethod
+    def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
+        """q from its parameters (N, P): batch shape (N,), event shape (latent_dim,)."""
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z|x): batch shape (N,), event shape (latent_dim,); its `.mean` is the embedding."""
+        return self.distribution(self.encode(x))
+
+    def latents(self, parameters: Tensor, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
+        """Go through the latent sites as they are drawn: `visit(name, distribution)` gives each its value.
+
+        Returns all values side by side, z (..., N, D).
+        """
+        return visit("z", self.distribution(parameters))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run as a Pyro guide; returns z (..., N, latent_dim)."""
+        emit_parameters(self, "guide")
+        return self.given(self.encode(x))()
+
+    def given(self, parameters: Tensor) -> Callable[..., Tensor]:
+        """This guide as a Pyro guide for data whose encoding (N, P) is known, so that they are encoded once."""
+
+        def run(*_: Any, **__: Any) -> Tensor:
+            with pyro.plate("data", len(parameters), dim=-1):
+                return self.latents(parameters, pyro.sample)
+
+        return run
+
+    def extra_repr(self) -> str:
+        return f"latent_dim={self.latent_dim}"
+
+
+class EncoderGuide(Guide):
+    """Contract of a guide on the features of an encoder network, with a linear head of its own.
+
+    encode(x) = head(encoder_net(x))
+
+    encoder_net: any module data (N, *data_shape) -> features (N, num_features)
+    latent_dim: D
+    num_features: width of the features; by default the network's `out_features`
+    num_parameters: P, how many numbers a distribution takes
+
+    Raises ValueError if the width of the features is unknown or wrong.
+    """
+
+    def __init__(self, encoder_net: nn.Module, latent_dim: int, num_features: int | None, num_parameters: int):
+        super().__init__(latent_dim)
+        self.encoder_net = encoder_net
+        self.num_features = width_of_features(encoder_net, num_features)
+        self.head = nn.Linear(self.num_features, num_parameters)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.head(features_of(self.encoder_net, x, self.num_features))
+
+
+def width_of_features(net: nn.Module, num_features: int | None) -> int:
+    """`num_features`, or the network's `out_features`; raises ValueError if neither is known."""
+    if num_features is None:
+        num_features = getattr(net, "out_features", None)
+    if num_features is None:
+        raise ValueError(
+            f"cannot tell how many features {type(net).__name__} gives: it has no `out_features`; pass num_features="
+        )
+    check_count("num_features", num_features)
+    return num_features
+
+
+def features_of(net: nn.Module, x: Tensor, num_features: int) -> Tensor:
+    """Features (N, num_features) of x (N, ...); raises ValueError if they have another shape."""
+    features = net(x)
+    if features.shape != (len(x), num_features):
+        raise ValueError(
+            f"the network must give features ({len(x)}, {num_features}), found {tuple(features.shape)}: "
+            f"flatten its output, or set num_features="
+        )
+    return features
+
+
+def start_informative(head: nn.Linear, latent_dim: int) -> None:
+    """Spread means and scales near 1/e, for a head whose first outputs are (mu, log sigma): see `guides.MeanFieldNormal`."""
+    with torch.no_grad():
+        head.weight[:latent_dim] *= 3
+        head.bias[latent_dim : 2 * latent_dim] -= 1
+
+
+def check_guide(guide: Any) -> None:
+    """Raise TypeError unless `guide` is a `Guide`, for what works on encodings."""
+    if not isinstance(guide, Guide):
+        raise TypeError(
+            f"guide must be a pyrovae.guides.Guide, whose encode and distribution are used; found {type(guide).__name__}"
+        )

@@ -1,0 +1,1 @@
+"""Generative models p(x, z) as Pyro programs."""

@@ -1,0 +1,241 @@
+"""Models of two or more layers of latents, and their guides: the layers are sites z1 (nearest the data), z2, ..., zL.
+
+    model       p(zL) p(z(L-1) | zL) ... p(z1 | z2) p(x | z1)
+    bottom-up   q(z1 | x) q(z2 | z1) ... q(zL | z(L-1))            the guide of Burda et al. (2016)
+    top-down    q(zL | x) q(z(L-1) | zL, x) ... q(z1 | z2, x)      that of Tomczak & Welling (2018), for a VampPrior on top
+
+Where one tensor z stands for all layers (`decode`, `posterior`), they lie side by side, z1 first.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyrovae.guides.contract import Guide, features_of, width_of_features
+from pyrovae.guides.normals import MeanFieldNormal
+from pyrovae.likelihoods.contract import Likelihood
+from pyrovae.likelihoods.pixelwise import Bernoulli
+from pyrovae.models.generative import LatentVariableModel
+from pyrovae.models.layers import Chain, ConditionalNormal
+from pyrovae.nets.mlp import MLP
+from pyrovae.priors.contract import Prior
+from pyrovae.priors.densities import StandardNormal
+from pyrovae.programs.modules import evaluation_mode
+
+__all__ = ["BottomUpGuide", "HierarchicalModel", "TopDownGuide", "two_layer_vae"]
+
+Visit = Callable[[str, dist.TorchDistribution], Tensor]
+
+
+class HierarchicalModel(LatentVariableModel):
+    """Latent-variable model of L layers, run as a Pyro model.
+
+    p(x, z1, ..., zL) = p(zL) p(z(L-1) | zL) ... p(z1 | z2) p(x | z1),   or p(x | z1, ..., zL) with `skip`
+
+    prior: p(zL), any prior (a VampPrior takes the `top` of a `TopDownGuide`)
+    layers: p(z(L-1) | zL), ..., p(z1 | z2), in the order of drawing; modules given (..., size of the layer before) that
+        give a distribution and have a `latent_dim`: `ConditionalNormal`
+    likelihood: its network takes z1; with `skip`, all layers side by side, z1 first
+
+    As a Pyro program, `model(x)` has plate "data" (dim -1), sites "z1", ..., "zL", and site "x" (observed).
+
+    Shapes: x (N, *data_shape); zl (N, latent_dims[l - 1]); z, all of them, (N, latent_dim).
+
+    Raises ValueError without a layer, and for data of the wrong shape or outside the likelihood's support.
+
+    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016); with `skip`: Tomczak & Welling, VAE with
+    a VampPrior (2018).
+    """
+
+    def __init__(self, prior: Prior, layers: Sequence[nn.Module], likelihood: Likelihood, *, skip: bool = False):
+        super().__init__(prior, likelihood)
+        self.layers = nn.ModuleList(_checked(layers))
+        self.latent_dims = tuple(part.latent_dim for part in (*reversed(self.layers), prior))
+        self.latent_dim = sum(self.latent_dims)
+        self.skip = skip
+
+    def latent_prior(self) -> Chain:
+        """p(z1, ..., zL): batch shape (), event shape (latent_dim,)."""
+        return Chain(self.prior(), self.layers, self.latent_dims, top_down=True)
+
+    def latents(self, visit: Visit) -> Tensor:
+        return self.latent_prior().walk(visit)
+
+    def likelihood_at(self, z: Tensor) -> dist.TorchDistribution:
+        return self.likelihood(z if self.skip else z[..., : self.latent_dims[0]])
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, *, mean: bool = True) -> Tensor:
+        """Data for given latents: E[x|z], or a draw from p(x|z).
+
+        z: all layers side by side, z1 first; or only the upper ones, zL alone for instance. The layers below these then
+            take their conditional means, or are drawn with `mean=False`.
+
+        Shapes: (..., latent_dim), or (..., size of the upper layers) -> (..., *data_shape).
+
+        Raises ValueError for any other width.
+        """
+        widths = [sum(self.latent_dims[below:]) for below in range(len(self.latent_dims))]
+        if z.shape[-1] not in widths:
+            raise ValueError(
+                f"expected latents of width {widths[0]} (layers of {self.latent_dims}), or {widths[1:]} for the upper layers "
+                f"alone; found {z.shape[-1]}"
+            )
+        below = widths.index(z.shape[-1])
+        if below == 0:
+            return super().decode(z, mean=mean)
+        given = {f"z{below + 1 + i}": layer for i, layer in enumerate(z.split(self.latent_dims[below:], -1))}
+
+        def visit(name: str, distribution: dist.TorchDistribution) -> Tensor:
+            if name in given:
+                return given[name]
+            return distribution.mean if mean else distribution.sample()
+
+        with evaluation_mode(self):
+            return self._data(self.latents(visit), mean)
+
+    def extra_repr(self) -> str:
+        return f"latent_dims={self.latent_dims}, skip={self.skip}"
+
+
+class _HierarchicalGuide(Guide):
+    """Contract of a guide whose distribution is a `Chain`, with a site for each layer."""
+
+    def __init__(self, latent_dims: Sequence[int]):
+        super().__init__(sum(latent_dims))
+        self.latent_dims = tuple(latent_dims)
+
+    @abstractmethod
+    def distribution(self, parameters: Tensor) -> Chain:
+        """q(z1, ..., zL) from its parameters (N, P): batch shape (N,), event shape (latent_dim,)."""
+
+    def latents(self, parameters: Tensor, visit: Visit) -> Tensor:
+        return self.distribution(parameters).walk(visit)
+
+    def extra_repr(self) -> str:
+        return f"latent_dims={self.latent_dims}"
+
+
+class BottomUpGuide(_HierarchicalGuide):
+    """Guide that goes up from the data.
+
+    q(z1, ..., zL | x) = q(z1 | x) q(z2 | z1) ... q(zL | z(L-1))
+
+    bottom: q(z1|x), any guide
+    layers: q(z2 | z1), ..., q(zL | z(L-1)), modules like those of `HierarchicalModel`
+
+    Of the layers only q(z1|x) has a density of its own: a VampPrior on top takes a `TopDownGuide`.
+
+    As a Pyro guide, `guide(x)` has plate "data" (dim -1) and sites "z1", ..., "zL"; it encodes as `bottom` does.
+
+    Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,), z1 first. Its `.mean` passes means along.
+
+    Raises ValueError without a layer.
+
+    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
+    """
+
+    def __init__(self, bottom: Guide, layers: Sequence[nn.Module]):
+        super().__init__([part.latent_dim for part in (bottom, *_checked(layers))])
+        self.bottom = bottom
+        self.layers = nn.ModuleList(layers)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.bottom.encode(x)
+
+    def distribution(self, parameters: Tensor) -> Chain:
+        return Chain(self.bottom.distribution(parameters), self.layers, self.latent_dims, top_down=False)
+
+
+class TopDownGuide(_HierarchicalGuide):
+    """Guide that goes down from the top layer, as the model does.
+
+    q(z1, ..., zL | x) = q(zL | x) q(z(L-1) | zL, h) ... q(z1 | z2, h),   h = encoder_net(x)
+
+    top: q(zL|x), any guide. It has a density of its own: `VampPrior(guide.top, pseudo_inputs)`
+    layers: q(z(L-1) | zL, h), ..., q(z1 | z2, h), modules given (..., size of the layer before) and (N, num_features) that
+        give a distribution and have a `latent_dim`: `ConditionalNormal`, its network for both widths together
+    encoder_net: any module data (N, *data_shape) -> h (N, num_features); that of `top` may be given again
+    num_features: width of h; by default the network's `out_features`
+
+    As a Pyro guide, `guide(x)` has plate "data" (dim -1) and sites "z1", ..., "zL"; its encoding is that of `top` and h.
+
+    Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,), z1 first. Its `.mean` passes means along.
+
+    Raises ValueError without a layer and if the width of the features is unknown or wrong.
+
+    Source: Tomczak & Welling, VAE with a VampPrior (2018).
+
+    >>> top = MeanFieldNormal(MLP(784, [300, 300]), latent_dim=40)
+    >>> TopDownGuide(top, [ConditionalNormal(MLP(40 + 300, [300]), 40)], MLP(784, [300])).latent_dims
+    (40, 40)
+    """
+
+    def __init__(
+        self, top: Guide, layers: Sequence[nn.Module], encoder_net: nn.Module, *, num_features: int | None = None
+    ):
+        super().__init__([part.latent_dim for part in (*reversed(_checked(layers)), top)])
+        self.top = top
+        self.layers = nn.ModuleList(layers)
+        self.encoder_net = encoder_net
+        self.num_features = width_of_features(encoder_net, num_features)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.cat([self.top.encode(x), features_of(self.encoder_net, x, self.num_features)], -1)
+
+    def distribution(self, parameters: Tensor) -> Chain:
+        of_top, features = parameters[..., : -self.num_features], parameters[..., -self.num_features :]
+        conditionals = [lambda before, layer=layer: layer(before, features) for layer in self.layers]
+        return Chain(self.top.distribution(of_top), conditionals, self.latent_dims, top_down=True)
+
+
+def two_layer_vae(
+    data_shape: Sequence[int] = (1, 28, 28),
+    *,
+    latent_dims: tuple[int, int] = (100, 50),
+    hidden_features: tuple[int, int] = (200, 100),
+    activation: Callable[[], nn.Module] = nn.Tanh,
+    prior: Prior | None = None,
+    data_mean: Tensor | None = None,
+) -> tuple[HierarchicalModel, BottomUpGuide]:
+    """The model of two stochastic layers of Burda et al., and its guide; for binary data.
+
+    p(z2) p(z1|z2) p(x|z1),  q(z1|x) q(z2|z1):  x 784 - 200 - 200 - z1 100 - 100 - 100 - z2 50, and the same way back
+
+    latent_dims: sizes of z1 and z2
+    hidden_features: widths of the two hidden layers between x and z1, and of the two between z1 and z2
+    prior: p(z2); standard normal by default
+    data_mean: see `Bernoulli`
+
+    Sizes and activations are the paper's, starting values this library's.
+
+    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016), section 5.
+
+    >>> model, guide = two_layer_vae()
+    >>> model(torch.zeros(3, 1, 28, 28)).shape, guide(torch.zeros(3, 1, 28, 28)).shape
+    (torch.Size([3, 1, 28, 28]), torch.Size([3, 150]))
+    """
+    (size1, size2), (near_data, near_top) = latent_dims, hidden_features
+    data_dim = torch.Size(data_shape).numel()
+
+    def net(in_features: int, width: int, out_features: int | None = None) -> MLP:
+        return MLP(in_features, [width, width], out_features, activation=activation)
+
+    model = HierarchicalModel(
+        StandardNormal(size2) if prior is None else prior,
+        [ConditionalNormal(net(size2, near_top), size1)],
+        Bernoulli(net(size1, near_data, data_dim), data_shape, data_mean=data_mean),
+    )
+    guide = BottomUpGuide(
+        MeanFieldNormal(net(data_dim, near_data), size1), [ConditionalNormal(net(size1, near_top), size2)]
+    )
+    return model, guide
+
+
+def _checked(layers: Sequence[nn.Module]) -> Sequence[nn.Module]:
+    if len(layers) == 0:
+        raise ValueError("a hierarchy needs at least one layer between the top latents and the data, found none")
+    return layers

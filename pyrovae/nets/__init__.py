@@ -1,0 +1,6 @@
+"""Networks: tensors in, tensors out, no distributions. Any `nn.Module` can stand in their place."""
+
+from pyrovae.nets.conv import ConvDecoder, ConvEncoder, ResidualDecoder, ResidualEncoder
+from pyrovae.nets.mlp import MLP
+
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "ResidualDecoder", "ResidualEncoder"]

@@ -1,0 +1,274 @@
+"""Convolutional networks for images of any size: encoders that halve the image, decoders that double it.
+
+Each stage of an encoder halves height and width (rounded up) and has a number of channels; a decoder goes the same way
+back to the exact size. Normalisation is `nn.GroupNorm`: within one datum, never across data, so that log p(x) of a datum
+does not depend on its batch (as BatchNorm makes it), and particles do not meet.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyrovae.programs.modules import check_count
+
+__all__ = ["ConvDecoder", "ConvEncoder", "ResidualDecoder", "ResidualEncoder"]
+
+_CHANNELS_PER_GROUP = 8
+
+
+class ConvEncoder(nn.Module):
+    """Convolutional encoder: 3x3 convolutions of stride 2, then one fully connected layer.
+
+    h_0 = x,   h_l = activation(norm(conv_l(h_(l-1)))),   output = activation(norm(W flatten(h_L) + b))
+
+    data_shape: (height, width) or (channels, height, width), any sizes
+    channels: of the stages, each of which halves the image
+    out_features: width of the features
+    normalize: groups of 8 channels within a datum
+
+    Shapes: (..., *data_shape) -> (..., out_features).
+
+    Raises ValueError for a shape that is no image's, or widths below 1.
+
+    Source: Radford, Metz & Chintala, Unsupervised Representation Learning with Deep Convolutional GANs (2016); Wu & He,
+    Group Normalization (2018).
+
+    >>> ConvEncoder((28, 20))(torch.zeros(3, 28, 20)).shape
+    torch.Size([3, 256])
+    """
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        channels: Sequence[int] = (32, 64),
+        out_features: int = 256,
+        *,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        normalize: bool = True,
+    ):
+        super().__init__()
+        self.data_shape, self.out_features = torch.Size(data_shape), out_features
+        self.layers = _encoder_layers(data_shape, channels, out_features, 0, activation, normalize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _encode(self.layers, x, self.data_shape)
+
+
+class ResidualEncoder(nn.Module):
+    """Residual encoder: as `ConvEncoder`, with residual blocks after each halving.
+
+    h <- conv_l(h), of stride 2;   h <- h + conv(activation(norm(conv(activation(norm(h)))))), num_blocks times
+
+    data_shape, channels, out_features, normalize: those of `ConvEncoder`
+    num_blocks: per stage
+
+    Shapes: (..., *data_shape) -> (..., out_features).
+
+    Raises ValueError for a shape that is no image's, or widths below 1.
+
+    Source: He, Zhang, Ren & Sun, Identity Mappings in Deep Residual Networks (2016); in a variational autoencoder: Kingma
+    et al., Improved Variational Inference with Inverse Autoregressive Flow (2016).
+
+    >>> ResidualEncoder((3, 32, 32), num_blocks=2)(torch.zeros(5, 3, 32, 32)).shape
+    torch.Size([5, 256])
+    """
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        channels: Sequence[int] = (32, 64),
+        out_features: int = 256,
+        *,
+        num_blocks: int = 1,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        normalize: bool = True,
+    ):
+        super().__init__()
+        check_count("num_blocks", num_blocks)
+        self.data_shape, self.out_features = torch.Size(data_shape), out_features
+        self.layers = _encoder_layers(data_shape, channels, out_features, num_blocks, activation, normalize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _encode(self.layers, x, self.data_shape)
+
+
+class ConvDecoder(nn.Module):
+    """Convolutional decoder: one fully connected layer, then 4x4 transposed convolutions of stride 2.
+
+    h_0 = activation(norm(W z + b)),   h_l = activation(norm(conv_l(h_(l-1)))),   output = conv_L(h_(L-1))
+
+    Each doubles the image and cuts it to the size it has on the way down; 4x4 windows at a stride of 2 cover all pixels
+    alike, which avoids checkerboards.
+
+    in_features: width of z
+    out_shape: (height, width), (channels, height, width) or with more before these: (2, channels, height, width) for a
+        likelihood with two numbers per pixel (its `num_parameters`)
+    channels: of the stages, from the smallest image on
+    normalize: groups of 8 channels within a datum
+
+    Shapes: (..., in_features) -> (..., *out_shape).
+
+    Raises ValueError for a shape that is no image's, or widths below 1.
+
+    Source: Radford, Metz & Chintala, Unsupervised Representation Learning with Deep Convolutional GANs (2016); Odena,
+    Dumoulin & Olah, Deconvolution and Checkerboard Artifacts (2016).
+
+    >>> ConvDecoder(40, (2, 1, 28, 20))(torch.zeros(3, 40)).shape
+    torch.Size([3, 2, 1, 28, 20])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_shape: Sequence[int],
+        channels: Sequence[int] = (64, 32),
+        *,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        normalize: bool = True,
+    ):
+        super().__init__()
+        self.in_features, self.out_shape = in_features, torch.Size(out_shape)
+        self.layers = _decoder_layers(in_features, out_shape, channels, 0, activation, normalize)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return _decode(self.layers, z, self.out_shape)
+
+
+class ResidualDecoder(nn.Module):
+    """Residual decoder: as `ConvDecoder`, with residual blocks before each doubling.
+
+    h <- h + conv(activation(norm(conv(activation(norm(h)))))), num_blocks times;   h <- conv_l(activation(norm(h)))
+
+    in_features, out_shape, channels, normalize: those of `ConvDecoder`
+    num_blocks: per stage
+
+    Shapes: (..., in_features) -> (..., *out_shape).
+
+    Raises ValueError for a shape that is no image's, or widths below 1.
+
+    Source: He, Zhang, Ren & Sun, Identity Mappings in Deep Residual Networks (2016); in a variational autoencoder: Kingma
+    et al., Improved Variational Inference with Inverse Autoregressive Flow (2016).
+
+    >>> ResidualDecoder(16, (8, 8), num_blocks=2)(torch.zeros(7, 3, 16)).shape
+    torch.Size([7, 3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_shape: Sequence[int],
+        channels: Sequence[int] = (64, 32),
+        *,
+        num_blocks: int = 1,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        normalize: bool = True,
+    ):
+        super().__init__()
+        check_count("num_blocks", num_blocks)
+        self.in_features, self.out_shape = in_features, torch.Size(out_shape)
+        self.layers = _decoder_layers(in_features, out_shape, channels, num_blocks, activation, normalize)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return _decode(self.layers, z, self.out_shape)
+
+
+class _ResidualBlock(nn.Module):
+    """h + conv(activation(norm(conv(activation(norm(h))))))"""
+
+    def __init__(self, channels: int, activation: Callable[[], nn.Module], normalize: bool):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for gain in (1.0, 0.1):  # the sum starts near h: a stack of blocks starts shallow, and grows deep as it learns
+            conv = nn.Conv2d(channels, channels, 3, padding=1)
+            layers += [*_norm(channels, normalize), activation(), _initialized(conv, 9 * channels, gain)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.layers(h)
+
+
+class _Double(nn.Module):
+    """Transposed convolution to twice the size, cut to `size`."""
+
+    def __init__(self, in_channels: int, out_channels: int, size: tuple[int, int], gain: float):
+        super().__init__()
+        conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1)
+        self.conv = _initialized(conv, 4 * in_channels, gain)  # 2x2 positions reach each pixel
+        self.size = size
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.conv(h)[..., : self.size[0], : self.size[1]]
+
+
+def _encoder_layers(data_shape, channels, out_features, num_blocks, activation, normalize) -> nn.Sequential:
+    in_channels, *sizes = _stages(data_shape, channels)
+    check_count("out_features", out_features)
+    layers: list[nn.Module] = []
+    for num_channels in channels:
+        conv = nn.Conv2d(in_channels, num_channels, 3, stride=2, padding=1)
+        layers += [_initialized(conv, 9 * in_channels)]
+        layers += [_ResidualBlock(num_channels, activation, normalize) for _ in range(num_blocks)]
+        layers += [*_norm(num_channels, normalize), activation()]
+        in_channels = num_channels
+    width = in_channels * math.prod(sizes[-1])
+    layers += [nn.Flatten(), _initialized(nn.Linear(width, out_features), width)]
+    layers += [nn.LayerNorm(out_features)] if normalize else []
+    return nn.Sequential(*layers, activation())
+
+
+def _decoder_layers(in_features, out_shape, channels, num_blocks, activation, normalize) -> nn.Sequential:
+    check_count("in_features", in_features)
+    out_channels, *sizes = _stages(out_shape, channels)
+    smallest = (channels[0], *sizes[-1])
+    linear = _initialized(nn.Linear(in_features, math.prod(smallest)), in_features)
+    layers: list[nn.Module] = [linear, nn.Unflatten(1, smallest)]
+    for stage, (num_channels, size) in enumerate(zip(channels, reversed(sizes[:-1]), strict=True), start=1):
+        is_last = stage == len(channels)
+        layers += [_ResidualBlock(num_channels, activation, normalize) for _ in range(num_blocks)]
+        layers += [*_norm(num_channels, normalize), activation()]
+        # What comes out starts small, so that a likelihood starts where its bias is.
+        layers += [_Double(num_channels, out_channels if is_last else channels[stage], size, 0.3 if is_last else 1.0)]
+    return nn.Sequential(*layers)
+
+
+def _encode(layers: nn.Sequential, x: Tensor, data_shape: torch.Size) -> Tensor:
+    if x.shape[x.ndim - len(data_shape) :] != data_shape:
+        raise ValueError(f"this encoder is for data (..., {', '.join(map(str, data_shape))}), found {tuple(x.shape)}")
+    leading = x.shape[: x.ndim - len(data_shape)]
+    images = x.reshape(-1, math.prod(data_shape[:-2]), *data_shape[-2:])
+    return layers(images).reshape(*leading, -1)
+
+
+def _decode(layers: nn.Sequential, z: Tensor, out_shape: torch.Size) -> Tensor:
+    return layers(z.reshape(-1, z.shape[-1])).reshape(*z.shape[:-1], *out_shape)
+
+
+def _stages(shape: Sequence[int], channels: Sequence[int]) -> list:
+    """[channels of the image, its (height, width), that after one halving, ...]"""
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(
+            f"a convolutional network is for images, (height, width) or (channels, height, width); found {tuple(shape)}: "
+            f"take an MLP for other data"
+        )
+    if not channels:
+        raise ValueError("channels must name the widths of one stage or more, found none")
+    for width in channels:
+        check_count("channels", width)
+    sizes = [(shape[-2], shape[-1])]
+    for _ in channels:
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+    return [math.prod(shape[:-2]), *sizes]
+
+
+def _norm(channels: int, normalize: bool) -> list[nn.Module]:
+    """A GroupNorm of about 8 channels per group, or nothing."""
+    return [nn.GroupNorm(math.gcd(channels, max(1, channels // _CHANNELS_PER_GROUP)), channels)] if normalize else []
+
+
+def _initialized(layer: nn.Module, fan_in: int, gain: float = 1.0) -> nn.Module:
+    """Weights of variance 2 gain^2 / fan-in, under which activations keep their size from layer to layer (He 2015)."""
+    nn.init.normal_(layer.weight, std=gain * math.sqrt(2 / fan_in))
+    nn.init.zeros_(layer.bias)
+    return layer

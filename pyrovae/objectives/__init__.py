@@ -1,0 +1,21 @@
+"""Objectives: bounds on log p(x) with gradient estimators, `pyro.infer.ELBO`s for `SVI` and `fit`.
+
+A new objective is one class: subclass `Objective` (or `KLObjective`), turn the log densities of the particles into a loss.
+"""
+
+from pyrovae.objectives.contract import Objective, Parts
+from pyrovae.objectives.kl import AnalyticKL, KLObjective, MonteCarloKL, StickingTheLanding
+from pyrovae.objectives.weighted import VIMCO, DoublyReparameterised, ImportanceWeighted, WeightObjective
+
+__all__ = [
+    "VIMCO",
+    "AnalyticKL",
+    "DoublyReparameterised",
+    "ImportanceWeighted",
+    "KLObjective",
+    "MonteCarloKL",
+    "Objective",
+    "Parts",
+    "StickingTheLanding",
+    "WeightObjective",
+]

@@ -1,0 +1,256 @@
+"""Objectives that hold the KL apart from the reconstruction, and so can weigh it: beta, warm-up, free bits."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from pyrovae.objectives.contract import Objective, Parts
+from pyrovae.objectives.particles import Run, Terms, arranged, factors, pull_back, terms_of
+from pyrovae.programs.modules import check_count
+from pyrovae.programs.traces import sample_sites
+
+__all__ = ["AnalyticKL", "KLObjective", "MonteCarloKL", "StickingTheLanding"]
+
+
+class KLWeight(nn.Module):
+    """The weight of the KL, as a tensor: beta * min(1, num_steps / warmup_steps); buffers, which a recording reads anew."""
+
+    def __init__(self, beta: float, warmup_steps: int):
+        super().__init__()
+        self.warmup_steps = warmup_steps
+        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
+        self.register_buffer("num_steps", torch.tensor(0))
+
+    def forward(self, like: Tensor) -> Tensor:
+        if self.beta.device != like.device:
+            self.to(like.device)
+        if not self.warmup_steps:
+            return self.beta.to(like.dtype)
+        return (self.beta * (self.num_steps.double() / self.warmup_steps).clamp(max=1)).to(like.dtype)
+
+
+class Piece(NamedTuple):
+    """A piece of the KL that free bits can be given to.
+
+    kl: (S, N, G), scaled; G: groups within it
+    size: latent dimensions in all its groups together
+    guides: the guide's sites it is made from
+    """
+
+    kl: Tensor
+    size: int
+    guides: Sequence[str]
+
+
+class KLObjective(Objective):
+    """Contract of an objective on the ELBO whose KL can be weighed.
+
+    loss = - [ E_q log p(x|z) - beta_t sum_j max( KL_j, N free_bits d_j ) ],   beta_t = beta min(1, t / kl_warmup_steps)
+
+    beta: weight of the KL, 0 or more (Higgins 2017)
+    kl_warmup_steps: training steps t over which the weight grows from 0 to beta (Sonderby 2016); 0: none
+    free_bits: nats per latent dimension and datum below which a group's KL, averaged over the batch, is not reduced further
+        (Kingma 2016, eq. 15). The groups j are the finest that the densities allow: a single dimension (d_j = 1) where prior
+        and guide are both products over dimensions, the whole site (d_j its dimensions) where they are not, and the whole
+        guide where it has auxiliary draws. With few particles and data prefer AnalyticKL: noise in KL_j counts as bits.
+
+    `last` and `fit` report the real ELBO whatever the weights; `loss` is the weighted objective. The step t is the
+    objective's state: it counts `differentiable_loss` and `SVI.step`, on through further calls of `fit`.
+    """
+
+    linear = True
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        beta: float = 1.0,
+        kl_warmup_steps: int = 0,
+        free_bits: float = 0.0,
+        plate: str | None = None,
+        vectorize_particles: bool | Literal["auto"] = "auto",
+    ):
+        super().__init__(num_particles, plate, vectorize_particles)
+        for name, value in (("beta", beta), ("free_bits", free_bits)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be 0 or more, found {value}")
+        if kl_warmup_steps:
+            check_count("kl_warmup_steps", kl_warmup_steps)
+        self.free_bits = float(free_bits)
+        self.kl_weight = KLWeight(float(beta), kl_warmup_steps)
+        self.modules = [self.kl_weight]
+
+    @abstractmethod
+    def pieces(self, runs: Sequence[Run], terms: Terms) -> list[Piece]:
+        """The KL in pieces."""
+
+    def estimate(self, runs: Sequence[Run]) -> tuple[Tensor, Parts]:
+        terms = terms_of(runs, scaled=True, by_dimension=self.free_bits > 0)
+        weight = self.kl_weight(terms.likelihood)
+        integrand, guide_term = terms.likelihood, torch.zeros_like(weight)
+        kl = floors = torch.zeros_like(weight)
+        for piece in self.pieces(runs, terms):
+            total = piece.kl.mean(0).sum(0)
+            kl = kl + total.detach().sum()
+            active, floor = self._free(total, piece, runs[0])
+            floors = floors + ((1 - active) * floor).sum()
+            integrand = integrand - weight * (active * piece.kl).sum(-1)
+            for name in piece.guides if self.cuts else ():
+                guide_term = guide_term + weight * (active * terms.guides[name]).sum(-1).mean(0).sum()
+        loss = weight * floors - integrand.mean(0).sum()
+        if terms.score is not None:
+            loss = loss - _score_function(integrand, terms.score)
+        if self.cuts:
+            loss = loss + pull_back(runs, guide_term)
+        return loss, Parts(terms.likelihood.detach().mean(0).sum(), kl, runs[0].full_size)
+
+    def _free(self, total: Tensor, piece: Piece, run: Run) -> tuple[Tensor, float]:
+        """1 for groups whose KL counts and 0 for those that have their bits free, and how much that is per group."""
+        if not self.free_bits:
+            return torch.ones_like(total), 0.0
+        if run.layout.sequential:
+            raise ValueError("free_bits are averages over the data, and a sequential plate has a site for each datum")
+        floor = self.free_bits * piece.size / len(total) * run.layout.num_data * run.plate_scale
+        return (total.detach() > floor).to(total.dtype), floor
+
+    def advance(self) -> None:
+        self.kl_weight.num_steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_steps": int(self.kl_weight.num_steps)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state) != {"num_steps"}:
+            raise ValueError(f"the state of {type(self).__name__} is {{'num_steps': t}}, found {sorted(state)}")
+        self.kl_weight.num_steps.fill_(state["num_steps"])
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(num_particles={self.num_particles}, beta={self.kl_weight.beta.item():g}, "
+            f"kl_warmup_steps={self.kl_weight.warmup_steps}, free_bits={self.free_bits:g})"
+        )
+
+
+class MonteCarloKL(KLObjective):
+    """ELBO with its KL by sampling: the loss of Pyro's `Trace_ELBO`, recordable, and with weights on the KL.
+
+    ELBO_n = 1/S sum_s [ log p(x_n|z_sn) - ( log q(z_sn|x_n) - log p(z_sn) ) ]
+
+    Draws that are not reparameterised (discrete latents) get score-function gradients, with the mean of the other particles
+    as baseline: take two particles or more, or the variance is large. `Trace_ELBO` has none, `TraceGraph_ELBO` baselines
+    that are learned, and `TraceEnum_ELBO` the exact gradient where the values can be summed over: all three serve as they are.
+
+    The weights: see KLObjective.
+
+    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014); the baseline: Kool, van Hoof & Welling, Buy 4
+    REINFORCE Samples, Get a Baseline for Free! (2019).
+    """
+
+    scores = True
+
+    def pieces(self, runs: Sequence[Run], terms: Terms) -> list[Piece]:
+        return _sampled(terms, terms.guides, list(terms.priors))
+
+
+class AnalyticKL(KLObjective):
+    """ELBO with its KL in closed form where torch or Pyro have one, by sampling elsewhere.
+
+    ELBO_n = 1/S sum_s [ log p(x_n|z_sn) - sum_l KL( q(z_l|x_n, z_<l,sn) || p(z_l|z_<l,sn) ) ]
+
+    A site's closed form holds where what precedes it in the model also precedes it in the guide; a layer whose prior depends
+    on a latent that the guide draws later is sampled (Pyro's `TraceMeanField_ELBO` warns and goes on). So is a site that is a
+    transform of an auxiliary draw (AutoNormal). Score-function gradients as in MonteCarloKL.
+
+    The weights: see KLObjective.
+
+    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014), appendix B.
+    """
+
+    scores = True
+
+    def pieces(self, runs: Sequence[Run], terms: Terms) -> list[Piece]:
+        by_dimension = self.free_bits > 0
+        analytic = {
+            name: kl for name in _ordered_alike(runs[0]) if (kl := _analytic(runs, name, by_dimension)) is not None
+        }
+        rest = {name: guide for name, guide in terms.guides.items() if name not in analytic}
+        pieces = [Piece(kl, terms.sizes[name], [name]) for name, kl in analytic.items()]
+        return pieces + _sampled(terms, rest, [name for name in terms.priors if name not in analytic])
+
+
+class StickingTheLanding(KLObjective):
+    """ELBO whose gradient leaves the guide's score out: only the path through the draws counts.
+
+    grad_phi = 1/S sum_s dz_sn/dphi d/dz [ log p(x_n, z) - log q(z|x_n; phi') ],   phi' = phi held fixed
+
+    The score that is left out has mean 0, so the gradient stays unbiased; and what is left vanishes for every draw where q
+    is the posterior. For the ELBO alone: on an importance-weighted bound the same omission is biased (DReG is its like).
+    Parameters that the prior shares with the guide (VampPrior) keep the prior's gradient. Needs reparameterised draws, and
+    the guide's density at a given z: an autoregressive flow guide is inverted at every step, a pass per dimension.
+
+    The weights: see KLObjective; the omitted score has mean 0 under each of them.
+
+    Source: Roeder, Wu & Duvenaud, Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational
+    Inference (2017).
+    """
+
+    scores = False
+    cuts = True
+
+    def pieces(self, runs: Sequence[Run], terms: Terms) -> list[Piece]:
+        held = {name: guide.detach() for name, guide in terms.guides.items()}
+        return _sampled(terms, held, list(terms.priors))
+
+
+def _sampled(terms: Terms, guides: dict[str, Tensor], latents: Sequence[str]) -> list[Piece]:
+    """log q - log p of these sites, apart where each latent has its own guide site."""
+    if any(name not in latents for name in guides):  # auxiliary draws, whose density belongs to no one latent
+        if not guides:
+            return []
+        total = sum(guide.sum(-1) for guide in guides.values()) - sum(terms.priors[name].sum(-1) for name in latents)
+        return [Piece(total.unsqueeze(-1), sum(terms.sizes[name] for name in latents), list(guides))]
+    return [Piece(_difference(guides[name], terms.priors[name]), terms.sizes[name], [name]) for name in latents]
+
+
+def _difference(guide: Tensor, prior: Tensor) -> Tensor:
+    if guide.shape[-1] == prior.shape[-1]:
+        return guide - prior
+    return guide.sum(-1, keepdim=True) - prior.sum(-1, keepdim=True)
+
+
+def _ordered_alike(run: Run) -> list[str]:
+    """The latents whose prior cannot depend on a latent that the guide draws after them."""
+    model = [name for name, site in sample_sites(run.model_trace) if not site["is_observed"]]
+    guide = [name for name, _ in sample_sites(run.guide_trace)]
+    return [name for rank, name in enumerate(model) if set(model[:rank]) <= set(guide[: guide.index(name)])]
+
+
+def _analytic(runs: Sequence[Run], name: str, by_dimension: bool) -> Tensor | None:
+    """KL (S, N, G) of a site, None where there is no closed form."""
+    kls = []
+    for run in runs:
+        guide, prior = run.guide_trace.nodes[name], run.model_trace.nodes[name]
+        if type(guide["fn"]).__name__ == "Delta":  # a transform of an auxiliary draw, not a point
+            return None
+        q, p, depth = guide["fn"], prior["fn"], 0
+        if by_dimension and factors(q)[1] == factors(p)[1]:
+            (q, depth), (p, _) = factors(q), factors(p)
+        try:
+            kl = kl_divergence(q, p)
+        except NotImplementedError:
+            return None
+        kls.append(arranged(kl.flatten(kl.ndim - depth) if depth else kl.unsqueeze(-1), guide, run, scaled=True))
+    return torch.cat(kls)
+
+
+def _score_function(integrand: Tensor, score: Tensor) -> Tensor:
+    """Zero, with the gradient  1/S sum_s (f_s - mean of the other f) d score_s."""
+    signal = integrand.detach()
+    if len(signal) > 1:
+        signal = signal - (signal.sum(0) - signal) / (len(signal) - 1)
+    return (signal * (score - score.detach())).mean(0).sum()

@@ -1,0 +1,267 @@
+"""Particles of a model/guide pair under gradients: what the objectives differentiate.
+
+Estimators that leave out the guide's score (sticking the landing, DReG) need d log q(z; phi) / dz at fixed phi, for any
+guide, whoever owns its parameters. Detached copies of the parameters would mean running the guide twice (and a VampPrior
+shares them); instead each draw is cut: the guide goes on with a leaf in its place, and the model sees the draw through
+`_Bridge`, which hands the gradient at the leaf back to the draw. One run, and dropout or batch statistics that are the same in
+draw and density. What it costs: the density is asked for the leaf, which is not the tensor drawn, so a flow that keeps the
+density of its own draw has to invert (an autoregressive one in D passes).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyrovae.programs.traces import Layout, Program, arrange, place, sample_sites, under_particles
+
+__all__ = ["Run", "Terms", "arranged", "draw_runs", "factors", "pull_back", "terms_of"]
+
+
+class Run(NamedTuple):
+    """One run of guide and model: of all particles under an outer plate, or of a single one.
+
+    layout: with the number of data of this run
+    num_particles: under the plate; None without it
+    full_size: of a subsampled plate, that of the data where there is one; None without
+    paths: how gradients get from cut draws to the guide; None where nothing was cut
+    link: a zero that carries the gradient of `pull_back`; None where nothing was cut
+    """
+
+    layout: Layout
+    num_particles: int | None
+    full_size: int | None
+    model_trace: poutine.Trace
+    guide_trace: poutine.Trace
+    paths: "_Paths | None"
+    link: Tensor | None
+
+    @property
+    def plate_scale(self) -> float:
+        """By which sums over the data are to be multiplied."""
+        if self.layout.plate is None or self.full_size is None:
+            return 1.0
+        return self.full_size / self.layout.num_data
+
+
+def draw_runs(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: dict,
+    layout: Layout,
+    num_particles: int,
+    vectorised: bool,
+    cut: bool,
+) -> list[Run]:
+    """Runs that hold `num_particles` particles between them, of one and the same subsample of the data."""
+    size = num_particles if vectorised and num_particles > 1 else None
+    if size is not None:
+        model, guide = (under_particles(program, layout, size) for program in (model, guide))
+    runs: list[Run] = []
+    for _ in range(num_particles if size is None else 1):
+        if runs:
+            pinned = _subsamples(runs[0].model_trace, runs[0].guide_trace)
+            model, guide = (poutine.replay(program, trace=pinned) for program in (model, guide))
+        with _Cut(cut) as draws:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        paths, link, replayed = None, None, guide_trace
+        if draws.drawn:
+            paths = _Paths(draws.drawn, draws.leaves)
+            *values, link = _Bridge.apply(paths, *paths.drawn)
+            replayed = _with_values(guide_trace, dict(zip(paths.names, values, strict=True)))
+        model_trace = poutine.trace(poutine.replay(model, trace=replayed)).get_trace(*args, **kwargs)
+        present, full_size = _present_layout(layout, model_trace)
+        runs.append(Run(present, size, full_size, model_trace, guide_trace, paths, link))
+    return runs
+
+
+def _present_layout(layout: Layout, trace: poutine.Trace) -> tuple[Layout, int | None]:
+    """The layout with the size that the datum plate has in this run (the last batch may be smaller), and the full size."""
+    frames = [frame for _, site in sample_sites(trace) for frame in site["cond_indep_stack"]]
+    if layout.plate is not None:
+        frames = [next(frame for frame in frames if frame.name == layout.plate)]
+        layout = layout._replace(num_data=frames[0].size)
+    return layout, next((frame.full_size for frame in frames if frame.full_size not in (None, frame.size)), None)
+
+
+def _subsamples(*traces: poutine.Trace) -> poutine.Trace:
+    pinned = poutine.Trace()
+    for trace in traces:
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and site_is_subsample(site) and name not in pinned:
+                pinned.add_node(name, **site)
+    return pinned
+
+
+def _with_values(trace: poutine.Trace, values: dict[str, Tensor]) -> poutine.Trace:
+    changed = poutine.Trace()
+    for name, site in trace.nodes.items():
+        changed.add_node(name, **({**site, "value": values[name]} if name in values else site))
+    return changed
+
+
+class _Cut(Messenger):
+    """Puts a leaf in the place of every draw that carries a gradient; outside of the trace, which so records the leaf."""
+
+    def __init__(self, cut: bool):
+        super().__init__()
+        self.cut = cut
+        self.drawn: dict[str, Tensor] = {}
+        self.leaves: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        name, value = message["name"], message["value"]
+        if self.cut and not message["is_observed"] and isinstance(value, Tensor) and value.requires_grad:
+            self.drawn[name] = value
+            self.leaves[name] = message["value"] = value.detach().requires_grad_()
+
+
+class _Paths:
+    """The cut draws of a run, and the way back: gradients at the leaves become gradients of the draws.
+
+    It keeps nothing that comes after the bridge, which keeps it: a circle through autograd's graph is never freed.
+    """
+
+    def __init__(self, drawn: dict[str, Tensor], leaves: dict[str, Tensor]):
+        self.names, self.drawn, self.leaves = list(drawn), list(drawn.values()), list(leaves.values())
+        self.rates: list[Tensor | None] = [None] * len(self.names)
+        self.added: list[Tensor | None] = [None] * len(self.names)
+
+    def back(self, gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+        """The loss's gradient with respect to each draw, from what the model sent back to its values.
+
+        factor: of the link in the loss
+
+        A leaf also acts on later draws of a guide with several layers, so the last draw comes first.
+        """
+        total = [
+            (gradient if rate is None else rate * gradient) + (0.0 if added is None else factor * added)
+            for gradient, rate, added in zip(gradients, self.rates, self.added, strict=True)
+        ]
+        for later in range(len(total) - 1, 0, -1):
+            earlier = torch.autograd.grad(
+                self.drawn[later], self.leaves[:later], total[later], retain_graph=True, allow_unused=True
+            )
+            for index, gradient in enumerate(earlier):
+                if gradient is not None:
+                    total[index] = total[index] + gradient
+        return total
+
+
+class _Bridge(torch.autograd.Function):
+    """The draws, unchanged; on the way back their gradients pass `_Paths.back`."""
+
+    @staticmethod
+    def forward(context: Any, paths: _Paths, *drawn: Tensor) -> tuple[Tensor, ...]:
+        context.paths = paths
+        return *(value.clone() for value in drawn), drawn[0].new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple:
+        return None, *context.paths.back(gradients[:-1], gradients[-1])
+
+
+def pull_back(runs: Sequence[Run], guide_term: Tensor, rate: Tensor | None = None) -> Tensor:
+    """Zero, with the gradient of `guide_term` through the cut draws alone, the guide's parameters held fixed.
+
+    d pull_back / d phi = sum dz/dphi d guide_term/dz
+
+    Without it in the loss no gradient gets from the model to the guide.
+
+    guide_term: a sum over the guide's log densities at the leaves
+    rate: (S, N), changes the gradient that the loss's model terms send to the draws by this factor
+    """
+    leaves = [leaf for run in runs if run.paths is not None for leaf in run.paths.leaves]
+    if not leaves:
+        return guide_term.new_zeros(())
+    added = iter([None] * len(leaves))
+    if guide_term.requires_grad:
+        added = iter(torch.autograd.grad(guide_term, leaves, retain_graph=True, allow_unused=True))
+    for particle, run in enumerate(runs):
+        if run.paths is None:
+            continue
+        rows = rate if rate is None or run.num_particles is not None else rate[particle : particle + 1]
+        for index, name in enumerate(run.paths.names):
+            run.paths.added[index] = next(added)
+            if rows is not None:
+                run.paths.rates[index] = place(rows, run.guide_trace.nodes[name], run.layout, run.num_particles)
+    return torch.stack([run.link for run in runs if run.link is not None]).sum()
+
+
+class Terms(NamedTuple):
+    """Log densities of all particles, by site. G: pieces that a site's density is the product of.
+
+    likelihood: (S, N)
+    priors, guides: latent or guide site -> (S, N, G), or fewer than S rows where they do not depend on the particle
+    score: (S, N), the guide's log density of draws that are not reparameterised, unscaled; None without such
+    sizes: latent site -> numbers it has per datum
+    """
+
+    likelihood: Tensor
+    priors: dict[str, Tensor]
+    guides: dict[str, Tensor]
+    score: Tensor | None
+    sizes: dict[str, int]
+
+
+def terms_of(runs: Sequence[Run], *, scaled: bool, by_dimension: bool = False) -> Terms:
+    """The log densities of runs, masks honoured.
+
+    scaled: times the scale of each site (subsampled plates, poutine.scale)
+    by_dimension: in pieces of one latent dimension where a density is a product over dimensions
+    """
+
+    def gather(trace: str, name: str, scaled: bool = scaled, by_dimension: bool = by_dimension) -> Tensor:
+        sites = [(run, getattr(run, trace).nodes[name]) for run in runs]
+        return torch.cat([arranged(_log_prob(site, by_dimension), site, run, scaled) for run, site in sites])
+
+    model, guide = dict(sample_sites(runs[0].model_trace)), dict(sample_sites(runs[0].guide_trace))
+    latents = [name for name, site in model.items() if not site["is_observed"]]
+    likelihoods = [gather("model_trace", name, by_dimension=False).sum(-1) for name in model if name not in latents]
+    scores = [
+        gather("guide_trace", name, False, False).sum(-1) for name, site in guide.items() if not site["fn"].has_rsample
+    ]
+    per_run = (runs[0].num_particles or 1) * runs[0].layout.num_data
+    priors = {name: gather("model_trace", name) for name in latents}
+    guides = {name: gather("guide_trace", name) for name in guide}
+    return Terms(
+        sum(likelihoods) if likelihoods else torch.zeros_like(next(iter(priors.values()))[..., 0]),
+        priors,
+        guides,
+        sum(scores) if scores else None,
+        {name: max(1, guide[name]["value"].numel() // per_run) for name in latents},
+    )
+
+
+def _log_prob(site: dict, by_dimension: bool) -> Tensor:
+    """Log density (*batch_shape, G)."""
+    distribution, depth = site["fn"], 0
+    if by_dimension:
+        distribution, depth = factors(distribution)
+    log_prob = distribution.log_prob(site["value"], *site["args"], **site["kwargs"])
+    return log_prob.flatten(log_prob.ndim - depth) if depth else log_prob.unsqueeze(-1)
+
+
+def factors(distribution: Any) -> tuple[Any, int]:
+    """The distribution of single dimensions and how many dimensions they are; itself and 0 where it is no such product."""
+    inner, depth = distribution, 0
+    while isinstance(inner, Independent):
+        inner, depth = inner.base_dist, depth + inner.reinterpreted_batch_ndims
+    return (inner, depth) if len(inner.event_shape) == 0 else (distribution, 0)
+
+
+def arranged(terms: Tensor, site: dict, run: Run, scaled: bool) -> Tensor:
+    """Terms (*batch_shape, G) of a site as (S, N, G), masked and scaled as the site is."""
+    scale, mask = (
+        tensor.unsqueeze(-1) if isinstance(tensor, Tensor) and tensor.ndim else tensor
+        for tensor in (site["scale"] if scaled else 1.0, site["mask"])
+    )
+    return arrange(scale_and_mask(terms, scale, mask), site, run.layout, run.num_particles)

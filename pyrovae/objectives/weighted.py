@@ -1,0 +1,143 @@
+"""Objectives on the importance-weighted bound."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyrovae.objectives.contract import Objective, Parts
+from pyrovae.objectives.particles import Run, Terms, pull_back, terms_of
+
+__all__ = ["VIMCO", "DoublyReparameterised", "ImportanceWeighted", "WeightObjective"]
+
+
+class WeightObjective(Objective):
+    """Contract of an objective on the importance-weighted bound: log weights (S, N) in, gradient estimator out.
+
+    loss = - scale sum_n L_n,   L_n = log( 1/S sum_s w[s, n] )
+
+    The scale of a subsampled plate multiplies the bound of each datum. In the exponent, where Pyro's `RenyiELBO` has it
+    together with the sum over the data, it would give no bound on log p(x).
+    """
+
+    linear = False
+
+    def __init__(
+        self,
+        num_particles: int,
+        *,
+        plate: str | None = None,
+        vectorize_particles: bool | Literal["auto"] = "auto",
+    ):
+        super().__init__(num_particles, plate, vectorize_particles)
+
+    @abstractmethod
+    def bound(self, runs: Sequence[Run], terms: Terms, model: Tensor, guide: Tensor) -> Tensor:
+        """The sum of L_n over the data, with the gradient to follow.
+
+        model, guide: log p(x, z) and log q(z|x), (S, N)
+        """
+
+    def estimate(self, runs: Sequence[Run]) -> tuple[Tensor, Parts]:
+        terms = terms_of(runs, scaled=False)
+        prior, guide = (sum(term.sum(-1) for term in of.values()) for of in (terms.priors, terms.guides))
+        scale = runs[0].plate_scale
+        loss = -scale * self.bound(runs, terms, terms.likelihood + prior, guide)
+        reconstruction, kl = (scale * term.detach().mean(0).sum() for term in (terms.likelihood, guide - prior))
+        return loss, Parts(reconstruction, kl, runs[0].full_size)
+
+
+class ImportanceWeighted(WeightObjective):
+    """Importance-weighted bound, differentiated through the draws.
+
+    L_n = log( 1/S sum_s w[s, n] ),   ELBO_n <= E[L_n] <= log p(x_n),   grad = sum_s w~[s, n] grad log w[s, n]
+
+    w~: weights normalised over the particles. The signal-to-noise ratio of the guide's gradient falls as 1/sqrt(S);
+    DoublyReparameterised has the same mean and no such fall.
+
+    Raises ValueError for draws that are not reparameterised (VIMCO takes them) and for scales other than the datum plate's.
+
+    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
+    """
+
+    scores = False
+
+    def bound(self, runs: Sequence[Run], terms: Terms, model: Tensor, guide: Tensor) -> Tensor:
+        return _bound(model - guide).sum()
+
+
+class DoublyReparameterised(WeightObjective):
+    """Importance-weighted bound with the doubly reparameterised gradient (DReG).
+
+    grad_phi   = sum_s w~[s, n]^2 dz_sn/dphi d/dz log w[s, n]
+    grad_theta = sum_s w~[s, n] d/dtheta log p(x_n, z_sn; theta)
+
+    Unbiased for the bound, and 0 for the guide where q is the posterior. Parameters that the prior shares with the guide
+    (VampPrior) get both: in the first line they are held fixed in both densities, in the second they are the prior's.
+    Needs reparameterised draws and the guide's density at a given z: an autoregressive flow guide is inverted at every
+    step, a pass per dimension. (It needs data that do not influence each other: no BatchNorm in training mode.)
+
+    Raises ValueError for draws that are not reparameterised and for scales other than the datum plate's.
+
+    Source: Tucker, Lawson, Gu & Maddison, Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (2019).
+    """
+
+    scores = False
+    cuts = True
+
+    def bound(self, runs: Sequence[Run], terms: Terms, model: Tensor, guide: Tensor) -> Tensor:
+        value = (model - guide).detach()
+        normalised = value.softmax(0)
+        path = pull_back(runs, (normalised.square() * guide).sum(), rate=normalised)
+        return _bound(value).sum() + (normalised * (model - model.detach())).sum() - path
+
+
+class VIMCO(WeightObjective):
+    """Importance-weighted bound with score-function gradients, for discrete latents.
+
+    grad = sum_s (L_n - L_n^(-s)) grad log q(z_sn|x_n) + sum_s w~[s, n] grad log w[s, n]
+
+    L_n^(-s): the bound with log w[s, n] replaced by the mean of the others, which does not depend on z_s and so leaves the
+    gradient unbiased. Latents that are reparameterised are differentiated through their draws. Memory grows as S^2.
+
+    Raises ValueError for fewer than 2 particles and for scales other than the datum plate's.
+
+    Source: Mnih & Rezende, Variational Inference for Monte Carlo Objectives (2016).
+    """
+
+    scores = True
+
+    def __init__(
+        self,
+        num_particles: int,
+        *,
+        plate: str | None = None,
+        vectorize_particles: bool | Literal["auto"] = "auto",
+    ):
+        super().__init__(num_particles, plate=plate, vectorize_particles=vectorize_particles)
+        if num_particles < 2:
+            raise ValueError(
+                f"VIMCO compares particles with each other: num_particles must be 2 or more, found {num_particles}"
+            )
+
+    def bound(self, runs: Sequence[Run], terms: Terms, model: Tensor, guide: Tensor) -> Tensor:
+        bound = _bound(model - guide)
+        if terms.score is None:
+            return bound.sum()
+        signal = bound.detach() - _without_each((model - guide).detach())
+        return bound.sum() + (signal * (terms.score - terms.score.detach())).sum()
+
+
+def _bound(log_weights: Tensor) -> Tensor:
+    return log_weights.logsumexp(0) - math.log(len(log_weights))
+
+
+def _without_each(log_weights: Tensor) -> Tensor:
+    """(S, N): the bound with the particle's log weight replaced by the mean of the others."""
+    number = len(log_weights)
+    others = (log_weights.sum(0) - log_weights) / (number - 1)
+    own = torch.eye(number, dtype=torch.bool, device=log_weights.device).unsqueeze(-1)
+    return _bound(torch.where(own, others, log_weights.unsqueeze(1)))

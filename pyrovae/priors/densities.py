@@ -1,0 +1,186 @@
+"""Priors with a density by formula: normals, mixtures, VampPrior."""
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyrovae.distributions.mixtures import Mixture
+from pyrovae.priors.contract import Prior
+from pyrovae.programs.modules import check_count
+
+__all__ = ["DiagonalNormal", "MixtureOfNormals", "StandardNormal", "VampPrior"]
+
+
+class StandardNormal(Prior):
+    """Standard normal prior.
+
+    p(z) = N(z; 0, I)
+
+    Shapes: event shape (latent_dim,); nothing is learned.
+
+    Raises ValueError for latent_dim < 1.
+
+    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014).
+
+    >>> StandardNormal(2)().log_prob(torch.zeros(2))
+    tensor(-1.8379)
+    """
+
+    def __init__(self, latent_dim: int):
+        super().__init__(latent_dim)
+        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
+        self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
+
+    def forward(self) -> dist.TorchDistribution:
+        return dist.Normal(self.loc, self.scale).to_event(1)
+
+
+class DiagonalNormal(Prior):
+    """Normal prior with a diagonal covariance, learned.
+
+    p(z) = N(z; m, diag s^2)
+
+    It starts as the standard normal.
+
+    Shapes: event shape (latent_dim,); m and log s (latent_dim,) are learned.
+
+    Raises ValueError for latent_dim < 1.
+
+    Source: Hoffman & Johnson, ELBO surgery (2016), on why to learn the prior.
+
+    >>> DiagonalNormal(2)().log_prob(torch.zeros(5, 2)).shape
+    torch.Size([5])
+    """
+
+    def __init__(self, latent_dim: int):
+        super().__init__(latent_dim)
+        self.loc = nn.Parameter(torch.zeros(latent_dim))
+        self.log_scale = nn.Parameter(torch.zeros(latent_dim))
+
+    def forward(self) -> dist.TorchDistribution:
+        return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+
+
+class MixtureOfNormals(Prior):
+    """Mixture of normal distributions with diagonal covariances as a prior, all learned.
+
+    p(z) = sum_k w_k N(z; m_k, diag s_k^2)
+
+    It starts with equal weights, random m_k of variance 1/4 and s_k^2 = 3/4: components that differ, in a mixture of mean
+    0 and covariance I on average over starts.
+
+    Shapes: event shape (latent_dim,); logits of w (num_components,), m and log s (num_components, latent_dim) are learned.
+    A density takes num_components * latent_dim numbers per value.
+
+    Raises ValueError for sizes below 1.
+
+    Source: Tomczak & Welling, VAE with a VampPrior (2018), section 3 and its comparison.
+
+    >>> MixtureOfNormals(2, 10)().log_prob(torch.zeros(5, 2)).shape
+    torch.Size([5])
+    """
+
+    def __init__(self, latent_dim: int, num_components: int):
+        super().__init__(latent_dim)
+        check_count("num_components", num_components)
+        self.num_components = num_components
+        self.logits = nn.Parameter(torch.zeros(num_components))
+        self.locs = nn.Parameter(0.5 * torch.randn(num_components, latent_dim))
+        self.log_scales = nn.Parameter(torch.full((num_components, latent_dim), 0.75).log() / 2)
+
+    def forward(self) -> dist.TorchDistribution:
+        locs, scales = self.locs, self.log_scales.exp()
+        return Mixture(self.logits.log_softmax(-1), lambda index: dist.Normal(locs[index], scales[index]).to_event(1))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_components={self.num_components}"
+
+
+class VampPrior(Prior):
+    """Variational mixture of posteriors: the guide's posteriors at learned pseudo-inputs, as a prior.
+
+    p(z) = sum_k w_k q(z | u_k),   w_k = 1/K unless learned
+
+    guide: any with `posterior(x)`, a distribution with a density, and `latent_dim`. It is shared, not copied: its parameters
+        are also the prior's, count once, and move with both
+    pseudo_inputs: where u starts, (K, *data_shape), data drawn from the training set for instance
+    learn_weights: learn w too
+    data_range: smallest and largest value that data have; by default those found in `pseudo_inputs`
+
+    u_k = low + (high - low) sigmoid(v_k)  is learned through v_k, between  low  and  high,  data_range made wider by 5 % of it
+    on either side: so pseudo-inputs start exactly as given, black and white pixels among them, stay near data that the
+    encoder has seen, and have a gradient everywhere.
+
+    Shapes: event shape (latent_dim,). The guide's networks see K more data at each call, as a batch of their own, and a
+    value's density takes K densities of the guide. A flow that draws quickly but has to be inverted for a density
+    (`InverseAutoregressiveFlow`) takes latent_dim passes for each of these: a flow whose density is quick is the better
+    guide here. Draws choose a component each, and take one pass of the guide for each. They have no gradient
+    (`has_rsample` is False), and the mean is that of the guide's means.
+
+    Raises TypeError for a guide without `posterior` or `latent_dim`, or pseudo-inputs that are no floating-point tensor;
+    ValueError for pseudo-inputs that are all equal, outside `data_range` or not finite.
+
+    Source: Tomczak & Welling, VAE with a VampPrior (2018).
+
+    >>> from pyrovae.guides.normals import MeanFieldNormal
+    >>> from pyrovae.nets.mlp import MLP
+    >>> VampPrior(MeanFieldNormal(MLP(4, [8]), latent_dim=2), torch.rand(10, 4))().log_prob(torch.zeros(5, 2)).shape
+    torch.Size([5])
+    """
+
+    MARGIN = 0.05
+
+    def __init__(
+        self,
+        guide: Any,
+        pseudo_inputs: Tensor,
+        *,
+        learn_weights: bool = False,
+        data_range: tuple[float, float] | None = None,
+    ):
+        if not hasattr(guide, "posterior") or not hasattr(guide, "latent_dim"):
+            raise TypeError(
+                f"a VampPrior needs a guide with `posterior(x)` and `latent_dim`, found {type(guide).__name__}"
+            )
+        super().__init__(guide.latent_dim)
+        if not isinstance(pseudo_inputs, Tensor) or not pseudo_inputs.is_floating_point():
+            kind = pseudo_inputs.dtype if isinstance(pseudo_inputs, Tensor) else type(pseudo_inputs).__name__
+            raise TypeError(f"pseudo_inputs must be a floating-point tensor (K, *data_shape), found {kind}")
+        if pseudo_inputs.ndim < 2 or len(pseudo_inputs) < 1 or not pseudo_inputs.isfinite().all():
+            raise ValueError(
+                f"pseudo_inputs must be finite, of shape (K, *data_shape), found shape {tuple(pseudo_inputs.shape)}"
+            )
+        found = pseudo_inputs.min().item(), pseudo_inputs.max().item()
+        low, high = found if data_range is None else data_range
+        if not low <= found[0] <= found[1] <= high or not low < high:
+            raise ValueError(
+                f"pseudo_inputs lie in [{found[0]:g}, {found[1]:g}], data in [{low:g}, {high:g}]: give a data_range that "
+                f"contains them and is wider than a point"
+            )
+        self.guide = guide
+        self.num_components = len(pseudo_inputs)
+        margin = self.MARGIN * (high - low)
+        # Buffers, so that a checkpoint of a VampPrior made from other data restores the same pseudo-inputs.
+        self.register_buffer("low", pseudo_inputs.new_tensor(low - margin))
+        self.register_buffer("high", pseudo_inputs.new_tensor(high + margin))
+        unit = (pseudo_inputs.detach() - self.low) / (self.high - self.low)
+        self.unconstrained = nn.Parameter(unit.logit())
+        logits = torch.zeros(len(pseudo_inputs), dtype=pseudo_inputs.dtype, device=pseudo_inputs.device)
+        if learn_weights:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits, persistent=False)
+
+    @property
+    def pseudo_inputs(self) -> Tensor:
+        """u (K, *data_shape), as they are now."""
+        return self.low + (self.high - self.low) * self.unconstrained.sigmoid()
+
+    def forward(self) -> dist.TorchDistribution:
+        pseudo_inputs = self.pseudo_inputs
+        return Mixture(self.logits.log_softmax(-1), lambda index: self.guide.posterior(pseudo_inputs[index]))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_components={self.num_components}"

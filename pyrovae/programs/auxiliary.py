@@ -1,0 +1,174 @@
+"""Guides that draw auxiliary numbers and carry them to the latents through Delta sites, as Pyro's automatic guides do.
+
+log q(z) is then the density of the auxiliary draw times the Delta's `log_density`, which says how the carrying stretches
+space: -log |dz/du| for z = f(u). That is a density of z only where f is a bijection and its `log_density` is right. Pyro
+checks neither, and a wrong one gives wrong weights without a sign of it, so both are checked here.
+"""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyrovae.programs.supports import innermost
+from pyrovae.programs.traces import Layout, Program, sample_sites, site_log_prob, spread, trace_program
+
+__all__ = ["is_delta", "refuse_other_dimensions", "refuse_point_masses", "refuse_wrong_stretches"]
+
+_DRAWS = 3  # of which most must disagree: a saturated transform may have lost its digits in one
+_LARGEST = 256  # numbers per datum whose Jacobian is computed
+
+
+def is_delta(site: dict) -> bool:
+    """Whether a site puts all mass on one point."""
+    return isinstance(innermost(site["fn"]), dist.Delta)
+
+
+def refuse_point_masses(guide: Program, guide_trace: poutine.Trace, args: tuple, kwargs: dict) -> None:
+    """Raise ValueError where the guide has a point for a latent, and no auxiliary draw behind it."""
+    sites = dict(sample_sites(guide_trace))
+    points = [name for name, site in sites.items() if is_delta(site)]
+    if not points:
+        return
+    again = trace_program(guide, args, kwargs).nodes
+    auxiliary = any(site["infer"].get("is_auxiliary") for site in sites.values())
+    for name in points:
+        if not auxiliary or torch.equal(sites[name]["value"], again[name]["value"]):
+            raise ValueError(
+                f"the guide puts all its mass on one point at site '{name}' (Delta, as AutoDelta does): a point has no "
+                f"density and no importance weight; use a guide with a density, AutoNormal for instance"
+            )
+
+
+def refuse_other_dimensions(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """Raise ValueError where the guide with its auxiliary draws has another dimension than the latents.
+
+    Where there are more, q(z) is an integral over them, and dividing by q(auxiliary, z) gives no importance weight: the
+    "bound" may lie above log p(x). Where there are fewer, q has no density (a Delta conditional among others).
+    """
+    drawn = [site for _, site in sample_sites(guide_trace)]
+    if all(not site["infer"].get("is_auxiliary") for site in drawn):
+        return
+    latents = [site for _, site in sample_sites(model_trace) if not site["is_observed"]]
+    proposed = sum(_dimensions(site) for site in drawn if not is_delta(site))
+    needed = sum(map(_dimensions, latents))
+    names = [site["name"] for site in drawn if site["infer"].get("is_auxiliary")]
+    if proposed > needed:
+        raise ValueError(
+            f"the guide draws {proposed} numbers (auxiliary sites {names}) for {needed} latent ones, so its density of the "
+            f"latents is an integral that is not at hand: sum the auxiliary variable out (a mixture: MixtureSameFamily), "
+            f"or sample it in the model too"
+        )
+    if proposed < needed:
+        points = [site["name"] for site in drawn if is_delta(site)]
+        raise ValueError(
+            f"the guide draws {proposed} numbers (auxiliary sites {names}) for {needed} latent ones, so its Delta sites "
+            f"{points} put all mass on a surface, which has no density (a 'delta' conditional of AutoStructured for "
+            f"instance): draw a number for every latent one"
+        )
+
+
+def refuse_wrong_stretches(
+    guide: Program, layout: Layout, model_trace: poutine.Trace, guide_trace: poutine.Trace, args: tuple, kwargs: dict
+) -> None:
+    """Raise ValueError where the `log_density` of Delta sites is not that of the change of variables they make.
+
+    Compared with the Jacobian that autograd gives, per datum; not for discrete sites nor more than 256 numbers per datum.
+    """
+    latents = {name: site for name, site in sample_sites(model_trace) if not site["is_observed"]}
+    carried = [name for name, site in sample_sites(guide_trace) if is_delta(site) and name in latents]
+    auxiliary = [n for n, s in sample_sites(guide_trace) if s["infer"].get("is_auxiliary") and not is_delta(s)]
+    sites = [*map(guide_trace.nodes.__getitem__, auxiliary), *map(latents.__getitem__, carried)]
+    if not carried or any(site["fn"].support.is_discrete for site in sites):
+        return
+    if layout.dim is None:  # a sequential plate is taken as one datum
+        layout = layout._replace(plate=None, num_data=1)
+    disagree = []
+    for _ in range(_DRAWS):
+        stretches = _stretches(guide, layout, latents, guide_trace, auxiliary, carried, args, kwargs)
+        if stretches is None:
+            return
+        claimed, found = stretches
+        finite = claimed.isfinite() & found.isfinite()
+        claimed, found = claimed[finite], found[finite]
+        disagree.append((claimed - found).abs() > 0.01 + 1e-3 * (claimed.abs() + found.abs()))
+        guide_trace = trace_program(guide, args, kwargs, layout.pinned)
+    wrong = torch.cat(disagree).double().mean().item()
+    if wrong > 0.5 and len(claimed):
+        raise ValueError(
+            f"the Delta sites {carried} of the guide carry the auxiliary draws {auxiliary} to the latents with a log_density "
+            f"of {claimed[0]:.4g} where minus the log determinant of the Jacobian is {found[0]:.4g} (first datum; "
+            f"{wrong:.0%} of the data differ): write Delta(f(u), log_density=-log|df/du|)"
+        )
+
+
+def _stretches(
+    guide: Program,
+    layout: Layout,
+    latents: dict[str, dict],
+    guide_trace: poutine.Trace,
+    auxiliary: list[str],
+    carried: list[str],
+    args: tuple,
+    kwargs: dict,
+) -> tuple[Tensor, Tensor] | None:
+    """(log density that the Delta sites claim, and the right one), each (N,); None where that is too much to compute."""
+    replayed, leaves = poutine.Trace(), []
+    stretch: Tensor | float = 0.0
+    for name, site in sample_sites(guide_trace):
+        if name in auxiliary:
+            transform = biject_to(site["fn"].support)
+            leaf = transform.inv(site["value"]).detach().requires_grad_()
+            with torch.enable_grad():
+                site = {**site, "value": transform(leaf)}
+            leaves.append((leaf, site))
+            stretch = stretch + _log_stretch(leaf, site, layout)
+        if not is_delta(site):  # these are made anew, from the leaves
+            replayed.add_node(name, **site)
+    program = poutine.replay(poutine.replay(guide, trace=layout.pinned), trace=replayed)
+    with torch.enable_grad(), pyro.validation_enabled(False):
+        trace = poutine.trace(program).get_trace(*args, **kwargs)
+        ends = [{**latents[name], "value": trace.nodes[name]["value"]} for name in carried]
+        free = [biject_to(site["fn"].support).inv(site["value"]) for site in ends]
+        columns = torch.cat([_per_datum(value, site, layout) for value, site in zip(free, ends, strict=True)], 1)
+        sums = columns.sum(0).unbind()
+    if len(sums) > _LARGEST:
+        return None
+    jacobian = []
+    for total in sums:
+        gradients = torch.autograd.grad(total, [leaf for leaf, _ in leaves], retain_graph=True, materialize_grads=True)
+        row = [_per_datum(gradient, site, layout) for gradient, (_, site) in zip(gradients, leaves, strict=True)]
+        jacobian.append(torch.cat(row, 1))
+    right = stretch - torch.linalg.slogdet(torch.stack(jacobian, 1)).logabsdet
+    for value, site in zip(free, ends, strict=True):
+        right = right - _log_stretch(value, site, layout)
+    claimed = sum(spread(site_log_prob(s), s, layout, None)[0] for _, s in sample_sites(trace) if is_delta(s))
+    return claimed.detach(), right.detach()
+
+
+def _per_datum(value: Tensor, site: dict, layout: Layout) -> Tensor:
+    """An unconstrained value of a site as a matrix (N, numbers per datum); (1, all) without a plate."""
+    if layout.dim is None:
+        return value.reshape(1, -1)
+    num_event_dims = value.ndim - len(site["fn"].batch_shape)
+    return value.movedim(layout.dim - num_event_dims, 0).flatten(1) if value.ndim > 1 else value.unsqueeze(1)
+
+
+@torch.no_grad()
+def _log_stretch(free: Tensor, site: dict, layout: Layout) -> Tensor:
+    """log |d value / d free|, (N,), of a site's value that `free` is the unconstrained form of."""
+    stretch = biject_to(site["fn"].support).log_abs_det_jacobian(free, site["value"])
+    extra = stretch.ndim - len(site["fn"].batch_shape)
+    return spread(stretch.flatten(-extra).sum(-1) if extra > 0 else stretch, site, layout, None)[0]
+
+
+def _dimensions(site: dict) -> int:
+    """How many unconstrained numbers a site draws."""
+    support = site["fn"].support
+    if support.is_discrete:
+        return site["value"].numel()
+    return math.prod(biject_to(support).inverse_shape(site["value"].shape))

@@ -1,0 +1,218 @@
+"""A Pyro program as a pure tensor function: recorded once with `make_fx`, compiled by Inductor.
+
+Pyro's handlers, distributions' constructors and module calls are Python that runs again at every step, a third of it
+on a CPU. Recording runs them once; what remains is a few hundred tensor operations of parameters, buffers, arguments and
+fresh randomness, which Inductor fuses (`torch.compile` put on the Pyro program itself breaks at every handler and makes
+it slower).
+
+A recording freezes what Python saw: numbers, attributes, lengths, which branch was taken, tensors that are neither
+parameters, buffers nor arguments by identity (their values may change in place). It is made again when the shape, dtype or
+device of an argument, parameter or buffer changes, or a module's train/eval mode. New noise is drawn at every call, from
+torch's generator in the order of the eager program, so that both give the same numbers up to rounding. Checks of values
+are left out: whoever records a program runs it eagerly first.
+"""
+
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyrovae.programs.modules import without_checks
+
+__all__ = ["Extracted", "all_ours", "extract"]
+
+_logger = logging.getLogger("pyrovae")
+_OURS = {"pyrovae", "torch", "zuko"}
+
+
+def all_ours(modules: Sequence[nn.Module]) -> bool:
+    """Whether every submodule is of this library, torch or zuko: no Python of a stranger that a recording would freeze."""
+    return all(type(part).__module__.partition(".")[0] in _OURS for module in modules for part in module.modules())
+
+
+def extract(
+    function: Callable[..., tuple[Tensor, ...]],
+    modules: Sequence[nn.Module],
+    examples: Sequence[Tensor],
+    *,
+    gradients: bool = False,
+    inductor: bool = True,
+) -> "Extracted | None":
+    """Record and compile a function of tensors and of the modules it refers to.
+
+    function: tensors -> tuple of tensors
+    modules: whose parameters and buffers it uses
+    examples: tensors as it will be called with
+    gradients: also give d(first output) / d(parameter) for each of `parameters`
+    inductor: compile what was recorded (seconds, to be won back); else run it as it is, without Pyro's share of the time
+
+    Returns None where that cannot be done (control flow that depends on values, no C++ compiler); one line of the log
+    says why, and the caller runs its eager program.
+    """
+    extracted = Extracted(function, modules, gradients, inductor)
+    try:
+        extracted(*examples, dry=True)
+    except Exception as error:  # whatever stands in the way: the eager program is always there
+        reason = str(error).strip().partition("\n")[0]
+        _logger.warning("runs eagerly: recording and compiling failed (%s: %s)", type(error).__name__, reason)
+        return None
+    return extracted
+
+
+class Extracted:
+    """What `extract` gives. Each call sees the present values of parameters and buffers, and draws new noise.
+
+    Called with tensors, it answers with the outputs and the gradients, in the order of `parameters` (None for a parameter
+    that has none; no gradients unless asked for). Another signature (shapes, strides, dtypes, devices, modes) is recorded anew; the
+    last `CAPACITY` recordings are kept.
+    """
+
+    CAPACITY = 8
+    compiler = staticmethod(lambda graph: _inductor(graph))
+
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], modules: Sequence[nn.Module], gradients: bool, inductor: bool
+    ):
+        self.function = function
+        self.inductor = inductor
+        self.modules = nn.ModuleList(modules)
+        self.gradients = gradients
+        self.num_recordings = 0
+        self._recorded: OrderedDict[Any, Callable[..., tuple[list[Tensor], list[Tensor | None]]]] = OrderedDict()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that gradients are for, each once."""
+        return [parameter for parameter in self.modules.parameters() if parameter.requires_grad]
+
+    def __call__(self, *tensors: Tensor, dry: bool = False) -> tuple[list[Tensor], list[Tensor | None]]:
+        parameters = {name: parameter.detach() for name, parameter in self.modules.named_parameters()}
+        state = parameters | dict(self.modules.named_buffers())
+        signature = self._signature((*tensors, *state.values()))
+        run = self._recorded.get(signature)
+        if run is None:
+            run = self._recorded[signature] = self._record(tensors, state)
+            if len(self._recorded) > self.CAPACITY:
+                self._recorded.popitem(last=False)
+        self._recorded.move_to_end(signature)
+        return ([], []) if dry else run(tensors, list(state.values()))
+
+    def _signature(self, tensors: Sequence[Tensor]) -> tuple:
+        modes = tuple(module.training for module in self.modules.modules())
+        trained = tuple(parameter.requires_grad for parameter in self.modules.parameters())
+        kinds = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
+        return modes, trained, kinds, torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
+
+    def _record(self, tensors: Sequence[Tensor], state: dict[str, Tensor]) -> Callable:
+        from torch.fx.experimental.proxy_tensor import make_fx  # a second to import, so not with the library
+
+        names = list(state)
+        trained = {name for name, parameter in self.modules.named_parameters() if parameter.requires_grad}
+        has_gradient: list[bool] = []
+
+        def flat(tensors: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+            given = dict(zip(names, values, strict=True))
+            if self.gradients:
+                given = {n: v.detach().requires_grad_() if n in trained else v for n, v in given.items()}
+            with torch.set_grad_enabled(self.gradients):
+                outputs = torch.func.functional_call(_Caller(self.modules), _prefixed(given), (self.function, *tensors))
+                leaves = [given[name] for name in names if name in trained] if self.gradients else []
+                gradients = torch.autograd.grad(outputs[0], leaves, allow_unused=True) if leaves else ()
+            has_gradient[:] = [gradient is not None for gradient in gradients]
+            return [*(o.detach() for o in outputs), *(g for g in gradients if g is not None)]
+
+        # Recording is a run: it must not use up random numbers, nor leave its traces in the buffers.
+        values = [tensor.clone() for tensor in state.values()]
+        devices = list({tensor.device for tensor in (*tensors, *values) if tensor.is_cuda})
+        with torch.random.fork_rng(devices), pyro.validation_enabled(False), without_checks(), torch.no_grad():
+            graph = make_fx(flat)(list(tensors), values)
+        _refuse_captured_parameters(graph)
+        compiled = self.compiler(graph) if self.inductor else graph
+
+        def apart(program: Callable, noise: int) -> list[Tensor]:
+            """The outputs, under noise that is not that of the recording."""
+            quietly = (pyro.validation_enabled(False), without_checks(), torch.no_grad(), _quiet())
+            with torch.random.fork_rng(devices), ExitStack() as stack:
+                for context in quietly:
+                    stack.enter_context(context)
+                for device in ("cpu", *devices):
+                    torch.rand(1000 * noise, device=device)
+                results = program(list(tensors), [tensor.clone() for tensor in state.values()])
+            return results[: len(results) - sum(has_gradient)]
+
+        # Compiles now, so that it fails here if it must.
+        _refuse_frozen_values(apart(compiled, 1), apart(flat, 1), apart(flat, 2))
+        self.num_recordings += 1
+
+        def run(tensors: Sequence[Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+            with torch.no_grad():
+                results = compiled(list(tensors), values)
+            num_outputs = len(results) - sum(has_gradient)
+            gradients = iter(results[num_outputs:])
+            return list(results[:num_outputs]), [next(gradients) if there else None for there in has_gradient]
+
+        return run
+
+
+def _inductor(graph: torch.fx.GraphModule) -> Callable:
+    # The eager generator, so that the noise is that of the eager program.
+    return torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
+
+
+class _Caller(nn.Module):
+    """Gives `functional_call` a module whose forward is any function."""
+
+    def __init__(self, modules: nn.ModuleList):
+        super().__init__()
+        self.modules_ = modules
+
+    def forward(self, function: Callable, *tensors: Tensor) -> Any:
+        return function(*tensors)
+
+
+def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"modules_.{name}": tensor for name, tensor in state.items()}
+
+
+def _refuse_captured_parameters(graph: torch.fx.GraphModule) -> None:
+    # A parameter that is not of the modules (pyro.param in a function) would get no gradient.
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and getattr(getattr(graph, node.target, None), "requires_grad", False):
+            raise ValueError("the program uses a parameter that belongs to none of its modules")
+
+
+def _refuse_frozen_values(found: list[Tensor], expected: list[Tensor], other: list[Tensor]) -> None:
+    # What went through numpy, or came from a generator that is not torch's, a recording takes for a constant. Under other
+    # noise than that of the recording it then misses the eager program by about as much as other noise changes that.
+    for result, eager, elsewhere in zip(found, expected, other, strict=True):
+        eps = torch.finfo(eager.dtype).eps if eager.is_floating_point() else 0.0
+        result, eager, elsewhere = result.double(), eager.double(), elsewhere.double()
+        same = (result == eager) | (result.isnan() & eager.isnan())
+        miss = torch.where(same, 0.0, result - eager).nan_to_num().square().mean().sqrt()
+        noise = torch.where(elsewhere == eager, 0.0, elsewhere - eager).nan_to_num().square().mean().sqrt()
+        size = eager[eager.isfinite()].abs().max() if eager.isfinite().any() else torch.ones(())
+        if miss > eps**0.5 * size.clamp_min(1.0) and miss > 0.1 * noise:
+            raise ValueError(
+                "the recording gives other numbers than the program: some of its values go through numpy, or come from a "
+                "generator that is not torch's, and were frozen"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's note that a machine without a GPU has none, and its warnings about its own deprecated parts."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,238 @@
+"""What a pair of Pyro programs is: its datum axis, and everything about it that would make log weights wrong.
+
+A Pyro program is a black box until it runs. `inspect_pair` runs model and guide once on all the data, and answers
+with a `Layout` (which plate indexes the data, how deep plates nest) or refuses the pair with an error that names
+the site. After that the draws in `pyrovae.weights` can be taken without a second look.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyrovae.programs.auxiliary import is_delta, refuse_other_dimensions, refuse_point_masses, refuse_wrong_stretches
+from pyrovae.programs.supports import innermost, is_possible, possible_elements
+from pyrovae.programs.traces import Layout, Program, log_likelihood_of, run_pair, sample_sites, spread, trace_program
+
+__all__ = ["inspect_pair", "layout_for_training", "refuse_impossible_data"]
+
+
+def inspect_pair(
+    model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None
+) -> tuple[Layout, poutine.Trace, poutine.Trace]:
+    """Look at a model/guide pair once; answer with its layout and the two traces, or refuse it.
+
+    Raises ValueError, naming the site, for: latent sites that only one of the two has; enumerated sites; observed
+    sites or factors in the guide; a guide that puts all its mass on one point, or carries auxiliary draws to the latents
+    with a wrong density; scales other than the subsampling of the datum plate; no single datum axis; a guide that cannot
+    reach where the prior puts mass and the data are possible; data outside the support of their likelihood.
+    """
+    model_trace, guide_trace = run_pair(model, guide, args, kwargs)
+    _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)
+    _refuse_mismatched_sites(model_trace, guide_trace)
+    refuse_point_masses(guide, guide_trace, args, kwargs)
+    refuse_other_dimensions(model_trace, guide_trace)
+    layout = _find_layout(model_trace, guide_trace, plate)
+    _refuse_scales(layout, model_trace, guide_trace)
+    refuse_wrong_stretches(guide, layout, model_trace, guide_trace, args, kwargs)
+    # A few hundred draws from the prior, whether the program holds many data or is a single one.
+    num_draws = max(1, min(32, 256 // layout.num_data))
+    prior_traces = [trace_program(model, args, kwargs, layout.pinned) for _ in range(num_draws)]
+    refuse_impossible_data(model_trace, prior_traces)
+    for prior_trace in prior_traces:
+        _refuse_uncovered_prior(guide, layout, prior_trace, args, kwargs)
+    return layout, model_trace, guide_trace
+
+
+def layout_for_training(
+    model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None, *, scales: bool
+) -> Layout:
+    """The layout alone, of a pair that may not be fit to be evaluated yet.
+
+    scales: let any scale through, for objectives that are linear in log densities
+
+    Raises ValueError for no latent sites, latent sites that only one of the two has, enumerated sites, observed sites in
+    the guide, and no single datum axis.
+    """
+    model_trace, guide_trace = run_pair(model, guide, args, kwargs)
+    if all(site["is_observed"] for _, site in sample_sites(model_trace)):
+        raise ValueError("the model has no latent sites, so there is nothing for a guide to learn")
+    _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)
+    _refuse_mismatched_sites(model_trace, guide_trace)
+    refuse_other_dimensions(model_trace, guide_trace)
+    layout = _find_layout(model_trace, guide_trace, plate)
+    if not scales:
+        _refuse_scales(layout, model_trace, guide_trace)
+    return layout
+
+
+def _refuse_enumeration(prior_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    # The model on its own: a replayed site takes over the marks of the guide's.
+    for program, trace in (("model", prior_trace), ("guide", guide_trace)):
+        for name, site in sample_sites(trace):
+            if site["infer"].get("enumerate"):
+                raise ValueError(
+                    f"site '{name}' of the {program} is marked for enumeration, and log weights need values drawn by "
+                    f"the guide: sum it out inside the model, or sample it in both programs without the mark"
+                )
+
+
+def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    model_sites, guide_sites = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
+    for name, site in guide_sites.items():
+        if site["is_observed"]:
+            kind = "a factor" if site_is_factor(site) else "observed"
+            raise ValueError(
+                f"site '{name}' of the guide is {kind}, so the guide is no normalised density: give it sample sites only"
+            )
+    latents = {name for name, site in model_sites.items() if not site["is_observed"]}
+    proposed = {name for name, site in guide_sites.items() if not site["infer"].get("is_auxiliary")}
+    if missing := sorted(latents - set(guide_sites)):
+        raise ValueError(
+            f"the guide does not sample the model's latent site(s) {missing}; it samples {sorted(proposed)}: "
+            f"add them to the guide, or sum them out of the model"
+        )
+    if extra := sorted(proposed - latents):
+        raise ValueError(
+            f"the guide samples site(s) {extra} that are no latent sites of the model, which has {sorted(latents)}: "
+            f"use the model's names, or sum the extra ones out (a mixture: MixtureSameFamily)"
+        )
+
+
+def _plates_of(site: dict) -> dict[str, Any]:
+    return {frame.name: frame for frame in site["cond_indep_stack"]}
+
+
+def _find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: str | None) -> Layout:
+    model_sites = [(name, _plates_of(site), "model") for name, site in sample_sites(model_trace)]
+    guide_sites = [(name, _plates_of(site), "guide") for name, site in sample_sites(guide_trace)]
+    sites = model_sites + guide_sites
+    if not model_sites:
+        raise ValueError("the model has no sample sites, so there is no log p(x) to estimate")
+    nesting = max(
+        (-frame.dim for _, plates, _ in sites for frame in plates.values() if frame.dim is not None), default=0
+    )
+    pinned = poutine.Trace()
+    for trace in (guide_trace, model_trace):
+        for name, site in trace.nodes.items():
+            drawn = site["type"] == "sample" and site_is_subsample(site) and len(site["value"]) < site["fn"].size
+            if drawn and name not in pinned:
+                pinned.add_node(name, **site)
+
+    def common(some_sites):
+        vectorised = [{n for n, frame in plates.items() if frame.dim is not None} for _, plates, _ in some_sites]
+        return set.intersection(*vectorised) if vectorised else set()
+
+    if plate is None:
+        candidates = common(sites)
+        if len(candidates) > 1:
+            raise ValueError(
+                f"every site is in each of the plates {sorted(candidates)}, and only one of them indexes the data: "
+                f"say which, plate={sorted(candidates)[0]!r} for instance"
+            )
+        if not candidates:
+            if guide_sites and common(model_sites) and common(guide_sites):
+                raise ValueError(
+                    f"the model's sites are all in plate {sorted(common(model_sites))}, the guide's all in "
+                    f"{sorted(common(guide_sites))}: give the plate of the data one name in both"
+                )
+            return Layout(None, None, 1, False, nesting, pinned)
+        plate = candidates.pop()
+    else:
+        for name, plates, program in sites:
+            if plate not in plates:
+                others = sorted({n for _, p, _ in sites for n in p}) or "none"
+                raise ValueError(
+                    f"site '{name}' of the {program} is outside plate '{plate}', so log p(x) does not split over it "
+                    f"(plates found: {others}): put the site in the plate, or leave plate=None to take the whole "
+                    f"program as one datum"
+                )
+    frames = [plates[plate] for _, plates, _ in sites]
+    dims, sizes = {frame.dim for frame in frames}, {frame.size for frame in frames}
+    if len(dims) > 1 or len(sizes) > 1 or sizes == {-1}:
+        raise ValueError(
+            f"plate '{plate}' needs one known size and one dim in model and guide, found sizes {sorted(sizes)} and "
+            f"dims {sorted(dims, key=str)}: write pyro.plate('{plate}', size, dim=...) alike in both"
+        )
+    full_sizes = {frame.full_size for frame in frames if frame.full_size is not None}
+    return Layout(plate, dims.pop(), sizes.copy().pop(), full_sizes - sizes != set(), nesting, pinned)
+
+
+def _refuse_scales(layout: Layout, *traces: poutine.Trace) -> None:
+    for trace in traces:
+        for name, site in sample_sites(trace):
+            frames = _plates_of(site)
+            expected = 1.0
+            if layout.plate is not None:
+                frame = frames[layout.plate]
+                expected = (frame.full_size or frame.size) / frame.size
+            scale = float(torch.as_tensor(site["scale"]).max())
+            if not abs(scale - expected) <= 1e-6 * expected or torch.as_tensor(site["scale"]).numel() > 1:
+                raise ValueError(
+                    f"site '{name}' carries a scale of {scale:g} where its datum plate explains {expected:g}; a scaled "
+                    f"log density is no density (poutine.scale, or a subsampled plate other than the plate of the "
+                    f"data): remove it for the evaluation"
+                )
+
+
+def _refuse_uncovered_prior(
+    guide: Program, layout: Layout, prior_trace: poutine.Trace, args: tuple, kwargs: dict
+) -> None:
+    # What the guide leaves out counts only where the data are possible there: the posterior of z under x ~ Uniform(0, z)
+    # is narrower than the prior, and its exact form is the best of guides.
+    replayed = trace_program(guide, args, kwargs, layout.pinned, prior_trace)
+    for name, site in sample_sites(replayed):
+        if name not in prior_trace or is_delta(site):
+            continue  # an auxiliary draw; a Delta behind one is a transform onto the whole support
+        possible = is_possible(site)
+        if possible is None or possible.all():
+            continue
+        possible = possible.expand(torch.broadcast_shapes(possible.shape, site["fn"].batch_shape))
+        uncovered = spread(torch.where(possible, 0.0, -torch.inf), site, layout, None) == -torch.inf
+        missed = uncovered & (log_likelihood_of(layout, prior_trace) != -torch.inf)
+        if missed.any():
+            raise ValueError(
+                f"the guide does not cover the prior at site '{name}': {missed.double().mean():.1%} of the prior's draws lie "
+                f"outside the guide's support {site['fn'].support} where the data are possible, and what is never "
+                f"proposed is never counted; give the guide the support of the prior, or of the posterior"
+            )
+
+
+def refuse_impossible_data(model_trace: poutine.Trace, other_traces: Iterable[poutine.Trace]) -> None:
+    """Raise ValueError if data lie outside their likelihood's support; `other_traces`: the model at other latents."""
+    suspects = {}
+    for name, site in sample_sites(model_trace):
+        elements = possible_elements(site) if site["is_observed"] else None
+        if elements is not None and not elements.all():
+            suspects[name] = site, elements
+    others = iter(other_traces) if suspects else iter(())
+    while suspects and (other := next(others, None)) is not None:
+        # A support that moves with the latents (Uniform(0, z)) makes a datum impossible for some z: weight 0.
+        suspects = {
+            name: found
+            for name, found in suspects.items()
+            if _same(found[0]["fn"].support, other.nodes[name]["fn"].support)
+        }
+    for name, (site, elements) in suspects.items():
+        distribution = innermost(site["fn"])
+        value = site["value"].expand(elements.shape + distribution.event_shape)[~elements][0]
+        raise ValueError(
+            f"observed site '{name}' has data outside the support of {type(distribution).__name__}: found "
+            f"{value.tolist():{'' if value.ndim else 'g'}}, expected {distribution.support}; change the data "
+            f"(pyrovae.data.binarize makes grey images binary) or the likelihood"
+        )
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Equality of two constraints, through their bounds."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return torch.equal(torch.as_tensor(first), torch.as_tensor(second))
+    if isinstance(first, constraints.Constraint):
+        return type(first) is type(second) and all(_same(v, vars(second)[k]) for k, v in vars(first).items())
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return first == second

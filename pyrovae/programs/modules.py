@@ -1,0 +1,160 @@
+"""What Pyro programs and PyTorch modules have to do with each other: whose parameters are whose, and in which mode."""
+
+import functools
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.poutine import runtime
+from pyro.poutine.runtime import am_i_wrapped, effectful
+from torch import Tensor, nn
+
+__all__ = [
+    "apart_from_handlers",
+    "check_count",
+    "checks_values",
+    "emit_parameters",
+    "evaluation_mode",
+    "import_arviz",
+    "map_tensors",
+    "modules_behind",
+    "without_checks",
+]
+
+_checks_values = True
+
+
+def import_arviz() -> Any:
+    """ArviZ, without the notice about its next version that 0.x gives on its first import of the day."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    return arviz
+
+
+def emit_parameters(module: nn.Module, name: str) -> None:
+    """Make every parameter of a module a Pyro param site, without Pyro's global parameter store.
+
+    `SVI` optimises the param sites it sees. `pyro.module` would make them by putting the parameters into a store
+    under their names, where a second model of the same name finds the first one's and never moves. These sites carry
+    the module's own parameters, so that models trained by turns do not touch each other, and nothing needs clearing.
+    """
+    if not am_i_wrapped():
+        return
+    for parameter_name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            _local_parameter(parameter, name=f"{name}${parameter_name}")
+
+
+@effectful(type="param")
+def _local_parameter(parameter: Tensor) -> Tensor:
+    # An alias, so that the attribute Pyro asks for is not left on the module's parameter (it would not pickle).
+    value = parameter.detach()
+    value.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+    return value
+
+
+@contextmanager
+def apart_from_handlers() -> Iterator[None]:
+    """Run a Pyro program inside another as if it were alone: no handler or plate around it sees it, or lends it a dimension.
+
+    `poutine.block` hides sites, but a plate inside still finds its name or its dimension taken by one outside.
+    """
+    stacks = runtime._PYRO_STACK, runtime._DIM_ALLOCATOR._stack
+    kept = [list(stack) for stack in stacks]
+    for stack in stacks:
+        stack.clear()
+    try:
+        yield
+    finally:
+        for stack, before in zip(stacks, kept, strict=True):
+            stack[:] = before
+
+
+@contextmanager
+def evaluation_mode(*programs: Any) -> Iterator[torch.device | None]:
+    """Put the modules behind Pyro programs into `eval()`, and each back as it was; yields their device.
+
+    A program is an `nn.Module`, a method of one, or a function that refers to some. The device is that of the first
+    parameter found, None without one.
+    """
+    modules = modules_behind(*programs)
+    training = {module: module.training for root in modules for module in root.modules()}
+    parameter = next((tensor for module in modules for tensor in (*module.parameters(), *module.buffers())), None)
+    try:
+        for module in modules:
+            module.eval()
+        yield None if parameter is None else parameter.device
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def modules_behind(*programs: Any) -> list[nn.Module]:
+    """The modules that Pyro programs are (an `nn.Module`, a method of one) or refer to (a function), each once."""
+    return list(dict.fromkeys(module for program in programs for module in _modules_behind(program, set())))
+
+
+def _modules_behind(program: Any, seen: set[int]) -> Iterator[nn.Module]:
+    if id(program) in seen:
+        return
+    seen.add(id(program))
+    if isinstance(program, nn.Module):
+        yield program
+    elif isinstance(program, functools.partial):
+        for part in (program.func, *program.args, *program.keywords.values()):
+            yield from _modules_behind(part, seen)
+    elif inspect.ismethod(program):
+        yield from _modules_behind(program.__self__, seen)
+    elif isinstance(program, list | tuple | dict):
+        for part in program.values() if isinstance(program, dict) else program:
+            yield from _modules_behind(part, seen)
+    elif inspect.isfunction(program):
+        names = inspect.getclosurevars(program)
+        for value in (*names.nonlocals.values(), *names.globals.values()):
+            ours = isinstance(value, nn.Module | list | tuple | dict)
+            if ours or getattr(value, "__module__", None) == program.__module__:
+                yield from _modules_behind(value, seen)
+    elif hasattr(program, "__dict__") and not isinstance(program, type):  # an object that holds modules
+        for value in vars(program).values():
+            if isinstance(value, nn.Module | list | tuple | dict):
+                yield from _modules_behind(value, seen)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise unless `value` is a whole number of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, found {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, found {value}")
+
+
+def checks_values() -> bool:
+    """Whether a part looks at the values of its data, as it does but in a recording (see `pyrovae.programs.extract`)."""
+    return _checks_values
+
+
+@contextmanager
+def without_checks() -> Iterator[None]:
+    """No look at values inside: a recorded program cannot branch on them. For data that were checked before."""
+    global _checks_values
+    before, _checks_values = _checks_values, False
+    try:
+        yield
+    finally:
+        _checks_values = before
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Apply `function` to the tensors in nested tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(map_tensors(function, value) for value in tree)
+    return tree

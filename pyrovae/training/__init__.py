@@ -1,0 +1,1 @@
+"""Training by Pyro's own `SVI`."""

@@ -1,0 +1,1 @@
+"""Log importance weights of any Pyro model/guide pair."""

@@ -1,0 +1,111 @@
+"""Log importance weights of any Pyro model/guide pair: programs in, (S, N) arrays out.
+
+Data are the outer loop and particles the inner one, so that for one block of data all S weights are at hand (the
+reducers of `pyrovae.estimators` need them together) while memory stays flat in S.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyrovae.programs.modules import check_count, evaluation_mode, map_tensors, modules_behind
+from pyrovae.programs.traces import Program
+from pyrovae.weights.pair import Pair
+from pyrovae.weights.recorded import pays_off
+
+__all__ = ["log_weight_blocks", "log_weights"]
+
+
+def log_weights(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int = 100,
+    plate: str | None = None,
+    vectorize_particles: bool | Literal["auto"] = "auto",
+    data_batch_size: int | Literal["auto"] | None = "auto",
+    particle_batch_size: int | Literal["auto"] = "auto",
+    compile: bool | Literal["auto"] = "auto",
+    progress: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """Log importance weights of any Pyro model/guide pair, per datum.
+
+    log w[s, n] = log p(x_n, z_sn) - log q(z_sn | x_n),   z_sn ~ q(. | x_n)
+
+    Shapes: (S, N), S = num_particles, N the size of the datum plate; in nats. The whole array is returned; take
+    `log_marginal_likelihood` where it would not fit. Arguments and errors are those of `log_marginal_likelihood`.
+
+    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
+    """
+    blocks = log_weight_blocks(
+        model,
+        guide,
+        args,
+        kwargs,
+        num_particles=num_particles,
+        plate=plate,
+        vectorize_particles=vectorize_particles,
+        data_batch_size=data_batch_size,
+        particle_batch_size=particle_batch_size,
+        compile=compile,
+        progress=progress,
+    )
+    return torch.cat(list(blocks), dim=1)
+
+
+def log_weight_blocks(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: dict,
+    *,
+    num_particles: int,
+    plate: str | None,
+    vectorize_particles: bool | Literal["auto"],
+    data_batch_size: int | Literal["auto"] | None,
+    particle_batch_size: int | Literal["auto"],
+    compile: bool | Literal["auto"],
+    progress: bool,
+) -> Iterator[Tensor]:
+    """The log weights of `log_weights` in blocks of data: (S, B) arrays, in the order of the data."""
+    check_count("num_particles", num_particles)
+    if data_batch_size not in ("auto", None):
+        check_count("data_batch_size", data_batch_size)
+    if particle_batch_size != "auto":
+        check_count("particle_batch_size", particle_batch_size)
+    if vectorize_particles not in (True, False, "auto"):
+        raise ValueError(f"vectorize_particles must be True, False or 'auto', found {vectorize_particles!r}")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
+    with evaluation_mode(model, guide) as device:
+        if device is not None:
+            args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
+        pair = Pair(model, guide, args, kwargs, plate, data_batch_size)
+        block_size, chunk_size = pair.sizes(num_particles, data_batch_size, particle_batch_size)
+        vectorised = bool(vectorize_particles)
+        if vectorised and (reason := pair.reason_to_loop(block_size)):
+            if vectorize_particles is True:
+                raise ValueError(
+                    f"the program cannot draw its particles under an outer plate ({reason}); "
+                    f"vectorize_particles='auto' draws them one by one"
+                )
+            warnings.warn(
+                f"particles are drawn one by one, which is slow: under an outer plate the program fails ({reason}); "
+                f"networks that keep leading dimensions (no view(-1, D), no fixed dim=1) allow it",
+                stacklevel=3,
+            )
+            vectorised = False
+        modules = modules_behind(model, guide)
+        if compile == "auto":
+            compile = pays_off(pair.num_data * num_particles, modules_behind(model), modules)
+        if vectorised and compile and chunk_size < num_particles:
+            pair.record(modules, block_size, chunk_size)
+        with tqdm(total=pair.num_data, unit=" data", desc="log weights", disable=not progress) as bar:
+            for start, stop in pair.blocks(block_size):
+                yield pair.block(start, stop, num_particles, chunk_size, vectorised)
+                bar.update(stop - start)

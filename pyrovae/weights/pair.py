@@ -1,0 +1,289 @@
+"""A model/guide pair looked at once: how its data can be cut, how its particles can be drawn, and the drawing itself.
+
+Particles are drawn under an outer plate where the program allows it, which is found by comparing with particles drawn
+one by one; data are fed in blocks where the program allows that, which is found by comparing pieces with the whole.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from pyrovae.guides.contract import Guide
+from pyrovae.programs.agreement import agree
+from pyrovae.programs.inspection import inspect_pair, refuse_impossible_data
+from pyrovae.programs.modules import map_tensors, modules_behind
+from pyrovae.programs.traces import (
+    Layout,
+    Program,
+    log_weights_of,
+    run_pair,
+    sample_sites,
+    select_data,
+    select_particle,
+    trace_program,
+    under_particles,
+)
+from pyrovae.weights.recorded import RecordedDraw, record_draw
+
+__all__ = ["Pair", "reason_to_loop"]
+
+# Numbers that go through the networks at once, taking a row (one particle of one datum) for _ROW_SIZE or more. On a
+# CPU the activations should stay in the cache, which is the whole story of its speed; a GPU should be filled.
+_CPU_ELEMENTS, _GPU_ELEMENTS, _ROW_SIZE = 2**20, 2**26, 512
+_CPU_WEIGHTS, _GPU_WEIGHTS = 2**18, 2**26  # weights kept at once: all S of each datum of a block
+_FEWEST_PARTICLES = 16  # drawn at once, so that the encoder's share stays small
+_HEAD = 32  # data used to look at a program
+_LOOK = 2**19  # numbers of data that go through the program at once to look at it
+_OTHERS = 8  # further runs that must find data impossible before they are called so
+_OF_MODULES = "$$$"  # in the names of parameters that Pyro knows from a module
+
+
+class Pair:
+    """A model/guide pair with its arguments, looked at once; `block` then draws weights for a range of data."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None, data_batch_size: Any
+    ):
+        self.model, self.guide, self.plate = model, guide, plate
+        self.args, self.kwargs = args, kwargs
+        self.split_size: int | None = None
+        self.recorded: RecordedDraw | None = None
+        self.recorded_sizes = (0, 0)
+        tensors: list[Tensor] = []
+        map_tensors(tensors.append, (args, kwargs))
+        self.cuda = any(tensor.is_cuda for tensor in tensors)
+        if data_batch_size is not None and self._find_split(tensors, fewest=1 if data_batch_size == 1 else 2):
+            return
+        # A program that is refused with a few data is refused here with all of them, which says why.
+        self.layout, model_trace, _ = inspect_pair(
+            model, self.guide_given(self.encode(args, kwargs)), args, kwargs, plate
+        )
+        self.num_data = self.layout.num_data
+        self.row_size = _row_size(model_trace, self.layout)
+        if data_batch_size not in (None, "auto"):
+            raise ValueError(
+                f"data_batch_size={data_batch_size}, but the program cannot be fed its data in blocks: either its plate does "
+                f"not take its size from the tensors passed, or data influence each other; data_batch_size=None evaluates "
+                f"them together"
+            )
+
+    def _find_split(self, tensors: list[Tensor], fewest: int) -> bool:
+        """Whether tensors can be cut into blocks of data, of `fewest` rows at least."""
+        sizes = {len(tensor): 0 for tensor in tensors if tensor.ndim and len(tensor) > 1}
+        for tensor in tensors:
+            if tensor.ndim and len(tensor) in sizes:
+                sizes[len(tensor)] += tensor.numel() // len(tensor)
+        # Parameters made at the first call must be made for all the data, not for the few that are looked at.
+        if sizes and any(_is_unready(module) for root in modules_behind(self.guide) for module in root.modules()):
+            trace_program(self.guide, self.args, self.kwargs)
+        store = pyro.get_param_store()
+        known = set(store.keys())
+        found = any(self._try_to_split(length, row_size, fewest) for length, row_size in sizes.items())
+        made = [name for name in store.keys() if name not in known and _OF_MODULES not in name]  # noqa: SIM118
+        if not made:
+            return found
+        for name in made:
+            del store[name]
+        run_pair(self.model, self.guide, self.args, self.kwargs)
+        return any(self._try_to_split(length, row_size, fewest) for length, row_size in sizes.items())
+
+    def _try_to_split(self, length: int, row_size: int, fewest: int) -> bool:
+        """Whether tensors of this length can be cut into blocks of data: pieces give what the whole gives.
+
+        Asked of rows drawn from all, which are inspected, and of as many of the first rows as are quick to run.
+        """
+        self.split_size = length
+        head, many = min(length, _HEAD), min(length, max(_HEAD, _LOOK // row_size))
+        try:
+            rows = _some(length, head)
+            args, kwargs = self.cut(rows)
+            guide = self.guide_given(self.encode(args, kwargs))
+            layout, *traces = inspect_pair(self.model, guide, args, kwargs, self.plate)
+            # A subsample size that leaves these data whole may cut more of them: min(32, len(x)).
+            asked = any(trace.nodes[layout.plate]["fn"].subsample_size for trace in traces if layout.plate in trace)
+            if layout.dim is None or layout.subsampled or layout.num_data != head or asked:
+                raise ValueError("the tensors passed do not set the size of the datum plate")
+            looks = [(rows, torch.arange(head)), (torch.arange(many), _some(many, head))][: 1 + (length > head)]
+            if not all(self._pieces_agree(layout, whole, part, fewest) for whole, part in looks):
+                raise ValueError("data influence each other")
+        except Exception:  # whatever a program says to a slice of its data, it is asked again with all of them
+            self.split_size = None
+            return False
+        self.layout, self.num_data = layout, length
+        self.row_size = _row_size(traces[0], layout)
+        return True
+
+    def _pieces_agree(self, layout: Layout, rows: Tensor, part: Tensor, fewest: int) -> bool:
+        """Whether the data at positions `part` of some rows have the weights in small pieces that they have in the whole."""
+        pieces = _pieces(part, fewest)
+        whole_cut, cuts = self.cut(rows), [self.cut(rows[piece]) for piece in pieces]
+
+        def both() -> tuple[Tensor, Tensor]:
+            model_trace, guide_trace = run_pair(self.model, self.guide, *whole_cut)
+            whole = log_weights_of(layout._replace(num_data=len(rows)), model_trace, guide_trace)
+            apart = []
+            for piece, cut in zip(pieces, cuts, strict=True):
+                traces = run_pair(self.model, self.guide, *cut, select_data(guide_trace, layout, piece))
+                apart.append(log_weights_of(layout._replace(num_data=len(piece)), *traces))
+            return whole[:, part.to(whole.device)], torch.cat(apart, 1)
+
+        return agree(both)
+
+    def cut(self, rows: slice | Tensor) -> tuple[tuple, dict]:
+        if self.split_size is None:
+            return self.args, self.kwargs
+        return map_tensors(
+            lambda tensor: tensor[rows] if tensor.ndim and len(tensor) == self.split_size else tensor,
+            (self.args, self.kwargs),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Particles times data that go through the networks at once."""
+        elements = _GPU_ELEMENTS if self.cuda else _CPU_ELEMENTS
+        return max(1, elements // max(self.row_size, _ROW_SIZE))
+
+    def sizes(self, num_particles: int, data_batch_size: Any, particle_batch_size: Any) -> tuple[int, int]:
+        """(data per block, particles per chunk)."""
+        weights = _GPU_WEIGHTS if self.cuda else _CPU_WEIGHTS
+        block = self.num_data
+        if self.split_size is not None:
+            if data_batch_size == "auto":
+                fewest = min(num_particles, _FEWEST_PARTICLES)
+                data_batch_size = max(2, min(self.rows // fewest, weights // num_particles))
+            block = min(block, data_batch_size)
+        chunk = max(1, self.rows // block) if particle_batch_size == "auto" else particle_batch_size
+        return block, min(chunk, num_particles)
+
+    def blocks(self, size: int) -> Iterator[tuple[int, int]]:
+        """Ranges of that many data. A single row left over joins the last: a program may squeeze() it out of shape."""
+        starts = list(range(0, self.num_data, size))
+        if len(starts) > 1 and size > 1 and self.num_data - starts[-1] == 1:
+            starts.pop()
+        return pairwise([*starts, self.num_data])
+
+    @torch.no_grad()
+    def reason_to_loop(self, block_size: int) -> str | None:
+        """Why particles must be drawn one by one; None where two drawn together are the same two drawn apart."""
+        heads = (
+            {min(self.num_data, _HEAD)} if self.split_size is None else {min(self.num_data, _HEAD), min(block_size, 2)}
+        )
+        for head in sorted(heads, reverse=True):
+            args, kwargs = self.cut(slice(head))
+            guide = self.guide_given(self.encode(args, kwargs))
+            if reason := reason_to_loop(self.model, guide, args, kwargs, self.layout_of(0, head)):
+                return reason
+        return None
+
+    @torch.no_grad()
+    def block(self, start: int, stop: int, num_particles: int, chunk_size: int, vectorised: bool) -> Tensor:
+        """Log weights (S, stop - start) of a range of data."""
+        args, kwargs = self.cut(slice(start, stop))
+        layout = self.layout_of(start, stop)
+        encoded = self.encode(args, kwargs)
+        chunks: list[Tensor] = []
+        drawn = 0
+        while drawn < num_particles:
+            size = min(chunk_size, num_particles - drawn) if vectorised else None
+            # The first chunk of each block is drawn eagerly, with every check.
+            if chunks and self.recorded is not None and (stop - start, size) == self.recorded_sizes:
+                chunks.append(self.recorded(encoded, args, kwargs))
+            else:
+                model_trace, guide_trace = self._run(encoded, args, kwargs, layout, size)
+                if not chunks and self.split_size is not None:
+                    self._refuse_impossible(model_trace, args, kwargs, layout, size)
+                chunks.append(log_weights_of(layout, model_trace, guide_trace, size))
+            drawn += size or 1
+        return torch.cat(chunks)
+
+    @torch.no_grad()
+    def record(self, modules: list[nn.Module], num_data: int, num_particles: int) -> None:
+        """Record and compile the drawing of a chunk of that size, for `block` to use where it can."""
+        args, kwargs = self.cut(slice(num_data))
+        layout = self.layout_of(0, num_data)
+
+        def draw(encoded: Tensor | None, args: tuple, kwargs: dict) -> Tensor:
+            return log_weights_of(layout, *self._run(encoded, args, kwargs, layout, num_particles), num_particles)
+
+        self.recorded = record_draw(draw, modules, self.encode(args, kwargs), args, kwargs)
+        self.recorded_sizes = (num_data, num_particles)
+
+    def _refuse_impossible(self, model_trace, args, kwargs, layout, size) -> None:
+        others = (self._run(None, args, kwargs, layout, size)[0] for _ in range(_OTHERS))
+        refuse_impossible_data(model_trace, others)
+
+    def layout_of(self, start: int, stop: int) -> Layout:
+        return self.layout if self.split_size is None else self.layout._replace(num_data=stop - start)
+
+    def encode(self, args: tuple, kwargs: dict) -> Tensor | None:
+        """The guide's encoding of these data, done once for all particles, where it offers that (`pyrovae.guides.Guide`)."""
+        kind = type(self.guide)
+        # A class with a `forward` or `posterior` of its own is run as it is.
+        if isinstance(self.guide, Guide) and kind.forward is Guide.forward and kind.posterior is Guide.posterior:
+            return self.guide.encode(*args, **kwargs)
+        return None
+
+    def guide_given(self, encoded: Tensor | None) -> Program:
+        """The guide that draws from what `encode` gave."""
+        return self.guide if encoded is None else self.guide.given(encoded)
+
+    def _run(self, encoded: Tensor | None, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None):
+        """One run of the pair: of `num_particles` under an outer plate, or of one without."""
+        return _run(self.model, self.guide_given(encoded), args, kwargs, layout, num_particles)
+
+
+def _run(model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None):
+    if num_particles is not None:
+        model, guide = (under_particles(program, layout, num_particles) for program in (model, guide))
+    return run_pair(model, guide, args, kwargs, layout.pinned)
+
+
+@torch.no_grad()
+def reason_to_loop(model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout) -> str | None:
+    """Why a pair must draw its particles one by one; None where two drawn together are the same two drawn apart."""
+
+    def both() -> tuple[Tensor, Tensor]:
+        model_trace, guide_trace = _run(model, guide, args, kwargs, layout, 2)
+        together = log_weights_of(layout, model_trace, guide_trace, 2)
+        apart = []
+        for particle in range(2):
+            replayed = select_particle(guide_trace, layout, particle)
+            apart.append(log_weights_of(layout, *run_pair(model, guide, args, kwargs, layout.pinned, replayed)))
+        return together, torch.cat(apart)
+
+    try:
+        return None if agree(both) else "two particles drawn together differ from the same two drawn apart"
+    except Exception as error:
+        # A program that fails for one particle too has another trouble than the plate, and says so itself.
+        log_weights_of(layout, *run_pair(model, guide, args, kwargs, layout.pinned))
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _some(length: int, count: int) -> Tensor:
+    """Some of the positions 0 ... length - 1, in order."""
+    return torch.randperm(length)[:count].sort().values
+
+
+def _pieces(positions: Tensor, fewest: int) -> list[Tensor]:
+    """Pieces of many sizes, none shorter than `fewest`, where there are as many."""
+    sizes: list[int] = []
+    for size in (fewest, fewest, 3, 6, 5, 7):
+        if sum(sizes) + size + fewest <= len(positions):
+            sizes.append(size)
+    return list(positions.split([*sizes, len(positions) - sum(sizes)]))
+
+
+def _is_unready(module: nn.Module) -> bool:
+    """Whether a module is an automatic guide of Pyro that has not been called yet."""
+    return hasattr(module, "prototype_trace") and module.prototype_trace is None
+
+
+def _row_size(model_trace: Trace, layout: Layout) -> int:
+    """Floats that one particle of one datum takes at the largest site."""
+    return max(site["value"].numel() for _, site in sample_sites(model_trace)) // layout.num_data
