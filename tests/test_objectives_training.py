@@ -18,7 +18,7 @@ import pyrovae as pv
 from pyrovae import objectives
 from pyrovae.objectives import particles
 from pyrovae.programs.extract import extract
-from pyrovae.training.loop import _recorded
+from pyrovae.training.parts import parts_of
 from pyrovae.training.recorded import _surrogate
 
 # name -> make(): every objective, with what it can be asked for
@@ -345,7 +345,7 @@ def test_history_of_pyros_enumeration_claims_no_parts():
 def test_fit_reads_the_parts_off_the_surrogate():
     model, guide = make()
     objective = objectives.AnalyticKL(beta=3.0)
-    with _recorded(objective) as parts:
+    with parts_of(objective) as parts:
         objective.loss_and_grads(model, guide, binary())
     parts.count(40)
     elbo, reconstruction, kl = parts.means()

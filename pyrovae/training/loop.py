@@ -2,14 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import (
     ELBO,
     SVI,
@@ -23,8 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyrovae.programs.modules import check_count, evaluation_mode, modules_behind
-from pyrovae.programs.traces import Program, sample_sites
+from pyrovae.programs.traces import Program
 from pyrovae.training.optimization import OneAdam, cosine_schedule
+from pyrovae.training.parts import ElboParts, parts_of
 from pyrovae.training.recorded import pays_off, record_step
 
 __all__ = ["FitResult", "fit", "pick_device"]
@@ -131,7 +130,7 @@ def fit(
     steps_per_epoch = -(-len(train) // batch_size)
     recorded = None
     wanted = pays_off(epochs * steps_per_epoch, batch_size, modules, loss, transform) if compile == "auto" else compile
-    parts = _Parts(None)
+    parts = ElboParts(None)
     history: list[dict[str, float]] = []
     best: tuple[float, int, list[Tensor]] = (-math.inf, 0, [])
     start = time.perf_counter()
@@ -142,7 +141,7 @@ def fit(
             order = torch.randperm(len(train), device=device).split(batch_size)
             if epoch == 2 and wanted and len(order[0]) == batch_size:
                 recorded = record_step(model, guide, loss, optimizer, modules, transform, train, order[0])
-            with _recorded(loss, parts.full_size) as parts:
+            with parts_of(loss, parts.full_size) as parts:
                 for step, index in enumerate(order):
                     done = (epoch - 1 + (step + 1) / steps_per_epoch) / epochs
                     optimizer.learning_rate = learning_rate * (schedule(done) if schedule else 1.0)
@@ -212,77 +211,6 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     return device
 
 
-class _Parts:
-    """Sums of log p(x|z) and of log q(z|x) - log p(z) over the traces that a loss makes anyway."""
-
-    def __init__(self, full_size: int | None) -> None:
-        self.reconstruction: Any = math.nan
-        self.kl: Any = math.nan
-        self.full_size = full_size  # of a subsampled plate, whose sites are scaled up to it
-        self.num_data = 0
-
-    def add(self, reconstruction: Tensor, kl: Tensor) -> None:
-        started = self.reconstruction is not math.nan
-        self.reconstruction = (self.reconstruction if started else 0.0) + reconstruction
-        self.kl = (self.kl if started else 0.0) + kl
-
-    def add_parts(self, parts: Any) -> None:
-        """Add what an objective of ours reports of a step (`pyrovae.objectives.Parts`)."""
-        self.full_size = parts.full_size or self.full_size
-        self.add(parts.reconstruction, parts.kl)
-
-    def add_traces(self, model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int) -> None:
-        reconstruction, kl = 0.0, 0.0
-        for trace in (model_trace, guide_trace):
-            if any(site["infer"].get("_enumerate_dim") is not None for _, site in sample_sites(trace)):
-                reconstruction = kl = torch.tensor(math.nan)  # tables of log densities, not those of draws
-        for _, site in sample_sites(model_trace):
-            if site["is_observed"]:
-                reconstruction = reconstruction + site["log_prob_sum"].detach()
-            else:
-                kl = kl - site["log_prob_sum"].detach()
-            for frame in site["cond_indep_stack"]:
-                if frame.full_size not in (None, frame.size):
-                    self.full_size = frame.full_size
-        for _, site in sample_sites(guide_trace):
-            kl = kl + site["log_prob_sum"].detach()
-        self.add(reconstruction / num_particles, kl / num_particles)
-
-    def count(self, batch_size: int) -> None:
-        """Count the data of one step, after it."""
-        self.num_data += self.full_size or batch_size
-
-    def means(self) -> tuple[float, float, float]:
-        """(elbo, reconstruction, kl) per datum."""
-        reconstruction, kl = float(self.reconstruction) / self.num_data, float(self.kl) / self.num_data
-        return reconstruction - kl, reconstruction, kl
-
-
-@contextmanager
-def _recorded(loss: ELBO, full_size: int | None = None) -> Iterator[_Parts]:
-    """Read the two parts of the ELBO off what a loss computes anyway: our objectives' `surrogate`, Pyro's traces."""
-    parts = _Parts(full_size)
-    name = "surrogate" if hasattr(loss, "surrogate") else "_get_trace"
-    original = getattr(loss, name, None)
-    if original is None:
-        yield parts
-        return
-
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if name == "surrogate":
-            parts.add_parts(result[1])
-        else:
-            parts.add_traces(*result, loss.num_particles)
-        return result
-
-    setattr(loss, name, recording)
-    try:
-        yield parts
-    finally:
-        delattr(loss, name)
-
-
 def _validate(model: Program, guide: Program, data: Tensor) -> tuple[float, float, float]:
     """(elbo, reconstruction, kl) per datum, one particle, under the same noise at every call."""
     elbo = Trace_ELBO()
@@ -292,7 +220,7 @@ def _validate(model: Program, guide: Program, data: Tensor) -> tuple[float, floa
         evaluation_mode(model, guide),
         torch.no_grad(),
         pyro.validation_enabled(False),
-        _recorded(elbo) as parts,
+        parts_of(elbo) as parts,
     ):
         torch.manual_seed(_VALIDATION_SEED)
         for batch in data.split(_VALIDATION_ROWS):

@@ -1,0 +1,86 @@
+"""The two parts of the ELBO, reconstruction and KL, read off what a loss computes anyway."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyrovae.programs.traces import sample_sites
+
+__all__ = ["ElboParts", "parts_of"]
+
+
+class ElboParts:
+    """Sums of log p(x|z) and of log q(z|x) - log p(z) over the traces that a loss makes anyway."""
+
+    def __init__(self, full_size: int | None) -> None:
+        self.reconstruction: Any = math.nan
+        self.kl: Any = math.nan
+        self.full_size = full_size  # of a subsampled plate, whose sites are scaled up to it
+        self.num_data = 0
+
+    def add(self, reconstruction: Tensor, kl: Tensor) -> None:
+        started = self.reconstruction is not math.nan
+        self.reconstruction = (self.reconstruction if started else 0.0) + reconstruction
+        self.kl = (self.kl if started else 0.0) + kl
+
+    def add_parts(self, parts: Any) -> None:
+        """Add what an objective of ours reports of a step (`pyrovae.objectives.Parts`)."""
+        self.full_size = parts.full_size or self.full_size
+        self.add(parts.reconstruction, parts.kl)
+
+    def add_traces(self, model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int) -> None:
+        reconstruction, kl = 0.0, 0.0
+        for trace in (model_trace, guide_trace):
+            if any(site["infer"].get("_enumerate_dim") is not None for _, site in sample_sites(trace)):
+                reconstruction = kl = torch.tensor(math.nan)  # tables of log densities, not those of draws
+        for _, site in sample_sites(model_trace):
+            if site["is_observed"]:
+                reconstruction = reconstruction + site["log_prob_sum"].detach()
+            else:
+                kl = kl - site["log_prob_sum"].detach()
+            for frame in site["cond_indep_stack"]:
+                if frame.full_size not in (None, frame.size):
+                    self.full_size = frame.full_size
+        for _, site in sample_sites(guide_trace):
+            kl = kl + site["log_prob_sum"].detach()
+        self.add(reconstruction / num_particles, kl / num_particles)
+
+    def count(self, batch_size: int) -> None:
+        """Count the data of one step, after it."""
+        self.num_data += self.full_size or batch_size
+
+    def means(self) -> tuple[float, float, float]:
+        """(elbo, reconstruction, kl) per datum."""
+        reconstruction, kl = float(self.reconstruction) / self.num_data, float(self.kl) / self.num_data
+        return reconstruction - kl, reconstruction, kl
+
+
+@contextmanager
+def parts_of(loss: ELBO, full_size: int | None = None) -> Iterator[ElboParts]:
+    """Read the two parts of the ELBO off what a loss computes anyway: our objectives' `surrogate`, Pyro's traces."""
+    parts = ElboParts(full_size)
+    name = "surrogate" if hasattr(loss, "surrogate") else "_get_trace"
+    original = getattr(loss, name, None)
+    if original is None:
+        yield parts
+        return
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if name == "surrogate":
+            parts.add_parts(result[1])
+        else:
+            parts.add_traces(*result, loss.num_particles)
+        return result
+
+    setattr(loss, name, recording)
+    try:
+        yield parts
+    finally:
+        delattr(loss, name)
