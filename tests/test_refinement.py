@@ -267,6 +267,35 @@ def test_training_with_refinement(double):
     assert history[-1]["elbo"] > history[0]["elbo"] + 1
 
 
+def test_looking_at_a_refined_guide_takes_few_steps(linear_gaussian, monkeypatch):
+    """Each block is refined once, and looking at the pair takes two refinements more and a few steps."""
+    counted = []
+    log_joint = Refined._log_joint
+    monkeypatch.setattr(Refined, "_log_joint", lambda self, *args: (counted.append(1), log_joint(self, *args))[1])
+    refined = Refined(normal_guide(), linear_gaussian.model, 100)
+    mixture = DefensiveMixture(refined, priors.StandardNormal(3).double())
+    for guide in (refined, mixture):
+        counted.clear()
+        pv.log_weights(linear_gaussian.model, guide, linear_gaussian.data(10), num_particles=5, data_batch_size=5)
+        assert len(counted) < 600
+
+
+def test_data_that_influence_each_other_are_not_cut(linear_gaussian):
+    """A model that couples data couples what is refined: found in two steps, and refused where blocks were asked for."""
+    likelihood = likelihoods.Bernoulli(nets.MLP(2, [8], 12), SHAPE)
+    model = pv.GenerativeModel(priors.StandardNormal(2), likelihood)
+
+    def coupled(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", likelihood(z - z.mean(-2, keepdim=True)), obs=x)
+
+    x = model.generate(10)
+    refined = Refined(GUIDES["MeanFieldNormal"](), coupled, 20)
+    with pytest.raises(ValueError, match="cannot be fed its data in blocks"):
+        pv.log_weights(model, refined, x, num_particles=4, data_batch_size=5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_refinement_on_a_gpu():
     """Each datum for itself, its ELBO better than before, and the generator left alone."""

@@ -65,6 +65,10 @@ class Guide(nn.Module, ABC):
 
         return run
 
+    def outline(self) -> "Guide":
+        """A guide with the sites, supports and dependences of this one, quick to run, where only these are asked about."""
+        return self
+
     def extra_repr(self) -> str:
         return f"latent_dim={self.latent_dim}"
 

@@ -21,9 +21,10 @@ class DefensiveMixture(Guide):
     guide: q; prior: p, the model's (any module whose `forward()` gives a distribution); weight: between 0 and 1
 
     For evaluation: where q is too narrow the weights of q alone have no finite variance, those of q' are bounded
-    wherever p(x|z) is, at the price of the share `weight` of the draws. A draw is a choice of component and so not
-    reparameterised: `rsample` and objectives that need it refuse it. The density of the prior's draws under q is needed;
-    with an autoregressive flow that is an inversion, latent_dim times the cost of a draw.
+    wherever p(x|z) is, at the price of the share `weight` of the draws. Its ELBO and gap are those of the mixture, worse
+    than q's: what it is for is log p(x). A draw is a choice of component and so not reparameterised: `rsample` and
+    objectives that need it refuse it. The density of the prior's draws under q is needed; with an autoregressive flow
+    that is an inversion, latent_dim times the cost of a draw.
 
     Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,).
 
@@ -49,6 +50,9 @@ class DefensiveMixture(Guide):
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
         return _Mixture(self.guide.distribution(parameters), self.prior(), self.weight)
+
+    def outline(self) -> "DefensiveMixture":
+        return DefensiveMixture(self.guide.outline(), self.prior, self.weight)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.weight:g}"

@@ -84,6 +84,11 @@ class Refined(Guide):
     def latents(self, parameters: Tensor, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
         return self.guide.latents(parameters, visit)
 
+    def outline(self) -> "Refined":
+        # Whatever one datum has to do with another shows in the first steps.
+        few = min(2, self.num_steps)
+        return Refined(self.guide, self.model, few, learning_rate=self.learning_rate, num_particles=self.num_particles)
+
     def _refined(self, x: Tensor, start: Tensor) -> Tensor:
         """Parameters (N, P), by the steps from `start`."""
         with (

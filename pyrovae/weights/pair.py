@@ -123,13 +123,14 @@ class Pair:
         """Whether the data at positions `part` of some rows have the weights in small pieces that they have in the whole."""
         pieces = _pieces(part, fewest)
         whole_cut, cuts = self.cut(rows), [self.cut(rows[piece]) for piece in pieces]
+        guide = self.guide.outline() if isinstance(self.guide, Guide) else self.guide
 
         def both() -> tuple[Tensor, Tensor]:
-            model_trace, guide_trace = run_pair(self.model, self.guide, *whole_cut)
+            model_trace, guide_trace = run_pair(self.model, guide, *whole_cut)
             whole = log_weights_of(layout._replace(num_data=len(rows)), model_trace, guide_trace)
             apart = []
             for piece, cut in zip(pieces, cuts, strict=True):
-                traces = run_pair(self.model, self.guide, *cut, select_data(guide_trace, layout, piece))
+                traces = run_pair(self.model, guide, *cut, select_data(guide_trace, layout, piece))
                 apart.append(log_weights_of(layout._replace(num_data=len(piece)), *traces))
             return whole[:, part.to(whole.device)], torch.cat(apart, 1)
 
