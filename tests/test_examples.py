@@ -12,18 +12,20 @@ import pytest
 from pyrovae import registry
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "examples/mnist_svi.py"
 FIGURES = ("samples.png", "reconstructions.png", "training.png", "tightness.png")
 
 
-def run(*options, cwd=None, **environment):
-    command = [sys.executable, "-W", "error", str(SCRIPT), *map(str, options)]
+def run(*options, cwd=None, script="mnist_svi.py", **environment):
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / script), *map(str, options)]
     environment = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
 
 
 def test_every_example_is_tested():
-    assert sorted(path.name for path in (ROOT / "examples").glob("*.py")) == ["mnist_svi.py"]
+    assert sorted(path.name for path in (ROOT / "examples").glob("*.py")) == [
+        "compare_parts.py",
+        "mnist_svi.py",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,19 @@ def test_every_part_by_its_name(number, tmp_path):
     assert metrics["test"]["gap"] > 0
     for name in FIGURES:
         assert (tmp_path / "run" / name).stat().st_size > 1000, name
+
+
+@pytest.mark.slow
+def test_compare_parts(tmp_path):
+    options = ("--dataset", "digits", "--epochs", 2, "--num-test", 50, "--num-particles", 30, "--quiet")
+    done = run(*options, "--out", tmp_path / "parts.json", script="compare_parts.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "priors: 3 model/guide pairs on 50 data" in done.stdout
+    assert "guides, on one frozen model: 5 model/guide pairs" in done.stdout
+    result = json.loads((tmp_path / "parts.json").read_text())
+    assert {row["name"] for row in result["priors"]} == {"standard-normal", "vamp", "realnvp"}
+    assert run("--priors", "vamp", "nsf", script="compare_parts.py").returncode == 2
 
 
 def test_wrong_names_list_the_right_ones():

@@ -1,0 +1,120 @@
+"""Swap one part at a time: priors against each other, and, on one frozen model, guides against each other.
+
+    python examples/compare_parts.py
+
+trains a VAE per prior (same networks, data and epochs) and compares log p(x) of the same test images; then keeps the model
+of the standard normal prior as it is, trains a new guide of each kind for it, and compares those. The model being the same,
+log p(x) is too, and a difference in ELBO is a difference in the gap, up to Monte Carlo error and bias.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import pyro
+
+import pyrovae as pv
+
+HIDDEN, LATENT_DIM, BATCH_SIZE, LEARNING_RATE = [300, 300], 40, 200, 3e-3
+
+
+def main() -> None:
+    options = parse_options()
+    data = pv.data.load(options.dataset, options.data_dir)
+    test = data.test[: options.num_test]
+    network = pv.registry.NETWORKS["mlp"]
+
+    def make_guide(name):
+        return pv.registry.GUIDES[name](network.encoder(data.data_shape, HIDDEN), LATENT_DIM)
+
+    def train(model, guide):
+        pyro.set_rng_seed(options.seed)
+        return pv.fit(
+            model,
+            guide,
+            data.train,
+            transform=data.transform,
+            validation=data.validation,
+            epochs=options.epochs,
+            batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            progress=not options.quiet,
+        ).seconds
+
+    def evaluate(model, guide):
+        pyro.set_rng_seed(options.seed)
+        return pv.log_marginal_likelihood(
+            model, guide, test, num_particles=options.num_particles, progress=not options.quiet
+        )
+
+    by_prior, by_guide, seconds = {}, {}, {}
+    for name in options.priors:
+        pyro.set_rng_seed(options.seed)
+        guide = make_guide("mean-field")
+        decoder = network.decoder(LATENT_DIM, data.data_shape, HIDDEN)
+        likelihood = pv.likelihoods.Bernoulli(decoder, data.data_shape, data_mean=data.train.mean(0))
+        model = pv.GenerativeModel(pv.registry.PRIORS[name](LATENT_DIM, guide, data.train), likelihood)
+        seconds[f"prior {name}"] = train(model, guide)
+        by_prior[name] = evaluate(model, guide)
+        if name == "standard-normal":
+            frozen = model
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    for name in options.guides:
+        pyro.set_rng_seed(options.seed)
+        guide = make_guide(name)
+        seconds[f"guide {name}"] = train(frozen, guide)
+        by_guide[name] = evaluate(frozen, guide)
+
+    tables = {"priors": pv.compare(by_prior), "guides, on one frozen model": pv.compare(by_guide)}
+    for title, table in tables.items():
+        print(f"\n{title}: {table}")
+    print("\n" + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
+    if options.out:
+        result = {title: [asdict(row) for row in table.rows] for title, table in tables.items()} | {
+            "dataset": data.name,
+            "num_test": len(test),
+            "num_particles": options.num_particles,
+            "epochs": options.epochs,
+            "seed": options.seed,
+            "training_seconds": seconds,
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("pyrovae", "torch", "pyro-ppl", "zuko")},
+            "command": " ".join(["python", *sys.argv]),
+        }
+        Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--dataset", default="auto", choices=pv.data.NAMES[:-1], help="auto: MNIST, or digits where it is not to be had"
+    )
+    add("--data-dir", help="folder of the data (default: $PYROVAE_DATA, else a cache folder)")
+    add(
+        "--priors",
+        nargs="+",
+        default=["standard-normal", "vamp", "realnvp"],
+        choices=pv.registry.PRIORS,
+        help="standard-normal among them: its model is the one that is frozen",
+    )
+    add("--guides", nargs="+", default=list(pv.registry.GUIDES), choices=pv.registry.GUIDES)
+    add("--epochs", type=int, default=15, help="of each training (default: 15)")
+    add("--num-test", type=int, default=2000, help="test images (default: 2000)")
+    add("--num-particles", type=int, default=500, help="per test image (default: 500)")
+    add("--seed", type=int, default=0, help="of each training and evaluation (default: 0)")
+    add("--out", help="file for the numbers, as JSON")
+    add("--quiet", action="store_true", help="no progress bars")
+    options = parser.parse_args()
+    if "standard-normal" not in options.priors or min(len(options.priors), len(options.guides)) < 2:
+        parser.error("a comparison needs two priors, standard-normal among them, and two guides")
+    return options
+
+
+if __name__ == "__main__":
+    main()
