@@ -73,6 +73,7 @@ def to_inference_data(
     return xarray.DataTree.from_dict({f"/{name}": group for name, group in groups.items()})
 
 
+@torch.no_grad()
 def _draws(model: Program, guide: Program, args: tuple, plate: str | None, num_draws: int) -> tuple[dict, dict, Any]:
     with evaluation_mode(model, guide) as device:
         if device is not None:

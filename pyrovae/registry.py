@@ -39,20 +39,21 @@ class LikelihoodName(NamedTuple):
 
     images: "binary" (`Splits.binarized`), "levels" (grey levels as loaded) or "continuous" (`Splits.dequantized`)
     options(data, scale): what its class takes beside the network, the shape and the mean of the data
+    num_parameters(data): numbers per pixel where they depend on the data, else None
     """
 
     likelihood: type[likelihoods.Likelihood]
     images: str
     options: Callable[[Splits, float], dict] = lambda data, scale: {}
+    num_parameters: Callable[[Splits], int | None] = lambda data: None
 
     def __call__(
         self, decoder: Callable[[Sequence[int]], nn.Module], data: Splits, scale: float = 1.0
     ) -> likelihoods.Likelihood:
         """The likelihood on the network that decoder(out_shape) gives."""
-        options = self.options(data, scale)
-        sizes = {name: value for name, value in options.items() if name in ("num_levels", "num_components")}
-        num_parameters = self.likelihood.num_parameters(**sizes)
+        num_parameters = self.num_parameters(data) or self.likelihood.num_parameters()
         out_shape = data.data_shape if num_parameters == 1 else (num_parameters, *data.data_shape)
+        options = self.options(data, scale)
         return self.likelihood(decoder(out_shape), data.data_shape, data_mean=data.train.mean(0), **options)
 
 
