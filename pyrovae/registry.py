@@ -104,7 +104,10 @@ LIKELIHOODS = {
         likelihoods.DiscretizedLogistic, "levels", lambda data, scale: {"num_levels": data.num_levels}
     ),
     "categorical": LikelihoodName(
-        likelihoods.Categorical, "levels", lambda data, scale: {"num_levels": data.num_levels}
+        likelihoods.Categorical,
+        "levels",
+        lambda data, scale: {"num_levels": data.num_levels},
+        lambda data: data.num_levels,
     ),
 }
 
