@@ -40,13 +40,13 @@ class Codes(nn.Module):
         self.decoder, self.encoder = nn.Linear(3, 12), nn.Linear(12, 3)
 
     def model(self, x):
-        pv.modules.emit_parameters(self, "codes")
+        pv.programs.modules.emit_parameters(self, "codes")
         with pyro.plate("data", len(x)):
             b = pyro.sample("b", dist.Bernoulli(logits=torch.zeros(3)).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=self.decoder(b)).to_event(1), obs=x.flatten(1))
 
     def guide(self, x):
-        pv.modules.emit_parameters(self, "codes")
+        pv.programs.modules.emit_parameters(self, "codes")
         with pyro.plate("data", len(x)):
             pyro.sample("b", dist.Bernoulli(logits=self.encoder(x.flatten(1))).to_event(1))
 
@@ -332,7 +332,7 @@ def test_history_of_pyros_enumeration_claims_no_parts():
 
     @pyro.infer.config_enumerate
     def guide(x):
-        pv.modules.emit_parameters(codes, "codes")
+        pv.programs.modules.emit_parameters(codes, "codes")
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("b", dist.Bernoulli(logits=codes.encoder(x).sum(-1)))
 

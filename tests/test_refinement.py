@@ -121,7 +121,7 @@ def test_nothing_else_changes(linear_gaussian):
     )
     assert all(module.training for module in model.modules())
     guide.train()
-    with torch.no_grad(), pv.modules.evaluation_mode(refined):
+    with torch.no_grad(), pv.programs.modules.evaluation_mode(refined):
         encoded = refined.encode(x)
     assert not encoded.requires_grad
     assert torch.equal(torch.get_rng_state(), random_state)
