@@ -347,3 +347,8 @@ def test_one_latent_dimension(name, latent_dim, double):
     x = torch.rand(3, *SHAPE)
     assert guide.posterior(x).mean.shape == (3, latent_dim)
     assert guide.posterior(x).log_prob(torch.zeros(7, 3, latent_dim)).shape == (7, 3)
+
+
+def test_a_posterior_that_would_not_be_drawn_from_is_refused():
+    with pytest.raises(TypeError, match="override `distribution`"):
+        type("Own", (pv.guides.MeanFieldNormal,), {"posterior": lambda self, x: None})

@@ -25,7 +25,17 @@ class Guide(nn.Module, ABC):
 
     As a Pyro program, `guide(x)` has plate "data" (dim -1) and site "z" (event shape (D,)), or the sites that `latents`
     visits, where a subclass has others.
+
+    Raises TypeError for a subclass with a `posterior` of its own, which its Pyro program would not draw from.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "posterior" in vars(cls) and "forward" not in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} overrides posterior, but draws from distribution(encode(x)): override `distribution` or "
+                f"`encode` instead, or `forward` as well"
+            )
 
     def __init__(self, latent_dim: int):
         super().__init__()
