@@ -290,3 +290,21 @@ def test_checks_are_still_made(caplog):
 def test_compile_must_be_a_known_word():
     with pytest.raises(ValueError, match="compile must be"):
         pv.fit(*make(), binary(), compile="always", progress=False)
+
+
+def test_shared_modules_stay_whole(uncompiled):
+    """A VampPrior holds the guide: its parameters are still the guide's own after a recording, and train as eagerly."""
+    ends = []
+    for compile in (False, True):
+        torch.manual_seed(4)
+        guide = pv.guides.MeanFieldNormal(pv.nets.MLP(12, [5]), 2)
+        prior = pv.priors.VampPrior(guide, torch.rand(3, 12))
+        model = pv.GenerativeModel(prior, pv.likelihoods.Bernoulli(pv.nets.MLP(2, [5], 12), 12)).double()
+        before = list(guide.parameters())
+        x = binary().double().flatten(1)
+        pyro.set_rng_seed(9)
+        pv.fit(model, guide, x, epochs=4, batch_size=20, learning_rate=1e-2, compile=compile, progress=False)
+        assert all(a is b for a, b in zip(before, guide.parameters(), strict=True))
+        ends.append(parameters(model, guide))
+    for expected, found in zip(*ends, strict=True):
+        assert torch.allclose(expected, found, rtol=1e-7, atol=1e-9)

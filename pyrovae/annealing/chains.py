@@ -140,7 +140,7 @@ def tune(
     kernels = replace(kernels, end_variance=share * settled.var(0) + (1 - share) * 1e-3 * start_variance)
     _, log_step_sizes, spread = _pilot(potential, kernels, tick)
     temperatures = sigmoidal_schedule(num_temperatures).to(start_variance)
-    if adaptive:
+    if adaptive and 0 < spread.sum() < math.inf:  # weights without spread say nothing of where to go slowly
         length = torch.cat([spread.new_zeros(1), (spread * pilot_temperatures.diff()).cumsum(0)])
         steps = torch.linspace(0, 1, num_temperatures + 1).to(start_variance)
         temperatures = (temperatures + _interpolate(steps, length / length[-1], pilot_temperatures)) / 2

@@ -121,7 +121,20 @@ class Extracted:
             if self.gradients:
                 given = {n: v.detach().requires_grad_() if n in trained else v for n, v in given.items()}
             with torch.set_grad_enabled(self.gradients):
-                outputs = torch.func.functional_call(_Caller(self.modules), _prefixed(given), (self.function, *tensors))
+                by_id = {
+                    id(slot): given[name]
+                    for name, slot in (*self.modules.named_parameters(), *self.modules.named_buffers())
+                }
+                # Each slot once: a module reached by two paths would be put back wrongly, as a clone.
+                placed = {
+                    f"{path}.{name}" if path else name: by_id[id(slot)]
+                    for path, module in self.modules.named_modules()
+                    for name, slot in (*module._parameters.items(), *module._buffers.items())
+                    if slot is not None and id(slot) in by_id
+                }
+                outputs = torch.func.functional_call(
+                    _Caller(self.modules), _prefixed(placed), (self.function, *tensors), tie_weights=False
+                )
                 leaves = [given[name] for name in names if name in trained] if self.gradients else []
                 gradients = torch.autograd.grad(outputs[0], leaves, allow_unused=True) if leaves else ()
             has_gradient[:] = [gradient is not None for gradient in gradients]
