@@ -11,11 +11,13 @@ import argparse
 import json
 import platform
 import sys
+import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import pyro
+import torch
 
 import pyrovae as pv
 
@@ -31,9 +33,11 @@ def main() -> None:
     def make_guide(name):
         return pv.registry.GUIDES[name](network.encoder(data.data_shape, HIDDEN), LATENT_DIM)
 
-    def train(model, guide):
+    seconds = {}
+
+    def train_and_evaluate(name, model, guide):
         pyro.set_rng_seed(options.seed)
-        return pv.fit(
+        fitted = pv.fit(
             model,
             guide,
             data.train,
@@ -43,23 +47,28 @@ def main() -> None:
             batch_size=BATCH_SIZE,
             learning_rate=LEARNING_RATE,
             progress=not options.quiet,
-        ).seconds
-
-    def evaluate(model, guide):
+        )
         pyro.set_rng_seed(options.seed)
-        return pv.log_marginal_likelihood(
+        started = time.perf_counter()
+        lml = pv.log_marginal_likelihood(
             model, guide, test, num_particles=options.num_particles, progress=not options.quiet
         )
+        seconds[name] = {"training": fitted.seconds, "evaluation": time.perf_counter() - started}
+        print(
+            f"{name}: log p(x) {lml.mean:.2f}, ELBO {lml.elbo.mean():.2f}; training {fitted.seconds:.0f} s, evaluation "
+            f"{seconds[name]['evaluation']:.0f} s",
+            flush=True,
+        )
+        return lml
 
-    by_prior, by_guide, seconds = {}, {}, {}
+    by_prior, by_guide = {}, {}
     for name in options.priors:
         pyro.set_rng_seed(options.seed)
         guide = make_guide("mean-field")
         decoder = network.decoder(LATENT_DIM, data.data_shape, HIDDEN)
         likelihood = pv.likelihoods.Bernoulli(decoder, data.data_shape, data_mean=data.train.mean(0))
         model = pv.GenerativeModel(pv.registry.PRIORS[name](LATENT_DIM, guide, data.train), likelihood)
-        seconds[f"prior {name}"] = train(model, guide)
-        by_prior[name] = evaluate(model, guide)
+        by_prior[name] = train_and_evaluate(f"prior {name}", model, guide)
         if name == "standard-normal":
             frozen = model
     for parameter in frozen.parameters():
@@ -67,13 +76,11 @@ def main() -> None:
     for name in options.guides:
         pyro.set_rng_seed(options.seed)
         guide = make_guide(name)
-        seconds[f"guide {name}"] = train(frozen, guide)
-        by_guide[name] = evaluate(frozen, guide)
+        by_guide[name] = train_and_evaluate(f"guide {name}", frozen, guide)
 
     tables = {"priors": pv.compare(by_prior), "guides, on one frozen model": pv.compare(by_guide)}
     for title, table in tables.items():
         print(f"\n{title}: {table}")
-    print("\n" + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
     if options.out:
         result = {title: [asdict(row) for row in table.rows] for title, table in tables.items()} | {
             "dataset": data.name,
@@ -81,7 +88,9 @@ def main() -> None:
             "num_particles": options.num_particles,
             "epochs": options.epochs,
             "seed": options.seed,
-            "training_seconds": seconds,
+            "seconds": seconds,
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("pyrovae", "torch", "pyro-ppl", "zuko")},
             "command": " ".join(["python", *sys.argv]),
