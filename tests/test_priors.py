@@ -192,6 +192,32 @@ def test_a_mixture_is_its_sum(double):
     assert torch.allclose(prior().log_prob(z), theirs.log_prob(z))
 
 
+def test_a_mixture_of_normals_keeps_its_digits_in_float32():
+    """Its matrix products cancel where z is near m and s small, and the gradient of each parameter is that of the sum."""
+    locs, log_scales, logits = torch.randn(30, 5), torch.randn(30, 5) - 3, torch.randn(30)
+    values = torch.cat([locs + log_scales.exp() * torch.randn(30, 5), 3 * torch.randn(30, 5)])  # near, and far
+
+    def density(mixture, *parts):
+        parts = [part.clone().requires_grad_() for part in parts]
+        log_prob = mixture(*parts[:3]).log_prob(parts[3])
+        return log_prob.detach(), torch.autograd.grad(log_prob.sum(), parts)
+
+    def ours(logits, locs, log_scales):
+        return Mixture(
+            logits.log_softmax(-1), lambda index: dist.Normal(locs[index], log_scales.exp()[index]).to_event(1)
+        )
+
+    def plain(logits, locs, log_scales):
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(locs, log_scales.exp()).to_event(1))
+
+    parts = (logits, locs, log_scales, values)
+    expected, expected_gradients = density(plain, *(part.double() for part in parts))
+    found, gradients = density(ours, *parts)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-4)
+
+
 def test_a_mixture_draws_from_the_component_chosen(double):
     drawn = []
 

@@ -1,5 +1,6 @@
 """A mixture of K distributions, which draws only from the component that a draw chose."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ class Mixture(dist.TorchDistribution):
     VampPrior; here a component is chosen first. Draws are not reparameterised: the choice has no gradient.
 
     Shapes: batch shape () unless expanded, event shape that of the components; a density takes K numbers of the event's
-    size for each value.
+    size for each value, or K numbers where the components are normals with diagonal covariances.
 
     >>> normal = lambda index: dist.Normal(torch.tensor([-2.0, 2.0])[index], 1.0)
     >>> Mixture(torch.tensor([0.5, 0.5]).log(), normal).log_prob(torch.tensor(0.0))
@@ -69,8 +70,7 @@ class Mixture(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        of_components = self.components.log_prob(value.unsqueeze(-1 - self.event_dim))
-        log_prob = (self.log_weights + of_components).logsumexp(-1)
+        log_prob = (self.log_weights + _of_each(self.components, value)).logsumexp(-1)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     @torch.no_grad()
@@ -87,3 +87,24 @@ class Mixture(dist.TorchDistribution):
 
     def __repr__(self) -> str:
         return f"Mixture({len(self.log_weights)} components, batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
+
+
+def _of_each(components: dist.TorchDistribution, value: Tensor) -> Tensor:
+    """log p_k(value) of all components, (..., K)."""
+    base = getattr(components, "base_dist", None)
+    if type(base) is dist.Normal and base.loc.ndim == 2 and components.event_dim == 1:
+        return _of_each_normal(base.loc, base.scale, value)
+    return components.log_prob(value.unsqueeze(-1 - components.event_dim))
+
+
+def _of_each_normal(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
+    """log N(value; m_k, diag s_k^2), (..., K), for m, s (K, D).
+
+    sum_d (z_d - m_kd)^2 / s_kd^2 = sum_d z_d^2 / s_kd^2 - 2 sum_d z_d m_kd / s_kd^2 + sum_d m_kd^2 / s_kd^2  takes two matrix
+    products in place of K D numbers for each value. The three sums cancel where z is near m and s small, hence float64: the
+    error is 1e-16 times the largest of them.
+    """
+    z, m, precision = value.double(), loc.double(), scale.double() ** -2
+    squares = z.square() @ precision.mT - 2 * (z @ (m * precision).mT) + (m.square() * precision).sum(-1)
+    log_normaliser = scale.double().log().sum(-1) + loc.shape[-1] / 2 * math.log(2 * math.pi)
+    return (-0.5 * squares - log_normaliser).to(value.dtype)
