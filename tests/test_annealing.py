@@ -206,9 +206,10 @@ def test_constrained_latents(double):
         gamma_poisson, counts, num_chains=16, num_temperatures=100, num_leapfrog_steps=8, compile=True
     )
     truth = gamma_poisson_log_prob(both.data["counts"])
-    assert (both.lower - truth).mean() < 0.02
-    assert (both.upper - truth).mean() > -0.02
-    assert both.width.mean() < 0.1
+    below, above = both.lower - truth, both.upper - truth
+    assert below.mean() < 4.5 * below.std() / math.sqrt(40)
+    assert above.mean() > -4.5 * above.std() / math.sqrt(40)
+    assert both.width.mean() < 0.2
 
 
 def two_sites(x):
