@@ -1,7 +1,8 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
 from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plots, priors, registry, uses
-from pyrovae.annealing.bounds import BidirectionalMonteCarlo, annealed_importance_sampling, bidirectional_monte_carlo
+from pyrovae.annealing.bounds import annealed_importance_sampling, bidirectional_monte_carlo
+from pyrovae.annealing.result import BidirectionalMonteCarlo
 from pyrovae.checkpoint import load, save
 from pyrovae.comparison import Comparison, compare
 from pyrovae.evaluation import LogMarginalLikelihood, active_units, log_marginal_likelihood

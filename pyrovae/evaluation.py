@@ -11,7 +11,7 @@ from pyrovae import estimators
 from pyrovae.guides.contract import Guide
 from pyrovae.programs.modules import evaluation_mode
 from pyrovae.programs.traces import Program
-from pyrovae.weights.blocks import log_weight_blocks
+from pyrovae.weights.blocks import log_weight_blocks, until_interrupted
 
 __all__ = ["LogMarginalLikelihood", "active_units", "log_marginal_likelihood"]
 
@@ -81,7 +81,17 @@ class LogMarginalLikelihood:
 
     @classmethod
     def concatenate(cls, parts: "list[LogMarginalLikelihood]") -> "LogMarginalLikelihood":
-        """One result of results for consecutive data, all with the same number of particles."""
+        """One result of results for consecutive data: of a run that was interrupted, and of the rest of its data.
+
+            partial = log_marginal_likelihood(model, guide, x)          # Ctrl-C: the first len(partial) data
+            rest = log_marginal_likelihood(model, guide, x[len(partial):])
+            whole = LogMarginalLikelihood.concatenate([partial, rest])
+
+        Raises ValueError for results of different methods or numbers of particles, or none at all.
+        """
+        kinds = sorted({(part.method, part.num_particles) for part in parts})
+        if len(kinds) != 1:
+            raise ValueError(f"results of one method and one number of particles make one result, found {kinds}")
         first = parts[0]
         return cls(
             first.num_particles,
@@ -225,6 +235,9 @@ def log_marginal_likelihood(
     error does not contain: see `bias_estimate` and `pareto_k`. A guide that misses a mode of the posterior altogether
     is not noticed by either.
 
+    Ctrl-C during a long run returns the result of the blocks of data that are done, with a RuntimeWarning that says how
+    many; see `LogMarginalLikelihood.concatenate` for how to go on. In the first block it is a KeyboardInterrupt as ever.
+
     Raises ValueError, naming the site, for: latent sites that model and guide do not share, enumerated sites, factors
     or observations in the guide, guides with all mass on a point, Delta sites with a `log_density` that is not that of
     their change of variables, `poutine.scale`, data outside their support, a guide that does not cover the prior's draws
@@ -246,7 +259,8 @@ def log_marginal_likelihood(
         compile=compile,
         progress=progress,
     )
-    return LogMarginalLikelihood.concatenate([LogMarginalLikelihood.from_log_weights(block) for block in blocks])
+    parts = ((LogMarginalLikelihood.from_log_weights(block), done, num_data) for block, done, num_data in blocks)
+    return LogMarginalLikelihood.concatenate(until_interrupted(parts))
 
 
 @torch.no_grad()

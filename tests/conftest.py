@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyrovae.annealing import chains
 from pyrovae.programs.extract import Extracted
 
 matplotlib.use("Agg")
@@ -49,6 +50,13 @@ def mnist_root():
 def uncompiled(monkeypatch):
     """Recordings run as they were recorded: seconds faster than with Inductor, for what the recording itself decides."""
     monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
+
+
+@pytest.fixture
+def short_pilots(monkeypatch):
+    """Annealing hardly tuned: for what does not depend on how good its kernels are."""
+    monkeypatch.setattr(chains, "_SETTLING", 2)
+    monkeypatch.setattr(chains, "_num_pilot_temperatures", lambda num_temperatures: 5)
 
 
 class LinearGaussian:

@@ -1,28 +1,24 @@
 """Bounds of log p(x) by annealing: from below on any data, from both sides on data simulated from the model."""
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyrovae import estimators
-from pyrovae.annealing.chains import Kernels, anneal, anneal_back, num_pilot_kernels, tune
-from pyrovae.annealing.potential import Potential, prior_of
-from pyrovae.annealing.simulation import exact_draws, simulate
+from pyrovae.annealing.blocks import Settings, tuned_blocks
+from pyrovae.annealing.chains import anneal, anneal_back
+from pyrovae.annealing.potential import prior_of
+from pyrovae.annealing.result import BidirectionalMonteCarlo
+from pyrovae.annealing.simulation import exact_draws, first_data, simulate
 from pyrovae.evaluation import LogMarginalLikelihood
-from pyrovae.programs.extract import Extracted, all_ours
-from pyrovae.programs.modules import check_count, evaluation_mode, map_tensors, modules_behind
+from pyrovae.programs.modules import evaluation_mode, map_tensors
 from pyrovae.programs.traces import Program, sample_sites
+from pyrovae.weights.blocks import until_interrupted
 from pyrovae.weights.pair import Pair
-from pyrovae.weights.recorded import pays_off
 
-__all__ = ["BidirectionalMonteCarlo", "annealed_importance_sampling", "bidirectional_monte_carlo"]
-
-_FEWEST_PILOT_CHAINS = 4
+__all__ = ["annealed_importance_sampling", "bidirectional_monte_carlo"]
 
 
 def annealed_importance_sampling(
@@ -57,95 +53,31 @@ def annealed_importance_sampling(
     plate, data_batch_size, compile, progress: as in `log_marginal_likelihood`
 
     Returns a `LogMarginalLikelihood` of annealed weights, in nats: `elbo` and `gap` are NaN (they belong to importance
-    sampling), `acceptance` is the mean acceptance rate, each (N,).
+    sampling), `acceptance` is the mean acceptance rate, each (N,). Ctrl-C gives the blocks of data that are done, as in
+    `log_marginal_likelihood`.
 
-    Raises ValueError, naming the site, for discrete latents, densities without a gradient, and whatever
-    `log_marginal_likelihood` refuses; for programs that cannot draw chains under an outer plate.
+    Raises ValueError, naming the site, for discrete latents, angles and directions (distributions of Pyro on a circle or a
+    sphere, in whatever wrappers: they have no coordinates on the line; one of your own has to be kept away by you),
+    densities without a gradient, and whatever `log_marginal_likelihood` refuses; for programs that cannot draw chains
+    under an outer plate. Warns where draws pile up at the edge of their support, as those of Beta(0.05, 0.05) do where
+    float32 cannot tell them from 1: then the bound is not strict.
 
     Source: Neal, Annealed Importance Sampling (2001); Wu, Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of
     Decoder-Based Generative Models (2017).
     """
-    settings = _Settings(num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress)
-    parts = []
+    settings = Settings(num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress)
     with evaluation_mode(model, guide) as device:
         if device is not None:
             args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
         pair = Pair(model, guide or prior_of(model), args, kwargs, plate, data_batch_size)
-        for _, potential, kernels, tick in _tuned_blocks(pair, settings, guide is None, passes=1):
-            annealed = anneal(potential, kernels, tick)
-            parts.append(LogMarginalLikelihood.from_annealed(annealed.log_weights, annealed.acceptance))
-    return LogMarginalLikelihood.concatenate(parts)
+        return LogMarginalLikelihood.concatenate(until_interrupted(_annealed(pair, settings, guide is None)))
 
 
-@dataclass(frozen=True)
-class _Settings:
-    num_chains: int
-    num_temperatures: int
-    num_leapfrog_steps: int
-    schedule: Literal["adaptive", "sigmoidal"]
-    data_batch_size: int | Literal["auto"] | None
-    compile: bool | Literal["auto"]
-    progress: bool
-
-    def __post_init__(self):
-        for name in ("num_chains", "num_temperatures", "num_leapfrog_steps"):
-            check_count(name, getattr(self, name))
-        if self.data_batch_size not in ("auto", None):
-            check_count("data_batch_size", self.data_batch_size)
-        if self.schedule not in ("adaptive", "sigmoidal"):
-            raise ValueError(f"schedule must be 'adaptive' or 'sigmoidal', found {self.schedule!r}")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"compile must be True, False or 'auto', found {self.compile!r}")
-
-
-@dataclass(frozen=True, repr=False)
-class BidirectionalMonteCarlo:
-    """Bounds of log p(x) from both sides, for data simulated from the model: float64 tensors (N,), in nats.
-
-    lower, lower_stderr: annealed importance sampling from the start density, a lower bound on average
-    upper, upper_stderr: from the exact posterior draw backwards, an upper bound on average
-    acceptance: mean acceptance rate of both directions
-    data, latents: what was simulated, by site
-    """
-
-    num_chains: int
-    lower: Tensor
-    lower_stderr: Tensor
-    upper: Tensor
-    upper_stderr: Tensor
-    acceptance: Tensor
-    data: dict[str, Tensor]
-    latents: dict[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.lower)
-
-    @property
-    def width(self) -> Tensor:
-        """upper - lower (N,): its mean bounds the mean error of either side; single data may cross."""
-        return self.upper - self.lower
-
-    @property
-    def width_stderr(self) -> float:
-        """Standard error of the mean width over data."""
-        return self.width.std().item() / math.sqrt(len(self)) if len(self) > 1 else math.nan
-
-    def summary(self) -> str:
-        """A few lines to print."""
-        return (
-            f"log p(x) by bidirectional Monte Carlo: {len(self):,} simulated data, {self.num_chains} chains; nats per datum\n"
-            f"  lower bound {self.lower.mean():10.3f}\n"
-            f"  upper bound {self.upper.mean():10.3f}\n"
-            f"  width       {self.width.mean():10.3f}   +- {self.width_stderr:.3f} over data: on data of this model, annealed "
-            f"importance sampling is too low by no more than this, on average\n"
-            f"  acceptance  {self.acceptance.mean():10.2f}"
-        )
-
-    def __repr__(self) -> str:
-        return (
-            f"BidirectionalMonteCarlo({len(self)} simulated data, {self.num_chains} chains: "
-            f"{self.lower.mean():.3f} to {self.upper.mean():.3f})"
-        )
+def _annealed(pair: Pair, settings: Settings, from_prior: bool) -> Iterator[tuple[LogMarginalLikelihood, int, int]]:
+    for block in tuned_blocks(pair, settings, from_prior, passes=1):
+        annealed = anneal(block.potential, block.kernels, block.tick)
+        result = LogMarginalLikelihood.from_annealed(annealed.log_weights, annealed.acceptance)
+        yield result, block.stop, pair.num_data
 
 
 def bidirectional_monte_carlo(
@@ -170,16 +102,23 @@ def bidirectional_monte_carlo(
     posterior, and these are where the chains of the upper bound start. Both directions use the same kernels, tuned in
     pilot runs that see the simulated data but not their latents. The upper bound holds for simulated data alone; how far
     the result carries over to real data is a matter of how alike they are. Arguments are those of
-    `annealed_importance_sampling`.
+    `annealed_importance_sampling`. The simulated data take the place of the arguments whose values are observed; arguments
+    for several observed sites must differ in value to be told apart, which a guide needs. Ctrl-C gives the bounds of the
+    blocks that are done, with their data.
+
+    `upper_stderr` is too small: the chains of a datum start at one draw, and it does not see how much another would change;
+    the error over data, `width_stderr`, contains that. A likelihood that is zero on a part of the start density (a hard
+    constraint) leaves a width that no number of chains and temperatures closes: backward chains never get there, and the
+    upper bound stays too high by minus the log of the share that is left.
 
     Raises ValueError for `pyro.factor`, masked observations, subsampled plates, programs whose simulation depends on the
-    values of the data passed, and what `annealed_importance_sampling` refuses.
+    values of the data passed, a guide that cannot be shown the simulated data, and what `annealed_importance_sampling`
+    refuses.
 
     Source: Grosse, Ghahramani & Adams, Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (2015); Wu,
     Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of Decoder-Based Generative Models (2017).
     """
-    settings = _Settings(num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress)
-    lower, lower_stderr, upper, upper_stderr, acceptance = [], [], [], [], []
+    settings = Settings(num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress)
     with evaluation_mode(model, guide) as device:
         if device is not None:
             args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
@@ -188,75 +127,37 @@ def bidirectional_monte_carlo(
         if pair.layout.subsampled:
             raise ValueError(f"plate '{pair.layout.plate}' is subsampled: simulate with the whole plate")
         exact = exact_draws(pair, trace, guide, settings.num_chains)
-        for start, potential, kernels, tick in _tuned_blocks(pair, settings, guide is None, passes=2):
-            forward = anneal(potential, kernels, tick)
-            back = anneal_back(potential, kernels, exact[:, start : start + potential.num_data].contiguous(), tick)
-            lower.append(estimators.importance_weighted_bound(forward.log_weights))
-            lower_stderr.append(estimators.importance_weighted_bound_stderr(forward.log_weights))
-            upper.append(-estimators.importance_weighted_bound(-back.log_weights))
-            upper_stderr.append(estimators.importance_weighted_bound_stderr(-back.log_weights))
-            acceptance.append((forward.acceptance + back.acceptance).double() / 2)
-    sites = dict(sample_sites(trace))
+        parts = until_interrupted(_sandwiched(pair, exact, settings, guide is None))
+    lower, lower_stderr, upper, upper_stderr, acceptance = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    observed, latents = {}, {}
+    for name, site in sample_sites(trace):
+        values = observed if site["infer"].get("was_observed") else latents
+        values[name] = first_data(site, pair.layout, len(lower)).cpu()
     return BidirectionalMonteCarlo(
-        num_chains,
-        *(torch.cat(parts).cpu() for parts in (lower, lower_stderr, upper, upper_stderr, acceptance)),
-        data={name: site["value"].cpu() for name, site in sites.items() if site["infer"].get("was_observed")},
-        latents={name: site["value"].cpu() for name, site in sites.items() if not site["infer"].get("was_observed")},
+        num_chains, lower, lower_stderr, upper, upper_stderr, acceptance, data=observed, latents=latents
     )
 
 
-def _tuned_blocks(
-    pair: Pair, settings: _Settings, from_prior: bool, passes: int
-) -> Iterator[tuple[int, Potential, Kernels, Callable[[], None]]]:
-    """(start, potential, tuned kernels, what to call after each kernel) for each block of data."""
-    if reason := pair.reason_to_loop(pair.num_data):
-        raise ValueError(
-            f"the program cannot run its chains under an outer plate ({reason}), as annealing needs; networks that keep "
-            f"leading dimensions (no view(-1, D), no fixed dim=1) allow it"
+class _Sandwich(NamedTuple):
+    lower: Tensor
+    lower_stderr: Tensor
+    upper: Tensor
+    upper_stderr: Tensor
+    acceptance: Tensor
+
+
+def _sandwiched(
+    pair: Pair, exact: Tensor, settings: Settings, from_prior: bool
+) -> Iterator[tuple[_Sandwich, int, int]]:
+    for block in tuned_blocks(pair, settings, from_prior, passes=2):
+        forward = anneal(block.potential, block.kernels, block.tick)
+        draws = exact[:, block.start : block.stop].contiguous()
+        back = anneal_back(block.potential, block.kernels, draws, block.tick)
+        sandwich = _Sandwich(
+            estimators.importance_weighted_bound(forward.log_weights),
+            estimators.importance_weighted_bound_stderr(forward.log_weights),
+            -estimators.importance_weighted_bound(-back.log_weights),
+            estimators.importance_weighted_bound_stderr(-back.log_weights),
+            (forward.acceptance + back.acceptance).double() / 2,
         )
-    num_chains, num_temperatures = settings.num_chains, settings.num_temperatures
-    num_blocks = 1
-    if pair.split_size is not None:
-        most = max(1, pair.rows // num_chains) if settings.data_batch_size == "auto" else settings.data_batch_size
-        num_blocks = math.ceil(pair.num_data / most)
-    size = math.ceil(pair.num_data / num_blocks)
-    modules = modules_behind(pair.model, pair.guide)
-    record = inductor = settings.compile
-    if settings.compile == "auto":
-        num_gradients = pair.num_data * num_chains * num_temperatures * settings.num_leapfrog_steps
-        record = bool(modules) and all_ours(modules)
-        inductor = pays_off(num_gradients, modules_behind(pair.model), modules)
-    recorded: dict[tuple[int, int], Extracted | None] = {}
-
-    def potential_of(start: int, stop: int, num_chains: int) -> Potential:
-        potential = Potential(pair, start, stop, num_chains, from_prior=from_prior)
-        sizes = (stop - start, num_chains)
-        if record and stop - start == size:  # a ragged last block is not worth a compilation
-            if sizes not in recorded:
-                potential.record(modules, inductor=inductor)
-                recorded[sizes] = potential.recorded
-            potential.recorded = recorded[sizes]
-        return potential
-
-    kernels_per_block = num_pilot_kernels(num_temperatures) + passes * num_temperatures
-    with tqdm(
-        total=kernels_per_block * num_blocks, unit=" kernels", desc="annealing", disable=not settings.progress
-    ) as bar:
-        for start in range(0, pair.num_data, size):
-            stop = min(start + size, pair.num_data)
-            potential = potential_of(start, stop, num_chains)
-            pilot = potential
-            if num_chains < _FEWEST_PILOT_CHAINS:
-                pilot = potential_of(start, stop, _FEWEST_PILOT_CHAINS)
-            # Random numbers of its own, so that the kernels are independent of the chains that count.
-            seed = int(torch.randint(2**62, ()))
-            with torch.random.fork_rng([potential.device] if potential.device.type == "cuda" else []):
-                torch.manual_seed(seed)
-                kernels = tune(
-                    pilot,
-                    num_temperatures,
-                    settings.num_leapfrog_steps,
-                    adaptive=settings.schedule == "adaptive",
-                    tick=bar.update,
-                )
-            yield start, potential, kernels, bar.update
+        yield sandwich, block.stop, pair.num_data

@@ -128,8 +128,9 @@ def tune(
     spends half of its temperatures in proportion to the standard deviation of log w (so that each step loses as much),
     half as `sigmoidal_schedule`.
     """
-    draws = [potential.draw() for _ in range(math.ceil(64 / potential.num_chains))]
-    start_variance = torch.cat(draws).var(0)
+    draws = torch.cat([potential.draw() for _ in range(math.ceil(64 / potential.num_chains))])
+    potential.coordinates.warn_of_ties(draws)
+    start_variance = draws.var(0)
     pilot_temperatures = sigmoidal_schedule(_num_pilot_temperatures(num_temperatures)).to(start_variance)
     first_guess = start_variance.new_full(start_variance.shape[:1], start_variance.shape[-1] ** -0.25)
     num_steps = _draw_num_steps(len(pilot_temperatures), num_leapfrog_steps)

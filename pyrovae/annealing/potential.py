@@ -6,31 +6,20 @@ normaliser is p(x). Any pair that `pyrovae.weights` takes will do, auxiliary dra
 the prior takes its place, and log w is log p(x|z).
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
-from pyrovae.programs.auxiliary import is_delta
+from pyrovae.annealing.coordinates import Coordinates, Placed, random_sites, refuse_without_coordinates, unconstrained
 from pyrovae.programs.extract import Extracted, extract
-from pyrovae.programs.modules import map_tensors
-from pyrovae.programs.traces import (
-    Layout,
-    Program,
-    log_weights_of,
-    sample_sites,
-    site_log_prob,
-    spread,
-    under_particles,
-)
+from pyrovae.programs.modules import checks_values, map_tensors
+from pyrovae.programs.traces import Program, log_weights_of, sample_sites, site_log_prob, spread, under_particles
 from pyrovae.weights.pair import Pair
 
-__all__ = ["Energy", "Potential", "prior_of", "unconstrained"]
+__all__ = ["Energy", "Potential", "prior_of"]
 
 
 class Energy(NamedTuple):
@@ -58,7 +47,7 @@ class Potential:
     start, stop: the range of data
     num_chains: S
 
-    Raises ValueError, naming the site, for latents that are discrete or without a gradient.
+    Raises ValueError, naming the site, for latents that are discrete, on a circle or sphere, or without a gradient.
     """
 
     def __init__(self, pair: Pair, start: int, stop: int, num_chains: int, *, from_prior: bool):
@@ -72,11 +61,13 @@ class Potential:
         self.args, self.kwargs = pair.cut(slice(start, stop))
         with torch.no_grad():
             self.encoded = None if from_prior else pair.encode(self.args, self.kwargs)
-        self._sites: dict[str, _Site] = {}
         self.recorded: Extracted | None = None
-        self._example = self.draw()
-        self.device = self._example.device
-        self._refuse_without_gradient(self._example)
+        with torch.no_grad():
+            model_trace, guide_trace = self._run(Placed({}), self.encoded, self.args, self.kwargs)
+        refuse_without_coordinates(model_trace)
+        self.coordinates = Coordinates(guide_trace, self.layout, num_chains)
+        self.device = self.coordinates.u.device
+        self._refuse_without_gradient(self.coordinates.u)
 
     @property
     def num_data(self) -> int:
@@ -85,9 +76,8 @@ class Potential:
     @torch.no_grad()
     def draw(self) -> Tensor:
         """Draws u (S, N, D) from the guide."""
-        _, guide_trace = self._run(_Placed({}), self.encoded, self.args, self.kwargs)
-        u, self._sites = _pack(guide_trace, self.layout, self.num_chains)
-        return u
+        _, guide_trace = self._run(Placed({}), self.encoded, self.args, self.kwargs)
+        return unconstrained(guide_trace, self.layout, self.num_chains)
 
     def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(log q(u), log w(u)), each (S, N); differentiable."""
@@ -96,7 +86,10 @@ class Potential:
     def energy(self, u: Tensor, beta: Tensor) -> Energy:
         """Both densities and the gradient of log q(u) + beta log w(u), without a graph; beta () or (N,)."""
         if self.recorded is not None:
-            return Energy(*self.recorded(u, beta, *self._tensors())[0])
+            energy = Energy(*self.recorded(u, beta, *self._tensors())[0])
+            if not checks_values() or (torch.maximum(energy.log_start, energy.log_weight) < torch.inf).all():
+                return energy
+        # Where a recorded density comes out NaN or +inf, once more eagerly, which names the site.
         return Energy(*self._energy(u, beta, self.encoded, self.args, self.kwargs))
 
     def record(self, modules: list[nn.Module], *, inductor: bool) -> None:
@@ -107,7 +100,7 @@ class Potential:
             encoded = None if self.encoded is None else next(rest)
             return self._energy(u, beta, encoded, *map_tensors(lambda _: next(rest), (self.args, self.kwargs)))
 
-        u = self._example
+        u = self.coordinates.u
         self.recorded = extract(flat, modules, (u, u.new_tensor(0.5), *self._tensors()), inductor=inductor)
 
     def _tensors(self) -> list[Tensor]:
@@ -123,19 +116,26 @@ class Potential:
         return log_start.detach(), log_weight.detach(), gradient
 
     def _log_densities(self, u, encoded, args, kwargs) -> tuple[Tensor, Tensor]:
-        placed = _Placed(self._unpack(u))
+        placed = Placed(self.coordinates.values(u))
         model_trace, guide_trace = self._run(placed, encoded, args, kwargs)
-        log_start = sum(
-            spread(site_log_prob(site) + placed.log_jacobians[name], site, self.layout, self.num_chains)
-            for name, site in _random_sites(guide_trace)
-        )
+        terms = {
+            name: spread(site_log_prob(site) + placed.log_jacobians[name], site, self.layout, self.num_chains)
+            for name, site in random_sites(guide_trace)
+        }
+        for name, term in terms.items() if checks_values() else ():
+            if not (term < torch.inf).all():
+                raise ValueError(
+                    f"the start density of site '{name}' is NaN or +inf at one of its draws: look for NaN in the data or "
+                    f"parameters, or for a density without bound"
+                )
+        log_start = sum(terms.values())
         if self.from_prior:  # the latents' own terms cancel
-            for name, _ in _random_sites(guide_trace):
+            for name, _ in random_sites(guide_trace):
                 model_trace.remove_node(name)
             guide_trace = poutine.Trace()
         return log_start, log_weights_of(self.layout, model_trace, guide_trace, self.num_chains)
 
-    def _run(self, placed: "_Placed", encoded, args, kwargs) -> tuple[poutine.Trace, poutine.Trace]:
+    def _run(self, placed: Placed, encoded, args, kwargs) -> tuple[poutine.Trace, poutine.Trace]:
         """(model trace, guide trace) of one run under a plate of chains, with gradients where those are on."""
         guide, model = (
             under_particles(program, self.layout, self.num_chains)
@@ -154,21 +154,10 @@ class Potential:
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace
 
-    def _unpack(self, u: Tensor) -> dict[str, Tensor]:
-        values, parts = {}, u.split([site.width for site in self._sites.values()], -1)
-        for (name, site), part in zip(self._sites.items(), parts, strict=True):
-            if site.data_axis is None:
-                values[name] = part.reshape(site.shape)
-            else:
-                others = [size for axis, size in enumerate(site.shape) if axis not in (0, site.data_axis)]
-                values[name] = part.reshape(self.num_chains, self.num_data, *others).movedim(1, site.data_axis)
-        return values
-
     def _refuse_without_gradient(self, u: Tensor) -> None:
         with torch.enable_grad():
-            values = {name: value.detach().requires_grad_() for name, value in self._unpack(u).items()}
-            joined = torch.cat([_flatten(value, self._sites[name].data_axis) for name, value in values.items()], -1)
-            log_start, log_weight = self.log_densities(joined)
+            values = {name: value.detach().requires_grad_() for name, value in self.coordinates.values(u).items()}
+            log_start, log_weight = self.log_densities(self.coordinates.join(values))
             for part, what in ((log_start, "the density it starts from"), (log_weight, "the weight")):
                 if not part.requires_grad:
                     raise ValueError(
@@ -180,68 +169,3 @@ class Potential:
                 raise ValueError(
                     f"the joint density has no gradient with respect to site '{name}': detached somewhere?"
                 )
-
-
-@torch.no_grad()
-def unconstrained(trace: poutine.Trace, layout: Layout, num_chains: int) -> Tensor:
-    """u (S, N, D) of the draws in a guide's trace; single draws are repeated for S chains."""
-    return _pack(trace, layout, num_chains)[0]
-
-
-class _Site(NamedTuple):
-    shape: torch.Size  # of the unconstrained value: chains, plates, event
-    data_axis: int | None
-    width: int  # numbers per datum
-
-
-class _Placed(Messenger):
-    """Put unconstrained values into sample sites, through the bijection to the support that the site has in this run."""
-
-    def __init__(self, unconstrained: dict[str, Tensor]):
-        super().__init__()
-        self.unconstrained = unconstrained
-        self.log_jacobians: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg) -> None:
-        u = self.unconstrained.get(msg["name"])
-        if u is None:
-            return
-        transform = biject_to(msg["fn"].support)
-        msg["value"], msg["done"] = transform(u), True
-        log_jacobian = transform.log_abs_det_jacobian(u, msg["value"])
-        self.log_jacobians[msg["name"]] = log_jacobian.reshape(
-            *log_jacobian.shape[: len(msg["fn"].batch_shape)], -1
-        ).sum(-1)
-
-
-def _random_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
-    for name, site in sample_sites(trace):
-        if not is_delta(site):  # a Delta carries an auxiliary draw to a latent
-            yield name, site
-
-
-def _pack(trace: poutine.Trace, layout: Layout, num_chains: int) -> tuple[Tensor, dict[str, _Site]]:
-    sites, columns = {}, []
-    for name, site in _random_sites(trace):
-        support = site["fn"].support
-        if support.is_discrete:
-            raise ValueError(
-                f"site '{name}' is discrete ({site['fn']}), and Hamiltonian dynamics need a gradient: sum it out in the "
-                f"model, or take log_marginal_likelihood"
-            )
-        value = biject_to(support).inv(site["value"])
-        event_dim = value.ndim - len(site["fn"].batch_shape)
-        missing = 1 + layout.max_plate_nesting + event_dim - value.ndim
-        value = value.reshape((1,) * missing + value.shape)
-        value = value.expand(num_chains, *value.shape[1:])
-        axis = None if layout.dim is None else value.ndim - event_dim + layout.dim
-        flat = _flatten(value, axis)
-        sites[name] = _Site(value.shape, axis, flat.shape[-1])
-        columns.append(flat)
-    return torch.cat(columns, -1), sites
-
-
-def _flatten(value: Tensor, data_axis: int | None) -> Tensor:
-    """(S, plates with N among them, event) -> (S, N, D)."""
-    flat = value.unsqueeze(1) if data_axis is None else value.movedim(data_axis, 1)
-    return flat.reshape(*flat.shape[:2], -1)

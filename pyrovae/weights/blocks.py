@@ -6,7 +6,7 @@ reducers of `pyrovae.estimators` need them together) while memory stays flat in 
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from pyrovae.programs.traces import Program
 from pyrovae.weights.pair import Pair
 from pyrovae.weights.recorded import pays_off
 
-__all__ = ["log_weight_blocks", "log_weights"]
+__all__ = ["log_weight_blocks", "log_weights", "until_interrupted"]
+
+_Part = TypeVar("_Part")
 
 
 def log_weights(
@@ -55,7 +57,7 @@ def log_weights(
         compile=compile,
         progress=progress,
     )
-    return torch.cat(list(blocks), dim=1)
+    return torch.cat([block for block, _, _ in blocks], dim=1)
 
 
 def log_weight_blocks(
@@ -71,8 +73,8 @@ def log_weight_blocks(
     particle_batch_size: int | Literal["auto"],
     compile: bool | Literal["auto"],
     progress: bool,
-) -> Iterator[Tensor]:
-    """The log weights of `log_weights` in blocks of data: (S, B) arrays, in the order of the data."""
+) -> Iterator[tuple[Tensor, int, int]]:
+    """The log weights of `log_weights` in blocks of data, in order: (array (S, B), how many data are done, of how many)."""
     check_count("num_particles", num_particles)
     if data_batch_size not in ("auto", None):
         check_count("data_batch_size", data_batch_size)
@@ -107,5 +109,28 @@ def log_weight_blocks(
             pair.record(modules, block_size, chunk_size)
         with tqdm(total=pair.num_data, unit=" data", desc="log weights", disable=not progress) as bar:
             for start, stop in pair.blocks(block_size):
-                yield pair.block(start, stop, num_particles, chunk_size, vectorised)
+                yield pair.block(start, stop, num_particles, chunk_size, vectorised), stop, pair.num_data
                 bar.update(stop - start)
+
+
+def until_interrupted(blocks: Iterator[tuple[_Part, int, int]]) -> list[_Part]:
+    """What blocks of data give, each with how many data are then done, of how many: all of it, or that before Ctrl-C.
+
+    Warns where it is interrupted; raises KeyboardInterrupt where nothing is done yet.
+    """
+    parts: list[_Part] = []
+    reached = "", ""
+    try:
+        for part, done, num_data in blocks:
+            parts.append(part)
+            reached = f"{done:,}", f"{num_data:,}"
+    except KeyboardInterrupt:
+        if not parts:
+            raise
+        warnings.warn(
+            f"interrupted: the result holds the first {reached[0]} of {reached[1]} data alone; go on from "
+            f"x[len(result):], and put both results together by LogMarginalLikelihood.concatenate",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return parts

@@ -1,0 +1,108 @@
+"""The blocks of data that annealing goes through, each with its potential and its tuned kernels."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from pyrovae.annealing.chains import Kernels, num_pilot_kernels, tune
+from pyrovae.annealing.potential import Potential
+from pyrovae.programs.extract import Extracted, all_ours
+from pyrovae.programs.modules import check_count, modules_behind
+from pyrovae.weights.pair import Pair
+from pyrovae.weights.recorded import pays_off
+
+__all__ = ["Settings", "TunedBlock", "tuned_blocks"]
+
+_FEWEST_PILOT_CHAINS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How chains run, as `annealed_importance_sampling` says it."""
+
+    num_chains: int
+    num_temperatures: int
+    num_leapfrog_steps: int
+    schedule: Literal["adaptive", "sigmoidal"]
+    data_batch_size: int | Literal["auto"] | None
+    compile: bool | Literal["auto"]
+    progress: bool
+
+    def __post_init__(self):
+        for name in ("num_chains", "num_temperatures", "num_leapfrog_steps"):
+            check_count(name, getattr(self, name))
+        if self.data_batch_size not in ("auto", None):
+            check_count("data_batch_size", self.data_batch_size)
+        if self.schedule not in ("adaptive", "sigmoidal"):
+            raise ValueError(f"schedule must be 'adaptive' or 'sigmoidal', found {self.schedule!r}")
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto', found {self.compile!r}")
+
+
+class TunedBlock(NamedTuple):
+    """A range of data with what its chains need; `tick` is to be called after each kernel."""
+
+    start: int
+    stop: int
+    potential: Potential
+    kernels: Kernels
+    tick: Callable[[], object]
+
+
+def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) -> Iterator[TunedBlock]:
+    """The blocks of a pair's data, in order; each will be gone through `passes` times.
+
+    Raises ValueError for programs that cannot draw chains under an outer plate.
+    """
+    if reason := pair.reason_to_loop(pair.num_data):
+        raise ValueError(
+            f"the program cannot run its chains under an outer plate ({reason}), as annealing needs; networks that keep "
+            f"leading dimensions (no view(-1, D), no fixed dim=1) allow it"
+        )
+    num_chains, num_temperatures = settings.num_chains, settings.num_temperatures
+    size = pair.num_data
+    if pair.split_size is not None:
+        most = max(2, pair.rows // num_chains) if settings.data_batch_size == "auto" else settings.data_batch_size
+        size = math.ceil(size / math.ceil(size / most))  # blocks of nearly one size
+    blocks = list(pair.blocks(size))
+    modules = modules_behind(pair.model, pair.guide)
+    record = inductor = settings.compile
+    if settings.compile == "auto":
+        num_gradients = pair.num_data * num_chains * num_temperatures * settings.num_leapfrog_steps
+        record = bool(modules) and all_ours(modules)
+        inductor = pays_off(num_gradients, modules_behind(pair.model), modules)
+    recorded: dict[tuple[int, int], Extracted | None] = {}
+
+    def potential_of(start: int, stop: int, num_chains: int) -> Potential:
+        potential = Potential(pair, start, stop, num_chains, from_prior=from_prior)
+        sizes = (stop - start, num_chains)
+        if record and stop - start == size:  # a last block of another size is not worth a compilation
+            if sizes not in recorded:
+                potential.record(modules, inductor=inductor)
+                recorded[sizes] = potential.recorded
+            potential.recorded = recorded[sizes]
+        return potential
+
+    total = len(blocks) * (num_pilot_kernels(num_temperatures) + passes * num_temperatures)
+    with tqdm(total=total, unit=" kernels", desc="annealing", disable=not settings.progress) as bar:
+        for start, stop in blocks:
+            potential = potential_of(start, stop, num_chains)
+            pilot = potential
+            if num_chains < _FEWEST_PILOT_CHAINS:
+                pilot = potential_of(start, stop, _FEWEST_PILOT_CHAINS)
+            # Random numbers of its own, so that the kernels are independent of the chains that count.
+            seed = int(torch.randint(2**62, ()))
+            with torch.random.fork_rng([potential.device] if potential.device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                kernels = tune(
+                    pilot,
+                    num_temperatures,
+                    settings.num_leapfrog_steps,
+                    adaptive=settings.schedule == "adaptive",
+                    tick=bar.update,
+                )
+            yield TunedBlock(start, stop, potential, kernels, bar.update)
