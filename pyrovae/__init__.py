@@ -4,8 +4,9 @@ from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plo
 from pyrovae.annealing.bounds import BidirectionalMonteCarlo, annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.checkpoint import load, save
 from pyrovae.comparison import Comparison, compare
-from pyrovae.evaluation import LogMarginalLikelihood, active_units, log_marginal_likelihood
+from pyrovae.evaluation import active_units, log_marginal_likelihood
 from pyrovae.inference_data import to_inference_data
+from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.models.generative import GenerativeModel
 from pyrovae.models.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
 from pyrovae.models.layers import ConditionalNormal

@@ -13,7 +13,7 @@ from pyrovae import estimators
 from pyrovae.annealing.chains import Kernels, anneal, anneal_back, num_pilot_kernels, tune
 from pyrovae.annealing.potential import Potential, prior_of
 from pyrovae.annealing.simulation import exact_draws, simulate
-from pyrovae.evaluation import LogMarginalLikelihood
+from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.programs.extract import Extracted, all_ours
 from pyrovae.programs.modules import check_count, evaluation_mode, map_tensors, modules_behind
 from pyrovae.programs.traces import Program, sample_sites
