@@ -4,7 +4,7 @@ from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plo
 from pyrovae.annealing.bounds import BidirectionalMonteCarlo, annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.checkpoint import load, save
 from pyrovae.comparison import Comparison, compare
-from pyrovae.evaluation import active_units, log_marginal_likelihood
+from pyrovae.evaluation import active_units, log_marginal_likelihood, particles_for
 from pyrovae.inference_data import to_inference_data
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.models.generative import GenerativeModel
@@ -39,6 +39,7 @@ __all__ = [
     "log_weights",
     "nets",
     "objectives",
+    "particles_for",
     "pick_device",
     "plots",
     "priors",

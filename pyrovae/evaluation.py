@@ -1,5 +1,6 @@
 """Estimates of log p(x) from log weights, with the evidence of how far each can be trusted."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -7,11 +8,11 @@ from torch import Tensor
 
 from pyrovae.guides.contract import Guide
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
-from pyrovae.programs.modules import evaluation_mode
+from pyrovae.programs.modules import check_count, evaluation_mode
 from pyrovae.programs.traces import Program
 from pyrovae.weights.blocks import log_weight_blocks
 
-__all__ = ["active_units", "log_marginal_likelihood"]
+__all__ = ["active_units", "log_marginal_likelihood", "particles_for"]
 
 
 def log_marginal_likelihood(
@@ -73,6 +74,55 @@ def log_marginal_likelihood(
         progress=progress,
     )
     return LogMarginalLikelihood.concatenate([LogMarginalLikelihood.from_log_weights(block) for block in blocks])
+
+
+_FEWEST_PARTICLES = 25  # below that no Pareto k
+
+
+def particles_for(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    stderr: float,
+    share: float = 0.5,
+    num_pilot_particles: int = 200,
+    **kwargs: Any,
+) -> int:
+    """How many particles bring the Monte Carlo standard error of log p(x) down to `stderr`, by a pilot run.
+
+    S = ceil( S_pilot (se_pilot / stderr)^2 ),   25 or more
+
+    The pilot only chooses; estimate with fresh draws, as `log_marginal_likelihood(model, guide, x,
+    num_particles=particles_for(model, guide, x, stderr=0.05))` does. (Drawing on until the error looks small stops where no
+    large weight has come up yet, and so biases the estimate downwards.)
+
+    stderr: in nats per datum
+    share: of the data that are to have it or less: half by default, so that the median does
+    num_pilot_particles: S_pilot, for each datum
+    other arguments: those of `log_marginal_likelihood`
+
+    The standard error says nothing of the bias, and where a few weights outweigh all others the pilot sees too small a
+    spread, so that S is too small as well: look at `stderr` and `pareto_k` of the estimate.
+
+    Raises ValueError for stderr <= 0, a share outside (0, 1], fewer than 2 pilot particles, and where the pilot knows no
+    error for enough of the data; and what `log_marginal_likelihood` refuses.
+    """
+    if not stderr > 0:
+        raise ValueError(f"stderr must be positive, in nats per datum; found {stderr}")
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], found {share}")
+    check_count("num_pilot_particles", num_pilot_particles)
+    if num_pilot_particles < 2:
+        raise ValueError("one pilot particle has no standard error: num_pilot_particles must be 2 or more")
+    pilot = log_marginal_likelihood(model, guide, *args, num_particles=num_pilot_particles, **kwargs)
+    errors = pilot.stderr.nan_to_num(nan=math.inf).sort().values
+    reached = errors[math.ceil(share * len(errors)) - 1].item()
+    if math.isinf(reached):
+        raise ValueError(
+            f"all {num_pilot_particles} pilot weights are 0 for {int(errors.isinf().sum()):,} of {len(errors):,} data: take "
+            f"more pilot particles, or a guide that reaches where the model puts mass"
+        )
+    return max(_FEWEST_PARTICLES, math.ceil(num_pilot_particles * (reached / stderr) ** 2))
 
 
 @torch.no_grad()
