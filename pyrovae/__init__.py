@@ -5,6 +5,7 @@ from pyrovae.annealing.bounds import BidirectionalMonteCarlo, annealed_importanc
 from pyrovae.checkpoint import load, save
 from pyrovae.comparison import Comparison, compare
 from pyrovae.evaluation import active_units, log_marginal_likelihood, particles_for
+from pyrovae.gaps import InferenceGaps, inference_gaps
 from pyrovae.inference_data import to_inference_data
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.models.generative import GenerativeModel
@@ -23,6 +24,7 @@ __all__ = [
     "FitResult",
     "GenerativeModel",
     "HierarchicalModel",
+    "InferenceGaps",
     "LogMarginalLikelihood",
     "TopDownGuide",
     "active_units",
@@ -33,6 +35,7 @@ __all__ = [
     "estimators",
     "fit",
     "guides",
+    "inference_gaps",
     "likelihoods",
     "load",
     "log_marginal_likelihood",

@@ -58,6 +58,7 @@ def test_a_file_imports_only_from_levels_above_it():
         {"programs"},
         {"weights"},
         {"objectives", "evaluation", "comparison"},
+        {"gaps"},
         {"training", "annealing", "checkpoint"},
         {"inference_data", "plots", "registry"},
     ]
