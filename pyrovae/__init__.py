@@ -1,7 +1,8 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
-from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plots, priors, registry, uses
+from pyrovae import data, detection, estimators, guides, likelihoods, nets, objectives, plots, priors, registry, uses
 from pyrovae.annealing.bounds import BidirectionalMonteCarlo, annealed_importance_sampling, bidirectional_monte_carlo
+from pyrovae.calibration import Calibration, simulation_based_calibration
 from pyrovae.checkpoint import load, save
 from pyrovae.comparison import Comparison, compare
 from pyrovae.evaluation import active_units, log_marginal_likelihood, particles_for
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BidirectionalMonteCarlo",
     "BottomUpGuide",
+    "Calibration",
     "Comparison",
     "ConditionalNormal",
     "FitResult",
@@ -32,6 +34,7 @@ __all__ = [
     "bidirectional_monte_carlo",
     "compare",
     "data",
+    "detection",
     "estimators",
     "fit",
     "guides",
@@ -48,6 +51,7 @@ __all__ = [
     "priors",
     "registry",
     "save",
+    "simulation_based_calibration",
     "to_inference_data",
     "two_layer_vae",
     "uses",
