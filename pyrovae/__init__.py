@@ -1,12 +1,15 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
-from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plots, priors, registry, uses
+from pyrovae import data, detection, estimators, guides, likelihoods, nets, objectives, plots, priors, registry, uses
 from pyrovae.annealing.bounds import annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.annealing.result import BidirectionalMonteCarlo
+from pyrovae.calibration import Calibration, simulation_based_calibration
 from pyrovae.checkpoint import load, save
 from pyrovae.comparison import Comparison, compare
-from pyrovae.evaluation import LogMarginalLikelihood, active_units, log_marginal_likelihood
+from pyrovae.evaluation import active_units, log_marginal_likelihood, particles_for
+from pyrovae.gaps import InferenceGaps, inference_gaps
 from pyrovae.inference_data import to_inference_data
+from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.models.generative import GenerativeModel
 from pyrovae.models.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
 from pyrovae.models.layers import ConditionalNormal
@@ -18,11 +21,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BidirectionalMonteCarlo",
     "BottomUpGuide",
+    "Calibration",
     "Comparison",
     "ConditionalNormal",
     "FitResult",
     "GenerativeModel",
     "HierarchicalModel",
+    "InferenceGaps",
     "LogMarginalLikelihood",
     "TopDownGuide",
     "active_units",
@@ -30,20 +35,24 @@ __all__ = [
     "bidirectional_monte_carlo",
     "compare",
     "data",
+    "detection",
     "estimators",
     "fit",
     "guides",
+    "inference_gaps",
     "likelihoods",
     "load",
     "log_marginal_likelihood",
     "log_weights",
     "nets",
     "objectives",
+    "particles_for",
     "pick_device",
     "plots",
     "priors",
     "registry",
     "save",
+    "simulation_based_calibration",
     "to_inference_data",
     "two_layer_vae",
     "uses",

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyrovae.evaluation import LogMarginalLikelihood
+from pyrovae.marginal_likelihood import LogMarginalLikelihood
 
 __all__ = ["Comparison", "ComparisonRow", "compare"]
 
@@ -16,13 +16,13 @@ __all__ = ["Comparison", "ComparisonRow", "compare"]
 class ComparisonRow:
     """One pair in a comparison, in nats per datum.
 
-    rank: by log_prob, 0 the best
+    rank: by log_prob, 0 the best; a mean that is NaN comes last
     log_prob, stderr: mean over the data, with its standard error as an estimate for new data
     difference, difference_stderr: log_prob minus that of the best, and the standard error of this paired difference
     bias_estimate: how much log_prob is too low, at least
     elbo, elbo_difference, elbo_difference_stderr: of the ELBO, against the pair that is best in log_prob; NaN for
         annealed results
-    gap: log_prob - elbo, at least KL(q(z|x) || p(z|x))
+    gap: log_prob - elbo, at least KL(q(z|x) || p(z|x)); NaN with one particle
     bad_k: share of data whose Pareto k is above its limit
     """
 
@@ -97,7 +97,8 @@ def compare(results: Mapping[str, LogMarginalLikelihood]) -> Comparison:
             f"the results are for different numbers of data, {lengths}: evaluate all pairs on the same data"
         )
     num_data = len(next(iter(results.values())))
-    order = sorted(results, key=lambda name: -results[name].mean)
+    means = {name: result.mean for name, result in results.items()}
+    order = sorted(results, key=lambda name: (math.isnan(means[name]), -means[name]))
     best = results[order[0]]
     rows = []
     for rank, name in enumerate(order):
@@ -116,7 +117,7 @@ def compare(results: Mapping[str, LogMarginalLikelihood]) -> Comparison:
                 elbo=result.elbo.mean().item(),
                 elbo_difference=elbo_difference,
                 elbo_difference_stderr=elbo_difference_stderr if rank else 0.0,
-                gap=result.gap.mean().item(),
+                gap=result.gap.mean().item() if result.num_particles > 1 else math.nan,
                 bad_k=result.share_of_bad_k(),
             )
         )
@@ -139,12 +140,17 @@ def _notes(rows: list[ComparisonRow]) -> list[str]:
                 f"The best ELBO is that of '{tightest.name}', the best log p(x) that of '{rows[0].name}': the ELBO also "
                 f"rewards a guide that fits."
             )
-    biases = [row.bias_estimate for row in rows]
-    second = rows[1]
-    if max(biases) - min(biases) > abs(second.difference):
-        notes.append(
-            f"The bias estimates differ by {max(biases) - min(biases):.2f} nats, more than the best two models do: take more "
-            f"particles."
-        )
+    for row in rows:
+        if math.isnan(row.log_prob):
+            notes.append(f"The mean log p(x) of '{row.name}' is NaN: it is ranked last, and compares with nothing.")
+        elif not math.isfinite(row.bias_estimate):
+            notes.append(f"The bias of '{row.name}' is not known: take more particles.")
+    for row in rows[1:]:
+        unequal = abs(row.bias_estimate - rows[0].bias_estimate)
+        if math.isfinite(unequal) and unequal > abs(row.difference):
+            notes.append(
+                f"The bias estimates of '{row.name}' and '{rows[0].name}' differ by {unequal:.2f} nats, their log p(x) by "
+                f"{abs(row.difference):.2f}: take more particles before you say which is better."
+            )
     notes.append("Standard errors are for new data; they do not contain what another training seed would change.")
     return notes

@@ -1,201 +1,18 @@
 """Estimates of log p(x) from log weights, with the evidence of how far each can be trusted."""
 
 import math
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pyrovae import estimators
 from pyrovae.guides.contract import Guide
-from pyrovae.programs.modules import evaluation_mode
+from pyrovae.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.programs.modules import check_count, evaluation_mode
 from pyrovae.programs.traces import Program
 from pyrovae.weights.blocks import log_weight_blocks, until_interrupted
 
-__all__ = ["LogMarginalLikelihood", "active_units", "log_marginal_likelihood"]
-
-
-@dataclass(frozen=True, repr=False)
-class LogMarginalLikelihood:
-    """Estimates of log p(x) per datum: float64 tensors (N,) on the CPU, in nats.
-
-    log_prob: log 1/S sum_s w, a lower bound of log p(x) on average
-    stderr: its Monte Carlo standard error (NaN with one particle); it does not see the bias
-    elbo, elbo_stderr: the mean log weight, with its Monte Carlo standard error
-    gap, gap_stderr: log_prob - elbo, an estimate of KL(q(z|x) || p(z|x)): "at least" this
-    jackknife: log_prob with its bias of order 1/S removed; not a bound
-    ess: effective sample size, 1 to S
-    pareto_k: tail shape of the weights (NaN below 25 particles); above `pareto_k_limit` the row cannot be trusted,
-        above 0.5 its standard error may be too small
-    curve_particles, curve: the bound at growing numbers of particles, (len(curve_particles), N)
-    acceptance: of annealed importance sampling alone, where S counts chains and `elbo` and `gap` are NaN; else None
-    """
-
-    num_particles: int
-    log_prob: Tensor
-    stderr: Tensor
-    elbo: Tensor
-    elbo_stderr: Tensor
-    gap: Tensor
-    gap_stderr: Tensor
-    jackknife: Tensor
-    ess: Tensor
-    pareto_k: Tensor
-    curve_particles: list[int]
-    curve: Tensor
-    acceptance: Tensor | None = None
-
-    @classmethod
-    def from_log_weights(cls, log_weights: Tensor) -> "LogMarginalLikelihood":
-        """All of it from weights (S, N)."""
-        curve_particles, curve = estimators.bound_curve(log_weights)
-        return cls(
-            num_particles=len(log_weights),
-            log_prob=estimators.importance_weighted_bound(log_weights).cpu(),
-            stderr=estimators.importance_weighted_bound_stderr(log_weights).cpu(),
-            elbo=estimators.elbo(log_weights).cpu(),
-            elbo_stderr=estimators.elbo_stderr(log_weights).cpu(),
-            gap=estimators.gap(log_weights).cpu(),
-            gap_stderr=estimators.gap_stderr(log_weights).cpu(),
-            jackknife=estimators.jackknife(log_weights).cpu(),
-            ess=estimators.effective_sample_size(log_weights).cpu(),
-            pareto_k=estimators.pareto_k(log_weights).cpu().double(),
-            curve_particles=curve_particles,
-            curve=curve.cpu(),
-        )
-
-    @classmethod
-    def from_annealed(cls, log_weights: Tensor, acceptance: Tensor) -> "LogMarginalLikelihood":
-        """Of annealed weights (S, N): their mean is no ELBO, so that `elbo` and `gap` are NaN."""
-        result = cls.from_log_weights(log_weights)
-        unknown = torch.full_like(result.elbo, math.nan)
-        return replace(
-            result,
-            elbo=unknown,
-            elbo_stderr=unknown,
-            gap=unknown,
-            gap_stderr=unknown,
-            acceptance=acceptance.cpu().double(),
-        )
-
-    @classmethod
-    def concatenate(cls, parts: "list[LogMarginalLikelihood]") -> "LogMarginalLikelihood":
-        """One result of results for consecutive data: of a run that was interrupted, and of the rest of its data.
-
-            partial = log_marginal_likelihood(model, guide, x)          # Ctrl-C: the first len(partial) data
-            rest = log_marginal_likelihood(model, guide, x[len(partial):])
-            whole = LogMarginalLikelihood.concatenate([partial, rest])
-
-        Raises ValueError for results of different methods or numbers of particles, or none at all.
-        """
-        kinds = sorted({(part.method, part.num_particles) for part in parts})
-        if len(kinds) != 1:
-            raise ValueError(f"results of one method and one number of particles make one result, found {kinds}")
-        first = parts[0]
-        return cls(
-            first.num_particles,
-            **{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.per_datum()},
-            curve_particles=first.curve_particles,
-            curve=torch.cat([part.curve for part in parts], dim=1),
-            acceptance=None if first.acceptance is None else torch.cat([part.acceptance for part in parts]),
-        )
-
-    @staticmethod
-    def per_datum() -> tuple[str, ...]:
-        """Names of the (N,) estimates."""
-        return ("log_prob", "stderr", "elbo", "elbo_stderr", "gap", "gap_stderr", "jackknife", "ess", "pareto_k")
-
-    def __len__(self) -> int:
-        return len(self.log_prob)
-
-    def __getitem__(self, index: slice | Tensor) -> "LogMarginalLikelihood":
-        """The results of some of the data, by a slice, a mask or indices."""
-        chosen = {name: getattr(self, name)[index] for name in self.per_datum()}
-        acceptance = None if self.acceptance is None else self.acceptance[index]
-        return replace(self, **chosen, curve=self.curve[:, index], acceptance=acceptance)
-
-    @property
-    def mean(self) -> float:
-        """Mean of log_prob over the data, in nats per datum."""
-        return self.log_prob.mean().item()
-
-    @property
-    def mean_stderr(self) -> float:
-        """Standard error of `mean` as an estimate for new data, sd / sqrt(N); the Monte Carlo noise is part of it."""
-        return self.log_prob.std().item() / math.sqrt(len(self)) if len(self) > 1 else math.nan
-
-    @property
-    def mean_mc_stderr(self) -> float:
-        """Monte Carlo part of the error of `mean`, sqrt(sum stderr^2) / N: what other draws for the same data change."""
-        return self.stderr.square().sum().sqrt().item() / len(self)
-
-    @property
-    def bias_estimate(self) -> float:
-        """How much `mean` is too low, at least: mean(jackknife - log_prob), in nats.
-
-        The error bars do not contain it, and averaging over data does not shrink it.
-        """
-        return (self.jackknife - self.log_prob).mean().item()
-
-    @property
-    def pareto_k_limit(self) -> float:
-        """Largest Pareto k at which a row can be trusted; NaN with one particle."""
-        return estimators.pareto_k_limit(self.num_particles) if self.num_particles > 1 else math.nan
-
-    @property
-    def method(self) -> str:
-        """What estimated it: "importance sampling" or "annealed importance sampling"."""
-        return "importance sampling" if self.acceptance is None else "annealed importance sampling"
-
-    def share_of_bad_k(self, limit: float | None = None) -> float:
-        """Share of data whose Pareto k is above `limit` (`pareto_k_limit` by default); NaN where k is not known."""
-        if self.pareto_k.isnan().all():
-            return math.nan
-        return (self.pareto_k > (self.pareto_k_limit if limit is None else limit)).double().mean().item()
-
-    def summary(self) -> str:
-        """A few lines to print: bound, estimate, gap, their errors, and whether to trust them."""
-        num_data = f"{len(self):,} {'datum' if len(self) == 1 else 'data'}"
-        particles = f"{self.num_particles:,} {'particles' if self.acceptance is None else 'chains'}"
-        lines = [
-            f"log p(x) by {self.method}: {num_data}, {particles}; nats per datum",
-            f"  log p(x)        {self.mean:10.3f}   +- {self.mean_stderr:.3f} over data, "
-            f"+- {self.mean_mc_stderr:.3f} Monte Carlo; a lower bound, too low by at least {self.bias_estimate:.3f}",
-        ]
-        if self.acceptance is None:
-            lines += [
-                f"  ELBO            {self.elbo.mean():10.3f}",
-                f"  gap             {self.gap.mean():10.3f}   at least: KL(q(z|x) || p(z|x))",
-            ]
-        else:
-            lines.append(f"  acceptance      {self.acceptance.mean():10.2f}   of the trajectories")
-        lines.append(f"  ESS             {self.ess.median():10.1f}   median, of {particles}")
-        bad, doubtful = self.share_of_bad_k(), self.share_of_bad_k(0.5)
-        if not math.isnan(bad):
-            lines.append(f"  Pareto k        {self.pareto_k.median():10.2f}   median")
-            if bad > 0:
-                count = round(bad * len(self))
-                lines.append(
-                    f"  {count:,} of {num_data} have k > {self.pareto_k_limit:.2f}: their estimates are not to be trusted; "
-                    f"take more particles, a better guide, or annealed importance sampling"
-                )
-            if doubtful > 0:
-                lines.append(f"  {round(doubtful * len(self)):,} have k > 0.5: their standard errors may be too small")
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        bound = f"ELBO {self.elbo.mean():.3f}, gap {self.gap.mean():.3f}" if self.acceptance is None else "annealed"
-        return (
-            f"LogMarginalLikelihood({len(self)} data, {self.num_particles} particles: log p(x) {self.mean:.3f} "
-            f"+- {self.mean_stderr:.3f}, {bound})"
-        )
-
-    def to_inference_data(self, **kwargs: Any) -> Any:
-        """This result as ArviZ's InferenceData (0.x) or DataTree (1.x); see `pyrovae.to_inference_data`."""
-        from pyrovae.inference_data import to_inference_data
-
-        return to_inference_data(self, **kwargs)
+__all__ = ["active_units", "log_marginal_likelihood", "particles_for"]
 
 
 def log_marginal_likelihood(
@@ -261,6 +78,55 @@ def log_marginal_likelihood(
     )
     parts = ((LogMarginalLikelihood.from_log_weights(block), done, num_data) for block, done, num_data in blocks)
     return LogMarginalLikelihood.concatenate(until_interrupted(parts))
+
+
+_FEWEST_PARTICLES = 25  # below that no Pareto k
+
+
+def particles_for(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    stderr: float,
+    share: float = 0.5,
+    num_pilot_particles: int = 200,
+    **kwargs: Any,
+) -> int:
+    """How many particles bring the Monte Carlo standard error of log p(x) down to `stderr`, by a pilot run.
+
+    S = ceil( S_pilot (se_pilot / stderr)^2 ),   25 or more
+
+    The pilot only chooses; estimate with fresh draws, as `log_marginal_likelihood(model, guide, x,
+    num_particles=particles_for(model, guide, x, stderr=0.05))` does. (Drawing on until the error looks small stops where no
+    large weight has come up yet, and so biases the estimate downwards.)
+
+    stderr: in nats per datum
+    share: of the data that are to have it or less: half by default, so that the median does
+    num_pilot_particles: S_pilot, for each datum
+    other arguments: those of `log_marginal_likelihood`
+
+    The standard error says nothing of the bias, and where a few weights outweigh all others the pilot sees too small a
+    spread, so that S is too small as well: look at `stderr` and `pareto_k` of the estimate.
+
+    Raises ValueError for stderr <= 0, a share outside (0, 1], fewer than 2 pilot particles, and where the pilot knows no
+    error for enough of the data; and what `log_marginal_likelihood` refuses.
+    """
+    if not stderr > 0:
+        raise ValueError(f"stderr must be positive, in nats per datum; found {stderr}")
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], found {share}")
+    check_count("num_pilot_particles", num_pilot_particles)
+    if num_pilot_particles < 2:
+        raise ValueError("one pilot particle has no standard error: num_pilot_particles must be 2 or more")
+    pilot = log_marginal_likelihood(model, guide, *args, num_particles=num_pilot_particles, **kwargs)
+    errors = pilot.stderr.nan_to_num(nan=math.inf).sort().values
+    reached = errors[math.ceil(share * len(errors)) - 1].item()
+    if math.isinf(reached):
+        raise ValueError(
+            f"all {num_pilot_particles} pilot weights are 0 for {int(errors.isinf().sum()):,} of {len(errors):,} data: take "
+            f"more pilot particles, or a guide that reaches where the model puts mass"
+        )
+    return max(_FEWEST_PARTICLES, math.ceil(num_pilot_particles * (reached / stderr) ** 2))
 
 
 @torch.no_grad()

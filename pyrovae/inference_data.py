@@ -6,7 +6,7 @@ import numpy as np
 import pyro
 import torch
 
-from pyrovae.evaluation import LogMarginalLikelihood
+from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.modules import check_count, evaluation_mode, import_arviz
 from pyrovae.programs.traces import Layout, Program, log_weights_of, run_pair, sample_sites

@@ -1,6 +1,7 @@
 """Comparisons: paired differences against known ones, and what the notes say."""
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -42,9 +43,49 @@ def test_notes_say_that_the_winners_differ(double):
 
 
 def test_a_difference_smaller_than_the_bias_is_noted(double):
-    truth = torch.randn(300)
-    table = pv.compare({"a": result(truth, spread=2.0, num_particles=20), "b": result(truth - 0.2, spread=0.1)})
-    assert any("bias estimates differ" in note for note in table.notes)
+    truth = torch.randn(3000)
+    table = pv.compare({"a": result(truth, spread=1.5, num_particles=40), "b": result(truth - 0.1, spread=0.1)})
+    assert any("bias estimates of" in note and "'a'" in note and "'b'" in note for note in table.notes)
+
+
+def test_bias_is_noted_for_the_rows_it_concerns(double):
+    """Of three, one far below: its difference is larger than any bias; the other two are too close to call."""
+    truth = torch.randn(3000)
+    table = pv.compare(
+        {
+            "a": result(truth, spread=1.5, num_particles=40),
+            "b": result(truth - 0.1, spread=0.1),
+            "c": result(truth - 9, spread=0.1),
+        }
+    )
+    notes = [note for note in table.notes if "bias" in note]
+    assert len(notes) == 1
+    assert "'a'" in notes[0]
+    assert "'b'" in notes[0]
+
+
+def test_an_unknown_bias_is_noted(double):
+    table = pv.compare({"one": result(torch.zeros(50), num_particles=1), "many": result(torch.ones(50))})
+    assert any("bias of 'one' is not known" in note for note in table.notes)
+    assert not any("'many'" in note and "bias" in note for note in table.notes)
+    assert math.isnan(next(row for row in table.rows if row.name == "one").gap)
+
+
+def test_a_mean_that_is_nan_is_ranked_last(double):
+    """It must not scramble the order of the others, wherever it stands; nor does -inf."""
+    truth = torch.randn(50)
+    broken = result(truth)
+    broken.log_prob[3] = torch.nan
+    impossible = result(truth)
+    impossible.log_prob[3] = -torch.inf
+    good = {"c": result(truth), "a": result(truth + 2), "b": result(truth + 1)}
+    for order in permutations(["broken", "a", "b", "c", "impossible"]):
+        table = pv.compare({name: {**good, "broken": broken, "impossible": impossible}[name] for name in order})
+        assert [row.name for row in table.rows] == ["a", "b", "c", "impossible", "broken"]
+    assert any("'broken' is NaN: it is ranked last" in note for note in table.notes)
+    assert not any("'impossible' is NaN" in note for note in table.notes)
+    assert table.rows[1].difference == pytest.approx(-1, abs=0.1)
+    assert "broken" in repr(table)
 
 
 def test_annealed_results_have_no_elbo(double):

@@ -1,5 +1,6 @@
 """log p(x) against models whose evidence is known in closed form, written as plain Pyro programs."""
 
+import functools
 import math
 import warnings
 
@@ -202,3 +203,54 @@ def test_automatic_guides(linear_gaussian):
     assert lml.log_prob.shape == (1,)
     assert abs(lml.log_prob.item() - truth[0].item()) < 6 * lml.stderr.item() + 0.05
     pyro.clear_param_store()
+
+
+# --- how many particles ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_particles_for_a_standard_error(linear_gaussian, share):
+    """q = N(m, c C): Var w / p(x)^2 = (c / sqrt(2c - 1))^D - 1, the same for all data."""
+    inflate, wanted = 1.8, 0.02
+    variance = (inflate / math.sqrt(2 * inflate - 1)) ** 3 - 1
+    x = linear_gaussian.data(60)
+    guide = functools.partial(linear_gaussian.guide, inflate=inflate)
+    found = pv.particles_for(linear_gaussian.model, guide, x, stderr=wanted, share=share, num_pilot_particles=1000)
+    assert found == pytest.approx(variance / wanted**2, rel=0.25)
+    lml = pv.log_marginal_likelihood(linear_gaussian.model, guide, x, num_particles=found)
+    assert lml.stderr.quantile(share).item() == pytest.approx(wanted, rel=0.15)
+    half = pv.particles_for(linear_gaussian.model, guide, x, stderr=wanted / 2, share=share, num_pilot_particles=1000)
+    assert half == pytest.approx(4 * found, rel=0.25)
+
+
+def test_particles_for_an_exact_guide_and_wrong_settings(linear_gaussian):
+    x = linear_gaussian.data(3)
+    few = functools.partial(pv.particles_for, linear_gaussian.model, linear_gaussian.guide, x)
+    assert few(stderr=0.1) == 25
+    for options, match in (
+        ({"stderr": 0.0}, "stderr must be positive"),
+        ({"stderr": 0.1, "share": 1.5}, "share must lie in"),
+        ({"stderr": 0.1, "num_pilot_particles": 1}, "one pilot particle"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            few(**options)
+
+
+def test_particles_for_data_out_of_reach(double):
+    """All weights 0 for two of three data: no error is known for them."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("reach", torch.where(z > x, 0.0, -math.inf))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    x = torch.tensor([0.0, 9.0, 9.5])
+    assert pv.particles_for(model, guide, x, stderr=0.05, share=0.3, num_pilot_particles=2000) == pytest.approx(
+        400, rel=0.2
+    )
+    with pytest.raises(ValueError, match="0 for 2 of 3 data"):
+        pv.particles_for(model, guide, x, stderr=0.05)

@@ -163,6 +163,27 @@ def test_summary_warns_of_heavy_tails():
     assert lml.share_of_bad_k() == 1.0
 
 
+def test_summary_with_one_particle_says_what_is_unknown():
+    lml = pv.LogMarginalLikelihood.from_log_weights(torch.randn(1, 20))
+    for text in (lml.summary(), repr(lml)):
+        assert "unknown" in text
+        assert "nan" not in text
+        assert "0.000" not in text
+    assert "1 particle;" in lml.summary()
+    annealed = pv.LogMarginalLikelihood.from_annealed(torch.randn(1, 20), torch.full((20,), 0.6))
+    assert "unknown with one chain" in annealed.summary()
+    assert "nan" not in annealed.summary()
+
+
+def test_summary_gives_the_corrected_estimates_and_the_limit_of_k():
+    lml = pv.LogMarginalLikelihood.from_log_weights(2 * torch.randn(300, 20))
+    text = lml.summary()
+    for number in (lml.jackknife.mean(), lml.jackknife_2.mean(), lml.smoothed.mean()):
+        assert f"{number:.3f}" in text
+    assert "no bounds" in text
+    assert f"{1 - 1 / math.log10(300):.2f} is the limit" in text
+
+
 def test_figures_take_arrays_and_axes():
     images = torch.rand(10, 1, 8, 8)
     _, given = plt.subplots()

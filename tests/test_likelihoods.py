@@ -273,6 +273,9 @@ def test_starts_at_the_mean_image(name):
 @pytest.mark.parametrize(
     ("name", "value", "match"),
     [
+        ("Bernoulli", math.inf, "0 or 1, found inf"),
+        ("Bernoulli", math.nan, "0 or 1, found nan"),
+        ("Bernoulli", 0.5, "0 or 1, found 0.5"),
         ("ContinuousBernoulli", 1.01, r"lie in \[0, 1\], found 1.01: scale the data"),
         ("ContinuousBernoulli", -0.5, "found -0.5"),
         ("ContinuousBernoulli", math.nan, "found nan"),

@@ -656,6 +656,46 @@ def test_pyros_own_losses_serve_for_discrete_latents(double, monkeypatch):
     assert torch.allclose(torch.stack(torch.autograd.grad(loss, [w, v, prior, c])), exact, rtol=1e-9)
 
 
+def test_vimco_with_weights_of_zero(double):
+    """Against the gradient written out, for draws where the model gives 0, 1, 2 or all of 3 particles no density."""
+    bits = torch.tensor(
+        [[1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    ).T  # (S, N): 0 is impossible
+    v = torch.tensor([0.3, -0.4, 0.8, 0.1], requires_grad=True)
+    x = torch.linspace(-1, 2, 4)
+
+    def model():
+        with pyro.plate("data", 4):
+            b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.5)))
+            pyro.factor("support", torch.where(b == 1, math.log(2), -math.inf))
+            pyro.sample("x", dist.Normal(b, 0.8), obs=x)
+
+    def guide():
+        with pyro.plate("data", 4):
+            pyro.sample("b", dist.Bernoulli(logits=v))
+
+    with pytest.MonkeyPatch.context() as patch:
+        objective = VIMCO(3)
+        patch.setattr(torch, "bernoulli", lambda probs: torch.ones_like(probs))
+        objective.loss(model, guide)
+        patch.setattr(torch, "bernoulli", lambda probs: bits)
+        (found,) = gradients(objective, model, guide, [v])
+    probs = v.detach().sigmoid()
+    score = bits - probs  # d log q / d v
+    prior = torch.where(bits == 1, 0.0, -math.inf)
+    log_weights = prior + dist.Normal(bits, 0.8).log_prob(x) - dist.Bernoulli(probs).log_prob(bits)
+    signal = torch.zeros(3, 4)
+    for particle in range(3):
+        others = log_weights[[index for index in range(3) if index != particle]]
+        replaced = torch.cat([others, others.mean(0, keepdim=True)]).logsumexp(0)
+        signal[particle] = torch.where(replaced.isfinite(), log_weights.logsumexp(0) - replaced, 0.0)
+    exact = -((signal - log_weights.softmax(0)) * score).sum(0)
+    assert signal[2, 3] == 0  # the only one with a weight
+    assert signal[1, 1] < 0  # the only one without
+    assert torch.allclose(found, exact, rtol=1e-12)
+    assert found.isfinite().all()
+
+
 def test_vimco_takes_reparameterised_latents_too(double, monkeypatch):
     """A discrete and a continuous latent: draws of one enumerated, of the other by quadrature."""
     noise, weights = quadrature(2, 24)

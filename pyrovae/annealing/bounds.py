@@ -12,7 +12,7 @@ from pyrovae.annealing.chains import anneal, anneal_back
 from pyrovae.annealing.potential import prior_of
 from pyrovae.annealing.result import BidirectionalMonteCarlo
 from pyrovae.annealing.simulation import exact_draws, first_data, simulate
-from pyrovae.evaluation import LogMarginalLikelihood
+from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.programs.modules import evaluation_mode, map_tensors
 from pyrovae.programs.traces import Program, sample_sites
 from pyrovae.weights.blocks import until_interrupted

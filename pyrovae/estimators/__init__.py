@@ -6,6 +6,7 @@ answers in float64 (the dtype given says only what counts as rounding), and need
 fit asks ArviZ).
 """
 
+from pyrovae.estimators.jackknife import jackknife, jackknife_2
 from pyrovae.estimators.reducers import (
     bound_curve,
     effective_sample_size,
@@ -15,13 +16,20 @@ from pyrovae.estimators.reducers import (
     gap_stderr,
     importance_weighted_bound,
     importance_weighted_bound_stderr,
-    jackknife,
+)
+from pyrovae.estimators.tails import (
+    ParetoTail,
+    chi_square_bound,
     pareto_k,
     pareto_k_limit,
+    pareto_smoothed_bound,
+    pareto_tail,
 )
 
 __all__ = [
+    "ParetoTail",
     "bound_curve",
+    "chi_square_bound",
     "effective_sample_size",
     "elbo",
     "elbo_stderr",
@@ -30,6 +38,9 @@ __all__ = [
     "importance_weighted_bound",
     "importance_weighted_bound_stderr",
     "jackknife",
+    "jackknife_2",
     "pareto_k",
     "pareto_k_limit",
+    "pareto_smoothed_bound",
+    "pareto_tail",
 ]

@@ -14,16 +14,16 @@ from pyrovae.programs.modules import import_arviz
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["tail_shape"]
+__all__ = ["smooth_tail"]
 
 _TIED_AT_THE_TOP = _FEWEST_DISTINCT = 5
 
 
-def tail_shape(log_weights: Tensor) -> Tensor:
-    """Shape k of the tail, (S, N) -> (N,), float64; S of 25 or more, no -inf throughout.
+def smooth_tail(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Shape k of the tail (N,) and log weights (S, N) with the tail smoothed; S of 25 or more, no -inf throughout.
 
     The tail are the min(S/5, 3 sqrt S) largest weights. What is no tail is decided here, as ArviZ's answers to it differ
-    from version to version (an exception, inf, NaN, or a number that means nothing):
+    from version to version (an exception, inf, NaN, or a number that means nothing), and is not smoothed:
 
     0: five weights or more share the largest value. They are bounded there, and the bound has been seen
     +inf: fewer than 5 distinct values in the tail, or a quarter of it tied at its foot. Few values, the largest of them
@@ -31,26 +31,37 @@ def tail_shape(log_weights: Tensor) -> Tensor:
     """
     num_particles = len(log_weights)
     size = math.ceil(min(num_particles / 5, 3 * num_particles**0.5))
-    top = log_weights.topk(size + 1, dim=0).values
-    bounded = (log_weights == top[0]).sum(0) >= _TIED_AT_THE_TOP
-    num_distinct = (top[:-1] > top[1:]).sum(0)
-    foot_tied = top[size - 1] == top[size - 1 - max(1, int(size / 4 + 0.5) - 1)]
+    top = log_weights.topk(size + 1, dim=0)
+    values, below = top.values, top.indices[size]  # the largest weight below the tail
+    bounded = (log_weights == values[0]).sum(0) >= _TIED_AT_THE_TOP
+    num_distinct = (values[:-1] > values[1:]).sum(0)
+    foot_tied = values[size - 1] == values[size - 1 - max(1, int(size / 4 + 0.5) - 1)]
     fit = ~bounded & ~foot_tied & (num_distinct >= _FEWEST_DISTINCT)
     k = torch.where(bounded, 0.0, math.inf).to(log_weights)
-    if fit.any():
-        fitted = torch.as_tensor(_arviz_k(log_weights[:, fit].T.cpu().numpy()))
-        k[fit] = fitted.nan_to_num(math.inf, posinf=math.inf).to(k)
-    return k
+    if not fit.any():
+        return k, log_weights
+    smoothed, fitted = (
+        torch.as_tensor(array).to(log_weights) for array in _arviz_psis(log_weights[:, fit].T.cpu().numpy())
+    )
+    k[fit] = fitted.nan_to_num(math.inf, posinf=math.inf)
+    # ArviZ shifts all weights of a row, 1.x always so that they add up to 1. Those below the tail it leaves alone otherwise.
+    anchor = below[fit].unsqueeze(0)
+    raw = log_weights[:, fit]
+    smoothed = smoothed.T + (raw - smoothed.T).gather(0, anchor)
+    known = k[fit].isfinite() & raw.gather(0, anchor).isfinite().squeeze(0) & smoothed.isnan().logical_not().all(0)
+    result = log_weights.clone()
+    result[:, fit] = torch.where(known, smoothed, raw)
+    return k, result
 
 
-def _arviz_k(log_weights: "numpy.ndarray") -> "numpy.ndarray":
-    """Rows of (N, S) log weights -> (N,), on ArviZ 0.x and 1.x."""
+def _arviz_psis(log_weights: "numpy.ndarray") -> tuple["numpy.ndarray", "numpy.ndarray"]:
+    """Rows of (N, S) log weights -> smoothed (N, S), up to a number for each row, and k (N,); on ArviZ 0.x and 1.x."""
     import numpy
 
     psislw, sign = _psislw()
     with warnings.catch_warnings(), numpy.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # overflow in rows without a tail; they come back as inf or NaN
-        return psislw(sign * log_weights)[1]
+        return psislw(sign * log_weights)
 
 
 @functools.cache

@@ -40,9 +40,9 @@ class Bernoulli(Likelihood):
         return dist.Bernoulli(logits=parameters + self.bias).to_event(len(self.data_shape))
 
     def check(self, x: Tensor) -> None:
-        if not torch.equal(x * x, x):  # true of 0 and 1 only, and the fastest way to ask
+        if (x * x - x).any():  # false of 0 and 1 only (infinity gives NaN, which is true), and a fast way to ask
             raise ValueError(
-                f"Bernoulli pixels are 0 or 1, found {x[x * x != x][0].item():g}: binarise the data "
+                f"Bernoulli pixels are 0 or 1, found {x[(x != 0) & (x != 1)][0].item():g}: binarise the data "
                 f"(pyrovae.data.binarize; fit(..., transform=pyrovae.data.binarize) redraws at every use), or take a "
                 f"likelihood for grey values"
             )

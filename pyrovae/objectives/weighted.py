@@ -127,7 +127,9 @@ class VIMCO(WeightObjective):
         bound = _bound(model - guide)
         if terms.score is None:
             return bound.sum()
-        signal = bound.detach() - _without_each((model - guide).detach())
+        without = _without_each((model - guide).detach())
+        # Where the other weights are all 0, all S can be, so that E[L] is -inf and has no gradient: no signal then.
+        signal = torch.where(without == -math.inf, 0.0, bound.detach() - without)
         return bound.sum() + (signal * (terms.score - terms.score.detach())).sum()
 
 
@@ -136,8 +138,12 @@ def _bound(log_weights: Tensor) -> Tensor:
 
 
 def _without_each(log_weights: Tensor) -> Tensor:
-    """(S, N): the bound with the particle's log weight replaced by the mean of the others."""
+    """(S, N): the bound with the particle's log weight replaced by the mean of the others.
+
+    By sums over the others, not over all less one's own: -inf - -inf is no number.
+    """
     number = len(log_weights)
-    others = (log_weights.sum(0) - log_weights) / (number - 1)
     own = torch.eye(number, dtype=torch.bool, device=log_weights.device).unsqueeze(-1)
-    return _bound(torch.where(own, others, log_weights.unsqueeze(1)))
+    each = log_weights.unsqueeze(1)
+    others = torch.where(own, 0.0, each).sum(0) / (number - 1)
+    return _bound(torch.where(own, others, each))

@@ -1,0 +1,25 @@
+"""Figures from arrays, never from models. Each takes `ax=` (or makes a figure) and returns the axes it drew on."""
+
+from pyrovae.plots.bounds import bound_curve, sandwich, tightness
+from pyrovae.plots.gaps import gap_decomposition, gap_histogram, k_against_gap
+from pyrovae.plots.history import training
+from pyrovae.plots.images import image_grid, image_table, manifold, reconstructions, worst_images
+from pyrovae.plots.verdicts import comparison, rank_histograms, roc
+
+__all__ = [
+    "bound_curve",
+    "comparison",
+    "gap_decomposition",
+    "gap_histogram",
+    "image_grid",
+    "image_table",
+    "k_against_gap",
+    "manifold",
+    "rank_histograms",
+    "reconstructions",
+    "roc",
+    "sandwich",
+    "tightness",
+    "training",
+    "worst_images",
+]

@@ -1,0 +1,47 @@
+"""How training went."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pyrovae.plots.canvas import BLUE, ORANGE
+
+__all__ = ["training"]
+
+
+def training(history: Sequence[dict[str, float]], *, axes: Any = None) -> Any:
+    """Bound over epochs, and its two parts: reconstruction and KL, in nats per datum.
+
+    history: rows with epoch, elbo, reconstruction, kl, and validation_elbo, ... where there is validation data
+    axes: three axes; returns them
+    """
+    import matplotlib.pyplot as plt
+
+    if axes is None:
+        _, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    labels = {"elbo": "ELBO", "reconstruction": r"reconstruction, $E_q \log p(x|z)$", "kl": "KL(q(z|x) || p(z))"}
+    for ax, (name, label) in zip(axes, labels.items(), strict=True):
+        values = np.array([row[name] for row in history])
+        checked = np.array([row.get(f"validation_{name}", np.nan) for row in history])
+        ax.plot(epochs, values, color=BLUE, label="training")
+        if np.isfinite(checked).any():
+            ax.plot(epochs, checked, color=ORANGE, linestyle="--", label="validation")
+        _zoom(ax, np.concatenate([values, checked]), rising=name != "kl")
+        ax.set(xlabel="epoch", ylabel="nats per image", title=label)
+        ax.grid(alpha=0.3)
+    axes[0].legend(loc="lower right")
+    return axes
+
+
+def _zoom(ax: Any, values: np.ndarray, *, rising: bool) -> None:
+    """Cut off the first epochs' values where they would press the rest of a curve into a line."""
+    values = values[np.isfinite(values)]
+    if len(values) < 8:
+        return
+    low, high = values.min(), values.max()
+    if rising:
+        low = np.quantile(values, 0.1)
+    margin = 0.08 * (high - low) or 1.0
+    ax.set_ylim(low - margin, high + margin)

@@ -1,0 +1,132 @@
+"""Figures of bounds, gaps and verdicts: what they draw is what they were given, on the axes they were given."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+import pyrovae as pv
+from pyrovae import plots
+
+
+@pytest.fixture
+def lml():
+    return pv.LogMarginalLikelihood.from_log_weights(1.5 * torch.randn(200, 30) - 90 + 5 * torch.randn(30))
+
+
+def ax():
+    return plt.subplots()[1]
+
+
+# name -> draw(result, ax): each function that draws on one pair of axes
+FIGURES = {
+    "bound_curve": lambda lml, ax: plots.bound_curve(lml.curve_particles, lml.curve, annealed=lml.jackknife, ax=ax),
+    "comparison": lambda lml, ax: plots.comparison(
+        pv.compare({"a": lml, "b": lml[torch.arange(29, -1, -1)]}).rows, ax=ax
+    ),
+    "gap_decomposition": lambda lml, ax: plots.gap_decomposition({"a": (lml.gap, lml.gap / 2)}, ax=ax),
+    "gap_histogram": lambda lml, ax: plots.gap_histogram(lml.gap, ax=ax),
+    "image_grid": lambda lml, ax: plots.image_grid(torch.rand(4, 1, 5, 5), ax=ax),
+    "image_table": lambda lml, ax: plots.image_table(torch.rand(2, 3, 1, 5, 5), ax=ax),
+    "k_against_gap": lambda lml, ax: plots.k_against_gap(lml.pareto_k, lml.gap, limit=lml.pareto_k_limit, ax=ax),
+    "manifold": lambda lml, ax: plots.manifold(torch.rand(2, 3, 1, 5, 5), ax=ax),
+    "reconstructions": lambda lml, ax: plots.reconstructions(*torch.rand(2, 4, 1, 5, 5), ax=ax),
+    "roc": lambda lml, ax: plots.roc({"shuffled": pv.detection.roc(lml.log_prob, lml.log_prob - 3)}, ax=ax),
+    "sandwich": lambda lml, ax: plots.sandwich(lml.log_prob, lml.log_prob + 0.2 * torch.randn(30), ax=ax),
+    "worst_images": lambda lml, ax: plots.worst_images(torch.rand(30, 1, 5, 5), lml.gap, ax=ax),
+}
+SEVERAL_AXES = {"rank_histograms", "tightness", "training"}
+
+
+def test_every_figure_is_listed():
+    assert set(FIGURES) | SEVERAL_AXES == set(plots.__all__)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_draws_on_the_given_axes_or_its_own(name, lml):
+    given = ax()
+    assert FIGURES[name](lml, given) is given
+    number = len(plt.get_fignums())
+    drawn = FIGURES[name](lml, None)
+    assert len(plt.get_fignums()) == number + 1
+    drawn.figure.canvas.draw()
+
+
+def test_values_are_in_nats_and_say_so(lml):
+    for name in ("bound_curve", "comparison", "gap_decomposition", "gap_histogram", "k_against_gap", "sandwich"):
+        drawn = FIGURES[name](lml, ax())
+        assert "nats" in drawn.get_xlabel() + drawn.get_ylabel() + drawn.get_title(), name
+
+
+def test_bound_curve_against_annealing(lml):
+    drawn = plots.bound_curve(lml.curve_particles, lml.curve, annealed=lml.log_prob + 0.5, ax=ax())
+    lines = {line.get_label(): line.get_ydata() for line in drawn.get_lines()}
+    assert np.allclose(lines["importance-weighted bound"], lml.curve.mean(1))
+    level = (lml.log_prob + 0.5).mean().item()
+    assert np.allclose(lines[f"annealed importance sampling: {level:.2f}"], level)
+    with pytest.raises(ValueError, match="same 30 data"):
+        plots.bound_curve(lml.curve_particles, lml.curve, annealed=torch.zeros(3))
+
+
+def test_sandwich_counts_what_crosses():
+    lower = torch.tensor([-3.0, -2.0, -1.0, 0.0])
+    drawn = plots.sandwich(lower, lower + torch.tensor([0.5, -0.1, 0.3, 0.1]), ax=ax())
+    labels = [text.get_text() for text in drawn.get_legend().get_texts()]
+    assert "crossed: 1 of 4" in labels
+    assert any("mean width: 0.200" in label for label in labels)
+    with pytest.raises(ValueError, match="both bounds"):
+        plots.sandwich(lower, lower[:2])
+
+
+def test_gaps_that_are_not_finite_are_counted():
+    gap = torch.tensor([1.0, 2.0, torch.inf, torch.nan])
+    assert "2 data (2 not finite)" in plots.gap_histogram(gap, ax=ax()).get_title()
+    with pytest.raises(ValueError, match="none of the 1 gaps"):
+        plots.gap_histogram([torch.inf])
+    k = torch.tensor([0.9, 0.2, 0.3, torch.inf])
+    drawn = plots.k_against_gap(k, gap, limit=0.7, ax=ax())
+    assert "(2 left out)" in drawn.get_title()
+    assert any("50% of the data are above" in text.get_text() for text in drawn.get_legend().get_texts())
+    with pytest.raises(ValueError, match="must both be"):
+        plots.k_against_gap(k, gap[:2])
+
+
+def test_stacked_bars_add_up():
+    parts = {"a": (torch.full((9,), 1.5), torch.full((9,), 0.5)), "b": (torch.full((9,), 1.0), torch.full((9,), -0.25))}
+    drawn = plots.gap_decomposition(parts, ax=ax())
+    family, encoder = drawn.containers[0], drawn.containers[1]
+    assert [bar.get_height() for bar in family] == pytest.approx([1.5, 1.0])
+    assert [bar.get_y() for bar in encoder] == pytest.approx([1.5, 0.0])
+    assert [bar.get_height() for bar in encoder] == pytest.approx([0.5, -0.25])
+    assert all(bar.get_hatch() for bar in encoder)  # apart in grey print
+
+
+def test_worst_images_come_first():
+    gap = torch.tensor([1.0, 7.0, torch.nan, 3.0])
+    drawn = plots.worst_images(torch.rand(4, 1, 5, 5), gap, num_images=2, ax=ax())
+    assert [label.get_text() for label in drawn.get_xticklabels()] == ["7.0", "3.0"]
+    with pytest.raises(ValueError, match="a gap for each image"):
+        plots.worst_images(torch.rand(3, 1, 5, 5), gap)
+
+
+def test_rank_histograms_mark_what_is_not_uniform():
+    flat, narrow = torch.full((10,), 50), torch.tensor([200] + [33] * 8 + [36])
+    axes = plots.rank_histograms(torch.stack([flat, narrow]), names=["flat", "narrow"])
+    assert axes[0].get_title() == "flat: 0 of 10 outside"
+    assert len(axes) == 2
+    hatched = [bool(bar.get_hatch()) for bar in axes[1].containers[0]]
+    assert hatched[0]
+    given = [ax(), ax()]
+    assert plots.rank_histograms(torch.stack([flat, narrow]), axes=given) is given
+    with pytest.raises(ValueError, match=r"counts \(D, B\)"):
+        plots.rank_histograms(flat)
+
+
+def test_comparison_has_the_best_on_top(lml):
+    worse = pv.LogMarginalLikelihood.from_annealed(torch.randn(30, 30) - 99, torch.full((30,), 0.6))
+    table = pv.compare({"worse": worse, "better": lml})
+    drawn = plots.comparison(table.rows, ax=ax())
+    assert [label.get_text() for label in drawn.get_yticklabels()] == ["better", "worse"]
+    bottom, top = drawn.get_ylim()
+    assert bottom > top
+    assert "less those of 'better'" in drawn.get_xlabel()
