@@ -61,13 +61,15 @@ def find_culprit(model: Program, guide: Program, loss: ELBO, batch: Tensor) -> C
     """
     watch = _Watch(len(batch))
     if not batch.isfinite().all():
-        rows = (~batch.isfinite()).flatten(1).any(1).nonzero().squeeze(1)
+        rows = _rows(~batch.isfinite(), 0).any(1).nonzero().squeeze(1)
         return Culprit(None, "the data themselves are not finite", rows)
-    with pyro.validation_enabled(False), watch:
-        value = _differentiable(loss)(model, guide, batch)
-    if watch.culprit is None and isinstance(value, Tensor) and value.requires_grad:
-        return _culprit_of_gradient(value, watch.terms)
-    return watch.culprit
+    run = _differentiable(loss)
+    with pyro.validation_enabled(False):
+        with watch:
+            value = run(model, guide, batch)
+        if watch.culprit is not None or (found := _culprit_of_gradient(value, watch.terms)) is None:
+            return watch.culprit
+        return Culprit(*found, _rows_with_bad_gradients(lambda row: run(model, guide, row), batch))
 
 
 class _Watch(Messenger):
@@ -77,7 +79,7 @@ class _Watch(Messenger):
         super().__init__()
         self.num_rows = num_rows
         self.culprit: Culprit | None = None
-        self.terms: list[tuple[str, str, Tensor, int | None]] = []  # (program, site, log density, dim of the data)
+        self.terms: list[tuple[str, str, Tensor]] = []  # (program, site, log density)
         self.seen: set[str] = set()
 
     def _pyro_post_sample(self, message: dict[str, Any]) -> None:
@@ -87,12 +89,11 @@ class _Watch(Messenger):
         program = "model" if message["is_observed"] or name in self.seen else "guide"
         self.seen.add(name)
         log_prob = message["fn"].log_prob(message["value"])
-        dims = [frame.dim for frame in message["cond_indep_stack"] if frame.size == self.num_rows]
-        dim = dims[0] if dims and dims[0] is not None and log_prob.ndim >= -dims[0] else None
-        self.terms.append((program, name, log_prob, dim))
+        self.terms.append((program, name, log_prob))
         if what := _what_is_wrong(message, log_prob):
-            bad = ~log_prob.isfinite()
-            rows = None if dim is None else bad.movedim(dim, 0).flatten(1).any(1).nonzero().squeeze(1)
+            dims = [frame.dim for frame in message["cond_indep_stack"] if frame.size == self.num_rows]
+            known = bool(dims) and dims[0] is not None and log_prob.ndim >= -dims[0]
+            rows = _rows(~log_prob.isfinite(), dims[0]).any(1).nonzero().squeeze(1) if known else None
             self.culprit = Culprit(name, f"site '{name}' of the {program} {what}", rows)
 
 
@@ -109,24 +110,35 @@ def _what_is_wrong(message: dict[str, Any], log_prob: Tensor) -> str | None:
     return f"has the log density {_example(log_prob)}"
 
 
-def _culprit_of_gradient(value: Tensor, terms: list[tuple[str, str, Tensor, int | None]]) -> Culprit | None:
-    """The site whose log density is finite, and has a gradient that is not."""
-    leaves = _leaves(value)
+def _culprit_of_gradient(value: Tensor, terms: list[tuple[str, str, Tensor]]) -> tuple[str | None, str] | None:
+    """(name, clause) of the site whose log density is finite, and has a gradient that is not."""
+    if not _has_bad_gradient(value):
+        return None
+    for program, name, log_prob in terms:
+        if _has_bad_gradient(log_prob.sum()):
+            return name, f"site '{name}' of the {program} has a log density whose gradient is not finite"
+    return None, "the gradient of the loss is not finite, though that of each site is"
 
-    def is_bad(term: Tensor) -> bool:
-        if not term.requires_grad:
-            return False
-        gradients = torch.autograd.grad(term, leaves, retain_graph=True, allow_unused=True)
-        return any(gradient is not None and not gradient.isfinite().all() for gradient in gradients)
 
-    for program, name, log_prob, dim in terms:
-        if is_bad(log_prob.sum()):
-            what = f"site '{name}' of the {program} has a log density whose gradient is not finite"
-            if dim is None or log_prob.shape[dim] > _ROWS:
-                return Culprit(name, what, None)
-            by_row = log_prob.movedim(dim, 0).flatten(1).sum(1)
-            return Culprit(name, what, torch.tensor([row for row, term in enumerate(by_row) if is_bad(term)]))
-    return Culprit(None, "the gradient of the loss is not finite", None) if is_bad(value) else None
+def _has_bad_gradient(term: Any) -> bool:
+    if not isinstance(term, Tensor) or not term.requires_grad:
+        return False
+    gradients = torch.autograd.grad(term, _leaves(term), retain_graph=True, allow_unused=True)
+    return any(gradient is not None and not gradient.isfinite().all() for gradient in gradients)
+
+
+def _rows_with_bad_gradients(loss: Callable[[Tensor], Any], batch: Tensor) -> Tensor | None:
+    """Which data have such a gradient alone; together they share it, as NaN times 0 is NaN."""
+    try:
+        bad = [row for row in range(min(len(batch), _ROWS)) if _has_bad_gradient(loss(batch[row : row + 1]))]
+    except Exception:  # a program for whole batches alone
+        return None
+    return torch.tensor(bad, dtype=torch.long)
+
+
+def _rows(tensor: Tensor, dim: int) -> Tensor:
+    """What a tensor holds for each datum along `dim`, flat."""
+    return tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1)
 
 
 def _leaves(value: Tensor) -> list[Tensor]:
@@ -148,7 +160,7 @@ def _differentiable(loss: ELBO) -> Callable[..., Any]:
         return lambda *programs: loss.surrogate(*programs)[0]
 
     def run(*programs: Any) -> Any:
-        with suppress(NotImplementedError):
+        with suppress(NotImplementedError, AttributeError):  # not every loss of Pyro's has it
             return loss.differentiable_loss(*programs)
         return loss.loss_and_grads(*programs)
 

@@ -64,6 +64,7 @@ class Steps:
         self.svi = SVI(model, guide, optimizer, loss=loss)
         self.compiles = compiles
         self.recorded = None
+        self.look_every = _LOOK_EVERY if train.is_cuda else 1
 
     @property
     def per_epoch(self) -> int:
@@ -106,7 +107,7 @@ class Steps:
                     value = self._eager(number, unseen, validates=number == 1 and step == 0)
                 parts.count(len(index))
                 objective = objective - value
-                if not self.train.is_cuda or len(unseen) == _LOOK_EVERY or step + 1 == len(order):
+                if len(unseen) == self.look_every or step + 1 == len(order):
                     if not self.optimizer.is_finite:
                         self._stop(number, unseen[int(self.optimizer.num_updates - updates)])
                     unseen, updates = [], self.optimizer.num_updates
