@@ -12,9 +12,11 @@ import json
 import logging
 import math
 import platform
+import shlex
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,7 @@ import pyro
 import torch
 
 import pyrovae as pv
+from pyrovae.checkpoint.locks import locked
 
 # Settings that suit the size of the data; each has its option.
 DEFAULTS = {
@@ -37,20 +40,27 @@ DEFAULTS = {
 }
 
 
-def main() -> None:
+TRAINING, OPTIONS = "training.pt", "options.json"  # in the folder of a run: what it goes on from
+
+
+def main(held: ExitStack) -> None:
     options = parse_options()
     started = time.perf_counter()
     pyro.set_rng_seed(options.seed)
     try:
         device = pv.pick_device(options.device)
+        refuse_other_run(options)
         data = load_data(options)
-    except (ValueError, pv.data.DataUnavailableError) as error:  # not there or damaged: the message says what to do
+        out = claim_folder(options, data, held)
+    except (ValueError, RuntimeError, OSError) as error:  # not there, damaged, taken: the message says what to do
         sys.exit(f"error: {error}")
     defaults = DEFAULTS.get(data.name, DEFAULTS["image28"])
     latent_dim = options.latent_dim or defaults["latent_dim"]
     epochs = options.epochs or defaults["epochs"]
     batch_size = options.batch_size or defaults["batch_size"]
     learning_rate = options.learning_rate or defaults["learning_rate"]
+    if options.kl_warmup > epochs:
+        sys.exit(f"error: --kl-warmup {options.kl_warmup} is longer than the run: {epochs} epochs")
     hidden, pixels = defaults["hidden"], data.data_shape.numel()
     choice = pv.registry.LIKELIHOODS[options.likelihood]
     grey = f"{data.num_levels} grey levels, " if choice.images == "levels" else ""
@@ -64,7 +74,7 @@ def main() -> None:
     network = pv.registry.NETWORKS[options.network]
     guide = pv.registry.GUIDES[options.guide](network.encoder(data.data_shape, hidden), latent_dim)
     prior = pv.registry.PRIORS[options.prior](latent_dim, guide, data.train)
-    likelihood = choice(lambda out_shape: network.decoder(latent_dim, out_shape, hidden), data, options.scale)
+    likelihood = choice(lambda out_shape: network.decoder(latent_dim, out_shape, hidden), data, options.scale or 1.0)
     model = pv.GenerativeModel(prior, likelihood)
 
     # The objective: the ELBO, unless another is asked for. Evaluation reports the real ELBO whatever it is.
@@ -77,20 +87,27 @@ def main() -> None:
         free_bits=options.free_bits,
     )
 
-    # Training: pyro.infer.SVI(model, guide, Adam, objective), one step per batch.
-    result = pv.fit(
-        model,
-        guide,
-        data.train,
-        transform=data.transform,
-        validation=data.validation,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        loss=objective,
-        device=device,
-        progress=not options.quiet,
-    )
+    # Training: pyro.infer.SVI(model, guide, Adam, objective), one step per batch; its state is saved as it goes on.
+    try:
+        result = pv.fit(
+            model,
+            guide,
+            data.train,
+            transform=data.transform,
+            validation=data.validation,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            loss=objective,
+            device=device,
+            checkpoint=out / TRAINING,
+            resume=options.resume,
+            progress=not options.quiet,
+        )
+    except KeyboardInterrupt as stop:
+        again = sys.argv + ([] if options.out else ["--out", str(out)]) + ([] if options.resume else ["--resume"])
+        print(f"\n{stop}\nTo go on: python {shlex.join(again)}", file=sys.stderr)
+        sys.exit(130)
 
     # Evaluation: log p(x) of every test image, and with it the gap that the ELBO leaves.
     evaluation_started = time.perf_counter()
@@ -101,10 +118,9 @@ def main() -> None:
     seconds = {"training": result.seconds, "evaluation": time.perf_counter() - evaluation_started}
 
     # The numbers first: whatever happens to a figure, they are on the disk and on the screen.
-    out = Path(options.out or f"runs/{data.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    out.mkdir(parents=True, exist_ok=True)
-    part_options = ("prior", "guide", "likelihood", "network", "objective", "scale", "beta", "kl_warmup", "free_bits")
+    part_options = ("prior", "guide", "likelihood", "network", "objective", "beta", "kl_warmup", "free_bits")
     parts = {name: getattr(options, name) for name in (*part_options, "objective_particles")}
+    parts["scale"] = options.scale or 1.0
     pv.save(
         out / "checkpoint.pt",
         model,
@@ -180,8 +196,17 @@ def load_data(options):
     images = pv.registry.LIKELIHOODS[options.likelihood].images
     data = pv.data.load(options.dataset, options.data_dir, binarization=None, train_on_all=options.train_on_all)
     if images == "binary":
-        return data.binarized(options.binarization, options.data_seed)
+        return data.binarized(options.binarization or "dynamic", options.data_seed)
     return data.dequantized(options.data_seed) if images == "continuous" else data
+
+
+def claim_folder(options, data, held) -> Path:
+    """One folder for everything, for this run alone until it ends."""
+    out = Path(options.out or f"runs/{data.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(locked(out, "wait until it has ended, or give another --out"))
+    write_json(out / OPTIONS, training_options(options))
+    return out
 
 
 def write_json(path, content) -> None:
@@ -200,7 +225,7 @@ def parse_options() -> argparse.Namespace:
     add("--prior", default="standard-normal", choices=pv.registry.PRIORS, help="p(z) (default: standard-normal)")
     add("--guide", default="mean-field", choices=pv.registry.GUIDES, help="q(z|x) (default: mean-field)")
     add("--likelihood", default="bernoulli", choices=pv.registry.LIKELIHOODS, help="p(x|z) (default: bernoulli)")
-    add("--scale", type=positive(float), default=1.0, help="standard deviation of --likelihood normal (default: 1)")
+    add("--scale", type=positive(float), help="standard deviation of --likelihood normal (default: 1)")
     add("--network", default="mlp", choices=pv.registry.NETWORKS, help="of encoder and decoder (default: mlp)")
     add("--objective", default="elbo", choices=pv.registry.OBJECTIVES, help="what training maximises (default: elbo)")
     add("--objective-particles", type=positive(int), default=1, help="particles per image in training (default: 1)")
@@ -221,9 +246,8 @@ def parse_options() -> argparse.Namespace:
     add("--data-dir", help="folder of the data, in torchvision's layout (default: $PYROVAE_DATA, else a cache folder)")
     add(
         "--binarization",
-        default="dynamic",
         choices=["dynamic", "static"],
-        help="of images for --likelihood bernoulli: redraw training pixels at every use, or once",
+        help="of images for --likelihood bernoulli: redraw training pixels at every use (the default), or once",
     )
     add(
         "--train-on-all",
@@ -266,8 +290,66 @@ def parse_options() -> argparse.Namespace:
         help="of the test and validation images' binary or dequantised pixels, apart from --seed (default: 0)",
     )
     add("--out", help="folder for numbers and figures (default: a new one under runs/)")
+    add("--resume", action="store_true", help="go on with the run in --out, or begin it where there is none yet")
     add("--quiet", action="store_true", help="no progress bars")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if contradiction := contradiction_in(options):
+        parser.error(contradiction)
+    return options
+
+
+def contradiction_in(options) -> str | None:
+    """What is wrong with options that are right each by itself; None if nothing is."""
+    if options.scale is not None and options.likelihood != "normal":
+        return f"--scale {options.scale:g} is for --likelihood normal, and --likelihood is {options.likelihood}"
+    if options.binarization is not None and options.likelihood != "bernoulli":
+        return (
+            f"--binarization {options.binarization} is for --likelihood bernoulli, and --likelihood is "
+            f"{options.likelihood}: its images are not binary"
+        )
+    if options.objective in ("iwae", "dreg"):
+        typed = {
+            "--beta": (options.beta, 1),
+            "--kl-warmup": (options.kl_warmup, 0),
+            "--free-bits": (options.free_bits, 0),
+        }
+        if weights := [f"{name} {value:g}" for name, (value, default) in typed.items() if value != default]:
+            return f"--objective {options.objective} has no KL to weigh: leave out {', '.join(weights)}"
+        if options.objective_particles < 2:
+            return f"--objective {options.objective} needs --objective-particles of 2 or more: with one it is the ELBO"
+    known = options.dataset != "auto"  # which data auto takes is seen when they are loaded
+    epochs = options.epochs or (DEFAULTS.get(options.dataset, DEFAULTS["image28"])["epochs"] if known else math.inf)
+    if options.kl_warmup > epochs:
+        return f"--kl-warmup {options.kl_warmup} is longer than the run: {epochs} epochs"
+    if options.resume and not options.out:
+        return "--resume needs --out, the folder of the run to go on with"
+    return None
+
+
+def training_options(options) -> dict:
+    """Those that a run has to keep when it is gone on with."""
+    free = {"data_dir", "device", "num_particles", "out", "quiet", "resume"}
+    return {name: value for name, value in vars(options).items() if name not in free}
+
+
+def refuse_other_run(options) -> None:
+    """Raise ValueError if --out holds a run that is not to be gone on with, or one with other options."""
+    out = Path(options.out) if options.out else None
+    if out is None or not any((out / name).exists() for name in (TRAINING, "checkpoint.pt", "metrics.json")):
+        return
+    if not options.resume:
+        raise ValueError(f"{out} holds a run: --resume goes on with it, another --out begins a new one")
+    if not (out / TRAINING).exists() or not (out / OPTIONS).exists():
+        raise ValueError(
+            f"{out} holds a run without {TRAINING} and {OPTIONS}, which cannot be gone on with: give another --out"
+        )
+    for name, there in json.loads((out / OPTIONS).read_text()).items():
+        here = training_options(options).get(name)
+        if here != there:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{out} holds a run with {option} {there}, and this one has {option} {here}: give another --out"
+            )
 
 
 def positive(kind):
@@ -375,4 +457,5 @@ def git_revision() -> str | None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
-    main()
+    with ExitStack() as held:
+        main(held)

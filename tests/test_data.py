@@ -235,3 +235,33 @@ def test_data_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("PYROVAE_DATA", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert data_dir() == tmp_path / "cache/pyrovae"
+
+
+@pytest.mark.parametrize("origin", ["root", "environment"])
+@pytest.mark.parametrize("name", ["mnist", "kmnist", "freyfaces"])
+def test_a_misspelt_folder_is_named_and_not_made(name, origin, tmp_path, monkeypatch, caplog):
+    no_network(monkeypatch)
+    folder, root = tmp_path / "mispelt", None
+    if origin == "root":
+        root = folder
+    else:
+        monkeypatch.setenv("PYROVAE_DATA", str(folder))
+    where = {"root": r"\(root, --data-dir\)", "environment": r"\(\$PYROVAE_DATA\)"}[origin]
+    with pytest.raises(DataUnavailableError, match=rf"mispelt {where} does not exist: make it, or correct its name"):
+        pv.data.load(name, root)
+    with caplog.at_level(logging.WARNING, "pyrovae"):
+        assert pv.data.load("auto", root).name == "digits"
+    assert len(caplog.records) == 1
+    assert "mispelt" in caplog.text
+    assert "does not exist" in caplog.text
+    assert "going on with scikit-learn's embedded 8x8 digits" in caplog.text
+    assert not folder.exists()
+
+
+def test_the_default_cache_is_made(tmp_path, monkeypatch):
+    no_network(monkeypatch)
+    monkeypatch.delenv("PYROVAE_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(DataUnavailableError, match="cannot be downloaded"):
+        pv.data.mnist()
+    assert (tmp_path / "cache/pyrovae").is_dir()

@@ -3,15 +3,22 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import pyrovae as pv
 from pyrovae import registry
+from pyrovae.checkpoint.locks import locked
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+import mnist_svi as example  # noqa: E402
+
 FIGURES = ("samples.png", "reconstructions.png", "training.png", "tightness.png")
 
 
@@ -65,7 +72,8 @@ def test_same_seed_same_numbers(digits_runs):
 def test_auto_without_mnist_and_network(tmp_path):
     """Proxies that refuse stand for no network."""
     proxies = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
-    options = ("--epochs", 1, "--num-particles", 5, "--quiet", "--data-dir", tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    options = ("--epochs", 1, "--num-particles", 5, "--quiet", "--data-dir", tmp_path / "empty")
     done = run(*options, cwd=tmp_path, no_proxy="", NO_PROXY="", **proxies)
     assert done.returncode == 0, done.stderr
     assert "going on with scikit-learn's embedded 8x8 digits" in done.stderr
@@ -74,6 +82,10 @@ def test_auto_without_mnist_and_network(tmp_path):
     assert done.returncode == 1
     assert "error: MNIST is not in" in done.stderr
     assert "Traceback" not in done.stderr
+    done = run("--dataset", "mnist", "--data-dir", tmp_path / "mispelt", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"error: the data folder {tmp_path / 'mispelt'} (root, --data-dir) does not exist" in done.stderr
+    assert not (tmp_path / "mispelt").exists()
 
 
 ROLES = {
@@ -125,7 +137,85 @@ def test_wrong_names_list_the_right_ones():
         message = run(f"--{role}=wrong").stderr
         assert "invalid choice: 'wrong'" in message
         assert all(name in message for name in table)
-    assert "has no KL to weigh" in run("--dataset", "digits", "--objective", "iwae", "--beta", "2", "--quiet").stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--scale 0.5", "--scale 0.5 is for --likelihood normal, and --likelihood is bernoulli"),
+        ("--likelihood normal --binarization static", "--binarization static is for --likelihood bernoulli"),
+        ("--epochs 10 --kl-warmup 11", "--kl-warmup 11 is longer than the run: 10 epochs"),
+        ("--dataset digits --kl-warmup 301", "--kl-warmup 301 is longer than the run: 300 epochs"),
+        ("--objective iwae", "--objective iwae needs --objective-particles of 2 or more"),
+        ("--objective dreg --objective-particles 1", "--objective dreg needs --objective-particles of 2 or more"),
+        (
+            "--objective iwae --objective-particles 5 --beta 2",
+            "--objective iwae has no KL to weigh: leave out --beta 2",
+        ),
+        ("--objective dreg --kl-warmup 3 --free-bits 0.5", "leave out --kl-warmup 3, --free-bits 0.5"),
+        ("--resume", "--resume needs --out"),
+    ],
+)
+def test_options_that_contradict_each_other(options, message, monkeypatch, capsys):
+    """Refused as they are read, before any data are looked for."""
+    monkeypatch.setattr(sys, "argv", ["mnist_svi.py", *options.split()])
+    with pytest.raises(SystemExit) as stop:
+        example.parse_options()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_is_gone_on_with_or_left_alone(digits_runs, tmp_path):
+    """Killed or not, --resume ends in the numbers of a run never stopped; without it nothing is written over."""
+    _, whole = digits_runs[0]
+    options = ("--dataset", "digits", "--epochs", 3, "--num-particles", 30, "--latent-dim", 2, "--quiet")
+
+    def numbers(folder):
+        return json.loads((folder / "metrics.json").read_text())["test"]
+
+    out = tmp_path / "run"
+    done = run(*options, "--out", out, "--resume")  # nothing there yet: it begins
+    assert done.returncode == 0, done.stderr
+    assert numbers(out) == numbers(whole)
+    for name in ("metrics.json", "checkpoint.pt", "evaluation.nc"):
+        (out / name).unlink()
+    done = run(*options, "--out", out)
+    assert done.returncode == 1
+    assert "holds a run" in done.stderr
+    assert "--resume" in done.stderr
+    done = run(*options, "--seed", 1, "--out", out, "--resume")
+    assert done.returncode == 1
+    assert "holds a run with --seed 0, and this one has --seed 1" in done.stderr
+    assert run(*options, "--out", out, "--resume").returncode == 0
+    assert numbers(out) == numbers(whole)
+    with locked(out):
+        done = run(*options, "--out", out, "--resume")
+    assert done.returncode == 1
+    assert f"another run is writing to {out}" in done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "examples/mnist_svi.py"),
+        "--dataset",
+        "digits",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen([*command, "--quiet"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "run/training.pt").exists():
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "To go on: python" in stderr
+    assert "--resume" in stderr
+    assert pv.load(tmp_path / "run/training.pt")["model"].prior.latent_dim == 16
 
 
 def test_frey_faces(tmp_path, mnist_root):

@@ -30,7 +30,7 @@ def test_checkpoint_holds_what_was_given(tmp_path):
     assert content["epoch"] == 3
     assert content["rate"] == 0.1
     assert content["names"] == ["x", None]
-    assert content["model"].keys() == model.state_dict().keys()
+    assert content["model"].state_dict().keys() == model.state_dict().keys()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.pt"], "no temporary file is left"
     with pytest.raises(TypeError, match=r"extra\['thing'\] is a object"):
         pv.save(tmp_path / "b.pt", model, guide, thing=object())

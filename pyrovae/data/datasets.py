@@ -55,9 +55,10 @@ def load(name: str = "auto", root: str | os.PathLike | None = None, **options) -
     try:
         return _mnist_family("mnist", root, **options)
     except DataUnavailableError:
+        missing = _missing_folder(root)
         _logger.warning(
-            "MNIST is neither in %s nor to be had from the network: going on with scikit-learn's embedded 8x8 digits.",
-            data_dir(root),
+            "%s: going on with scikit-learn's embedded 8x8 digits.",
+            missing or f"MNIST is neither in {data_dir(root)} nor to be had from the network",
         )
         return digits(**options)
 
@@ -72,7 +73,7 @@ def mnist(
     """MNIST: 50,000 training, 10,000 validation and 10,000 test images of 28x28 handwritten digits.
 
     root: folder in torchvision's layout (root/MNIST/raw), downloaded into where empty; else $PYROVAE_DATA, else a
-        cache folder of the user's
+        cache folder of the user's, which alone is made where it is missing
     binarization, data_seed: see `Splits.binarized`
     train_on_all: train on all 60,000 images, without a validation set
 
@@ -141,6 +142,8 @@ def frey_faces(
     with a VampPrior (2018).
     """
     path = data_dir(root) / _FREY_FILE
+    if missing := _missing_folder(root):
+        raise DataUnavailableError(missing)
     if not path.exists():
         raise DataUnavailableError(
             f"Frey faces are not in {path.parent}: put {_FREY_FILE} there (array `images` of bytes, {_FREY_SHAPE}), or "
@@ -171,6 +174,17 @@ def data_dir(root: str | os.PathLike | None = None) -> Path:
     return Path(root).expanduser()
 
 
+def _missing_folder(root: str | os.PathLike | None) -> str | None:
+    """What to say of a folder that was asked for and is not there: a misspelt name, most likely, and so not made."""
+    folder = data_dir(root)
+    if root is None and not os.environ.get("PYROVAE_DATA"):
+        return None
+    if folder.is_dir():
+        return None
+    origin = "$PYROVAE_DATA" if root is None else "root, --data-dir"
+    return f"the data folder {folder} ({origin}) does not exist: make it, or correct its name"
+
+
 def _split(name, images, labels, test, test_labels, num_validation, train_on_all) -> Splits:
     if train_on_all:
         return Splits(name, images, None, test, labels, None, test_labels)
@@ -190,6 +204,8 @@ def _mnist_family(
     import torchvision
 
     folder = data_dir(root)
+    if missing := _missing_folder(root):
+        raise DataUnavailableError(missing)
     dataset = getattr(torchvision.datasets, _CLASSES[name])
     raw = folder / _CLASSES[name] / "raw"
     for part in ("train", "t10k"):

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.programs.modules import check_count, emit_parameters
+from pyrovae.programs.specification import Part
 
 __all__ = ["EncoderGuide", "Guide", "check_guide", "features_of", "start_informative", "width_of_features"]
 
 
-class Guide(nn.Module, ABC):
+class Guide(Part, ABC):
     """Contract of a guide q(z|x): what it makes of a datum, and which distribution that stands for.
 
     latent_dim: D

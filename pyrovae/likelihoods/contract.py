@@ -8,10 +8,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyrovae.programs.specification import Part
+
 __all__ = ["Likelihood"]
 
 
-class Likelihood(nn.Module, ABC):
+class Likelihood(Part, ABC):
     """Contract of a likelihood p(x|z): decoder parameters in, a distribution over data out.
 
     decoder_net: any module (rows, latent_dim) -> (rows, *parameters_shape), up to a reshape

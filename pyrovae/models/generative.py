@@ -6,16 +6,17 @@ from collections.abc import Callable
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrovae.likelihoods.contract import Likelihood
 from pyrovae.priors.contract import Prior
 from pyrovae.programs.modules import check_count, checks_values, emit_parameters, evaluation_mode
+from pyrovae.programs.specification import Part
 
 __all__ = ["GenerativeModel", "LatentVariableModel"]
 
 
-class LatentVariableModel(nn.Module, ABC):
+class LatentVariableModel(Part, ABC):
     """Contract of a model p(x, z) = p(z) p(x|z), where z is all of its latents side by side.
 
     As a Pyro program, `model(x)` has plate "data" (dim -1), the latent sites of the subclass, and site "x" (observed).

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from pyrovae.guides.contract import features_of, width_of_features
 from pyrovae.programs.modules import check_count
+from pyrovae.programs.specification import Part
 
 __all__ = ["Chain", "ConditionalNormal"]
 
 
-class ConditionalNormal(nn.Module):
+class ConditionalNormal(Part):
     """Normal with a diagonal covariance, given the layer before it, and whatever else.
 
     p(z|c) = N(z; mu(c), diag sigma(c)^2),   (mu, log sigma) = head(net(c)),   c all that is given, side by side

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.programs.modules import check_count
+from pyrovae.programs.specification import Part
 
 __all__ = ["ConvDecoder", "ConvEncoder", "ResidualDecoder", "ResidualEncoder"]
 
 _CHANNELS_PER_GROUP = 8
 
 
-class ConvEncoder(nn.Module):
+class ConvEncoder(Part):
     """Convolutional encoder: 3x3 convolutions of stride 2, then one fully connected layer.
 
     h_0 = x,   h_l = activation(norm(conv_l(h_(l-1)))),   output = activation(norm(W flatten(h_L) + b))
@@ -56,7 +57,7 @@ class ConvEncoder(nn.Module):
         return _encode(self.layers, x, self.data_shape)
 
 
-class ResidualEncoder(nn.Module):
+class ResidualEncoder(Part):
     """Residual encoder: as `ConvEncoder`, with residual blocks after each halving.
 
     h <- conv_l(h), of stride 2;   h <- h + conv(activation(norm(conv(activation(norm(h)))))), num_blocks times
@@ -94,7 +95,7 @@ class ResidualEncoder(nn.Module):
         return _encode(self.layers, x, self.data_shape)
 
 
-class ConvDecoder(nn.Module):
+class ConvDecoder(Part):
     """Convolutional decoder: one fully connected layer, then 4x4 transposed convolutions of stride 2.
 
     h_0 = activation(norm(W z + b)),   h_l = activation(norm(conv_l(h_(l-1)))),   output = conv_L(h_(L-1))
@@ -136,7 +137,7 @@ class ConvDecoder(nn.Module):
         return _decode(self.layers, z, self.out_shape)
 
 
-class ResidualDecoder(nn.Module):
+class ResidualDecoder(Part):
     """Residual decoder: as `ConvDecoder`, with residual blocks before each doubling.
 
     h <- h + conv(activation(norm(conv(activation(norm(h)))))), num_blocks times;   h <- conv_l(activation(norm(h)))

@@ -5,10 +5,12 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from pyrovae.programs.specification import Part
+
 __all__ = ["MLP"]
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """Multilayer perceptron: fully connected layers, each hidden one followed by its activation.
 
     h_0 = x,   h_l = activation(W_l h_(l-1) + b_l),   output = W h_L + b, or h_L itself without `out_features`

@@ -3,14 +3,14 @@
 from abc import ABC, abstractmethod
 
 import pyro.distributions as dist
-from torch import nn
 
 from pyrovae.programs.modules import check_count
+from pyrovae.programs.specification import Part
 
 __all__ = ["Prior"]
 
 
-class Prior(nn.Module, ABC):
+class Prior(Part, ABC):
     """Contract of a prior p(z): a module without inputs that gives a distribution.
 
     Shapes: batch shape (), event shape (latent_dim,).

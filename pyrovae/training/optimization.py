@@ -31,6 +31,10 @@ class OneAdam(pyro.optim.PyroOptim):
     `clip_norm` bounds the global norm. `learning_rate` may be set at any step. Parameters join when `SVI` first sees
     them, in the order of `parameters` (sums over them are then the same in every run).
 
+    A gradient or a loss (`watch`) that is not finite changes nothing: `is_finite` becomes false on the device, without
+    the host being asked, and that step and all after it leave parameters and moments as they are. `num_updates` counts
+    the steps that were made.
+
     Source: Kingma & Ba, Adam: A Method for Stochastic Optimization (2015).
     """
 
@@ -40,6 +44,23 @@ class OneAdam(pyro.optim.PyroOptim):
         self.order = {parameter: rank for rank, parameter in enumerate(dict.fromkeys(parameters))}
         self.adam: torch.optim.Adam | None = None
         self.parameters: list[Tensor] = []
+        device = parameters[0].device if parameters else None
+        self.is_finite = torch.ones((), dtype=torch.bool, device=device)
+        self.num_updates = torch.zeros((), dtype=torch.long, device=device)
+
+    def watch(self, loss: Tensor) -> None:
+        """Make no further step if this loss is not finite."""
+        self.is_finite = self.is_finite & loss.isfinite()
+
+    def restore(self, parameters: list[Tensor], state: dict[str, Any] | None) -> None:
+        """Go on with these parameters from the `state_dict` of an `adam` over as many; None: before the first step."""
+        self.parameters, self.adam = list(parameters), None
+        self.is_finite = torch.ones_like(self.is_finite)
+        if state is not None:
+            remaining = iter(parameters)
+            groups = [[next(remaining) for _ in group["params"]] for group in state["param_groups"]]
+            self.adam = torch.optim.Adam([{"params": group} for group in groups], lr=self.learning_rate, fused=True)
+            self.adam.load_state_dict(state)
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         known = set(self.parameters)
@@ -55,6 +76,13 @@ class OneAdam(pyro.optim.PyroOptim):
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self.is_finite = self.is_finite & norm.isfinite()
+        self.num_updates = self.num_updates + self.is_finite
+        self.adam.found_inf = (
+            ~self.is_finite
+        ).float()  # the fused step asks for it on the device, as mixed precision does
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros

@@ -64,6 +64,7 @@ class RecordedStep:
         (value, reconstruction, kl), gradients = self.extracted(train, index)
         for parameter, gradient in zip(self.extracted.parameters, gradients, strict=True):
             parameter.grad = gradient
+        self.optimizer.watch(value)
         self.optimizer(self.optimizer.parameters)
         if self.advance is not None:
             self.advance()

@@ -1,0 +1,44 @@
+"""Parts that remember what they were made with, so that a checkpoint can tell how to make them again."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+__all__ = ["Made", "Part", "Unknown"]
+
+
+class Made(NamedTuple):
+    """What a part was made with: plain values, tensors, parts and classes, in tuples and lists; `Unknown` for the rest."""
+
+    arguments: tuple
+    options: dict[str, Any]
+
+
+class Unknown(NamedTuple):
+    """Stands for an argument that no file can hold: a function, a module that is no part."""
+
+    kind: str
+
+
+class Part(nn.Module):
+    """A module that remembers the arguments of its constructor, in `made_with`.
+
+    They are kept as they came: what is changed in a part afterwards does not show in them.
+    """
+
+    made_with: Made
+
+    def __new__(cls, *arguments: Any, **options: Any) -> "Part":
+        part = super().__new__(cls)
+        made = Made(_kept(arguments), {name: _kept(value) for name, value in options.items()})
+        part.__dict__["made_with"] = made  # torch's own way of setting attributes needs its constructor to have run
+        return part
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        kept = [_kept(item) for item in value]
+        return kept if isinstance(value, list) else tuple(kept)
+    if value is None or isinstance(value, bool | int | float | str | Tensor | Part | type):
+        return value
+    return Unknown(type(value).__name__)

@@ -1,0 +1,157 @@
+"""Everything that decides how a training goes on: what it changes, where it is, and the random numbers it will draw."""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+
+from pyrovae.training.optimization import OneAdam
+
+__all__ = ["TrainingState"]
+
+_STORE = "pyro.param "  # before the names of parameters in Pyro's store
+
+
+class TrainingState:
+    """What a training changes, between two epochs.
+
+    history: rows of the epochs done; best_epoch: the one with the best validation, 0 without any
+    full_size: of a subsampled plate, as the epochs before saw it
+
+    `capture()` copies all of it into plain values, `restore()` puts such a copy back: parameters (those of the modules, and
+    those in Pyro's store that the optimizer has), buffers, the optimizer's moments, the objective's own state, the state
+    of every random generator (torch's on all devices, NumPy's, Python's), history, and the best epoch's tensors.
+    """
+
+    def __init__(self, loss: ELBO, optimizer: OneAdam, modules: Sequence[nn.Module], device: torch.device):
+        self.loss, self.optimizer, self.device = loss, optimizer, device
+        self.modules = nn.ModuleList(modules)
+        self.history: list[dict[str, float]] = []
+        self.full_size: int | None = None
+        self.best_epoch, self._best_elbo = 0, -math.inf
+        self._best: dict[str, Tensor] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the epochs done."""
+        return self.history[-1]["seconds"] if self.history else 0.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything training changes, each once: the modules' parameters and buffers, then parameters of Pyro's store."""
+        found = dict(chain(self.modules.named_parameters(), self.modules.named_buffers()))
+        known = {id(tensor) for tensor in found.values()}
+        return found | {_STORE + str(_store_name(p)): p for p in self.optimizer.parameters if id(p) not in known}
+
+    def finish_epoch(self, row: dict[str, float]) -> None:
+        """Note what an epoch gave, and its state if it is the best so far."""
+        self.history.append(row)
+        if row["validation_elbo"] > self._best_elbo:
+            self.best_epoch, self._best_elbo = len(self.history), row["validation_elbo"]
+            self._best = _copied(self.tensors())
+
+    def take_best(self) -> None:
+        """Put back the tensors of the best epoch, where validation chose one."""
+        _put(self._best, self.tensors())
+
+    def best_of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A module's state dict (kept with its variables) with the tensors that `take_best` would put there."""
+        best = {id(tensor): self._best[name] for name, tensor in self.tensors().items() if name in self._best}
+        return {name: best.get(id(tensor), tensor.detach()) for name, tensor in state.items()}
+
+    def capture(self) -> dict[str, Any]:
+        """All of it as plain values, which do not change when training goes on."""
+        names = {id(tensor): name for name, tensor in self.tensors().items()}
+        adam = self.optimizer.adam
+        return {
+            "tensors": _copied(self.tensors()),
+            "optimized": [names[id(parameter)] for parameter in self.optimizer.parameters],
+            "adam": None if adam is None else _copied_tree(adam.state_dict()),
+            "loss": _copied_tree(self.loss.state_dict()) if hasattr(self.loss, "state_dict") else {},
+            "random": _random_state(self.device),
+            "history": [dict(row) for row in self.history],
+            "full_size": self.full_size,
+            "best": {"epoch": self.best_epoch, "elbo": self._best_elbo, "tensors": self._best},
+        }
+
+    def restore(self, captured: dict[str, Any]) -> None:
+        """Put back what `capture` gave, here or in another process.
+
+        Raises ValueError, with nothing changed, for the state of other modules.
+        """
+        there = captured["tensors"]
+        here = self.tensors() | _of_store(there)
+        for name in sorted(here.keys() | there.keys()):
+            if name.startswith(_STORE) and name not in there:
+                continue  # made after that state
+            shapes = [tuple(tensors[name].shape) if name in tensors else "none" for tensors in (there, here)]
+            kinds = [tensors[name].dtype if name in tensors else "none" for tensors in (there, here)]
+            if shapes[0] != shapes[1] or kinds[0] != kinds[1]:
+                raise ValueError(
+                    f"it is the state of another model and guide: '{name}' is {shapes[0]}, {kinds[0]} there, and "
+                    f"{shapes[1]}, {kinds[1]} here"
+                )
+        _put(there, here)
+        self.optimizer.restore([here[name] for name in captured["optimized"]], _copied_tree(captured["adam"]))
+        if hasattr(self.loss, "load_state_dict"):
+            self.loss.load_state_dict(captured["loss"])
+        self.history = [dict(row) for row in captured["history"]]
+        self.full_size = captured["full_size"]
+        best = captured["best"]
+        self.best_epoch, self._best_elbo = best["epoch"], best["elbo"]
+        self._best = {name: tensor.to(here[name].device) for name, tensor in best["tensors"].items()}
+        _set_random_state(captured["random"], self.device)
+
+
+@torch.no_grad()
+def _put(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    for name, tensor in source.items():
+        target[name].copy_(tensor)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _copied_tree(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {key: _copied_tree(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_copied_tree(value) for value in tree)
+    return tree
+
+
+def _store_name(parameter: Tensor) -> str | None:
+    return pyro.get_param_store().param_name(parameter)
+
+
+def _of_store(names: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters of Pyro's store among these tensors, those that the programs have made there."""
+    store = pyro.get_param_store()
+    wanted = {name: name.removeprefix(_STORE) for name in names if name.startswith(_STORE)}
+    return {name: store[key].unconstrained() for name, key in wanted.items() if key in store}
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    state = pyro.util.get_rng_state()
+    algorithm, keys, *rest = state["numpy"]
+    return {
+        "torch": state["torch"],
+        "python": state["random"],
+        "numpy": (algorithm, torch.as_tensor(keys.astype("int64")), *rest),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    algorithm, keys, *rest = state["numpy"]
+    numpy_state = (algorithm, keys.numpy().astype("uint32"), *rest)
+    pyro.util.set_rng_state({"torch": state["torch"], "random": state["python"], "numpy": numpy_state})
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,162 @@
+"""Numbers that stop being finite: the run stops at the step, says where they began, and is put back as it was."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from test_training import binary, make, parameters, same
+from torch import nn
+
+import pyrovae as pv
+from pyrovae.checkpoint.files import read
+from pyrovae.programs.extract import Extracted
+from pyrovae.training.numbers import NotFiniteError
+from pyrovae.training.steps import Steps
+
+
+class Trap(nn.Module):
+    """Features of images, spoilt for images whose first pixel is 7 once it was called often enough.
+
+    spoil: features (N, 8), where (N, 1) -> features
+    """
+
+    def __init__(self, spoil, num_calls):
+        super().__init__()
+        self.net, self.weight = pv.nets.MLP(12, [8]), nn.Parameter(torch.ones(8))
+        self.register_buffer("calls", torch.zeros(()))
+        self.spoil, self.num_calls = spoil, num_calls
+
+    def forward(self, x):
+        self.calls += 1
+        marked = (x.flatten(1)[:, :1] == 7.0) & (self.calls > self.num_calls)
+        return self.spoil(self.net(x), marked, self.weight)
+
+
+def nan_in_features(features, marked, weight):
+    return torch.where(marked, torch.nan, features) * weight
+
+
+def infinite_features(features, marked, weight):
+    return torch.where(marked, torch.inf, features * weight)
+
+
+def nan_in_gradient(features, marked, weight):
+    """sqrt at 0: the value is 0, its gradient infinite, and infinite times 0 is NaN."""
+    return features + (weight.square() * ~marked).sqrt()
+
+
+def pair_with(spoil, num_calls):
+    torch.manual_seed(0)
+    likelihood = pv.likelihoods.Normal(pv.nets.MLP(2, [8], 12), (1, 4, 3))
+    guide = pv.guides.MeanFieldNormal(Trap(spoil, num_calls), 2, num_features=8)
+    return pv.GenerativeModel(pv.priors.StandardNormal(2), likelihood), guide
+
+
+def marked_data():
+    x = binary(30)
+    x[17, 0, 0, 0] = 7.0
+    return x
+
+
+OPTIONS = {"batch_size": 10, "learning_rate": 0.01, "progress": False}
+
+
+@pytest.mark.parametrize(
+    ("way", "look_every", "clip_norm"), [("eager", 1, None), ("recorded", 1, 1.0), ("recorded", 50, None)]
+)
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (nan_in_features, r"site 'z' of the guide has a Normal whose loc is nan"),
+        (infinite_features, r"site 'z' of the guide has a Normal whose (loc|scale) is (nan|inf|-inf)"),
+        (nan_in_gradient, r"site '[xz]' of the (guide|model) has a log density whose gradient is not finite"),
+    ],
+)
+def test_it_stops_at_the_step_and_names_site_and_data(spoil, what, way, look_every, clip_norm, tmp_path, monkeypatch):
+    """In the third epoch, with two good ones before: their state is put back and saved, and no warning is given.
+
+    look_every=50: the flag is read at the epoch's end, as on a GPU; the steps after the bad one change nothing.
+    """
+    monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
+    options = {**OPTIONS, "compile": way == "recorded", "clip_norm": clip_norm}
+    if look_every > 1:
+        original = Steps.__init__
+
+        def init(self, *arguments):
+            original(self, *arguments)
+            self.look_every = look_every
+
+        monkeypatch.setattr(Steps, "__init__", init)
+    good, bad = pair_with(spoil, 10**6), pair_with(spoil, 2 * 3)
+    pyro.set_rng_seed(1)
+    pv.fit(*good, marked_data(), epochs=2, schedule=None, **options)
+    pyro.set_rng_seed(1)
+    path = tmp_path / "run.pt"
+    match = rf"not finite at epoch 3, step \d: {what}, for train\[17\] \(1 of the batch\)\. Look at these data.*after epoch 2"
+    with pytest.raises(NotFiniteError, match=match) as caught:
+        pv.fit(*bad, marked_data(), epochs=5, schedule=None, checkpoint=path, **options)
+    assert (caught.value.epoch, caught.value.index.tolist()) == (3, [17])
+    assert caught.value.site in ("z", "x")
+    assert same(parameters(*good), parameters(*bad))
+    assert len(read(path)["training"]["state"]["history"]) == 2
+    assert str(path) in str(caught.value)
+
+
+def test_nan_in_the_data_and_in_the_parameters():
+    model, guide = pair_with(nan_in_features, 10**6)
+    x = marked_data()
+    x[3] = torch.nan
+    with pytest.raises(NotFiniteError, match=r"the data themselves are not finite, for train\[3\]"):
+        pv.fit(model, guide, x, epochs=1, **OPTIONS)
+    model, guide = make()
+    with torch.no_grad():
+        guide.head.bias.fill_(torch.nan)
+    match = r"epoch 1, step 1: site 'z' of the guide has a Normal .*; not finite before that step: \d\.head\.bias"
+    with pytest.raises(NotFiniteError, match=match):
+        pv.fit(model, guide, binary(), epochs=1, **OPTIONS)
+
+
+def test_an_impossible_observation_of_a_plain_program():
+    """A loss that is infinite, in the model, of one datum; the positions are those in the training data."""
+    pyro.clear_param_store()
+    x = torch.linspace(0.1, 0.9, 20)
+    x[5] = 3.0
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Beta(1.0 + z**2, 2.0, validate_args=False), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
+
+    with pytest.raises(
+        NotFiniteError, match=r"site 'x' of the model has the log density nan, for train\[5\]"
+    ) as caught:
+        pv.fit(model, guide, x, epochs=1, batch_size=7, learning_rate=0.01, progress=False)
+    assert caught.value.site == "x"
+    pyro.clear_param_store()
+
+
+@pytest.mark.parametrize("loss", [pv.objectives.ImportanceWeighted(3), pyro.infer.RenyiELBO(num_particles=2)])
+def test_other_losses_name_the_site_too(loss):
+    with pytest.raises(NotFiniteError, match=r"site 'z' of the guide has a Normal whose loc is nan, for train\[17\]"):
+        pv.fit(*pair_with(nan_in_features, 4), marked_data(), epochs=5, loss=loss, **OPTIONS)
+
+
+def test_errors_that_are_not_about_numbers_come_as_they_are():
+    model, guide = make()
+    guide.head = nn.Linear(8, 7)
+    with pytest.raises(RuntimeError, match="size") as caught:
+        pv.fit(model, guide, binary(), epochs=1, **OPTIONS)
+    assert not isinstance(caught.value, NotFiniteError)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu(compile, tmp_path):
+    bad = pair_with(nan_in_gradient, 12)
+    with pytest.raises(NotFiniteError, match=r"for train\[17\] \(1 of the batch\)"):
+        pv.fit(*bad, marked_data(), epochs=9, compile=compile, checkpoint=tmp_path / "run.pt", **OPTIONS)
+    assert all(parameter.isfinite().all() for module in bad for parameter in module.parameters())
