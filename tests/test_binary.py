@@ -32,7 +32,9 @@ def test_log_mass_and_gradients_are_those_of_bernoulli_pixels(double, event_shap
 def test_second_derivatives_and_those_of_the_data(double):
     logits, x = torch.randn(2, 6, requires_grad=True), torch.rand(2, 6, requires_grad=True)
     log_prob = BinaryImages(logits, 1, validate_args=False).log_prob
-    assert torch.autograd.gradcheck(lambda logits, x: BinaryImages(logits, 1, validate_args=False).log_prob(x), (logits, x))
+    assert torch.autograd.gradcheck(
+        lambda logits, x: BinaryImages(logits, 1, validate_args=False).log_prob(x), (logits, x)
+    )
     (gradient,) = torch.autograd.grad(log_prob(x.detach()).sum(), logits, create_graph=True)
     (second,) = torch.autograd.grad(gradient.sum(), logits)
     assert torch.allclose(second, -logits.sigmoid() * (1 - logits.sigmoid()))

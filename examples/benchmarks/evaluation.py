@@ -54,7 +54,9 @@ def main() -> None:
         if row.rate:
             fixed = getattr(competitors[row.name], "fixed", 0.0)
             seconds = NUM_DATA * particles / row.rate + fixed
-            row.note = f"{NUM_DATA:,} x {particles:,}: {seconds:,.0f} s" + (f", {fixed:.0f} of them before" if fixed else "")
+            row.note = f"{NUM_DATA:,} x {particles:,}: {seconds:,.0f} s" + (
+                f", {fixed:.0f} of them before" if fixed else ""
+            )
 
     growth = []
     for name, settings in growths(options.quick).items():
@@ -63,7 +65,9 @@ def main() -> None:
             for value, some, count, latent_dim in settings
         }
         growth += turns.in_turns(name, competitors, 1 if options.quick else 3)
-    memory = [turns.Row("peak memory, MB", f"{n:,} x {s:,}", *memory_of(n, s, options)) for n, s in sizes(options.quick)]
+    memory = [
+        turns.Row("peak memory, MB", f"{n:,} x {s:,}", *memory_of(n, s, options)) for n, s in sizes(options.quick)
+    ]
     tables = {
         "Log weights per second": turns.show(main_rows, "log weights/s", "x floor"),
         "How the rate changes (with it the cost of one log weight)": turns.show(growth, "log weights/s", ""),
@@ -148,7 +152,9 @@ def pyro_traces(data, num_particles: int) -> Callable[[], float]:
             model_trace = poutine.trace(poutine.replay(vae.model, guide_trace)).get_trace(batch)
             guide_trace.compute_log_prob()
             model_trace.compute_log_prob()
-            log_weights = sum(model_trace.nodes[name]["log_prob"] for name in ("z", "x")) - guide_trace.nodes["z"]["log_prob"]
+            log_weights = (
+                sum(model_trace.nodes[name]["log_prob"] for name in ("z", "x")) - guide_trace.nodes["z"]["log_prob"]
+            )
             (log_weights.logsumexp(0) - math.log(num_particles)).item()
         return len(data) * num_particles / (time.perf_counter() - start)
 
@@ -195,7 +201,9 @@ def floor(data, num_particles: int) -> Callable[[], float]:
     return turn
 
 
-def memory_of(num_data: int, num_particles: int, options: argparse.Namespace) -> tuple[float | None, list[float], None, str]:
+def memory_of(
+    num_data: int, num_particles: int, options: argparse.Namespace
+) -> tuple[float | None, list[float], None, str]:
     command = [sys.executable, __file__, "--memory-of", num_data, num_particles, "--threads", options.threads]
     command += ["--device", options.device, *(["--data-dir", options.data_dir] if options.data_dir else [])]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)

@@ -46,9 +46,7 @@ def width(model: str) -> int:
     return 256 if model == "conv" else HIDDEN
 
 
-def ours(
-    model: str, data: torch.Tensor, latent_dim: int = LATENT_DIM
-) -> tuple[pv.GenerativeModel, pv.guides.Guide]:
+def ours(model: str, data: torch.Tensor, latent_dim: int = LATENT_DIM) -> tuple[pv.GenerativeModel, pv.guides.Guide]:
     """Of this library's parts."""
     encoder, decoder = networks(model, latent_dim)
     kind = pv.guides.InverseAutoregressiveFlow if model == "iaf" else pv.guides.MeanFieldNormal

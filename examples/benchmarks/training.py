@@ -104,9 +104,7 @@ def fit(model: str, data, batch_size: int, **options) -> Callable[[], float]:
     pair = programs.ours(model, data)
 
     def turn() -> float:
-        result = pv.fit(
-            *pair, data, epochs=4, batch_size=batch_size, device=data.device, progress=False, **options
-        )
+        result = pv.fit(*pair, data, epochs=4, batch_size=batch_size, device=data.device, progress=False, **options)
         # The first epoch is eager, and the second holds the compilation.
         return 2 * len(data) / (result.history[3]["seconds"] - result.history[1]["seconds"])
 
@@ -183,7 +181,10 @@ def floor(data, batch_size: int) -> Callable[[], float]:
     ]
     layers = []
     for fan_in, fan_out in sizes:
-        x, weight, y = (torch.randn(*shape, device=data.device) for shape in ((batch_size, fan_in), (fan_in, fan_out), (batch_size, fan_out)))
+        x, weight, y = (
+            torch.randn(*shape, device=data.device)
+            for shape in ((batch_size, fan_in), (fan_in, fan_out), (batch_size, fan_out))
+        )
         layers.append((x, weight, y, torch.empty_like(x), torch.empty_like(weight), torch.empty_like(y)))
 
     @torch.no_grad()

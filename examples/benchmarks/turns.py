@@ -45,7 +45,11 @@ def add_common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     add("--quick", action="store_true", help="a small trial run: does it run, and are the ratios sane?")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores for each (default: all)")
     add("--device", default="cpu", help="cpu or cuda; JAX takes what it has been installed for")
-    add("--data-dir", default=os.environ.get("PYROVAE_DATA"), help="folder of MNIST (default: $PYROVAE_DATA, else random)")
+    add(
+        "--data-dir",
+        default=os.environ.get("PYROVAE_DATA"),
+        help="folder of MNIST (default: $PYROVAE_DATA, else random)",
+    )
     add("--out", help="file for the table, without suffix: .md and .json are written")
     parser.set_defaults(default_rounds=rounds)
 
@@ -96,14 +100,18 @@ def show(rows: Sequence[Row], unit: str, ratio: str) -> str:
         rate = spread = "-"
         if row.rate is not None:
             rate = _short(row.rate)
-            low, _, high = statistics.quantiles(row.rates, n=4, method="inclusive") if len(row.rates) > 1 else (row.rate,) * 3
+            low, _, high = (
+                statistics.quantiles(row.rates, n=4, method="inclusive") if len(row.rates) > 1 else (row.rate,) * 3
+            )
             spread = f"{_short(low)} - {_short(high)}"
         ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
         lines.append(f"| {row.setting} | {row.name} | {rate} | {spread} | {ratio} | {row.note} |")
     return "\n".join(lines)
 
 
-def write(options: argparse.Namespace, title: str, tables: dict[str, str], rows: Sequence[Row], **facts: object) -> None:
+def write(
+    options: argparse.Namespace, title: str, tables: dict[str, str], rows: Sequence[Row], **facts: object
+) -> None:
     """Print the tables and write them as Markdown, and everything as JSON, with machine and versions."""
     machine = {
         "machine": _processor(),
