@@ -34,9 +34,10 @@ def eager_step(model, guide, batch, loss=None):
     return value, grads
 
 
-def recorded_step(model, guide, batch, loss=None):
+def recorded_step(model, guide, batch, loss=None, modules=None):
     """The same, recorded before (from another seed)."""
-    step = record_step(model, guide, loss or Trace_ELBO(), None, [model, guide], None, batch, torch.arange(len(batch)))
+    modules = modules or [model, guide]
+    step = record_step(model, guide, loss or Trace_ELBO(), None, modules, None, batch, torch.arange(len(batch)))
     pyro.set_rng_seed(3)
     (value, _, _), grads = step.extracted(batch, torch.arange(len(batch)))
     return value.item(), grads

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyrovae.distributions.binary import BinaryImages
 from pyrovae.distributions.pixels import ContinuousBernoulli as ContinuousBernoulliPixel
 from pyrovae.likelihoods.contract import Likelihood
 
@@ -37,7 +38,7 @@ class Bernoulli(Likelihood):
         self.bias = nn.Parameter(torch.zeros(self.data_shape) if mean is None else mean.clamp(1e-3, 1 - 1e-3).logit())
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
-        return dist.Bernoulli(logits=parameters + self.bias).to_event(len(self.data_shape))
+        return BinaryImages(parameters + self.bias, len(self.data_shape))
 
     def check(self, x: Tensor) -> None:
         if (x * x - x).any():  # false of 0 and 1 only (infinity gives NaN, which is true), and a fast way to ask

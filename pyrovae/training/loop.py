@@ -28,6 +28,7 @@ from pyrovae.programs.traces import Program
 from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
 from pyrovae.training.parts import parts_of
+from pyrovae.training.precision import in_precision
 from pyrovae.training.recorded import pays_off
 from pyrovae.training.saving import RunFile, run_file, settings_of
 from pyrovae.training.state import TrainingState
@@ -80,6 +81,7 @@ def fit(
     validation: Tensor | None = None,
     clip_norm: float | None = None,
     compile: bool | Literal["auto"] = "auto",
+    precision: Literal["float32", "bf16"] = "float32",
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: float = 10.0,
     resume: bool = False,
@@ -102,6 +104,8 @@ def fit(
     compile: record the step (see `pyrovae.programs.extract`) and let Inductor compile it: same noise, same numbers up to rounding,
         a quarter faster on a CPU. "auto" does so for parts of this library in a run long enough to win back the
         compilation. The first epoch is run eagerly, with every check
+    precision: "bf16" computes linear and convolutional layers in bfloat16 while training, which pays on hardware that has
+        it; densities, parameters and their updates stay float32, and so does the ELBO of the validation data
     checkpoint, checkpoint_every: a file for the state of the run, written at the end of an epoch when so many seconds have
         passed since (0: at every epoch), and at the last one; the file before stays beside it, as `.previous`. It holds all
         that decides how training goes on; `load` takes the pair out of it, in the state that `fit` would return
@@ -143,7 +147,13 @@ def fit(
 
     device = pick_device(device)
     modules = [module.to(device) for module in modules_behind(model, guide)]
-    settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "clip_norm": clip_norm}
+    settings = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "clip_norm": clip_norm,
+        "precision": precision,
+    }
     if checkpoint is not None:
         settings |= settings_of(train, validation, loss, transform, schedule)
     train = train.to(device)
@@ -151,7 +161,9 @@ def fit(
     optimizer = OneAdam([p for module in modules for p in module.parameters()], learning_rate, clip_norm)
     num_steps = epochs * -(-len(train) // batch_size)
     compiles = pays_off(num_steps, batch_size, modules, loss, transform) if compile == "auto" else compile
-    steps = Steps(model, guide, loss, optimizer, modules, train, batch_size, transform, compiles)
+    steps = Steps(
+        *in_precision(precision, model, guide), loss, optimizer, modules, train, batch_size, transform, compiles
+    )
     state = TrainingState(loss, optimizer, modules, device)
     with (
         run_file(checkpoint, resume, checkpoint_every, settings, model, guide) as file,

@@ -1,0 +1,79 @@
+"""Annealed importance sampling: gradient evaluations per second, extracted and compiled against eager.
+
+    python examples/benchmarks/annealing.py --out runs/annealing
+
+A gradient evaluation is the log joint density and its gradient for one chain of one datum: what each leapfrog step of the
+Hamiltonian chains takes, and nearly all of their time. Few rows (chains x data) show what Pyro's handlers cost, many rows
+what the arithmetic costs.
+"""
+
+import argparse
+import logging
+import time
+from collections.abc import Callable
+
+import programs
+import turns
+
+ROWS = {"full": [16, 64, 256, 1024, 4096], "quick": [64, 1024]}
+EVALUATIONS = {"full": 40_000, "quick": 4_000}
+CHAINS = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["mlp", "nsf-prior"], choices=programs.MODELS)
+    parser.add_argument("--rows", nargs="+", type=int, help="chains times data")
+    turns.add_common_options(parser, rounds=7)
+    options = parser.parse_args()
+    turns.prepare(options)
+    kind = "quick" if options.quick else "full"
+    rows, source = [], ""
+    for model in options.model:
+        for size in options.rows or ROWS[kind]:
+            data, source = programs.images(max(1, size // CHAINS), options.data_dir, options.device)
+            repeats = max(3, min(300, EVALUATIONS[kind] // size))
+            competitors = {
+                "eager": gradients(model, data, repeats, None),
+                "extracted": gradients(model, data, repeats, False),
+                "extracted, compiled": gradients(model, data, repeats, True),
+            }
+            rows += turns.in_turns(f"{model}, {len(data) * CHAINS} rows", competitors, options.rounds, base="eager")
+    table = turns.show(rows, "gradients/s", "x eager")
+    turns.write(options, "Annealing", {"Gradient evaluations per second": table}, rows, data=source)
+
+
+def gradients(model: str, data, repeats: int, inductor: bool | None) -> Callable[[], float]:
+    """Of the potential that chains run in, started at the prior; inductor: None for eager."""
+    import torch
+
+    from pyrovae.annealing.potential import Potential, prior_of
+    from pyrovae.programs.modules import evaluation_mode, modules_behind, without_checks
+    from pyrovae.weights.pair import Pair
+
+    program, _ = programs.ours(model, data)
+    with evaluation_mode(program):
+        pair = Pair(program, prior_of(program), (data,), {}, None, "auto")
+        potential = Potential(pair, 0, len(data), CHAINS, from_prior=True)
+        if inductor is not None:
+            potential.record(modules_behind(program), inductor=inductor)
+            if potential.recorded is None:
+                raise RuntimeError("could not be recorded")
+    u, beta = potential.draw(), torch.tensor(0.5, device=data.device)
+
+    @torch.no_grad()
+    def turn() -> float:
+        with evaluation_mode(program), without_checks():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                potential.energy(u, beta)
+            if data.is_cuda:
+                torch.cuda.synchronize()
+        return repeats * len(data) * CHAINS / (time.perf_counter() - start)
+
+    return turn
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    main()

@@ -1,0 +1,245 @@
+"""Evaluation throughput: log p(x) of 10,000 images with 5,000 particles each, against Pythae, Pyro's traces and the floor.
+
+    pip install -e ".[bench]" && python examples/benchmarks/evaluation.py --out runs/evaluation
+
+Log weights per second, measured on a slice of the images; "10,000 x 5,000" is extrapolated from that, plus what a call costs
+before its first weight (looking at the programs, recording, compiling). pyrovae is `pv.log_marginal_likelihood` itself, its
+standard errors and diagnostics included. The floor is the decoder's matrix products alone.
+
+Peak memory is that of a process of its own above model, data, libraries and compiled code.
+"""
+
+import argparse
+import importlib.util
+import logging
+import math
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import programs
+import turns
+
+NUM_DATA, NUM_PARTICLES = 10_000, 5_000
+FLOOR_ROWS = 1_000  # at once: activations stay in the cache
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-particles", type=int, default=NUM_PARTICLES)
+    parser.add_argument("--memory-of", type=int, nargs=2, metavar=("DATA", "PARTICLES"), help=argparse.SUPPRESS)
+    turns.add_common_options(parser, rounds=5)
+    options = parser.parse_args()
+    turns.prepare(options)
+    if options.memory_of:
+        print(peak_memory(*options.memory_of, options))
+        return
+    particles = options.num_particles
+    num_data = {True: 100, False: 600}[options.quick]
+    data, source = programs.images(num_data, options.data_dir, options.device)
+    few = data[: 2 if options.quick else 10]
+    competitors = {
+        "pyrovae, compiled": pyrovae(data, particles, compile=True),
+        "pyrovae, eager": pyrovae(data, particles, compile=False),
+        "Pyro traces, datum by datum": pyro_traces(few, particles),
+        "Pythae get_nll, batch_size=100": pythae(few, particles, batch_size=100),
+        "Pythae get_nll, batch_size=1000": pythae(few, particles, batch_size=1000),
+        "floor": floor(data, particles),
+    }
+    main_rows = turns.in_turns(f"{particles:,} particles", competitors, options.rounds, base="floor")
+    for row in main_rows:
+        if row.rate:
+            fixed = getattr(competitors[row.name], "fixed", 0.0)
+            seconds = NUM_DATA * particles / row.rate + fixed
+            row.note = f"{NUM_DATA:,} x {particles:,}: {seconds:,.0f} s" + (
+                f", {fixed:.0f} of them before" if fixed else ""
+            )
+
+    growth = []
+    for name, settings in growths(options.quick).items():
+        competitors = {
+            str(value): pyrovae(data[:some], count, compile=True, latent_dim=latent_dim)
+            for value, some, count, latent_dim in settings
+        }
+        growth += turns.in_turns(name, competitors, 1 if options.quick else 3)
+    memory = [
+        turns.Row("peak memory, MB", f"{n:,} x {s:,}", *memory_of(n, s, options)) for n, s in sizes(options.quick)
+    ]
+    tables = {
+        "Log weights per second": turns.show(main_rows, "log weights/s", "x floor"),
+        "How the rate changes (with it the cost of one log weight)": turns.show(growth, "log weights/s", ""),
+        "Peak memory above model, data and libraries, in MB": turns.show(memory, "MB", ""),
+    }
+    turns.write(options, "Evaluation", tables, [*main_rows, *growth, *memory], data=source, num_data=num_data)
+
+
+def growths(quick: bool) -> dict[str, list[tuple[int, int, int, int]]]:
+    """(value, data, particles, latents) of what is varied."""
+    if quick:
+        return {"particles": [(100, 100, 100, 50), (1000, 100, 1000, 50)]}
+    return {
+        "particles": [(s, min(600, 2_000_000 // s), s, 50) for s in (10, 100, 1000, 10_000, 100_000)],
+        "latents": [(d, 300, 2000, d) for d in (2, 10, 50, 200)],
+        "data": [(n, n, 2000, 50) for n in (50, 150, 600)],
+    }
+
+
+def sizes(quick: bool) -> list[tuple[int, int]]:
+    """(data, particles) whose peak memory is measured."""
+    return [(50, 100), (50, 5000)] if quick else [(1000, 100), (100, 5000), (1000, 5000), (20, 100_000)]
+
+
+class Timed:
+    """`pv.log_marginal_likelihood`, timed from block to block of data by looking on when the encoder is called.
+
+    fixed: seconds before the first block, of the latest call
+    """
+
+    def __init__(self, data, num_particles: int, compile: bool, latent_dim: int):
+        self.data, self.num_particles, self.compile = data, num_particles, compile
+        self.model, self.guide = programs.ours("mlp", data, latent_dim)
+        self.stamps: list[tuple[float, int]] = []
+        self.guide.encoder_net.register_forward_pre_hook(self._stamp)
+
+    def _stamp(self, module, inputs) -> None:
+        if self.data.is_cuda:
+            import torch
+
+            torch.cuda.synchronize()
+        self.stamps.append((time.perf_counter(), len(inputs[0])))
+
+    def __call__(self) -> float:
+        import pyrovae as pv
+
+        self.stamps.clear()
+        start = time.perf_counter()
+        pv.log_marginal_likelihood(
+            self.model, self.guide, self.data, num_particles=self.num_particles, compile=self.compile
+        )
+        end = time.perf_counter()
+        # The last calls of the encoder are the blocks, from the one that starts with the first datum on.
+        blocks, left = [], len(self.data)
+        while left > 0:
+            blocks.append(self.stamps.pop())
+            left -= blocks[-1][1]
+        blocks.reverse()
+        self.fixed = blocks[0][0] - start
+        return sum(size for _, size in blocks) * self.num_particles / (end - blocks[0][0])
+
+
+def pyrovae(data, num_particles: int, *, compile: bool, latent_dim: int = programs.LATENT_DIM) -> Callable[[], float]:
+    return Timed(data, num_particles, compile, latent_dim)
+
+
+def pyro_traces(data, num_particles: int) -> Callable[[], float]:
+    """A loop over data with the particles as the batch: as it is written by hand with Pyro."""
+    import pyro
+    import torch
+    from pyro import poutine
+
+    pyro.clear_param_store()
+    vae = programs.PyroVAE("mlp", data)
+
+    @torch.no_grad()
+    def turn() -> float:
+        start = time.perf_counter()
+        for x in data:
+            batch = x.expand(num_particles, -1)
+            guide_trace = poutine.trace(vae.guide).get_trace(batch)
+            model_trace = poutine.trace(poutine.replay(vae.model, guide_trace)).get_trace(batch)
+            guide_trace.compute_log_prob()
+            model_trace.compute_log_prob()
+            log_weights = (
+                sum(model_trace.nodes[name]["log_prob"] for name in ("z", "x")) - guide_trace.nodes["z"]["log_prob"]
+            )
+            (log_weights.logsumexp(0) - math.log(num_particles)).item()
+        return len(data) * num_particles / (time.perf_counter() - start)
+
+    return turn
+
+
+def pythae(data, num_particles: int, batch_size: int) -> Callable[[], float] | str:
+    if importlib.util.find_spec("pythae") is None:
+        return turns.NOT_INSTALLED
+    import torch
+
+    vae = programs.pythae_vae(data).eval()
+
+    @torch.no_grad()
+    def turn() -> float:
+        start = time.perf_counter()
+        vae.get_nll(data, n_samples=num_particles, batch_size=batch_size)
+        return len(data) * num_particles / (time.perf_counter() - start)
+
+    return turn
+
+
+def floor(data, num_particles: int) -> Callable[[], float]:
+    """The decoder's matrix products, in chunks that stay in the cache, or large ones on a GPU."""
+    import torch
+
+    rows = 100 * FLOOR_ROWS if data.is_cuda else FLOOR_ROWS
+    z = torch.randn(rows, programs.LATENT_DIM, device=data.device)
+    first = torch.randn(programs.LATENT_DIM, programs.HIDDEN, device=data.device)
+    second = torch.randn(programs.HIDDEN, programs.PIXELS, device=data.device)
+    hidden, pixels = (torch.empty(rows, width, device=data.device) for width in (programs.HIDDEN, programs.PIXELS))
+    repeats = max(1, len(data) * num_particles // rows // 10)
+
+    @torch.no_grad()
+    def turn() -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(z, first, out=hidden)
+            torch.mm(hidden, second, out=pixels)
+        if data.is_cuda:
+            torch.cuda.synchronize()
+        return repeats * rows / (time.perf_counter() - start)
+
+    return turn
+
+
+def memory_of(
+    num_data: int, num_particles: int, options: argparse.Namespace
+) -> tuple[float | None, list[float], None, str]:
+    command = [sys.executable, __file__, "--memory-of", num_data, num_particles, "--threads", options.threads]
+    command += ["--device", options.device, *(["--data-dir", options.data_dir] if options.data_dir else [])]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode:
+        return None, [], None, done.stderr.strip().splitlines()[-1]
+    megabytes = float(done.stdout)
+    return megabytes, [megabytes], None, ""
+
+
+def peak_memory(num_data: int, num_particles: int, options: argparse.Namespace) -> float:
+    """MB above what the process has before the call, whose code has been compiled by a call before."""
+    import torch
+
+    import pyrovae as pv
+
+    data, _ = programs.images(num_data, options.data_dir, options.device)
+    model, guide = programs.ours("mlp", data)
+    pv.log_marginal_likelihood(model, guide, data[:20], num_particles=4000, compile=True)
+    if data.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+        before = _of_status("VmRSS")
+    pv.log_marginal_likelihood(model, guide, data, num_particles=num_particles, compile=True)
+    after = torch.cuda.max_memory_allocated() if data.is_cuda else _of_status("VmHWM")
+    return (after - before) / 2**20
+
+
+def _of_status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.disable(logging.INFO)  # Pythae's
+    warnings.filterwarnings("ignore")  # the peers'
+    main()

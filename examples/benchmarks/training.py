@@ -1,0 +1,221 @@
+"""Training throughput: pyrovae against Pyro's own way, NumPyro, Pythae, PyTorch by hand, and the floor.
+
+    pip install -e ".[bench]" && python examples/benchmarks/training.py --out runs/training
+
+Data per second of optimisation steps, data in memory, float32, one particle, Adam. "Pyro as in its example": `SVI` with
+`pyro.optim.Adam` and `Trace_ELBO`, a VAE class as users write it, validation as Pyro has it by default. pyrovae is `pv.fit`
+itself, after the epoch that it runs eagerly and the compilation. The floor is the matrix products alone, forwards and
+backwards; for other models than the MLP the networks alone.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+
+import programs
+import turns
+
+STEPS = {"full": 60, "quick": 8}
+BATCH_SIZES = {"full": [64, 256, 1024, 4096], "quick": [256]}
+MOST_DATA = 60_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["mlp"], choices=[*programs.MODELS, "all"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help="64 256 1024 4096 by default; 256 with --quick")
+    parser.add_argument("--bf16", action="store_true", help="also pyrovae with its networks in bfloat16")
+    turns.add_common_options(parser, rounds=7)
+    options = parser.parse_args()
+    turns.prepare(options)
+    kind = "quick" if options.quick else "full"
+    rows, tables, source = [], {}, ""
+    for model in programs.MODELS if "all" in options.model else options.model:
+        for batch_size in options.batch_sizes or BATCH_SIZES[kind]:
+            num_data = max(1, min(STEPS[kind], MOST_DATA // batch_size)) * batch_size
+            data, source = programs.images(num_data, options.data_dir, options.device)
+            competitors = make_competitors(model, data, batch_size, options.bf16)
+            setting = f"{model}, batch {batch_size}"
+            rows += turns.in_turns(setting, competitors, options.rounds, base="Pyro as in its example")
+    tables["Images per second"] = turns.show(rows, "images/s", "x Pyro")
+    turns.write(options, "Training", tables, rows, data=source)
+
+
+def make_competitors(model: str, data, batch_size: int, bf16: bool) -> dict[str, Callable[[], float] | str]:
+    competitors: dict[str, Callable[[], float] | str] = {
+        "Pyro as in its example": pyro_own_way(model, data, batch_size),
+        "pyrovae, eager": fit(model, data, batch_size, compile=False),
+        "pyrovae, compiled": fit(model, data, batch_size, compile=True),
+    }
+    if bf16:
+        competitors["pyrovae, compiled, bf16 networks"] = fit(model, data, batch_size, compile=True, precision="bf16")
+    if model in ("mlp", "conv", "vamp"):
+        competitors["PyTorch by hand, eager"] = by_hand(model, data, batch_size, compiled=False)
+        competitors["PyTorch by hand, compiled"] = by_hand(model, data, batch_size, compiled=True)
+    if model == "mlp":
+        competitors["NumPyro, epoch jitted"] = numpyro(data, batch_size)
+        competitors["Pythae"] = pythae(data, batch_size)
+    competitors["floor"] = floor(data, batch_size) if model == "mlp" else networks_alone(model, data, batch_size)
+    return competitors
+
+
+def timed(epoch: Callable[[object], None], data, batch_size: int) -> float:
+    """Data per second of epoch(order), and of waiting for the device."""
+    import torch
+
+    wait = torch.cuda.synchronize if data.is_cuda else lambda: None
+    wait()
+    start = time.perf_counter()
+    epoch(torch.randperm(len(data), device=data.device).split(batch_size))
+    wait()
+    return len(data) / (time.perf_counter() - start)
+
+
+def pyro_own_way(model: str, data, batch_size: int) -> Callable[[], float]:
+    import pyro
+    from pyro.infer import SVI, Trace_ELBO
+
+    pyro.clear_param_store()
+    # Flows are not Pyro's: there the programs are ours, and the way they are trained is Pyro's.
+    if model in ("nsf-prior", "iaf"):
+        programs_of = programs.ours(model, data)
+    else:
+        vae = programs.PyroVAE(model, data)
+        programs_of = vae.model, vae.guide
+    svi = SVI(*programs_of, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+
+    def epoch(order):
+        total = 0.0
+        for index in order:
+            total += svi.step(data[index])
+
+    return lambda: timed(epoch, data, batch_size)
+
+
+def fit(model: str, data, batch_size: int, **options) -> Callable[[], float]:
+    import pyrovae as pv
+
+    pair = programs.ours(model, data)
+
+    def turn() -> float:
+        result = pv.fit(*pair, data, epochs=4, batch_size=batch_size, device=data.device, progress=False, **options)
+        # The first epoch is eager, and the second holds the compilation.
+        return 2 * len(data) / (result.history[3]["seconds"] - result.history[1]["seconds"])
+
+    return turn
+
+
+def by_hand(model: str, data, batch_size: int, compiled: bool) -> Callable[[], float]:
+    import torch
+
+    vae = programs.TorchVAE(model, data)
+    adam = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
+    loss_of = torch.compile(vae) if compiled else vae
+
+    def epoch(order):
+        total = torch.zeros((), device=data.device)
+        for index in order:
+            adam.zero_grad(set_to_none=True)
+            loss = loss_of(data[index])
+            loss.backward()
+            adam.step()
+            total += loss.detach()
+        total.item()
+
+    return lambda: timed(epoch, data, batch_size)
+
+
+def numpyro(data, batch_size: int) -> Callable[[], float] | str:
+    if importlib.util.find_spec("numpyro") is None:
+        return turns.NOT_INSTALLED
+    state, run = programs.numpyro_epoch(data, batch_size)
+
+    def turn() -> float:
+        nonlocal state
+        start = time.perf_counter()
+        _, state = run(state)
+        return len(data) / (time.perf_counter() - start)
+
+    return turn
+
+
+def pythae(data, batch_size: int) -> Callable[[], float] | str:
+    if importlib.util.find_spec("pythae") is None:
+        return turns.NOT_INSTALLED
+    import torch
+    from pythae.data.datasets import BaseDataset
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+
+    config = BaseTrainerConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch_size, learning_rate=1e-3, num_epochs=1
+    )
+    dataset = BaseDataset(data.cpu(), torch.zeros(len(data)))
+    with contextlib.redirect_stderr(io.StringIO()):
+        trainer = BaseTrainer(programs.pythae_vae(data), dataset, training_config=config)
+        trainer.prepare_training()
+
+    def turn() -> float:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            start = time.perf_counter()
+            trainer.train_step(1)
+            return len(data) / (time.perf_counter() - start)
+
+    return turn
+
+
+def floor(data, batch_size: int) -> Callable[[], float]:
+    """The matrix products of a step: each layer forwards, the gradients of its weight and (but for the first) its input."""
+    import torch
+
+    sizes = [
+        (programs.PIXELS, programs.HIDDEN),
+        (programs.HIDDEN, 2 * programs.LATENT_DIM),
+        (programs.LATENT_DIM, programs.HIDDEN),
+        (programs.HIDDEN, programs.PIXELS),
+    ]
+    layers = []
+    for fan_in, fan_out in sizes:
+        x, weight, y = (
+            torch.randn(*shape, device=data.device)
+            for shape in ((batch_size, fan_in), (fan_in, fan_out), (batch_size, fan_out))
+        )
+        layers.append((x, weight, y, torch.empty_like(x), torch.empty_like(weight), torch.empty_like(y)))
+
+    @torch.no_grad()
+    def epoch(order):
+        for _ in order:
+            for x, weight, _, _, _, out in layers:
+                torch.mm(x, weight, out=out)
+            for number, (x, weight, y, grad_x, grad_weight, _) in enumerate(layers):
+                torch.mm(x.T, y, out=grad_weight)
+                if number:
+                    torch.mm(y, weight.T, out=grad_x)
+
+    return lambda: timed(epoch, data, batch_size)
+
+
+def networks_alone(model: str, data, batch_size: int) -> Callable[[], float]:
+    import torch
+
+    encoder, decoder = (net.to(data.device) for net in programs.networks(model))
+    z = torch.randn(batch_size, programs.LATENT_DIM, device=data.device)
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+
+    def epoch(order):
+        for index in order:
+            torch.autograd.grad(encoder(data[index]).sum() + decoder(z[: len(index)]).sum(), parameters)
+
+    return lambda: timed(epoch, data, batch_size)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.disable(logging.INFO)  # Pythae's
+    warnings.filterwarnings("ignore")  # the peers'
+    main()

@@ -1,0 +1,165 @@
+"""Competitors timed in turns within one process, and the table that comes of it.
+
+On a machine that does other work too, a second measured now is not a second measured later. So all competitors run once in
+each round, in an order that changes from round to round, and what is reported are medians over rounds and their ratios.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+__all__ = ["NOT_INSTALLED", "Row", "add_common_options", "in_turns", "prepare", "show", "write"]
+
+NOT_INSTALLED = "not installed"
+_PACKAGES = ("pyrovae", "torch", "pyro-ppl", "zuko", "numpyro", "jax", "pythae", "numpy")
+
+
+@dataclass
+class Row:
+    """One competitor in one setting.
+
+    rate: median over rounds of what is counted per second, None where it did not run
+    rates: of each round
+    note: why it did not run, or what else there is to say
+    """
+
+    setting: str
+    name: str
+    rate: float | None = None
+    rates: list[float] = field(default_factory=list)
+    ratio: float | None = None
+    note: str = ""
+
+
+def add_common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    add = parser.add_argument
+    add("--rounds", type=int, help=f"turns of each competitor (default: {rounds}; 2 with --quick)")
+    add("--quick", action="store_true", help="a small trial run: does it run, and are the ratios sane?")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores for each (default: all)")
+    add("--device", default="cpu", help="cpu or cuda; JAX takes what it has been installed for")
+    add(
+        "--data-dir",
+        default=os.environ.get("PYROVAE_DATA"),
+        help="folder of MNIST (default: $PYROVAE_DATA, else random)",
+    )
+    add("--out", help="file for the table, without suffix: .md and .json are written")
+    parser.set_defaults(default_rounds=rounds)
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """The same cores for everyone: JAX takes as many as the process may use, torch as many as it is told."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    import torch
+
+    torch.set_num_threads(options.threads)
+    options.rounds = options.rounds or (2 if options.quick else options.default_rounds)
+
+
+def in_turns(
+    setting: str, competitors: dict[str, Callable[[], float] | str], rounds: int, base: str | None = None
+) -> list[Row]:
+    """Rows of competitors: `turn() -> what it did per second`, or the reason why there is none.
+
+    base: the competitor that ratios are to
+    """
+    rows = {name: Row(setting, name, note=turn if isinstance(turn, str) else "") for name, turn in competitors.items()}
+    turns = {name: turn for name, turn in competitors.items() if not isinstance(turn, str)}
+    order = random.Random(0)
+    for number in range(rounds + 1):
+        for name in order.sample(list(turns), len(turns)):
+            try:
+                rate = turns[name]()
+            except Exception as error:  # the others go on, and the row says why
+                rows[name].note = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
+                del turns[name]
+                continue
+            if number:  # the first is for compiling and warming up
+                rows[name].rates.append(rate)
+            print(f"\r{setting}: round {number} of {rounds}, {name:40}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    for row in rows.values():
+        row.rate = statistics.median(row.rates) if row.rates else None
+    if base is not None and rows[base].rate:
+        for row in rows.values():
+            row.ratio = row.rate / rows[base].rate if row.rate else None
+    return list(rows.values())
+
+
+def show(rows: Sequence[Row], unit: str, ratio: str) -> str:
+    """A Markdown table: rates, their quartiles, ratios."""
+    lines = [f"| setting | | {unit} | quartiles | {ratio} | |", "|---|---|---:|---:|---:|---|"]
+    for row in rows:
+        rate = spread = "-"
+        if row.rate is not None:
+            rate = _short(row.rate)
+            low, _, high = (
+                statistics.quantiles(row.rates, n=4, method="inclusive") if len(row.rates) > 1 else (row.rate,) * 3
+            )
+            spread = f"{_short(low)} - {_short(high)}"
+        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+        lines.append(f"| {row.setting} | {row.name} | {rate} | {spread} | {ratio} | {row.note} |")
+    return "\n".join(lines)
+
+
+def write(
+    options: argparse.Namespace, title: str, tables: dict[str, str], rows: Sequence[Row], **facts: object
+) -> None:
+    """Print the tables and write them as Markdown, and everything as JSON, with machine and versions."""
+    machine = {
+        "machine": _processor(),
+        "cores": options.threads,
+        "device": _device_name(options.device),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "rounds": options.rounds,
+        "quick": options.quick,
+        "command": " ".join(["python", *sys.argv]),
+        **facts,
+    }
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    about = (
+        f"{machine['machine']}, {options.threads} cores, {machine['device']}; Python {machine['python']}, {versions}; medians of "
+        f"{options.rounds} rounds in turns. `{machine['command']}`"
+    )
+    text = "\n\n".join([f"## {title}", about, *(f"{name}\n\n{table}" for name, table in tables.items())]) + "\n"
+    print(text)
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{options.out}.md").write_text(text)
+        Path(f"{options.out}.json").write_text(
+            json.dumps({**machine, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
+        )
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
