@@ -30,6 +30,7 @@ def build(folder: Path) -> None:
     import pdoc
     import pdoc.render
     from jinja2 import pass_context
+    from jinja2.runtime import Context
     from pdoc.render_helpers import to_markdown_with_context
 
     modules = ["pyrovae", *_public_modules(), "pyrovae.docs"]
@@ -39,7 +40,7 @@ def build(folder: Path) -> None:
     foreign = [inspect.getdoc(nn.Module.__init__), inspect.getdoc(nn.Module.extra_repr)]  # inherited, and no help here
 
     @pass_context
-    def convert(context, docstring: str) -> str:
+    def convert(context: Context, docstring: str) -> str:
         if docstring in foreign:
             return ""
         name = context["module"].fullname
