@@ -7,7 +7,7 @@ Each table's entries are called alike. In Python, take the classes themselves.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
@@ -54,7 +54,8 @@ class LikelihoodName(NamedTuple):
         num_parameters = self.num_parameters(data) or self.likelihood.num_parameters()
         out_shape = data.data_shape if num_parameters == 1 else (num_parameters, *data.data_shape)
         options = self.options(data, scale)
-        return self.likelihood(decoder(out_shape), data.data_shape, data_mean=data.train.mean(0), **options)
+        likelihood: Any = self.likelihood  # each takes data_mean, which the contract leaves open
+        return likelihood(decoder(out_shape), data.data_shape, data_mean=data.train.mean(0), **options)
 
 
 NETWORKS = {
@@ -122,7 +123,7 @@ def make_objective(
     Raises ValueError where weights are given to an importance-weighted objective.
     """
     objective = OBJECTIVES[name]
-    weights = {"beta": beta, "kl_warmup_steps": kl_warmup_steps, "free_bits": free_bits}
+    weights: dict[str, Any] = {"beta": beta, "kl_warmup_steps": kl_warmup_steps, "free_bits": free_bits}
     weighed = (beta, kl_warmup_steps, free_bits) != (1.0, 0, 0.0)
     if issubclass(objective, objectives.KLObjective):
         return objective(num_particles, **weights) if weighed or name != "elbo" else Trace_ELBO(num_particles)

@@ -6,9 +6,11 @@ import socket
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyrovae.data.splits import Splits
 
@@ -36,7 +38,7 @@ class DataUnavailableError(RuntimeError):
     """A data set is neither on disk nor to be had from the network."""
 
 
-def load(name: str = "auto", root: str | os.PathLike | None = None, **options) -> Splits:
+def load(name: str = "auto", root: str | os.PathLike | None = None, **options: Any) -> Splits:
     """Load a data set by name: auto, mnist, fashion, kmnist, digits or freyfaces.
 
     auto takes MNIST; where it is neither on disk nor to be had from the network, it says so in one line of the log
@@ -85,7 +87,7 @@ def mnist(
     return _mnist_family("mnist", root, binarization=binarization, data_seed=data_seed, train_on_all=train_on_all)
 
 
-def fashion_mnist(root: str | os.PathLike | None = None, **options) -> Splits:
+def fashion_mnist(root: str | os.PathLike | None = None, **options: Any) -> Splits:
     """Fashion-MNIST: as `mnist`, of 28x28 articles of clothing.
 
     Source: Xiao, Rasul & Vollgraf, Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning (2017).
@@ -93,7 +95,7 @@ def fashion_mnist(root: str | os.PathLike | None = None, **options) -> Splits:
     return _mnist_family("fashion", root, **options)
 
 
-def kmnist(root: str | os.PathLike | None = None, **options) -> Splits:
+def kmnist(root: str | os.PathLike | None = None, **options: Any) -> Splits:
     """KMNIST: as `mnist`, of 28x28 cursive Japanese characters.
 
     Source: Clanuwat et al., Deep Learning for Classical Japanese Literature (2018).
@@ -185,7 +187,15 @@ def _missing_folder(root: str | os.PathLike | None) -> str | None:
     return f"the data folder {folder} ({origin}) does not exist: make it, or correct its name"
 
 
-def _split(name, images, labels, test, test_labels, num_validation, train_on_all) -> Splits:
+def _split(
+    name: str,
+    images: Tensor,
+    labels: Tensor | None,
+    test: Tensor,
+    test_labels: Tensor | None,
+    num_validation: int,
+    train_on_all: bool,
+) -> Splits:
     if train_on_all:
         return Splits(name, images, None, test, labels, None, test_labels)
     cut = len(images) - num_validation
@@ -217,11 +227,11 @@ def _mnist_family(
             parts.append(dataset(folder, train=train))
         except RuntimeError:  # not there (yet)
             parts.append(_download(dataset, folder, name, train))
-    tensors = [tensor for part in parts for tensor in (part.data.unsqueeze(1).float().div(255), part.targets)]
-    return _split(name, *tensors, 10_000, train_on_all).binarized(binarization, data_seed)
+    (images, labels), (test, test_labels) = ((part.data.unsqueeze(1).float().div(255), part.targets) for part in parts)
+    return _split(name, images, labels, test, test_labels, 10_000, train_on_all).binarized(binarization, data_seed)
 
 
-def _download(dataset, folder: Path, name: str, train: bool):
+def _download(dataset: Any, folder: Path, name: str, train: bool) -> Any:
     timeout = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)  # torchvision sets none, and a dead network would hang it

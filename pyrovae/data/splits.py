@@ -84,14 +84,12 @@ class Splits:
     def _drawn(self, transform: Callable[..., Tensor], data_seed: int) -> "Splits":
         """With validation and test drawn once, and `train` left to be drawn at every use."""
 
-        def draw(images: Tensor | None, stream: int) -> Tensor | None:
-            if images is None:
-                return None
+        def draw(images: Tensor, stream: int) -> Tensor:
             return transform(images, generator=torch.Generator().manual_seed(3 * data_seed + stream))
 
         return replace(
             self,
-            validation=draw(self.validation, 1),
+            validation=None if self.validation is None else draw(self.validation, 1),
             test=draw(self.test, 0),
             data_seed=data_seed,
             transform=transform,

@@ -7,6 +7,8 @@ dimension in the other; which of them drawing takes, and which the density, is u
 import importlib
 import sys
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -24,7 +26,7 @@ def import_zuko() -> Any:
     """zuko, with torch's distributions left as they were: its import switches their validation off, for everyone."""
     if "zuko" in sys.modules:
         return sys.modules["zuko"]
-    base = torch.distributions.Distribution
+    base: Any = torch.distributions.Distribution
     before = base._validate_args, base.__dict__["arg_constraints"]
     try:
         zuko = importlib.import_module("zuko")
@@ -75,11 +77,11 @@ class FlowDistribution(dist.TorchDistribution):
     Source: Papamakarios et al., Normalizing Flows for Probabilistic Modeling and Inference (2021).
     """
 
-    arg_constraints: ClassVar = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(
         self,
-        flow: torch.distributions.Distribution,
+        flow: Any,
         *,
         parameters: Iterable[Tensor] = (),
         support: constraints.Constraint = constraints.real_vector,
@@ -150,9 +152,8 @@ class FlowDistribution(dist.TorchDistribution):
         noise = self.flow.base.base_dist  # of independent numbers, or it would have no `icdf`
         points = torch.as_tensor(_spread_points(_MEAN_DRAWS, event_shape.numel())).to(noise.mean)
         points = points.reshape(_MEAN_DRAWS, *[1] * len(batch_shape), *event_shape)
-        total = 0.0
-        for some in points.split(max(1, _MEAN_ROWS // max(1, batch_shape.numel()))):
-            total = total + self.flow.transform.inv(noise.icdf(some)).sum(0)
+        chunks = points.split(max(1, _MEAN_ROWS // max(1, batch_shape.numel())))
+        total = reduce(add, (self.flow.transform.inv(noise.icdf(some)).sum(0) for some in chunks))
         return total / _MEAN_DRAWS
 
     def __repr__(self) -> str:

@@ -32,7 +32,7 @@ class Mixture(dist.TorchDistribution):
     tensor(-2.9189)
     """
 
-    arg_constraints: ClassVar = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
 
     def __init__(

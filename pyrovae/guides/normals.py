@@ -60,6 +60,8 @@ class FullRankNormal(EncoderGuide):
     torch.Size([3, 2, 2])
     """
 
+    places: Tensor
+
     def __init__(self, encoder_net: nn.Module, latent_dim: int, *, num_features: int | None = None):
         triangle = latent_dim * (latent_dim - 1) // 2
         super().__init__(encoder_net, latent_dim, num_features, num_parameters=2 * latent_dim + triangle)

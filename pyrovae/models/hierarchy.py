@@ -9,6 +9,7 @@ Where one tensor z stands for all layers (`decode`, `posterior`), they lie side 
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -53,13 +54,13 @@ class HierarchicalModel(LatentVariableModel):
     def __init__(self, prior: Prior, layers: Sequence[nn.Module], likelihood: Likelihood, *, skip: bool = False):
         super().__init__(prior, likelihood)
         self.layers = nn.ModuleList(_checked(layers))
-        self.latent_dims = tuple(part.latent_dim for part in (*reversed(self.layers), prior))
+        self.latent_dims = _latent_dims(*reversed(self.layers), prior)
         self.latent_dim = sum(self.latent_dims)
         self.skip = skip
 
     def latent_prior(self) -> Chain:
         """p(z1, ..., zL): batch shape (), event shape (latent_dim,)."""
-        return Chain(self.prior(), self.layers, self.latent_dims, top_down=True)
+        return Chain(self.prior(), list(self.layers), self.latent_dims, top_down=True)
 
     def latents(self, visit: Visit) -> Tensor:
         return self.latent_prior().walk(visit)
@@ -139,7 +140,7 @@ class BottomUpGuide(_HierarchicalGuide):
     """
 
     def __init__(self, bottom: Guide, layers: Sequence[nn.Module]):
-        super().__init__([part.latent_dim for part in (bottom, *_checked(layers))])
+        super().__init__(_latent_dims(bottom, *_checked(layers)))
         self.bottom = bottom
         self.layers = nn.ModuleList(layers)
 
@@ -147,7 +148,7 @@ class BottomUpGuide(_HierarchicalGuide):
         return self.bottom.encode(x)
 
     def distribution(self, parameters: Tensor) -> Chain:
-        return Chain(self.bottom.distribution(parameters), self.layers, self.latent_dims, top_down=False)
+        return Chain(self.bottom.distribution(parameters), list(self.layers), self.latent_dims, top_down=False)
 
 
 class TopDownGuide(_HierarchicalGuide):
@@ -177,7 +178,7 @@ class TopDownGuide(_HierarchicalGuide):
     def __init__(
         self, top: Guide, layers: Sequence[nn.Module], encoder_net: nn.Module, *, num_features: int | None = None
     ):
-        super().__init__([part.latent_dim for part in (*reversed(_checked(layers)), top)])
+        super().__init__(_latent_dims(*reversed(_checked(layers)), top))
         self.top = top
         self.layers = nn.ModuleList(layers)
         self.encoder_net = encoder_net
@@ -233,6 +234,10 @@ def two_layer_vae(
         MeanFieldNormal(net(data_dim, near_data), size1), [ConditionalNormal(net(size1, near_top), size2)]
     )
     return model, guide
+
+
+def _latent_dims(*parts: Any) -> tuple[int, ...]:
+    return tuple(part.latent_dim for part in parts)
 
 
 def _checked(layers: Sequence[nn.Module]) -> Sequence[nn.Module]:

@@ -82,7 +82,7 @@ class Chain(dist.TorchDistribution):
     tensor([2., 0.])
     """
 
-    arg_constraints: ClassVar = {}
+    arg_constraints: ClassVar[dict[str, dist.constraints.Constraint]] = {}
     support = dist.constraints.real_vector
 
     def __init__(

@@ -7,6 +7,7 @@ does not depend on its batch (as BatchNorm makes it), and particles do not meet.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +204,14 @@ class _Double(nn.Module):
         return self.conv(h)[..., : self.size[0], : self.size[1]]
 
 
-def _encoder_layers(data_shape, channels, out_features, num_blocks, activation, normalize) -> nn.Sequential:
+def _encoder_layers(
+    data_shape: Sequence[int],
+    channels: Sequence[int],
+    out_features: int,
+    num_blocks: int,
+    activation: Callable[[], nn.Module],
+    normalize: bool,
+) -> nn.Sequential:
     in_channels, *sizes = _stages(data_shape, channels)
     check_count("out_features", out_features)
     layers: list[nn.Module] = []
@@ -219,7 +227,14 @@ def _encoder_layers(data_shape, channels, out_features, num_blocks, activation, 
     return nn.Sequential(*layers, activation())
 
 
-def _decoder_layers(in_features, out_shape, channels, num_blocks, activation, normalize) -> nn.Sequential:
+def _decoder_layers(
+    in_features: int,
+    out_shape: Sequence[int],
+    channels: Sequence[int],
+    num_blocks: int,
+    activation: Callable[[], nn.Module],
+    normalize: bool,
+) -> nn.Sequential:
     check_count("in_features", in_features)
     out_channels, *sizes = _stages(out_shape, channels)
     smallest = (channels[0], *sizes[-1])
@@ -268,7 +283,7 @@ def _norm(channels: int, normalize: bool) -> list[nn.Module]:
     return [nn.GroupNorm(math.gcd(channels, max(1, channels // _CHANNELS_PER_GROUP)), channels)] if normalize else []
 
 
-def _initialized(layer: nn.Module, fan_in: int, gain: float = 1.0) -> nn.Module:
+def _initialized(layer: Any, fan_in: int, gain: float = 1.0) -> nn.Module:
     """Weights of variance 2 gain^2 / fan-in, under which activations keep their size from layer to layer (He 2015)."""
     nn.init.normal_(layer.weight, std=gain * math.sqrt(2 / fan_in))
     nn.init.zeros_(layer.bias)

@@ -3,6 +3,8 @@
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +21,9 @@ __all__ = ["AnalyticKL", "KLObjective", "MonteCarloKL", "StickingTheLanding"]
 
 class KLWeight(nn.Module):
     """The weight of the KL, as a tensor: beta * min(1, num_steps / warmup_steps); buffers, which a recording reads anew."""
+
+    beta: Tensor
+    num_steps: Tensor
 
     def __init__(self, beta: float, warmup_steps: int):
         super().__init__()
@@ -212,7 +217,9 @@ def _sampled(terms: Terms, guides: dict[str, Tensor], latents: Sequence[str]) ->
     if any(name not in latents for name in guides):  # auxiliary draws, whose density belongs to no one latent
         if not guides:
             return []
-        total = sum(guide.sum(-1) for guide in guides.values()) - sum(terms.priors[name].sum(-1) for name in latents)
+        total = reduce(
+            add, [guide.sum(-1) for guide in guides.values()] + [-terms.priors[name].sum(-1) for name in latents]
+        )
         return [Piece(total.unsqueeze(-1), sum(terms.sizes[name] for name in latents), list(guides))]
     return [Piece(_difference(guides[name], terms.priors[name]), terms.sizes[name], [name]) for name in latents]
 

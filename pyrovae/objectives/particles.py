@@ -9,6 +9,8 @@ density of its own draw has to invert (an autoregressive one in D passes).
 """
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -182,9 +184,10 @@ def pull_back(runs: Sequence[Run], guide_term: Tensor, rate: Tensor | None = Non
     leaves = [leaf for run in runs if run.paths is not None for leaf in run.paths.leaves]
     if not leaves:
         return guide_term.new_zeros(())
-    added = iter([None] * len(leaves))
+    gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if guide_term.requires_grad:
-        added = iter(torch.autograd.grad(guide_term, leaves, retain_graph=True, allow_unused=True))
+        gradients = torch.autograd.grad(guide_term, leaves, retain_graph=True, allow_unused=True)
+    added = iter(gradients)
     for particle, run in enumerate(runs):
         if run.paths is None:
             continue
@@ -233,10 +236,10 @@ def terms_of(runs: Sequence[Run], *, scaled: bool, by_dimension: bool = False) -
     priors = {name: gather("model_trace", name) for name in latents}
     guides = {name: gather("guide_trace", name) for name in guide}
     return Terms(
-        sum(likelihoods) if likelihoods else torch.zeros_like(next(iter(priors.values()))[..., 0]),
+        reduce(add, likelihoods) if likelihoods else torch.zeros_like(next(iter(priors.values()))[..., 0]),
         priors,
         guides,
-        sum(scores) if scores else None,
+        reduce(add, scores) if scores else None,
         {name: max(1, guide[name]["value"].numel() // per_run) for name in latents},
     )
 

@@ -3,6 +3,8 @@
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Literal
 
 import torch
@@ -43,7 +45,7 @@ class WeightObjective(Objective):
 
     def estimate(self, runs: Sequence[Run]) -> tuple[Tensor, Parts]:
         terms = terms_of(runs, scaled=False)
-        prior, guide = (sum(term.sum(-1) for term in of.values()) for of in (terms.priors, terms.guides))
+        prior, guide = (reduce(add, (term.sum(-1) for term in of.values())) for of in (terms.priors, terms.guides))
         scale = runs[0].plate_scale
         loss = -scale * self.bound(runs, terms, terms.likelihood + prior, guide)
         reconstruction, kl = (scale * term.detach().mean(0).sum() for term in (terms.likelihood, guide - prior))

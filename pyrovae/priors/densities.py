@@ -131,6 +131,8 @@ class VampPrior(Prior):
     """
 
     MARGIN = 0.05
+    low: Tensor
+    high: Tensor
 
     def __init__(
         self,

@@ -48,12 +48,12 @@ class in_float64(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        named = dict(kwargs or {})
         if not func.is_view and not func._schema.is_mutable:
-            args, kwargs = tree_map(_cast, (args, kwargs))
-            if kwargs.get("dtype") in _LOW:
-                kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+            args, named = tree_map(_cast, (args, named))
+            if named.get("dtype") in _LOW:
+                named["dtype"] = torch.float64
+        return func(*args, **named)
 
 
 def _cast(value: Any) -> Any:

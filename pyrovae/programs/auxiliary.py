@@ -6,6 +6,8 @@ checks neither, and a wrong one gives wrong weights without a sign of it, so bot
 """
 
 import math
+from functools import reduce
+from operator import add
 
 import pyro
 import pyro.distributions as dist
@@ -146,7 +148,8 @@ def _stretches(
     right = stretch - torch.linalg.slogdet(torch.stack(jacobian, 1)).logabsdet
     for value, site in zip(free, ends, strict=True):
         right = right - _log_stretch(value, site, layout)
-    claimed = sum(spread(site_log_prob(s), s, layout, None)[0] for _, s in sample_sites(trace) if is_delta(s))
+    points = (site for _, site in sample_sites(trace) if is_delta(site))
+    claimed = reduce(add, (spread(site_log_prob(site), site, layout, None)[0] for site in points))
     return claimed.detach(), right.detach()
 
 

@@ -154,7 +154,7 @@ class Extracted:
             with torch.random.fork_rng(devices), ExitStack() as stack:
                 for context in quietly:
                     stack.enter_context(context)
-                for device in ("cpu", *devices):
+                for device in (torch.device("cpu"), *devices):
                     torch.rand(1000 * noise, device=device)
                 results = program(list(tensors), [tensor.clone() for tensor in state.values()])
             return results[: len(results) - sum(has_gradient)]

@@ -1,6 +1,8 @@
 """Runs of Pyro programs and the log weights in them: a trace of the model, one of the guide -> (S, N) numbers."""
 
 from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import pyro
@@ -110,7 +112,7 @@ def log_weights_of(
                 f"site '{name}' belongs to different data of plate '{layout.plate}' in model and guide: go through the "
                 f"plate in one order in both"
             )
-    total = sum(term if program == "model" else -term for (program, _), term in terms.items())
+    total = reduce(add, (term if program == "model" else -term for (program, _), term in terms.items()))
     # Where p(z) = 0 the weight is 0, whatever the likelihood makes of such a z.
     for name in latents:
         total = torch.where(terms["model", name] == -torch.inf, -torch.inf, total)
@@ -130,7 +132,7 @@ def log_likelihood_of(layout: Layout, model_trace: poutine.Trace) -> Tensor:
     terms = [
         spread(site_log_prob(site), site, layout, None) for _, site in sample_sites(model_trace) if site["is_observed"]
     ]
-    return sum(terms) if terms else torch.zeros(())
+    return reduce(add, terms) if terms else torch.zeros(())
 
 
 def site_log_prob(site: dict) -> Tensor:

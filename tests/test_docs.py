@@ -1,0 +1,79 @@
+"""The reference builds without a warning, and the code of its pages runs and is right."""
+
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+import pyrovae as pv
+from pyrovae import docs
+from pyrovae.docs.__main__ import build, to_markdown
+
+PAGES = Path(docs.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def own_parts():
+    """The namespace that the page's code leaves, its blocks in order; its own checks are asserts."""
+    pyro.set_rng_seed(0)
+    page = (PAGES / "own_parts.md").read_text(encoding="utf-8")
+    blocks = [part.split("```")[0] for part in page.split("```python\n")[1:]]
+    assert len(blocks) == 6
+    namespace = {}
+    exec(compile("\n".join(blocks), "own_parts.md", "exec"), namespace)
+    return namespace
+
+
+def test_own_parts_run(own_parts):
+    result = own_parts["result"]
+    assert result.log_prob.isfinite().all()
+    assert (result.log_prob >= result.elbo).all()
+    assert own_parts["model"].generate(3, mean=True).shape == (3, 12)
+
+
+def test_own_prior_is_normalised(own_parts):
+    prior = own_parts["FullRankNormalPrior"](2)
+    with torch.no_grad():
+        prior.triangle[1, 0], prior.log_diagonal[0] = 0.7, 0.2
+    axis = torch.linspace(-12, 12, 401)
+    density = prior().log_prob(torch.cartesian_prod(axis, axis)).exp().detach()
+    assert density.sum().item() * (axis[1] - axis[0]).item() ** 2 == pytest.approx(1, abs=1e-3)
+
+
+def test_own_likelihood_has_its_mean_and_refuses(own_parts):
+    mean = torch.tensor([0.5, 3.0, 11.0])
+    likelihood = own_parts["NegativeBinomial"](pv.nets.MLP(2, [4], 6), 3, data_mean=mean)
+    with torch.no_grad():
+        for parameter in likelihood.decoder_net.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(likelihood(torch.zeros(2)).mean.detach(), mean)
+    model = pv.GenerativeModel(pv.priors.StandardNormal(2), likelihood)
+    with pytest.raises(ValueError, match=r"whole numbers of 0 or more, found 0\.5"):
+        model(torch.full((4, 3), 0.5))
+
+
+def test_reference_builds(tmp_path):
+    build(tmp_path)
+    for name in ("index.html", "pyrovae.html", "pyrovae/guides.html", "pyrovae/docs.html"):
+        assert (tmp_path / name).stat().st_size > 100, name
+    pages = (tmp_path / "pyrovae/docs.html").read_text()
+    assert "which is which" in pages
+    assert "NegativeBinomial" in pages
+    assert "log_marginal_likelihood" in (tmp_path / "pyrovae.html").read_text()
+
+
+def test_a_public_name_without_docstring_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(pv.nets.MLP, "__doc__", None)
+    with pytest.raises(RuntimeError, match=r"pyrovae\.nets\.MLP"):
+        build(tmp_path)
+
+
+def test_docstrings_as_markdown():
+    shown = to_markdown(pv.guides.MeanFieldNormal.__doc__)
+    assert "```text\nq(z|x) = N(z; mu(x), diag sigma(x)^2)" in shown
+    assert "**Shapes**: x (N, \\*data\\_shape)" in shown
+    assert "```python\n>>> import torch" in shown
+    shown = to_markdown(pv.log_marginal_likelihood.__doc__)
+    assert "* **num\\_particles**: S, drawn exactly" in shown
+    assert "**Raises** ValueError, naming the site" in shown
