@@ -53,7 +53,8 @@ def roc(inside: Any, outside: Any) -> Detection:
     1: told apart; 1/2: not at all; below 1/2: outside data have the higher density, as is known to happen (see the module).
 
     Shapes: inside (N,), outside (M,), in any unit: only their order counts. -inf is a score like others. The standard error
-    is that of other draws of data; the bias of the scores is not in it.
+    is that of other draws of data; the bias of the scores is not in it, and it is 0 where all data are told apart, which N and
+    M of them cannot show more exactly than to about 3 / min(N, M).
 
     Raises ValueError for NaN, other shapes, or fewer than 2 scores.
 

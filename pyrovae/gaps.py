@@ -112,8 +112,8 @@ def inference_gaps(
 
     The family is what `guide.distribution` makes of its parameters: all normals with a diagonal covariance; for a flow,
     and for the upper layers of a hierarchy, what the context reaches while the weights stay. lambda* is a local optimum:
-    `Refined` with 100, 200, 400 ... steps, until twice as many gain less than `tolerance`. Each ELBO is evaluated with draws
-    that had no part in finding lambda*.
+    `Refined` with 100, 200, 400 ... steps, until twice as many gain less than `tolerance`; what it falls short of the best is
+    counted as approximation gap. Each ELBO is evaluated with draws that had no part in finding lambda*.
 
     log p(x) is importance-sampled from the best member. With annealed weights of the same data, the two estimates of p(x)
     are averaged, log p(x) ~ logaddexp(importance, annealed) - log 2: a lower bound on average like either, 0.69 nats or less
@@ -204,7 +204,7 @@ class _Steps:
     @torch.no_grad()
     def best(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(parameters (N, P), steps (N,), whether converged (N,)) for a batch of data."""
-        parameters = self.guide.encode(x)
+        parameters = self.guide.encode(x).clone()  # which may be a view of the guide's own
         num_steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
         open_rows = torch.arange(len(x), device=x.device)
         steps = min(_FIRST_STEPS, self.max_num_steps)

@@ -9,6 +9,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import gaps, guides, priors
+from pyrovae.weights.recorded import RecordedDraw
 
 
 @pytest.fixture
@@ -195,3 +196,46 @@ def test_gain_uses_the_same_noise(linear_gaussian):
     worse = parameters + 0.3
     gain = steps._gain(x, worse, parameters)
     assert (gain > 0.05).all()
+
+
+def test_programs_of_known_parameters_can_be_recorded(double, uncompiled, monkeypatch):
+    """As `compile="auto"` does where there is much to evaluate: the eager numbers, the encoder left out."""
+    drawn, original = [], RecordedDraw.__call__
+    monkeypatch.setattr(RecordedDraw, "__call__", lambda self, *args: (drawn.append(1), original(self, *args))[1])
+    model = pv.GenerativeModel(priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 6), 6)).double()
+    guide = guides.FullRankNormal(pv.nets.MLP(6, [8]), 2).double()
+    x = model.generate(7)
+    parameters = guide.encode(x).detach() + 0.3
+    results = []
+    for compile in (False, True):
+        pyro.set_rng_seed(8)
+        results.append(
+            pv.log_weights(
+                *gaps._known(model, guide), x, parameters, num_particles=20, particle_batch_size=4, compile=compile
+            )
+        )
+    assert len(drawn) == 4
+    assert torch.allclose(*results, rtol=1e-10)
+    monkeypatch.setattr(guide, "encode", None)  # not asked again
+    pv.log_weights(*gaps._known(model, guide), x, parameters, num_particles=3)
+
+
+def test_an_encoding_that_is_a_view_of_a_parameter(linear_gaussian):
+    """Refinement works on a copy."""
+
+    class Shared(guides.Guide):
+        def __init__(self):
+            super().__init__(3)
+            self.parameters_of_all = nn.Parameter(torch.zeros(1, 6))
+
+        def encode(self, x):
+            return self.parameters_of_all.expand(len(x), 6)
+
+        def distribution(self, parameters):
+            loc, log_scale = parameters.chunk(2, -1)
+            return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+    guide = Shared()
+    found = pv.inference_gaps(linear_gaussian.model, guide, linear_gaussian.data(4), num_particles=50, max_num_steps=20)
+    assert (guide.parameters_of_all == 0).all()
+    assert found.amortization.mean() > 0.1
