@@ -52,8 +52,11 @@ def ended(path, epochs, compiled):
 
 
 def kill(process, path, during_a_write):
-    """Kill the run at a random moment, or at the first write after it; returns whether it lived until then."""
-    time.sleep(random.uniform(0.0, 2.0))
+    """Kill the run at a random moment after its first save, or at the first write after that; whether it lived so long."""
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    while process.poll() is None and (path.stat().st_mtime_ns if path.exists() else 0) == before:
+        time.sleep(0.001)
+    time.sleep(random.uniform(0.0, 0.3))
     if during_a_write:
         deadline = time.monotonic() + 20
         temporary = path.with_name(f".{path.name}.{process.pid}.tmp")
@@ -79,7 +82,7 @@ def same(first, second):
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_killed_at_random_moments_and_during_writes(tmp_path, compiled):
-    epochs, path = 8 * NUM_KILLS, tmp_path / "run.pt"
+    epochs, path = 30 * NUM_KILLS, tmp_path / "run.pt"
     kills, in_writes = 0, 0
     for number in range(NUM_KILLS if not compiled else max(1, NUM_KILLS // 5)):
         process = start(path, epochs, compiled)

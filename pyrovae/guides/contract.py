@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrovae.programs.modules import check_count, emit_parameters
+from pyrovae.programs.modules import check_count, emit_parameters, run_network
 from pyrovae.programs.specification import Part
 
 __all__ = ["EncoderGuide", "Guide", "check_guide", "features_of", "start_informative", "width_of_features"]
@@ -60,15 +60,35 @@ class Guide(Part, ABC):
 
         Returns all values side by side, z (..., N, D).
         """
-        return visit("z", self.distribution(parameters))
+        distribution = self.distribution(parameters)
+        found, expected = (
+            (distribution.batch_shape, distribution.event_shape),
+            (parameters.shape[:-1], (self.latent_dim,)),
+        )
+        if found != expected:
+            raise ValueError(
+                f"{type(self).__name__}.distribution must give batch shape {tuple(expected[0])} and event shape "
+                f"{expected[1]}, its latent_dim; found {tuple(found[0])} and {tuple(found[1])}: a diagonal normal ends with "
+                f".to_event(1)"
+            )
+        return visit("z", distribution)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run as a Pyro guide; returns z (..., N, latent_dim)."""
         emit_parameters(self, "guide")
-        return self.given(self.encode(x))()
+        parameters = self.encode(x)
+        if parameters.ndim != 2 or len(parameters) != len(x):
+            raise ValueError(
+                f"{type(self).__name__}.encode must give parameters (N, P) for N data, one row for each; found "
+                f"{tuple(parameters.shape)} for {len(x)} data"
+            )
+        return self.given(parameters)()
 
     def given(self, parameters: Tensor) -> Callable[..., Tensor]:
         """This guide as a Pyro guide for data whose encoding (N, P) is known, so that they are encoded once."""
+
+        if len(parameters) == 0:
+            raise ValueError("expected one datum or more, found none")
 
         def run(*_: Any, **__: Any) -> Tensor:
             with pyro.plate("data", len(parameters), dim=-1):
@@ -121,7 +141,9 @@ def width_of_features(net: nn.Module, num_features: int | None) -> int:
 
 def features_of(net: nn.Module, x: Tensor, num_features: int) -> Tensor:
     """Features (N, num_features) of x (N, ...); raises ValueError if they have another shape."""
-    features = net(x)
+    features = run_network(
+        net, x, "give it data as it was made for, in the dtype of its parameters, or make it for these"
+    )
     if features.shape != (len(x), num_features):
         raise ValueError(
             f"the network must give features ({len(x)}, {num_features}), found {tuple(features.shape)}: "

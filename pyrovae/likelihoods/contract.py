@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyrovae.programs.modules import run_network
 from pyrovae.programs.specification import Part
 
 __all__ = ["Likelihood"]
@@ -59,7 +60,9 @@ class Likelihood(Part, ABC):
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         """p(x|z) for latents z (..., latent_dim)."""
         rows = z.reshape(-1, z.shape[-1])
-        output = self.decoder_net(rows)
+        output = run_network(
+            self.decoder_net, rows, "make the decoder for as many latents as the prior has (latent_dim)"
+        )
         size = math.prod(self.parameters_shape)
         if output.numel() != len(rows) * size:
             raise ValueError(
@@ -76,6 +79,8 @@ class Likelihood(Part, ABC):
                 f"expected data of shape (N, {', '.join(map(str, self.data_shape))}), found {tuple(x.shape)}; one datum "
                 f"needs a leading axis (x[None]), and flat data x.reshape(-1, {', '.join(map(str, self.data_shape))})"
             )
+        if len(x) == 0:
+            raise ValueError(f"expected one datum or more, found none: shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"expected floating-point data, found {x.dtype}: x.float()")
 

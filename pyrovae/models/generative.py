@@ -1,5 +1,6 @@
 """The generative model p(z) p(x|z), as a Pyro program, and what it shares with models of several layers."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from pyrovae.priors.contract import Prior
 from pyrovae.programs.modules import check_count, checks_values, emit_parameters, evaluation_mode
 from pyrovae.programs.specification import Part
 
-__all__ = ["GenerativeModel", "LatentVariableModel"]
+__all__ = ["GenerativeModel", "LatentVariableModel", "check_decoder"]
 
 
 class LatentVariableModel(Part, ABC):
@@ -49,8 +50,15 @@ class LatentVariableModel(Part, ABC):
             self.likelihood.check(x)
         emit_parameters(self, "model")
         with pyro.plate("data", len(x), dim=-1):
-            z = self.latents(pyro.sample)
-            return pyro.sample("x", self.likelihood_at(z), obs=x)
+            z = self.latents(_sample)
+            distribution = self.likelihood_at(z)
+            if distribution.event_shape != x.shape[1:] or distribution.batch_shape != z.shape[:-1]:
+                raise ValueError(
+                    f"{type(self.likelihood).__name__} must give batch shape {tuple(z.shape[:-1])} and event shape "
+                    f"{tuple(x.shape[1:])}, its data_shape; found {tuple(distribution.batch_shape)} and "
+                    f"{tuple(distribution.event_shape)}: its distribution ends with .to_event({x.ndim - 1})"
+                )
+            return pyro.sample("x", distribution, obs=x)
 
     @torch.no_grad()
     def generate(self, num_samples: int, *, mean: bool = False) -> Tensor:
@@ -88,13 +96,48 @@ class GenerativeModel(LatentVariableModel):
 
     Shapes: x (N, *data_shape); z (N, latent_dim).
 
-    Raises ValueError for data of the wrong shape or outside the likelihood's support.
+    Raises ValueError for a decoder of another number of latents than the prior has, a prior or a likelihood that gives
+    another shape than it says, and for data of the wrong shape or outside the likelihood's support.
 
     Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
 
+    def __init__(self, prior: Prior, likelihood: Likelihood):
+        super().__init__(prior, likelihood)
+        if hasattr(prior, "latent_dim"):
+            check_decoder(likelihood, prior.latent_dim)
+
     def latents(self, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
-        return visit("z", self.prior())
+        distribution = self.prior()
+        latent_dim = getattr(self.prior, "latent_dim", math.prod(distribution.event_shape))
+        if distribution.batch_shape != () or distribution.event_shape != (latent_dim,):
+            raise ValueError(
+                f"{type(self.prior).__name__} must give batch shape () and event shape ({latent_dim},), its latent_dim; found "
+                f"{tuple(distribution.batch_shape)} and {tuple(distribution.event_shape)}: independent dimensions end with "
+                f".to_event(1)"
+            )
+        return visit("z", distribution)
 
     def likelihood_at(self, z: Tensor) -> dist.TorchDistribution:
         return self.likelihood(z)
+
+
+def check_decoder(likelihood: Likelihood, latent_dim: int) -> None:
+    """Raise ValueError if the likelihood's network is known to take another number of latents."""
+    in_features = getattr(likelihood.decoder_net, "in_features", latent_dim)
+    if in_features != latent_dim:
+        raise ValueError(
+            f"the decoder network takes {in_features} latents (its in_features), and the prior has {latent_dim} "
+            f"(latent_dim): make it for {latent_dim}"
+        )
+
+
+def _sample(name: str, distribution: dist.TorchDistribution) -> Tensor:
+    """pyro.sample, for values of the size that the prior has: a single number would be broadcast without a word."""
+    value = pyro.sample(name, distribution)
+    if value.shape[-1:] != distribution.event_shape:
+        raise ValueError(
+            f"site '{name}' has {distribution.event_shape.numel()} dimensions in the model, and a value of shape "
+            f"{tuple(value.shape)} was given for it, {value.shape[-1]} per datum: make prior and guide with one latent_dim"
+        )
+    return value

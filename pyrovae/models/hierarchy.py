@@ -19,7 +19,7 @@ from pyrovae.guides.contract import Guide, features_of, width_of_features
 from pyrovae.guides.normals import MeanFieldNormal
 from pyrovae.likelihoods.contract import Likelihood
 from pyrovae.likelihoods.pixelwise import Bernoulli
-from pyrovae.models.generative import LatentVariableModel
+from pyrovae.models.generative import LatentVariableModel, check_decoder
 from pyrovae.models.layers import Chain, ConditionalNormal
 from pyrovae.nets.mlp import MLP
 from pyrovae.priors.contract import Prior
@@ -57,6 +57,7 @@ class HierarchicalModel(LatentVariableModel):
         self.latent_dims = _latent_dims(*reversed(self.layers), prior)
         self.latent_dim = sum(self.latent_dims)
         self.skip = skip
+        check_decoder(likelihood, self.latent_dim if skip else self.latent_dims[0])
 
     def latent_prior(self) -> Chain:
         """p(z1, ..., zL): batch shape (), event shape (latent_dim,)."""

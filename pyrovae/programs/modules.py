@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +23,13 @@ __all__ = [
     "import_arviz",
     "map_tensors",
     "modules_behind",
+    "plain_errors",
+    "run_network",
     "without_checks",
 ]
 
 _checks_values = True
+_PACKAGE = str(Path(__file__).parent.parent)
 
 
 def import_arviz() -> Any:
@@ -123,6 +127,37 @@ def _modules_behind(program: Any, seen: set[int]) -> Iterator[nn.Module]:
         for value in vars(program).values():
             if isinstance(value, nn.Module | list | tuple | dict):
                 yield from _modules_behind(value, seen)
+
+
+def run_network(net: nn.Module, x: Tensor, advice: str) -> Tensor:
+    """net(x); where it does not take that shape or dtype, ValueError with both and the advice beside torch's words."""
+    try:
+        return net(x)
+    except (RuntimeError, IndexError) as error:
+        words = ("shape", "size", "channels", "Dimension", "dtype")
+        if not any(word in str(error) for word in words) or "memory" in str(error):
+            raise
+        raise ValueError(
+            f"the network {type(net).__name__} does not take what it is given, of shape {tuple(x.shape)} and {x.dtype} "
+            f"({error}): {advice}"
+        ) from error
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors of this library as they are: without the table of sites that Pyro adds to what a traced program raises."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        first: BaseException = error
+        while (cause := first.__cause__) is not None and str(first).startswith(f"{cause}\n"):
+            first = cause
+        trace = first.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        if first is not error and trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+            raise first from first.__cause__
+        raise
 
 
 def check_count(name: str, value: Any) -> None:

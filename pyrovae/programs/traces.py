@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyrovae.programs.modules import checks_values
+from pyrovae.programs.modules import checks_values, plain_errors
 from pyrovae.programs.supports import innermost, is_possible, supported_elements
 
 __all__ = [
@@ -63,7 +63,7 @@ def trace_program(program: Program, args: tuple, kwargs: dict, *replayed: poutin
     """Trace of one run without gradients or validation, with the values of the `replayed` traces put in."""
     for trace in replayed:
         program = poutine.replay(program, trace=trace)
-    with torch.no_grad(), pyro.validation_enabled(False):
+    with torch.no_grad(), pyro.validation_enabled(False), plain_errors():
         return poutine.trace(program).get_trace(*args, **kwargs)
 
 

@@ -23,7 +23,7 @@ from pyro.infer import (
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrovae.programs.modules import check_count, evaluation_mode, modules_behind
+from pyrovae.programs.modules import check_count, evaluation_mode, modules_behind, plain_errors
 from pyrovae.programs.traces import Program
 from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
@@ -131,8 +131,11 @@ def fit(
         if tensor is not None and (not isinstance(tensor, Tensor) or tensor.ndim < 1 or len(tensor) == 0):
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{name} must be a tensor of at least one datum, found {found}")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be positive, found {learning_rate}")
+    for name, number in (("learning_rate", learning_rate), ("clip_norm", 1.0 if clip_norm is None else clip_norm)):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise TypeError(f"{name} must be a number, found {number!r}")
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} must be positive and finite, found {number}")
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
     loss = Trace_ELBO() if loss is None else loss
@@ -169,6 +172,7 @@ def fit(
         run_file(checkpoint, resume, checkpoint_every, settings, model, guide) as file,
         tqdm(total=epochs * len(train), unit=" data", unit_scale=True, desc="training", disable=not progress) as bar,
         _without_warnings_of_nan(),
+        plain_errors(),
     ):
         if file is not None and (found := file.found()) is not None:
             if found["history"]:
