@@ -69,6 +69,7 @@ def test_draws_moments_shapes_and_support():
             probability = logits[i, j].sigmoid().item()
             within(draws[:, i, j].mean().item(), probability, math.sqrt(probability * (1 - probability) / 20_000))
     assert torch.equal(distribution.mean, logits.sigmoid())
+    assert torch.equal(distribution.base_dist.logits, logits)
     assert torch.allclose(distribution.variance, pixels(logits, 1).variance)
     wide = distribution.expand((5, 2))
     assert wide.sample().shape == (5, 2, 3)

@@ -309,3 +309,11 @@ def test_shared_modules_stay_whole(uncompiled):
         ends.append(parameters(model, guide))
     for expected, found in zip(*ends, strict=True):
         assert torch.allclose(expected, found, rtol=1e-7, atol=1e-9)
+
+
+def test_one_recording_for_a_whole_run(uncompiled, monkeypatch):
+    """Four epochs after the eager one, each with a ragged last batch, parameters and learning rate changing at every step."""
+    recordings, original = [], Extracted._record
+    monkeypatch.setattr(Extracted, "_record", lambda self, *args: recordings.append(1) or original(self, *args))
+    pv.fit(*make(), binary(), epochs=5, batch_size=15, compile=True, progress=False)
+    assert len(recordings) == 1

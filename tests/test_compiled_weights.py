@@ -9,7 +9,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import LinearGaussian
+from parts import LIKELIHOODS
 from pyro import poutine
+from test_parts import build, combinations
 from torch import nn
 
 import pyrovae as pv
@@ -378,3 +380,34 @@ def test_a_guide_with_a_forward_of_its_own_is_run_as_it_is(double, recorded_only
         assert abs(lml.log_prob[datum] - truth[datum]) < 5 * lml.stderr[datum]
         spread = weights[:, datum].std().item() / 200
         assert abs(lml.elbo[datum].item() - weights[:, datum].mean().item()) < 5 * math.sqrt(2) * spread
+
+
+# --- every part of the library; how often it is recorded ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prior", "guide", "likelihood", "decoder", "encoder"), list(combinations()))
+def test_every_part_records_as_it_draws(double, recorded_only, chunks, prior, guide, likelihood, decoder, encoder):
+    refines_within = (prior, guide) == ("VampPrior", "Refined")  # at the pseudo-inputs, by gradient steps: runs eagerly
+    model, guide = (module.double() for module in build(prior, guide, likelihood, decoder, encoder))
+    eager, recorded = both_ways(
+        model, guide, LIKELIHOODS[likelihood][1]().double(), num_particles=6, particle_batch_size=2
+    )
+    assert len(chunks) == (0 if refines_within else 2)
+    assert torch.allclose(recorded, eager, rtol=1e-10, atol=1e-10)
+
+
+def test_a_hierarchy_records_as_it_draws(double, recorded_only, chunks):
+    model, guide = (part.double() for part in pv.two_layer_vae((1, 4, 3), latent_dims=(3, 2), hidden_features=(8, 6)))
+    eager, recorded = both_ways(model, guide, LIKELIHOODS["Bernoulli"][1]().double())
+    assert len(chunks) == 4
+    assert torch.allclose(recorded, eager, rtol=1e-10, atol=1e-10)
+
+
+def test_one_recording_for_all_blocks(double, recorded_only, chunks, monkeypatch):
+    """Seven blocks of data and the ragged eighth, five chunks and a ragged sixth: recorded once."""
+    recordings, original = [], Extracted._record
+    monkeypatch.setattr(Extracted, "_record", lambda self, *args: recordings.append(1) or original(self, *args))
+    x = torch.randn(31, 3)
+    both_ways(BatchNorm(), standard_guide(), x, num_particles=22, particle_batch_size=4, data_batch_size=4)
+    assert len(recordings) == 1
+    assert len(chunks) == 7 * 4

@@ -29,7 +29,7 @@ FLOOR_ROWS = 1_000  # at once: activations stay in the cache
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-particles", type=int, default=NUM_PARTICLES)
+    parser.add_argument("--num-particles", type=int, help=f"{NUM_PARTICLES} by default; 500 with --quick")
     parser.add_argument("--memory-of", type=int, nargs=2, metavar=("DATA", "PARTICLES"), help=argparse.SUPPRESS)
     turns.add_common_options(parser, rounds=5)
     options = parser.parse_args()
@@ -37,8 +37,8 @@ def main() -> None:
     if options.memory_of:
         print(peak_memory(*options.memory_of, options))
         return
-    particles = options.num_particles
-    num_data = {True: 100, False: 600}[options.quick]
+    particles = options.num_particles or (500 if options.quick else NUM_PARTICLES)
+    num_data = 100 if options.quick else 600
     data, source = programs.images(num_data, options.data_dir, options.device)
     few = data[: 2 if options.quick else 10]
     competitors = {
@@ -79,7 +79,7 @@ def main() -> None:
 def growths(quick: bool) -> dict[str, list[tuple[int, int, int, int]]]:
     """(value, data, particles, latents) of what is varied."""
     if quick:
-        return {"particles": [(100, 100, 100, 50), (1000, 100, 1000, 50)]}
+        return {"particles": [(100, 50, 100, 50), (500, 50, 500, 50)]}
     return {
         "particles": [(s, min(600, 2_000_000 // s), s, 50) for s in (10, 100, 1000, 10_000, 100_000)],
         "latents": [(d, 300, 2000, d) for d in (2, 10, 50, 200)],
@@ -89,7 +89,7 @@ def growths(quick: bool) -> dict[str, list[tuple[int, int, int, int]]]:
 
 def sizes(quick: bool) -> list[tuple[int, int]]:
     """(data, particles) whose peak memory is measured."""
-    return [(50, 100), (50, 5000)] if quick else [(1000, 100), (100, 5000), (1000, 5000), (20, 100_000)]
+    return [(20, 2000)] if quick else [(1000, 100), (100, 5000), (1000, 5000), (20, 100_000)]
 
 
 class Timed:

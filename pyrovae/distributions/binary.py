@@ -4,7 +4,7 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Bernoulli, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -47,6 +47,11 @@ class BinaryImages(TorchDistribution):
     @constraints.dependent_property(is_discrete=True)
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.boolean, len(self.event_shape))
+
+    @property
+    def base_dist(self) -> Bernoulli:
+        """The pixels one by one, as `to_event` calls them."""
+        return Bernoulli(logits=self.logits, validate_args=False)
 
     @property
     def mean(self) -> Tensor:
