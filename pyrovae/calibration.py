@@ -85,7 +85,7 @@ class Calibration:
             f"  spread of ranks {self.spread.mean():8.3f}   1 is right; above: the guide is too narrow; below: too wide",
         ]
         if low.any():
-            worst = self.statistic.argmax().item()
+            worst = int(self.statistic.argmax())
             lines.append(
                 f"  {int(low.sum())} of {len(self.names)} are not uniform (p < 0.05 / {len(self.names)}), the least "
                 f"'{self.names[worst]}': spread {self.spread[worst]:.2f}, offset {self.offset[worst]:+.2f}"
@@ -141,22 +141,23 @@ def simulation_based_calibration(
         if isinstance(guide, Guide) and type(guide).forward is Guide.forward:
             with torch.no_grad():
                 guide = guide.given(guide.encode(*args, **kwargs))
-        below, ties = {}, {}
+        below = {name: torch.zeros_like(value, dtype=torch.long) for name, value in exact.items()}
+        ties = {name: torch.zeros_like(count) for name, count in below.items()}
         for _ in range(num_draws):
             drawn = trace_program(guide, args, kwargs)
             for name, value in exact.items():
                 found = drawn.nodes[name]["value"]
-                below[name] = below.get(name, 0) + (found < value).long()
-                ties[name] = ties.get(name, 0) + (found == value).long()
+                below[name] += (found < value).long()
+                ties[name] += (found == value).long()
     names, ranks = [], []
     for name in exact:
         rank = below[name] + (torch.rand(ties[name].shape, device=ties[name].device) * (ties[name] + 1)).long()
-        flat = _by_datum(rank, layout, len(trace.nodes[name]["fn"].event_shape))
+        flat = _by_datum(rank, layout.dim, len(trace.nodes[name]["fn"].event_shape))
         names += [name if flat.shape[1] == 1 else f"{name}[{index}]" for index in range(flat.shape[1])]
         ranks.append(flat.cpu())
     return Calibration(num_draws, names, torch.cat(ranks, 1))
 
 
-def _by_datum(values: Tensor, layout: Layout, event_dim: int) -> Tensor:
+def _by_datum(values: Tensor, dim: int, event_dim: int) -> Tensor:
     """Values of a site (*batch_shape, *event_shape) as (N, numbers of one datum)."""
-    return values.movedim(layout.dim - event_dim, 0).flatten(1) if values.ndim > 1 else values.unsqueeze(1)
+    return values.movedim(dim - event_dim, 0).flatten(1) if values.ndim > 1 else values.unsqueeze(1)

@@ -154,9 +154,8 @@ def inference_gaps(
         batches = [x[start : start + data_batch_size] for start in rows]
         found = [steps.best(batch) for batch in tqdm(batches, desc="refining", disable=not progress)]
         parameters, num_steps, converged = (torch.cat(parts) for parts in zip(*found, strict=True))
-    options = {"num_particles": num_particles, "progress": progress}
-    start = log_marginal_likelihood(model, guide, x, **options)
-    best = log_marginal_likelihood(*_known(model, guide), x, parameters, **options)
+    start = log_marginal_likelihood(model, guide, x, num_particles=num_particles, progress=progress)
+    best = log_marginal_likelihood(*_known(model, guide), x, parameters, num_particles=num_particles, progress=progress)
     log_prob, stderr, share = best.log_prob, best.stderr, torch.ones_like(best.log_prob)
     if annealed is not None:
         both = torch.stack([best.log_prob, annealed.log_prob])

@@ -98,12 +98,13 @@ class LogMarginalLikelihood:
         if len(kinds) != 1:
             raise ValueError(f"results of one method and one number of particles make one result, found {kinds}")
         first = parts[0]
+        acceptances = [part.acceptance for part in parts if part.acceptance is not None]  # all of one method
         return cls(
             first.num_particles,
             **{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.per_datum()},
             curve_particles=first.curve_particles,
             curve=torch.cat([part.curve for part in parts], dim=1),
-            acceptance=None if first.acceptance is None else torch.cat([part.acceptance for part in parts]),
+            acceptance=torch.cat(acceptances) if acceptances else None,
         )
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -91,7 +91,7 @@ class Mixture(dist.TorchDistribution):
 
 def _of_each(components: dist.TorchDistribution, value: Tensor) -> Tensor:
     """log p_k(value) of all components, (..., K)."""
-    base = getattr(components, "base_dist", None)
+    base: Any = getattr(components, "base_dist", None)
     if type(base) is dist.Normal and base.loc.ndim == 2 and components.event_dim == 1:
         return _of_each_normal(base.loc, base.scale, value)
     return components.log_prob(value.unsqueeze(-1 - components.event_dim))
