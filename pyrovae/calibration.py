@@ -11,7 +11,7 @@ from pyrovae.annealing.simulation import simulate
 from pyrovae.guides.contract import Guide
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.modules import check_count, evaluation_mode, map_tensors
-from pyrovae.programs.traces import Layout, Program, sample_sites, trace_program
+from pyrovae.programs.traces import Program, sample_sites, trace_program
 
 __all__ = ["Calibration", "simulation_based_calibration"]
 
