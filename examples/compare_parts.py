@@ -78,7 +78,7 @@ def main() -> None:
         guide = make_guide(name)
         by_guide[name] = train_and_evaluate(f"guide {name}", frozen, guide)
 
-    tables = {"priors": pv.compare(by_prior), "guides, on one frozen model": pv.compare(by_guide)}
+    tables = {"priors": pv.compare(by_prior), "guides, on one frozen model": pv.compare(by_guide, by="elbo")}
     for title, table in tables.items():
         print(f"\n{title}: {table}")
     if options.out:

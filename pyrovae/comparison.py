@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,12 +16,11 @@ __all__ = ["Comparison", "ComparisonRow", "compare"]
 class ComparisonRow:
     """One pair in a comparison, in nats per datum.
 
-    rank: by log_prob, 0 the best; a mean that is NaN comes last
+    rank: by log_prob or elbo, as asked, 0 the best; a mean that is NaN comes last
     log_prob, stderr: mean over the data, with its standard error as an estimate for new data
     difference, difference_stderr: log_prob minus that of the best, and the standard error of this paired difference
     bias_estimate: how much log_prob is too low, at least
-    elbo, elbo_difference, elbo_difference_stderr: of the ELBO, against the pair that is best in log_prob; NaN for
-        annealed results
+    elbo, elbo_difference, elbo_difference_stderr: of the ELBO, against the same pair; NaN for annealed results
     gap: log_prob - elbo, at least KL(q(z|x) || p(z|x)); NaN with one particle
     bad_k: share of data whose Pareto k is above its limit
     """
@@ -69,23 +68,29 @@ class Comparison:
         return "\n".join([title, head, *lines, *self.notes])
 
 
-def compare(results: Mapping[str, LogMarginalLikelihood]) -> Comparison:
+def compare(
+    results: Mapping[str, LogMarginalLikelihood], *, by: Literal["log_prob", "elbo"] = "log_prob"
+) -> Comparison:
     """Compare fitted pairs on the same data.
 
     difference_k = mean_n( log p_k(x_n) - log p_best(x_n) ),   standard error sd_n / sqrt(N)
 
     results: what `log_marginal_likelihood` (or `annealed_importance_sampling`) gave for each pair, all for the same data in
         the same order
+    by: what ranks them. "elbo" suits guides of one model, whose log p(x) is one number: the differences of the ELBO are
+        those of the gaps
 
     The standard errors are those of a draw of new data, Monte Carlo noise included. They contain neither the bias of each
     estimate (unequal tightness looks like a difference between models: see `bias_estimate`) nor what another training seed
     would change.
 
-    Raises ValueError for fewer than two results, or results of different numbers of data; TypeError for other things.
+    Raises ValueError for fewer than two results, another `by`, or results of different numbers of data; TypeError for other things.
 
     Source: Vehtari, Gelman & Gabry, Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and WAIC
     (2017), section 5, for paired differences.
     """
+    if by not in ("log_prob", "elbo"):
+        raise ValueError(f"by must be 'log_prob' or 'elbo', found {by!r}")
     for name, result in results.items():
         if not isinstance(result, LogMarginalLikelihood):
             raise TypeError(f"'{name}' is a {type(result).__name__}: pass what log_marginal_likelihood gives")
@@ -97,7 +102,7 @@ def compare(results: Mapping[str, LogMarginalLikelihood]) -> Comparison:
             f"the results are for different numbers of data, {lengths}: evaluate all pairs on the same data"
         )
     num_data = len(next(iter(results.values())))
-    means = {name: result.mean for name, result in results.items()}
+    means = {name: getattr(result, by).mean().item() for name, result in results.items()}
     order = sorted(results, key=lambda name: (math.isnan(means[name]), -means[name]))
     best = results[order[0]]
     rows = []
@@ -134,10 +139,10 @@ def _notes(rows: list[ComparisonRow]) -> list[str]:
     notes = []
     with_elbo = [row for row in rows if not math.isnan(row.elbo)]
     if with_elbo and len(with_elbo) == len(rows):
-        tightest = max(rows, key=lambda row: row.elbo)
-        if tightest.rank:
+        tightest, likeliest = max(rows, key=lambda row: row.elbo), max(rows, key=lambda row: row.log_prob)
+        if tightest is not likeliest:
             notes.append(
-                f"The best ELBO is that of '{tightest.name}', the best log p(x) that of '{rows[0].name}': the ELBO also "
+                f"The best ELBO is that of '{tightest.name}', the best log p(x) that of '{likeliest.name}': the ELBO also "
                 f"rewards a guide that fits."
             )
     for row in rows:

@@ -42,6 +42,18 @@ def test_notes_say_that_the_winners_differ(double):
     assert any("training seed" in note for note in table.notes)
 
 
+def test_guides_of_one_model_are_ranked_by_their_elbo(double):
+    truth = torch.randn(500)
+    results = {"loose": result(truth + 0.2, spread=1.0), "tight": result(truth, spread=0.1)}
+    table = pv.compare(results, by="elbo")
+    assert [row.name for row in table.rows] == ["tight", "loose"]
+    within(table.rows[1].elbo_difference, 0.2 - 0.5 + 0.005, math.sqrt((1.0 + 0.01) / 200 / 500))
+    assert table.rows[1].difference > 0  # of log p(x), against the same pair
+    assert any("best log p(x) that of 'loose'" in note for note in table.notes)
+    with pytest.raises(ValueError, match="'log_prob' or 'elbo', found 'gap'"):
+        pv.compare(results, by="gap")
+
+
 def test_a_difference_smaller_than_the_bias_is_noted(double):
     truth = torch.randn(3000)
     table = pv.compare({"a": result(truth, spread=1.5, num_particles=40), "b": result(truth - 0.1, spread=0.1)})
