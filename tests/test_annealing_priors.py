@@ -28,7 +28,7 @@ def vamp(guide):
 PRIORS = {
     "VampPrior": (1, vamp, False),
     "VampPrior in 2-D from its guide": (2, vamp, True),
-    "NeuralSplineFlow": (1, lambda guide: pv.priors.NeuralSplineFlow(1, hidden_features=[8]), False),
+    "NeuralSplineFlow": (1, lambda guide: pv.priors.NeuralSplineFlow(1, num_transforms=1, hidden_features=[8]), False),
     "MaskedAutoregressiveFlow in 2-D": (
         2,
         lambda guide: pv.priors.MaskedAutoregressiveFlow(2, num_transforms=2, hidden_features=[8]),
@@ -49,6 +49,7 @@ def four_bits(model, x):
     return log_prob[(x * torch.tensor([8, 4, 2, 1])).sum(-1).long()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRIORS)
 def test_learned_priors(double, name):
     latent_dim, make_prior, guided = PRIORS[name]
