@@ -246,3 +246,45 @@ def test_the_name_of_a_transformed_likelihood():
 
     with pytest.raises(ValueError, match=r"outside the support of LogNormal: found -1, expected GreaterThan"):
         pv.log_marginal_likelihood(model, guide, torch.tensor([1.0, -1.0]), num_particles=4)
+
+
+# ---- angles: a density that goes on beyond one turn
+
+
+def angle_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.VonMises(0.5, 2.0))
+        pyro.sample("x", dist.Normal(3 * torch.cos(z), 0.5), obs=x)
+
+
+def angle_guide(make):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", make(len(x)))
+
+    return guide
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: dist.VonMises(torch.full((n,), 0.2), 0.5),
+        lambda n: dist.Uniform(-math.pi, math.pi).expand([n]),
+    ],
+)
+def test_guides_of_one_turn_are_right(double, make):
+    x = torch.tensor([2.5, -1.0, 0.3])
+    grid = torch.linspace(-math.pi, math.pi, 20_001)[:-1]
+    integrand = dist.VonMises(0.5, 2.0).log_prob(grid) + dist.Normal(3 * torch.cos(grid), 0.5).log_prob(x[:, None])
+    exact = integrand.logsumexp(-1) + math.log(2 * math.pi / 20_000)
+    result = pv.log_marginal_likelihood(angle_model, angle_guide(make), x, num_particles=20_000)
+    assert ((result.log_prob - exact).abs() < 4.5 * result.stderr).all()
+
+
+def test_guides_of_many_turns_are_refused():
+    normal = angle_guide(lambda n: dist.Normal(torch.zeros(n), 10.0))
+    automatic = pyro.infer.autoguide.AutoNormal(angle_model)
+    automatic(torch.zeros(3))
+    for guide in (normal, automatic):
+        with pytest.raises(ValueError, match="'z' of the model is an angle or a direction"):
+            pv.log_marginal_likelihood(angle_model, guide, torch.zeros(3), num_particles=10)

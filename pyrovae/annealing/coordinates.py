@@ -2,9 +2,8 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -12,25 +11,11 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrovae.programs.auxiliary import is_delta
-from pyrovae.programs.supports import innermost
+from pyrovae.programs.supports import innermost, is_angle_or_direction
 from pyrovae.programs.traces import Layout, sample_sites
 
 __all__ = ["Coordinates", "Placed", "random_sites", "refuse_without_coordinates", "unconstrained"]
 
-# Their log_prob is the same one turn further on, or along a whole ray.
-_ANGLES_AND_DIRECTIONS = (
-    dist.ProjectedNormal,
-    dist.SineBivariateVonMises,
-    dist.SineSkewed,
-    torch.distributions.VonMises,
-    dist.VonMises3D,
-)
-_PARTS = (
-    "base_dist",
-    "component_distribution",
-    "component0",
-    "component1",
-)  # of a transform, a mixture, a MaskedMixture
 _TIES = 1e-3  # share of draws in one extreme point from which a density cannot describe them
 
 
@@ -119,7 +104,7 @@ def refuse_without_coordinates(trace: poutine.Trace) -> None:
         if site["is_observed"]:
             continue
         distribution = site["fn"]
-        if _is_angle_or_direction(distribution):
+        if is_angle_or_direction(distribution):
             raise ValueError(
                 f"site '{name}' is an angle or a direction ({innermost(distribution)}), which has no coordinates on the "
                 f"real line: write an angle as Uniform(-pi, pi) with its log density as a pyro.factor, or take "
@@ -130,14 +115,6 @@ def refuse_without_coordinates(trace: poutine.Trace) -> None:
                 f"site '{name}' is discrete ({distribution}), and Hamiltonian dynamics need a gradient: sum it out in the "
                 f"model, or take log_marginal_likelihood"
             )
-
-
-def _is_angle_or_direction(distribution: Any) -> bool:
-    distribution = innermost(distribution)
-    parts = (getattr(distribution, name, None) for name in _PARTS)
-    return isinstance(distribution, _ANGLES_AND_DIRECTIONS) or any(
-        _is_angle_or_direction(part) for part in parts if isinstance(part, torch.distributions.Distribution)
-    )
 
 
 @torch.no_grad()

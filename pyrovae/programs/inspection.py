@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.programs.auxiliary import is_delta, refuse_other_dimensions, refuse_point_masses, refuse_wrong_stretches
-from pyrovae.programs.supports import innermost, is_possible, possible_elements
+from pyrovae.programs.supports import innermost, is_angle_or_direction, is_possible, possible_elements
 from pyrovae.programs.traces import Layout, Program, log_likelihood_of, run_pair, sample_sites, spread, trace_program
 
 __all__ = ["inspect_pair", "layout_for_training", "refuse_impossible_data"]
@@ -35,6 +35,7 @@ def inspect_pair(
     _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)
     _refuse_mismatched_sites(model_trace, guide_trace)
     refuse_point_masses(guide, guide_trace, args, kwargs)
+    _refuse_turns(model_trace, guide_trace)
     refuse_other_dimensions(model_trace, guide_trace)
     layout = _find_layout(model_trace, guide_trace, plate)
     _refuse_scales(layout, model_trace, guide_trace)
@@ -101,6 +102,21 @@ def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Tr
             f"the guide samples site(s) {extra} that are no latent sites of the model, which has {sorted(latents)}: "
             f"use the model's names, or sum the extra ones out (a mixture: MixtureSameFamily)"
         )
+
+
+def _refuse_turns(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    # The density of an angle is the same after each turn: a guide on the whole line counts it again and again.
+    for name, site in sample_sites(model_trace):
+        if site["is_observed"] or not is_angle_or_direction(site["fn"]):
+            continue
+        proposal = guide_trace.nodes[name]["fn"]
+        bounded = isinstance(getattr(innermost(proposal), "support", None), constraints.interval)
+        if not is_angle_or_direction(proposal) and not bounded:
+            raise ValueError(
+                f"site '{name}' of the model is an angle or a direction ({innermost(site['fn'])}), whose density goes on "
+                f"beyond one turn, and the guide ({innermost(proposal)}) draws from the whole line, so that the same mass "
+                f"would be counted again at each turn: give the guide a distribution of that family, or Uniform(-pi, pi)"
+            )
 
 
 def _plates_of(site: dict) -> dict[str, Any]:

@@ -3,14 +3,29 @@
 from collections.abc import Iterator
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from torch.distributions import Independent
 
-__all__ = ["innermost", "is_possible", "possible_elements", "supported_elements"]
+__all__ = ["innermost", "is_angle_or_direction", "is_possible", "possible_elements", "supported_elements"]
 
+# Their log_prob is the same one turn further on, or along a whole ray.
+_ANGLES_AND_DIRECTIONS = (
+    dist.ProjectedNormal,
+    dist.SineBivariateVonMises,
+    dist.SineSkewed,
+    torch.distributions.VonMises,
+    dist.VonMises3D,
+)
+_PARTS = (
+    "base_dist",
+    "component_distribution",
+    "component0",
+    "component1",
+)  # of a transform, a mixture, a MaskedMixture
 _WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
 
 
@@ -19,6 +34,15 @@ def innermost(distribution: Any) -> Any:
     while isinstance(distribution, _WRAPPERS):
         distribution = distribution.base_dist
     return distribution
+
+
+def is_angle_or_direction(distribution: Any) -> bool:
+    """Whether a density goes on for ever beyond one turn, or along rays; known by the families of Pyro and torch."""
+    distribution = innermost(distribution)
+    parts = (getattr(distribution, name, None) for name in _PARTS)
+    return isinstance(distribution, _ANGLES_AND_DIRECTIONS) or any(
+        is_angle_or_direction(part) for part in parts if isinstance(part, torch.distributions.Distribution)
+    )
 
 
 def is_possible(site: dict) -> Tensor | None:

@@ -1,0 +1,194 @@
+"""How far each bound on log p(x) is from the truth: importance sampling, annealing, and both sides on simulated data.
+
+    python examples/mnist_svi.py --out runs/mnist
+    python examples/bounds.py --run runs/mnist
+
+takes a trained pair and estimates log p(x) of the same test images twice: by importance sampling, which sees only what the
+guide covers, and by annealed importance sampling from the prior, which does not ask the guide. Then it simulates as many
+images from the model, whose log p(x) bidirectional Monte Carlo bounds from above as well: the width of that sandwich is how
+far annealing is off on this model. And for some of the images it splits the gap into what the guide's family cannot follow
+and what its encoder loses.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # figures go to files
+
+import matplotlib.pyplot as plt
+import pyro
+import torch
+
+import pyrovae as pv
+
+
+def main() -> None:
+    options = parse_options()
+    run = Path(options.run)
+    try:
+        trained = json.loads((run / "metrics.json").read_text())
+        saved = pv.load(run / "checkpoint.pt")
+        data = load_data(trained, options.data_dir)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    model, guide = saved["model"], saved["guide"]
+    out = Path(options.out or run)
+    out.mkdir(parents=True, exist_ok=True)
+    images = data.test[: options.num_images]
+    annealing = {
+        "num_chains": options.num_chains,
+        "num_temperatures": options.num_temperatures,
+        "progress": not options.quiet,
+    }
+    seconds = {}
+
+    def timed(name, function, *args, **kwargs):
+        pyro.set_rng_seed(options.seed)
+        started = time.perf_counter()
+        result = function(*args, **kwargs)
+        seconds[name] = time.perf_counter() - started
+        return result
+
+    sampled = timed(
+        "importance sampling",
+        pv.log_marginal_likelihood,
+        *(model, guide, images),
+        num_particles=options.num_particles,
+        progress=not options.quiet,
+    )
+    annealed = timed("annealing", pv.annealed_importance_sampling, model, images, **annealing)
+    both = timed("both sides, simulated", pv.bidirectional_monte_carlo, model, images, **annealing)
+    gaps = timed(
+        "gap decomposition",
+        pv.inference_gaps,
+        *(model, guide, images[: options.num_gaps]),
+        annealed=annealed[: options.num_gaps],
+        progress=not options.quiet,
+    )
+    simulated = timed(
+        "importance sampling, simulated",
+        pv.log_marginal_likelihood,
+        *(model, guide, both.data["x"]),
+        num_particles=options.num_particles,
+        progress=not options.quiet,
+    )
+
+    result = {
+        f"{len(images)} test images": {
+            "ELBO": over_data(sampled.elbo),
+            f"importance sampling, {options.num_particles:,} particles": over_data(sampled.log_prob),
+            f"annealing from the prior, {options.num_chains} chains, {options.num_temperatures} temperatures": over_data(
+                annealed.log_prob
+            ),
+            "annealing - importance sampling": over_data(annealed.log_prob - sampled.log_prob),
+        },
+        f"gap of the first {len(gaps)} test images": {
+            "approximation: what the guide's family cannot follow": over_data(gaps.approximation),
+            "amortization: what the encoder loses": over_data(gaps.amortization),
+        },
+        f"{len(images)} simulated images": {
+            "ELBO": over_data(simulated.elbo),
+            f"importance sampling, {options.num_particles:,} particles": over_data(simulated.log_prob),
+            "lower bound, annealing from the prior": over_data(both.lower),
+            "upper bound, annealing back from the posterior": over_data(both.upper),
+            "upper - lower": over_data(both.width),
+            "upper - importance sampling": over_data(both.upper - simulated.log_prob),
+        },
+    }
+    # Where annealing finds more than importance sampling does, by more than their errors, the guide has missed something.
+    error = (annealed.stderr**2 + sampled.stderr**2).sqrt()
+    missed = (annealed.log_prob - sampled.log_prob) > 3 * error
+    for title, rows in result.items():
+        print(f"\n{title}; nats per image, +- standard error over images")
+        for name, (mean, stderr) in rows.items():
+            print(f"  {name:57} {mean:9.3f} +- {stderr:.3f}")
+    print(
+        f"\n{int(missed.sum())} of {len(images)} test images: annealing is higher by more than 3 standard errors of both. "
+        f"Bias estimate of importance sampling {sampled.bias_estimate:.3f}; acceptance {annealed.acceptance.mean():.2f}."
+    )
+    print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+
+    write_figures(out, images, sampled, annealed, both, gaps)
+    content = {
+        "bounds": {
+            title: {name: {"mean": mean, "stderr": stderr} for name, (mean, stderr) in rows.items()}
+            for title, rows in result.items()
+        },
+        "images_where_annealing_is_higher": missed.nonzero().flatten().tolist(),
+        "bias_estimate": sampled.bias_estimate,
+        "acceptance": annealed.acceptance.mean().item(),
+        "num_images": len(images),
+        "num_particles": options.num_particles,
+        "num_chains": options.num_chains,
+        "num_temperatures": options.num_temperatures,
+        "seed": options.seed,
+        "trained": {
+            name: trained[name] for name in ("dataset", "command", "git_revision", "epochs", "seed", "data_seed")
+        },
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("pyrovae", "torch", "pyro-ppl")},
+        "command": " ".join(["python", *sys.argv]),
+    }
+    (out / "bounds.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"Numbers and figures: {out}")
+
+
+def over_data(values) -> tuple[float, float]:
+    """Mean over images and its standard error."""
+    return values.mean().item(), values.std().item() / len(values) ** 0.5
+
+
+def load_data(trained, folder):
+    data = pv.data.load(trained["dataset"], folder, binarization=None)
+    images = pv.registry.LIKELIHOODS[trained["likelihood"]].images
+    if images == "binary":
+        return data.binarized(trained["binarization"], trained["data_seed"])
+    return data.dequantized(trained["data_seed"]) if images == "continuous" else data
+
+
+def write_figures(out, images, sampled, annealed, both, gaps) -> None:
+    def write(name):
+        plt.savefig(out / name, dpi=150)
+        plt.close()
+
+    pv.plots.bound_curve(sampled.curve_particles, sampled.curve, annealed=annealed.log_prob)
+    write("bounds_curve.png")
+    pv.plots.sandwich(both.lower, both.upper)
+    write("bounds_sandwich.png")
+    pv.plots.k_against_gap(sampled.pareto_k, annealed.log_prob - sampled.elbo, limit=sampled.pareto_k_limit)
+    write("bounds_k.png")
+    pv.plots.gap_decomposition({"this pair": (gaps.approximation, gaps.amortization)})
+    write("bounds_gap.png")
+    difference = annealed.log_prob - sampled.log_prob
+    axes = pv.plots.worst_images(images, difference)
+    axes.set_title("where annealing finds most above importance sampling, in nats", fontsize=10)
+    write("bounds_missed.png")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--run", required=True, help="folder of a run of mnist_svi.py (metrics.json and checkpoint.pt)")
+    add("--data-dir", help="folder of the data (default: $PYROVAE_DATA, else a cache folder)")
+    add("--num-images", type=int, default=200, help="test images, and simulated ones (default: 200)")
+    add("--num-particles", type=int, default=5000, help="of importance sampling (default: 5000)")
+    add("--num-chains", type=int, default=16, help="of annealing (default: 16)")
+    add("--num-temperatures", type=int, default=500, help="of annealing (default: 500)")
+    add("--num-gaps", type=int, default=50, help="test images whose gap is split (default: 50)")
+    add("--seed", type=int, default=0, help="of each estimate (default: 0)")
+    add("--out", help="folder for numbers and figures (default: that of the run)")
+    add("--quiet", action="store_true", help="no progress bars")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
