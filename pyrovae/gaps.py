@@ -156,9 +156,12 @@ def inference_gaps(
         parameters, num_steps, converged = (torch.cat(parts) for parts in zip(*found, strict=True))
     options = {"num_particles": num_particles, "progress": progress}
     start = log_marginal_likelihood(model, guide, x, **options)
-    best = log_marginal_likelihood(*_known(model, guide), x, parameters, **options)
+    # An evaluation that was interrupted has the first data only.
+    best = log_marginal_likelihood(*_known(model, guide), x[: len(start)], parameters[: len(start)], **options)
+    start, num_steps, converged = (values[: len(best)] for values in (start, num_steps, converged))
     log_prob, stderr, share = best.log_prob, best.stderr, torch.ones_like(best.log_prob)
     if annealed is not None:
+        annealed = annealed[: len(best)]
         both = torch.stack([best.log_prob, annealed.log_prob])
         log_prob = both.logsumexp(0) - math.log(2)
         share = both.softmax(0)[0]

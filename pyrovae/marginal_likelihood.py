@@ -86,7 +86,17 @@ class LogMarginalLikelihood:
 
     @classmethod
     def concatenate(cls, parts: "list[LogMarginalLikelihood]") -> "LogMarginalLikelihood":
-        """One result of results for consecutive data, all with the same number of particles."""
+        """One result of results for consecutive data: of a run that was interrupted, and of the rest of its data.
+
+            partial = log_marginal_likelihood(model, guide, x)          # Ctrl-C: the first len(partial) data
+            rest = log_marginal_likelihood(model, guide, x[len(partial):])
+            whole = LogMarginalLikelihood.concatenate([partial, rest])
+
+        Raises ValueError for results of different methods or numbers of particles, or none at all.
+        """
+        kinds = sorted({(part.method, part.num_particles) for part in parts})
+        if len(kinds) != 1:
+            raise ValueError(f"results of one method and one number of particles make one result, found {kinds}")
         first = parts[0]
         return cls(
             first.num_particles,
