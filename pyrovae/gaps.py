@@ -155,9 +155,13 @@ def inference_gaps(
         found = [steps.best(batch) for batch in tqdm(batches, desc="refining", disable=not progress)]
         parameters, num_steps, converged = (torch.cat(parts) for parts in zip(*found, strict=True))
     start = log_marginal_likelihood(model, guide, x, num_particles=num_particles, progress=progress)
+    # An evaluation that was interrupted has the first data only.
+    x, parameters = x[: len(start)], parameters[: len(start)]
     best = log_marginal_likelihood(*_known(model, guide), x, parameters, num_particles=num_particles, progress=progress)
+    start, num_steps, converged = start[: len(best)], num_steps[: len(best)], converged[: len(best)]
     log_prob, stderr, share = best.log_prob, best.stderr, torch.ones_like(best.log_prob)
     if annealed is not None:
+        annealed = annealed[: len(best)]
         both = torch.stack([best.log_prob, annealed.log_prob])
         log_prob = both.logsumexp(0) - math.log(2)
         share = both.softmax(0)[0]

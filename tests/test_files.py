@@ -163,6 +163,17 @@ def test_summary_warns_of_heavy_tails():
     assert lml.share_of_bad_k() == 1.0
 
 
+def test_results_of_one_kind_make_one_result():
+    weights = torch.randn(50, 6)
+    whole = pv.LogMarginalLikelihood.from_log_weights(weights)
+    parts = [pv.LogMarginalLikelihood.from_log_weights(part) for part in weights.split([2, 4], 1)]
+    joined = pv.LogMarginalLikelihood.concatenate(parts)
+    for name in (*whole.per_datum(), "curve"):
+        assert torch.equal(getattr(joined, name).nan_to_num(), getattr(whole, name).nan_to_num()), name
+    with pytest.raises(ValueError, match="one method and one number of particles"):
+        pv.LogMarginalLikelihood.concatenate([whole, pv.LogMarginalLikelihood.from_log_weights(weights[:20])])
+
+
 def test_summary_with_one_particle_says_what_is_unknown():
     lml = pv.LogMarginalLikelihood.from_log_weights(torch.randn(1, 20))
     for text in (lml.summary(), repr(lml)):

@@ -239,3 +239,22 @@ def test_an_encoding_that_is_a_view_of_a_parameter(linear_gaussian):
     found = pv.inference_gaps(linear_gaussian.model, guide, linear_gaussian.data(4), num_particles=50, max_num_steps=20)
     assert (guide.parameters_of_all == 0).all()
     assert found.amortization.mean() > 0.1
+
+
+def test_an_interrupted_evaluation_gives_the_first_data(linear_gaussian, monkeypatch):
+    original, lengths = gaps.log_marginal_likelihood, iter([4, 3])
+    monkeypatch.setattr(
+        gaps, "log_marginal_likelihood", lambda *args, **options: original(*args, **options)[: next(lengths)]
+    )
+    x = linear_gaussian.data(6)
+    annealed = pv.LogMarginalLikelihood.from_annealed(torch.randn(9, 6), torch.full((6,), 0.65))
+    found = pv.inference_gaps(
+        linear_gaussian.model,
+        exact_mean_field(linear_gaussian),
+        x,
+        num_particles=20,
+        max_num_steps=2,
+        annealed=annealed,
+    )
+    for name in ("log_prob", "approximation_stderr", "amortization", "num_steps", "converged", "pareto_k"):
+        assert getattr(found, name).shape == (3,), name
