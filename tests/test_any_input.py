@@ -5,6 +5,7 @@ The inputs are drawn alike in every run (derandomize), so that a failure comes a
 
 import math
 import struct
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -53,7 +54,7 @@ def batches(draw):
 
 
 @given(batches(), st.sampled_from([1, 2, 30]))
-@some(120)
+@some(60)
 def test_any_batch_is_evaluated_rightly_or_refused(batch, num_particles):
     """Right: as the same numbers in a fresh tensor, datum by datum at this seed."""
     x, is_good = batch
@@ -154,13 +155,15 @@ def contexts(plates):
 
 
 @given(programs(), st.sampled_from([None, "data", "rows"]), st.sampled_from([1, 2, 4]))
-@some(120)
+@some(60)
 def test_any_pair_of_programs_is_evaluated_exactly_or_refused(pair, plate, num_data):
     """With the posterior as guide every weight is p(x): log_prob is exact, per datum or for the whole program."""
     x = torch.linspace(-1.0, 2.0, num_data, dtype=torch.float64)
     exact = dist.Normal(torch.zeros((), dtype=torch.float64), 2**0.5).log_prob(x)
     try:
-        lml = pv.log_marginal_likelihood(*pair, x, plate=plate, num_particles=3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of draws made in a loop
+            lml = pv.log_marginal_likelihood(*pair, x, plate=plate, num_particles=3)
     except ValueError:
         return
     if len(lml) == num_data:
