@@ -3,7 +3,11 @@
     python examples/mnist_svi.py
 
 trains on MNIST, estimates log p(x) of the test images by importance sampling, and writes numbers and figures to a folder
-under runs/. Without MNIST and without a network it takes the 8x8 digits that come with scikit-learn.
+under runs/. Without MNIST and without a network it takes the 8x8 digits that come with scikit-learn. Several processes,
+
+    torchrun --nproc-per-node=2 examples/mnist_svi.py
+
+share each batch and the evaluation: one for each GPU, for instance.
 """
 
 import argparse
@@ -39,6 +43,8 @@ DEFAULTS = {
 
 def main() -> None:
     options = parse_options()
+    rank, num_ranks = pv.distributed.rank(), pv.distributed.num_ranks()  # 0 of 1, but under torchrun
+    options.quiet |= rank > 0
     started = time.perf_counter()
     pyro.set_rng_seed(options.seed)
     device = pv.pick_device(options.device)
@@ -96,9 +102,13 @@ def main() -> None:
 
     # Evaluation: log p(x) of every test image, and with it the gap that the ELBO leaves.
     evaluation_started = time.perf_counter()
+    share = data.test.tensor_split(num_ranks)[rank]
     lml = pv.log_marginal_likelihood(
-        model, guide, data.test, num_particles=options.num_particles, progress=not options.quiet
+        model, guide, share, num_particles=options.num_particles, progress=not options.quiet
     )
+    lml = pv.LogMarginalLikelihood.concatenate(pv.distributed.gather(lml))
+    if rank > 0:
+        return  # the first process writes
     active = pv.active_units(guide, data.test)
     seconds = {"training": result.seconds, "evaluation": time.perf_counter() - evaluation_started}
 
@@ -339,6 +349,7 @@ def git_revision() -> str | None:
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     try:
-        main()
+        with pv.distributed.joined():
+            main()
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")

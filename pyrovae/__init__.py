@@ -1,6 +1,6 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
-from pyrovae import data, estimators, guides, likelihoods, nets, objectives, plots, priors, registry, uses
+from pyrovae import data, distributed, estimators, guides, likelihoods, nets, objectives, plots, priors, registry, uses
 from pyrovae.annealing.bounds import BidirectionalMonteCarlo, annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.checkpoint import load, save
 from pyrovae.comparison import Comparison, compare
@@ -29,6 +29,7 @@ __all__ = [
     "bidirectional_monte_carlo",
     "compare",
     "data",
+    "distributed",
     "estimators",
     "fit",
     "guides",

@@ -51,7 +51,7 @@ def test_public_names():
 
 def test_a_file_imports_only_from_levels_above_it():
     levels = [
-        {"estimators", "nets", "data", "distributions", "programs.modules"},
+        {"estimators", "nets", "data", "distributions", "distributed", "programs.modules"},
         {"priors", "likelihoods", "guides"},
         {"models", "uses"},
         {"programs"},

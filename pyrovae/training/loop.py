@@ -20,6 +20,7 @@ from pyro.infer import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pyrovae import distributed
 from pyrovae.programs.modules import check_count, evaluation_mode, modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.training.optimization import OneAdam, cosine_schedule
@@ -98,6 +99,9 @@ def fit(
         it; densities, parameters and their updates stay float32, and so does the ELBO of the validation data
     device: "auto" takes CUDA where there is one
 
+    Where `torchrun` started several processes (`pyrovae.distributed.joined`), each trains on its share of every batch, with
+    noise of its own, and the numbers reported are those of all.
+
     Model and guide are changed in place (and moved to the device); the result tells the history, in nats per datum.
 
     Raises TypeError/ValueError for arguments out of range, RuntimeError if the loss stops being finite.
@@ -125,11 +129,14 @@ def fit(
             f"{name.removeprefix('Jit')}(), with compile=True to have the step recorded and compiled"
         )
 
+    distributed.check_shares(len(train), batch_size)
     device = pick_device(device)
     modules = [module.to(device) for module in modules_behind(model, guide)]
     train = train.to(device)
     validation = None if validation is None else validation.to(device)
     optimizer = OneAdam([p for module in modules for p in module.parameters()], learning_rate, clip_norm)
+    distributed.same_everywhere(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    distributed.random_numbers_apart()
     trained = in_precision(precision, model, guide)
     svi = SVI(*trained, optimizer, loss=loss)
     steps_per_epoch = -(-len(train) // batch_size)
@@ -143,14 +150,17 @@ def fit(
         for epoch in range(1, epochs + 1):
             epoch_start = time.perf_counter()
             objective = 0.0
-            order = torch.randperm(len(train), device=device).split(batch_size)
-            if epoch == 2 and wanted and len(order[0]) == batch_size:
+            order = torch.randperm(len(train), device=device)
+            distributed.same_everywhere([order])
+            order = [distributed.share(index) for index in order.split(batch_size)]
+            full = len(order[0])
+            if epoch == 2 and wanted and len(train) >= batch_size:
                 recorded = record_step(*trained, loss, optimizer, modules, transform, train, order[0])
             with parts_of(loss, parts.full_size) as parts:
                 for step, index in enumerate(order):
                     done = (epoch - 1 + (step + 1) / steps_per_epoch) / epochs
                     optimizer.learning_rate = learning_rate * (schedule(done) if schedule else 1.0)
-                    if recorded is not None and len(index) == batch_size:
+                    if recorded is not None and len(index) == full:
                         value, reconstruction, kl = recorded(train, index)
                         value = value.item()
                         parts.add(reconstruction, kl)
@@ -167,13 +177,17 @@ def fit(
                     parts.count(len(index))
                     objective -= value
                     bar.update(len(index))
-            elbo, reconstruction, kl = parts.means()
+            objective, *parts_of_all, num_data = distributed.sums(
+                objective, parts.reconstruction, parts.kl, parts.num_data
+            )
+            reconstruction, kl = (part / num_data for part in parts_of_all)
+            elbo = reconstruction - kl
             seconds = time.perf_counter() - epoch_start
             checked = _validate(model, guide, validation) if validation is not None else (math.nan,) * 3
             history.append(
                 {
                     "epoch": epoch,
-                    "objective": objective / parts.num_data,
+                    "objective": objective / num_data,
                     "elbo": elbo,
                     "reconstruction": reconstruction,
                     "kl": kl,
