@@ -63,10 +63,11 @@ def main() -> None:
     batch_size = options.batch_size or defaults["batch_size"]
     learning_rate = options.learning_rate or defaults["learning_rate"]
     hidden, pixels = defaults["hidden"], data.data_shape.numel()
-    print(
-        f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images of {pixels} {choice.images} pixels, "
-        f"{device}"
-    )
+    if rank == 0:
+        print(
+            f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images of {pixels} {choice.images} "
+            f"pixels, {device}"
+        )
 
     # The model p(z) p(x|z) and the guide q(z|x): two Pyro programs made of exchangeable parts, here by their names.
     network = pv.registry.NETWORKS[options.network]
