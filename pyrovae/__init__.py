@@ -1,6 +1,19 @@
 """pyrovae: variational autoencoders as Pyro programs, and how tight their bounds are."""
 
-from pyrovae import data, detection, estimators, guides, likelihoods, nets, objectives, plots, priors, registry, uses
+from pyrovae import (
+    data,
+    detection,
+    distributed,
+    estimators,
+    guides,
+    likelihoods,
+    nets,
+    objectives,
+    plots,
+    priors,
+    registry,
+    uses,
+)
 from pyrovae.annealing.bounds import annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.annealing.result import BidirectionalMonteCarlo
 from pyrovae.calibration import Calibration, simulation_based_calibration
@@ -36,6 +49,7 @@ __all__ = [
     "compare",
     "data",
     "detection",
+    "distributed",
     "estimators",
     "fit",
     "guides",

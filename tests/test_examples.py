@@ -17,7 +17,7 @@ from pyrovae.checkpoint.locks import locked
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-import mnist_svi as example  # noqa: E402
+import command_line  # noqa: E402
 
 FIGURES = ("samples.png", "reconstructions.png", "training.png", "tightness.png")
 
@@ -30,6 +30,8 @@ def run(*options, cwd=None, script="mnist_svi.py", **environment):
 
 def test_every_example_is_tested():
     assert sorted(path.name for path in (ROOT / "examples").glob("*.py")) == [
+        "bounds.py",
+        "command_line.py",  # a part of mnist_svi.py
         "compare_parts.py",
         "mnist_svi.py",
     ]
@@ -120,6 +122,27 @@ def test_every_part_by_its_name(number, tmp_path):
 
 
 @pytest.mark.slow
+def test_bounds(digits_runs, tmp_path):
+    _, trained = digits_runs[0]
+    small = ("--num-images", 6, "--num-particles", 50, "--num-chains", 4, "--num-temperatures", 20, "--num-gaps", 3)
+    done = run("--run", trained, *small, "--quiet", "--out", tmp_path / "bounds", script="bounds.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for row in ("annealing - importance sampling", "amortization", "upper - lower"):
+        assert row in done.stdout
+    bounds = json.loads((tmp_path / "bounds/bounds.json").read_text())["bounds"]
+    assert (
+        bounds["6 test images"]["ELBO"]["mean"] < bounds["6 test images"]["importance sampling, 50 particles"]["mean"]
+    )
+    for name in ("curve", "sandwich", "k", "gap", "missed"):
+        assert (tmp_path / f"bounds/bounds_{name}.png").stat().st_size > 1000, name
+    done = run("--run", tmp_path / "nowhere", script="bounds.py")
+    assert done.returncode == 1
+    assert "error:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_compare_parts(tmp_path):
     options = ("--dataset", "digits", "--epochs", 2, "--num-test", 50, "--num-particles", 30, "--quiet")
     done = run(*options, "--out", tmp_path / "parts.json", script="compare_parts.py")
@@ -160,7 +183,7 @@ def test_options_that_contradict_each_other(options, message, monkeypatch, capsy
     """Refused as they are read, before any data are looked for."""
     monkeypatch.setattr(sys, "argv", ["mnist_svi.py", *options.split()])
     with pytest.raises(SystemExit) as stop:
-        example.parse_options()
+        command_line.parse_options("")
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -282,3 +282,20 @@ def test_on_a_gpu():
     lml = pv.log_marginal_likelihood(model, guide, binary(), num_particles=50)
     assert lml.log_prob.device.type == "cpu"
     assert lml.log_prob.isfinite().all()
+
+
+def test_programs_without_parameters_are_refused():
+    """Modules that neither make param sites of their own nor go through pyro.module."""
+    layer = nn.Linear(12, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z.sum(-1, keepdim=True)).to_event(1), obs=x.flatten(1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(layer(x.flatten(1)), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"no parameters to train: a plain nn.Module needs pyro.module"):
+        pv.fit(model, guide, binary(), epochs=1, batch_size=20, progress=False)

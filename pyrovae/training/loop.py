@@ -23,6 +23,7 @@ from pyro.infer import (
 from torch import Tensor
 from tqdm import tqdm
 
+from pyrovae import distributed
 from pyrovae.programs.modules import check_count, evaluation_mode, modules_behind, plain_errors
 from pyrovae.programs.traces import Program
 from pyrovae.training.numbers import NotFiniteError
@@ -113,6 +114,10 @@ def fit(
         of a run never stopped, with the same versions and number of threads
     device: "auto" takes CUDA where there is one
 
+    Where `torchrun` started several processes (`pyrovae.distributed.joined`), each trains on its share of every batch, with
+    noise of its own, and the numbers reported are those of all. The first writes the checkpoint, which cannot be resumed by
+    several.
+
     Model and guide are changed in place (and moved to the device); the result tells the history, in nats per datum.
 
     Ctrl-C puts back the state of the last finished epoch, where there is a checkpoint to save it in.
@@ -148,6 +153,12 @@ def fit(
             f"{name.removeprefix('Jit')}(), with compile=True to have the step recorded and compiled"
         )
 
+    distributed.check_shares(len(train), batch_size)
+    if resume and distributed.num_ranks() > 1:
+        raise ValueError(
+            f"found resume=True in one of {distributed.num_ranks()} processes: what they draw is not in a checkpoint; go on "
+            f"with one process, or begin anew"
+        )
     device = pick_device(device)
     modules = [module.to(device) for module in modules_behind(model, guide)]
     settings = {
@@ -162,6 +173,8 @@ def fit(
     train = train.to(device)
     validation = None if validation is None else validation.to(device)
     optimizer = OneAdam([p for module in modules for p in module.parameters()], learning_rate, clip_norm)
+    distributed.same_everywhere(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    distributed.random_numbers_apart()
     num_steps = epochs * -(-len(train) // batch_size)
     compiles = pays_off(num_steps, batch_size, modules, loss, transform) if compile == "auto" else compile
     steps = Steps(
@@ -169,7 +182,9 @@ def fit(
     )
     state = TrainingState(loss, optimizer, modules, device)
     with (
-        run_file(checkpoint, resume, checkpoint_every, settings, model, guide) as file,
+        run_file(
+            checkpoint if distributed.rank() == 0 else None, resume, checkpoint_every, settings, model, guide
+        ) as file,
         tqdm(total=epochs * len(train), unit=" data", unit_scale=True, desc="training", disable=not progress) as bar,
         _without_warnings_of_nan(),
         plain_errors(),

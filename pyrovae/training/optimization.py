@@ -7,6 +7,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyrovae import distributed
+
 __all__ = ["OneAdam", "cosine_schedule"]
 
 
@@ -72,9 +74,13 @@ class OneAdam(pyro.optim.PyroOptim):
                 self.adam = torch.optim.Adam(new, lr=self.learning_rate, fused=True)
             else:
                 self.adam.add_param_group({"params": new})
-        assert self.adam is not None
+        if self.adam is None:
+            raise ValueError(
+                "the programs have no parameters to train: a plain nn.Module needs pyro.module(name, module)"
+            )
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate
+        distributed.sum_gradients(self.parameters)
         if self.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         else:

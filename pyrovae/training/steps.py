@@ -9,6 +9,7 @@ import torch
 from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
 
+from pyrovae import distributed
 from pyrovae.programs.traces import Program
 from pyrovae.training.numbers import NotFiniteError, find_culprit
 from pyrovae.training.optimization import OneAdam
@@ -87,8 +88,11 @@ class Steps:
 
         Raises NotFiniteError where the loss or a gradient is NaN or infinite; the parameters are then as before that step.
         """
-        order = torch.randperm(len(self.train), device=self.train.device).split(self.batch_size)
-        if number > 1 and self.compiles and len(order[0]) == self.batch_size:
+        shuffled = torch.randperm(len(self.train), device=self.train.device)
+        distributed.same_everywhere([shuffled])
+        order = [distributed.share(index) for index in shuffled.split(self.batch_size)]
+        full = len(order[0])
+        if number > 1 and self.compiles and len(self.train) >= self.batch_size:
             self.compiles = False
             self.recorded = record_step(
                 *(self.model, self.guide, self.loss, self.optimizer, self.modules), self.transform, self.train, order[0]
@@ -100,7 +104,7 @@ class Steps:
             for step, index in enumerate(order):
                 self.optimizer.learning_rate = rate((number - 1 + (step + 1) / self.per_epoch) / epochs)
                 unseen.append(_Made(step + 1, index, self._random_state()))
-                if self.recorded is not None and len(index) == self.batch_size:
+                if self.recorded is not None and len(index) == full:
                     value, reconstruction, kl = self.recorded(self.train, index)
                     parts.add(reconstruction, kl)
                 else:
@@ -112,7 +116,10 @@ class Steps:
                         self._stop(number, unseen[int(self.optimizer.num_updates - updates)])
                     unseen, updates = [], self.optimizer.num_updates
                 progress(len(index))
-        return float(objective) / parts.num_data, parts
+        objective, parts.reconstruction, parts.kl, parts.num_data = distributed.sums(
+            objective, parts.reconstruction, parts.kl, parts.num_data
+        )
+        return objective / parts.num_data, parts
 
     def _batch(self, index: Tensor) -> Tensor:
         batch = self.train[index.to(self.train.device)]
