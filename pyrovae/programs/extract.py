@@ -176,7 +176,11 @@ class Extracted:
 def _inductor(graph: torch.fx.GraphModule) -> Callable:
     # The eager generator, and its draws in the eager order, so that the noise is that of the eager program: in torch 2.11
     # both passes that reorder operations move draws past each other.
-    options = {"fallback_random": True, "reorder_for_locality": False, "reorder_for_peak_memory": False}
+    options: dict[str, Any] = {
+        "fallback_random": True,
+        "reorder_for_locality": False,
+        "reorder_for_peak_memory": False,
+    }
     return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
 
 
