@@ -102,7 +102,7 @@ def main(held: ExitStack) -> None:
     # Then the figures, and ArviZ's file.
     figures_started = time.perf_counter()
     write_figures(out, model, guide, data, result, lml, device)
-    drawn = data.test[: min(100, len(lml))]
+    drawn = data.test[: min(20, len(lml))]
     lml.to_inference_data(model=model, guide=guide, args=(drawn,)).to_netcdf(str(out / "evaluation.nc"))
     seconds["figures and files"] = time.perf_counter() - figures_started
     seconds["total"] = time.perf_counter() - started

@@ -21,7 +21,7 @@ from pyrovae.checkpoint import load, save
 from pyrovae.comparison import Comparison, compare
 from pyrovae.evaluation import active_units, log_marginal_likelihood, particles_for
 from pyrovae.gaps import InferenceGaps, inference_gaps
-from pyrovae.inference_data import to_inference_data
+from pyrovae.inference_data import to_elpd_data, to_inference_data
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.models.generative import GenerativeModel
 from pyrovae.models.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
@@ -67,6 +67,7 @@ __all__ = [
     "registry",
     "save",
     "simulation_based_calibration",
+    "to_elpd_data",
     "to_inference_data",
     "two_layer_vae",
     "uses",

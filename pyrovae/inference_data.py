@@ -5,13 +5,15 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_factor
 
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.modules import check_count, evaluation_mode, import_arviz
-from pyrovae.programs.traces import Layout, Program, log_weights_of, run_pair, sample_sites
+from pyrovae.programs.traces import Layout, Program, log_weights_of, run_pair, sample_sites, trace_program
 
-__all__ = ["to_inference_data"]
+__all__ = ["to_elpd_data", "to_inference_data"]
 
 
 def to_inference_data(
@@ -22,14 +24,19 @@ def to_inference_data(
     args: tuple = (),
     plate: str | None = None,
     num_draws: int = 100,
+    predictive: bool = True,
 ) -> Any:
     """Export an evaluation to ArviZ.
 
     result: gives group sample_stats, each estimate along dimension "datum", and "bound" along ("num_particles", "datum")
     model, guide, args: if given, draws z ~ q(z|x) for the data in `args` (a few of those evaluated, usually) give group
         posterior, dimensions ("chain", "draw", "drawn_datum", ...), the observed sites group observed_data, and the
-        draws' log weights join sample_stats as "log_weight"
+        draws' log weights join sample_stats as "log_weight". Group posterior_resampled holds as many of the draws, chosen
+        with replacement by their weights: nearer to the posterior, up to what the guide leaves out (not there for a
+        sequential plate, or where all weights of a datum are 0)
     num_draws: draws per datum
+    predictive: also groups log_likelihood (log p(x|z) of each datum under each draw), posterior_predictive (data simulated at
+        the draws), prior and prior_predictive (as many draws of the model); these are as large as data times draws
 
     Returns arviz.InferenceData or xarray.DataTree; both have `.to_netcdf(path)`. Values in nats.
 
@@ -50,9 +57,8 @@ def to_inference_data(
     groups = {}
     if model is not None and guide is not None:
         check_count("num_draws", num_draws)
-        posterior, observed, log_weight = _draws(model, guide, args, plate, num_draws)
-        groups["posterior"] = xarray.Dataset(posterior)
-        groups["observed_data"] = xarray.Dataset(observed)
+        drawn, log_weight = _draws(model, guide, args, plate, num_draws, predictive)
+        groups = {name: xarray.Dataset(variables) for name, variables in drawn.items()}
         stats["log_weight"] = (("chain", "draw", "drawn_datum"), log_weight)
     groups["sample_stats"] = xarray.Dataset(stats, coords)
     for group in groups.values():
@@ -73,38 +79,117 @@ def to_inference_data(
     return xarray.DataTree.from_dict({f"/{name}": group for name, group in groups.items()})
 
 
+def to_elpd_data(result: LogMarginalLikelihood) -> Any:
+    """The Pareto k of an evaluation in the form that `arviz.plot_khat` takes, on ArviZ 0.x and 1.x.
+
+    ArviZ keeps k with the expected log predictive densities of leave-one-out; here log p(x_n) stands in their place, and what
+    belongs to cross-validation alone is NaN.
+
+    Returns ArviZ's ELPDData, dimension "datum".
+
+    Source: Vehtari, Simpson, Gelman, Yao & Gabry, Pareto Smoothed Importance Sampling (2024).
+    """
+    import xarray
+
+    coords = {"datum": np.arange(len(result))}
+    pointwise, pareto_k = (
+        xarray.DataArray(values.numpy(), coords, ("datum",)) for values in (result.log_prob, result.pareto_k)
+    )
+    values = {
+        "elpd": result.log_prob.sum().item(),
+        "se": result.mean_stderr * len(result),
+        "p": np.nan,
+        "n_samples": result.num_particles,
+        "n_data_points": len(result),
+        "warning": bool(result.share_of_bad_k() > 0),
+        "elpd_i": pointwise,
+        "scale": "log",
+        "pareto_k": pareto_k,
+        "good_k": result.pareto_k_limit,
+    }
+    if "InferenceData" in vars(import_arviz()):
+        from arviz.stats import ELPDData
+
+        names = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
+        return ELPDData(data=list(values.values()), index=[names.get(name, name) for name in values])
+    from arviz_stats.utils import ELPDData
+
+    return ELPDData(**values)
+
+
 @torch.no_grad()
-def _draws(model: Program, guide: Program, args: tuple, plate: str | None, num_draws: int) -> tuple[dict, dict, Any]:
+def _draws(
+    model: Program, guide: Program, args: tuple, plate: str | None, num_draws: int, predictive: bool
+) -> tuple[dict[str, dict], np.ndarray]:
+    """({group: {site: (dimensions, values)}}, log weights (1, draws, N))."""
+    draws: dict[str, dict[str, list]] = {}
+
+    def add(group: str, layout: Layout, name: str, site: dict, value: torch.Tensor, event_dim: int) -> None:
+        draws.setdefault(group, {}).setdefault(name, []).append(_array(layout, site, value, event_dim))
+
     with evaluation_mode(model, guide) as device:
         if device is not None:
             args = tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
         layout, model_trace, _ = inspect_pair(model, guide, args, {}, plate)
         observed = {
-            name: _array(layout, site, ())
+            name: _array(layout, site, site["value"], len(site["fn"].event_shape))
             for name, site in sample_sites(model_trace)
             if site["is_observed"] and site["value"].numel()
         }
-        values: dict[str, list] = {}
+        free = poutine.uncondition(model)
         weights = []
         for _ in range(num_draws):
             model_trace, guide_trace = run_pair(model, guide, args, {}, layout.pinned)
             weights.append(log_weights_of(layout, model_trace, guide_trace))
             for name, site in sample_sites(model_trace):
                 if not site["is_observed"]:
-                    values.setdefault(name, []).append(_array(layout, site, ("chain", "draw")))
-    posterior = {
-        name: (draws[0][0], np.concatenate([value for _, value in draws], axis=1)) for name, draws in values.items()
+                    add("posterior", layout, name, site, site["value"], len(site["fn"].event_shape))
+                elif predictive:
+                    log_prob = site["fn"].log_prob(site["value"])
+                    if site["mask"] is not None:
+                        log_prob = torch.where(torch.as_tensor(site["mask"], device=log_prob.device), log_prob, 0.0)
+                    add("log_likelihood", layout, name, site, log_prob, 0)
+            if predictive:
+                simulated = trace_program(free, args, {}, layout.pinned, guide_trace)
+                prior = trace_program(free, args, {}, layout.pinned)
+                for trace, latent_group, group in (
+                    (simulated, None, "posterior_predictive"),
+                    (prior, "prior", "prior_predictive"),
+                ):
+                    for name, site in sample_sites(trace):
+                        place = group if site["infer"].get("was_observed") else latent_group
+                        if place is not None and not site_is_factor(site):
+                            add(place, layout, name, site, site["value"], len(site["fn"].event_shape))
+    log_weight = torch.cat(weights)
+    groups = {
+        group: {
+            name: (("chain", "draw", *values[0][0]), np.stack([value for _, value in values])[None])
+            for name, values in sites.items()
+        }
+        for group, sites in draws.items()
     }
-    return posterior, observed, torch.cat(weights).unsqueeze(0).cpu().numpy()
+    groups["observed_data"] = observed
+    if not layout.sequential and (log_weight > -torch.inf).any(0).all():
+        chosen = torch.multinomial(log_weight.softmax(0).T, num_draws, replacement=True).T.cpu().numpy()
+        groups["posterior_resampled"] = {
+            name: (dimensions, _chosen(values, chosen)) for name, (dimensions, values) in groups["posterior"].items()
+        }
+    return groups, log_weight.unsqueeze(0).cpu().numpy()
 
 
-def _array(layout: Layout, site: dict, leading: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
-    """(dimension names, values) of a site: the datum axis first, the others by site and number."""
-    value = site["value"].detach().cpu()
-    event_dim = len(site["fn"].event_shape)
+def _chosen(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Draws (1, draws, N, ...), or (1, draws, ...) of a single datum, at indices (draws, N)."""
+    if chosen.shape[1] == 1:
+        return values[:, chosen[:, 0]]
+    return values[:, chosen, np.arange(chosen.shape[1])]
+
+
+def _array(layout: Layout, site: dict, value: torch.Tensor, event_dim: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """(dimension names, values) of something of a site: the datum axis first, the others by site and number."""
+    value = value.detach().cpu()
     names = []
     if layout.dim is not None:
         value = value.movedim(layout.dim - event_dim, 0)
         names = ["drawn_datum"]
     names += [f"{site['name']}_dim_{i}" for i in range(value.ndim - len(names))]
-    return (*leading, *names), value.numpy()[(None,) * len(leading)]
+    return tuple(names), value.numpy()

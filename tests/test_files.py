@@ -5,8 +5,11 @@ import pickle
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from conftest import within
 
 import pyrovae as pv
 
@@ -83,6 +86,7 @@ def groups_of(data):
     return {name.strip("/") for name in (data.groups() if callable(data.groups) else data.groups)} - {""}
 
 
+@pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")  # ArviZ 0.23's own figures
 def test_inference_data_round_trip(tmp_path):
     from pyrovae.programs.modules import import_arviz
 
@@ -91,7 +95,13 @@ def test_inference_data_round_trip(tmp_path):
     x = model.generate(30)
     lml = pv.log_marginal_likelihood(model, guide, x, num_particles=200)
     data = lml.to_inference_data(model=model, guide=guide, args=(x[:7],), num_draws=50)
-    assert groups_of(data) == {"posterior", "observed_data", "sample_stats"}
+    drawn = {"posterior", "posterior_resampled", "posterior_predictive", "log_likelihood", "prior", "prior_predictive"}
+    assert groups_of(data) == drawn | {"observed_data", "sample_stats"}
+    small = lml.to_inference_data(model=model, guide=guide, args=(x[:7],), num_draws=5, predictive=False)
+    assert groups_of(small) == {"posterior", "posterior_resampled", "observed_data", "sample_stats"}
+    assert data.posterior_predictive["x"].shape == (1, 50, 7, 1, 4, 3)
+    assert data.log_likelihood["x"].dims == ("chain", "draw", "drawn_datum")
+    assert data.prior["z"].dims == data.posterior["z"].dims == data.posterior_resampled["z"].dims
     assert data.posterior["z"].shape == (1, 50, 7, 2)
     assert data.posterior["z"].dims == ("chain", "draw", "drawn_datum", "z_dim_0")
     assert data.observed_data["x"].shape == (7, 1, 4, 3)
@@ -112,12 +122,57 @@ def test_inference_data_round_trip(tmp_path):
     stderr = drawn.std(0) / 50**0.5 + lml.elbo_stderr[:7].numpy()
     assert (np.abs(drawn.mean(0) - lml.elbo[:7].numpy()) < 5 * stderr).all()
     assert len(arviz.summary(again, var_names=["z"], kind="stats")) == 14
+    arviz.plot_khat(pv.to_elpd_data(lml))
+    if "InferenceData" in vars(arviz):  # 1.x names its figures otherwise
+        arviz.plot_posterior(again, var_names=["z"], coords={"drawn_datum": [0]})
+    else:
+        arviz.plot_dist(again, var_names=["z"], coords={"drawn_datum": [0]})
+    plt.close("all")
+
+
+def test_draws_in_the_export_are_of_the_densities_they_are_named_for(double):
+    """z ~ N(0, 1), x | z ~ N(z, 1/2), q = N(0.3, 1.2): the posterior is N(4/5 x, 1/5)."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(0.3, 1.2).expand([len(x)]))
+
+    x, size = torch.tensor([1.0, -0.5]), 1000
+    lml = pv.log_marginal_likelihood(model, guide, x, num_particles=200)
+    data = lml.to_inference_data(model=model, guide=guide, args=(x,), num_draws=size)
+    draws = {
+        (group, name): torch.as_tensor(getattr(data, group)[name].values[0])
+        for group, name in (
+            *(("posterior", "z"), ("posterior_resampled", "z"), ("posterior_predictive", "x")),
+            *(("log_likelihood", "x"), ("prior", "z"), ("prior_predictive", "x")),
+        )
+    }
+    z = draws["posterior", "z"]
+    assert torch.allclose(draws["log_likelihood", "x"], dist.Normal(z, 0.5).log_prob(x))
+    resampled = draws["posterior_resampled", "z"]
+    assert torch.isin(resampled[:, 0], z[:, 0]).all()
+    assert torch.isin(resampled[:, 1], z[:, 1]).all()
+    weights = torch.as_tensor(data.sample_stats["log_weight"].values[0]).softmax(0)
+    # Resampling adds noise of its own to that of the weighted draws.
+    stderr = (0.2 * (1 / size + weights.square().sum(0) * 2)).sqrt()
+    for column in (0, 1):
+        within(resampled[:, column].mean().item(), 0.8 * x[column].item(), stderr[column].item())
+    for (group, name), mean, variance in (
+        (("posterior_predictive", "x"), 0.3, 1.2**2 + 0.25),
+        (("prior", "z"), 0.0, 1.0),
+        (("prior_predictive", "x"), 0.0, 1.25),
+    ):
+        found = draws[group, name].flatten()
+        within(found.mean().item(), mean, (variance / found.numel()) ** 0.5)
+        within(found.var().item(), variance, variance * (2 / found.numel()) ** 0.5)
 
 
 def test_inference_data_of_the_result_alone_and_of_one_datum(double):
-    import pyro
-    import pyro.distributions as dist
-
     def model(x):
         theta = pyro.sample("theta", dist.Beta(2.0, 2.0))
         with pyro.plate("flips", len(x)):
