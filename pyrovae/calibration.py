@@ -36,21 +36,29 @@ class Calibration:
 
     @property
     def num_bins(self) -> int:
-        """B, of equal width: as many as divide the L + 1 ranks, 20 at most, and leave 5 data or more for each."""
-        most = max(1, min(_MOST_BINS, len(self) // _FEWEST_PER_BIN))
-        return max(bins for bins in range(1, most + 1) if (self.num_draws + 1) % bins == 0)
+        """B: 20 at most, no more than there are ranks, and 5 data or more for each; one fewer or so if they are then equal."""
+        most = max(1, min(_MOST_BINS, len(self) // _FEWEST_PER_BIN, self.num_draws + 1))
+        equal = max(bins for bins in range(1, most + 1) if (self.num_draws + 1) % bins == 0)
+        return equal if equal > most / 2 else most
+
+    @property
+    def bin_shares(self) -> Tensor:
+        """Shares of the L + 1 ranks that the bins hold (B,): 1/B each, or as near to it as whole ranks allow."""
+        return torch.bincount(self._bin_of(torch.arange(self.num_draws + 1))).double() / (self.num_draws + 1)
+
+    def _bin_of(self, ranks: Tensor) -> Tensor:
+        return ranks * self.num_bins // (self.num_draws + 1)
 
     @property
     def counts(self) -> Tensor:
         """Data in each bin of ranks (D, B)."""
-        width = (self.num_draws + 1) // self.num_bins
-        return torch.nn.functional.one_hot(self.ranks // width, self.num_bins).sum(0)
+        return torch.nn.functional.one_hot(self._bin_of(self.ranks), self.num_bins).sum(0)
 
     @property
     def statistic(self) -> Tensor:
-        """sum_b (count_b - N/B)^2 / (N/B), (D,): about B - 1 where the ranks are uniform."""
-        expected = len(self) / self.num_bins
-        return (self.counts - expected).double().square().sum(1) / expected
+        """sum_b (count_b - N share_b)^2 / (N share_b), (D,): about B - 1 where the ranks are uniform."""
+        expected = len(self) * self.bin_shares
+        return ((self.counts - expected).square() / expected).sum(1)
 
     @property
     def p_value(self) -> Tensor:
@@ -62,8 +70,8 @@ class Calibration:
 
     @property
     def overall_p_value(self) -> float:
-        """Of all latents together: D times the smallest (Bonferroni), 1 at most."""
-        return min(1.0, self.p_value.min().item() * len(self.names))
+        """Of all latents together: D times the smallest (Bonferroni), 1 at most; NaN with too few data for two bins."""
+        return (self.p_value.min() * len(self.names)).clamp_max(1.0).item()
 
     @property
     def offset(self) -> Tensor:

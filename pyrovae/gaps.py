@@ -31,7 +31,8 @@ class InferenceGaps:
     log_prob, stderr: estimate of log p(x), a lower bound on average, with its Monte Carlo standard error
     elbo, elbo_stderr: of the guide as it is
     best_elbo, best_elbo_stderr: of the best member of its family that was found for the datum
-    approximation, approximation_stderr: log_prob - best_elbo, what the family cannot follow; "at least", as log_prob is
+    approximation, approximation_stderr: log_prob - best_elbo, what the family cannot follow; too small by as much as log_prob
+        is, too large by what refinement left, about the tolerance
     amortization, amortization_stderr: best_elbo - elbo, what the encoder loses against the best member
     pareto_k: of the importance weights from the best member
     num_steps, converged: steps of refinement, and whether twice as many gained less than the tolerance (bool)
@@ -73,15 +74,15 @@ class InferenceGaps:
         lines = [
             f"gaps between log p(x) and ELBO: {count}, {self.num_particles:,} particles; nats per datum",
             line("log p(x)", self.log_prob, self.stderr, "a lower bound"),
-            line("approximation gap", self.approximation, self.approximation_stderr, "the guide's family; at least"),
+            line("approximation gap", self.approximation, self.approximation_stderr, "the guide's family"),
             line("amortization gap", self.amortization, self.amortization_stderr, "the encoder's share"),
             line("ELBO", self.elbo, self.elbo_stderr, "of the guide as it is"),
         ]
         open_end = int((~self.converged).sum())
         if open_end:
             lines.append(
-                f"  {open_end:,} of {count} were still gaining after {int(self.num_steps.max()):,} steps: their amortization gap "
-                f"is larger and their approximation gap smaller than this; raise max_num_steps"
+                f"  {open_end:,} of {count} had not settled after {int(self.num_steps.max()):,} steps: their amortization gap may be "
+                f"larger and their approximation gap smaller than this; raise max_num_steps, or lower learning_rate"
             )
         return "\n".join(lines)
 
@@ -130,7 +131,7 @@ def inference_gaps(
 
     Shapes: x (N, *data_shape) -> (N,) each, in nats.
 
-    Raises ValueError for settings out of range, annealed weights of other data, a guide without reparameterised draws, and
+    Raises ValueError for settings out of range, annealed weights of another number of data, a guide without reparameterised draws, and
     what `log_marginal_likelihood` refuses; TypeError for a guide that is no `pyrovae.guides.Guide`.
 
     Source: Cremer, Li & Duvenaud, Inference Suboptimality in Variational Autoencoders (2018).
@@ -209,6 +210,7 @@ class _Steps:
         """(parameters (N, P), steps (N,), whether converged (N,)) for a batch of data."""
         parameters = self.guide.encode(x).clone()  # which may be a view of the guide's own
         num_steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         open_rows = torch.arange(len(x), device=x.device)
         steps = min(_FIRST_STEPS, self.max_num_steps)
         while len(open_rows) and steps <= self.max_num_steps:
@@ -218,10 +220,11 @@ class _Steps:
             # A worse end is not taken, so that the encoder's own parameters are the least there is.
             parameters[open_rows] = torch.where((gain > 0).unsqueeze(1), refined, parameters[open_rows])
             num_steps[open_rows] = steps
-            open_rows = open_rows[gain >= self.tolerance]
+            # A loss is no convergence: steps that are too large end below where they began.
+            settled = gain.abs() < self.tolerance if steps > _FIRST_STEPS else torch.zeros_like(gain, dtype=torch.bool)
+            converged[open_rows[settled]] = True
+            open_rows = open_rows[~settled]
             steps *= 2
-        converged = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        converged[open_rows] = False
         return parameters, num_steps, converged
 
     def _gain(self, x: Tensor, before: Tensor, after: Tensor) -> Tensor:

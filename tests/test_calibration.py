@@ -66,7 +66,17 @@ def test_the_test_has_the_level_it_says():
     few = pv.Calibration(99, ["z"], torch.randint(100, (7, 1)))
     assert few.num_bins == 1
     assert few.p_value.isnan().all()
+    assert math.isnan(few.overall_p_value)
     assert pv.Calibration(9, ["z"], torch.randint(10, (30, 1))).num_bins == 5
+
+
+def test_a_number_of_ranks_that_no_bins_divide():
+    """101 ranks in 20 bins of 5 or 6: uniform ranks have uniform p-values there too, and others are found."""
+    found = pv.Calibration(100, [f"z[{i}]" for i in range(2000)], torch.randint(101, (400, 2000)))
+    assert found.num_bins == 20
+    assert found.bin_shares.sum().item() == pytest.approx(1.0)
+    within(found.p_value.mean().item(), 0.5, math.sqrt(1 / 12 / 2000) + 1e-3)
+    assert pv.Calibration(100, ["z"], torch.randint(60, (400, 1))).overall_p_value < 1e-6
 
 
 def test_several_sites_and_discrete_ones(double):

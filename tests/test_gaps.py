@@ -67,7 +67,8 @@ def test_the_family_alone(linear_gaussian):
     mean_within(found.best_elbo, linear_gaussian.log_prob(x).mean().item() - true_gap, found.best_elbo_stderr)
     assert found.approximation_stderr.square().sum().sqrt() / 20 < 0.003
     assert found.converged.all()
-    assert (found.num_steps == 100).all()
+    assert (found.num_steps >= 200).all()  # two lengths at least, so that there is a gain to look at
+    assert found.num_steps.double().mean() < 400
     assert torch.allclose(found.total, found.approximation + found.amortization)
     errors = (found.approximation - true_gap) / found.approximation_stderr
     assert 0.4 < errors.std() < 1.8
@@ -80,7 +81,7 @@ def test_the_encoder_alone(linear_gaussian):
     true_gap = divergence(linear_gaussian, guide, x).mean().item()
     found = pv.inference_gaps(linear_gaussian.model, guide, x, num_particles=1000, learning_rate=0.1, max_num_steps=400)
     assert true_gap > 1.5
-    assert found.converged.all()
+    assert found.converged.double().mean() > 0.5
     assert -0.001 < found.approximation.mean() < 0.06  # what the tolerance leaves
     mean_within(found.amortization, true_gap, found.amortization_stderr, slack=0.012)
     mean_within(found.log_prob, linear_gaussian.log_prob(x).mean().item(), found.stderr, slack=1e-3)
@@ -102,8 +103,17 @@ def test_few_steps_are_reported(linear_gaussian):
     found = pv.inference_gaps(linear_gaussian.model, guide, x, num_particles=50, max_num_steps=5)
     assert not found.converged.any()
     assert (found.num_steps == 5).all()
-    assert "6 of 6 data were still gaining after 5 steps" in found.summary()
+    assert "6 of 6 data had not settled after 5 steps" in found.summary()
     assert found.approximation.mean() > 1
+
+
+@pytest.mark.parametrize(("learning_rate", "max_num_steps"), [(20.0, 400), (1e-5, 100)])
+def test_steps_too_large_or_too_few_are_no_convergence(linear_gaussian, learning_rate, max_num_steps):
+    guide = bad_encoder(guides.FullRankNormal, linear_gaussian)
+    options = {"num_particles": 50, "learning_rate": learning_rate, "max_num_steps": max_num_steps}
+    found = pv.inference_gaps(linear_gaussian.model, guide, linear_gaussian.data(4), **options)
+    assert not found.converged.any()
+    assert "had not settled" in found.summary()
 
 
 def test_annealed_weights_are_averaged_in(linear_gaussian):

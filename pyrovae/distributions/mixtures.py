@@ -25,7 +25,8 @@ class Mixture(dist.TorchDistribution):
     VampPrior; here a component is chosen first. Draws are not reparameterised: the choice has no gradient.
 
     Shapes: batch shape () unless expanded, event shape that of the components; a density takes K numbers of the event's
-    size for each value, or K numbers where the components are normals with diagonal covariances.
+    size for each value, or K numbers where the components are normals with diagonal covariances. Their density loses digits
+    where a component is narrower than 1e-5 of its distance from the others: 1e-6 nats there, 0.3 nats at 1e-7.
 
     >>> normal = lambda index: dist.Normal(torch.tensor([-2.0, 2.0])[index], 1.0)
     >>> Mixture(torch.tensor([0.5, 0.5]).log(), normal).log_prob(torch.tensor(0.0))
@@ -101,10 +102,12 @@ def _of_each_normal(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
     """log N(value; m_k, diag s_k^2), (..., K), for m, s (K, D).
 
     sum_d (z_d - m_kd)^2 / s_kd^2 = sum_d z_d^2 / s_kd^2 - 2 sum_d z_d m_kd / s_kd^2 + sum_d m_kd^2 / s_kd^2  takes two matrix
-    products in place of K D numbers for each value. The three sums cancel where z is near m and s small, hence float64: the
-    error is 1e-16 times the largest of them.
+    products in place of K D numbers for each value. The three sums cancel where z is near m and s small, hence float64 and
+    z and m from a common centre: the error is 1e-16 times the largest of them, 1e-6 nats where all m lie within 1e5 s.
     """
-    z, m, precision = value.double(), loc.double(), scale.double() ** -2
+    centre = loc.detach().double().mean(0)
+    z, m, precision = value.double() - centre, loc.double() - centre, scale.double() ** -2
     squares = z.square() @ precision.mT - 2 * (z @ (m * precision).mT) + (m.square() * precision).sum(-1)
+    squares = torch.where(z.isfinite().all(-1, keepdim=True), squares.clamp_min(0), torch.inf)
     log_normaliser = scale.double().log().sum(-1) + loc.shape[-1] / 2 * math.log(2 * math.pi)
     return (-0.5 * squares - log_normaliser).to(value.dtype)

@@ -56,7 +56,8 @@ def in_precision(precision: str, *programs: Program) -> list[Program]:
     """The programs with their layers computed in a precision: "float32" as they are, "bf16".
 
     bf16: linear layers and convolutions round their input and weights to bfloat16 (3 significant digits) and add up in
-    float32 or better; parameters, gradients, activations and densities are float32. Layers of float64 are left alone.
+    float32 or better, and their outputs and weight gradients are rounded to bfloat16 too. Parameters, their updates and all
+    else stay float32. Layers of float64 are left alone.
 
     Raises ValueError for another name.
     """

@@ -102,7 +102,7 @@ class Steps:
         updates = self.optimizer.num_updates
         with parts_of(self.loss, full_size) as parts:
             for step, index in enumerate(order):
-                self.optimizer.learning_rate = rate((number - 1 + (step + 1) / self.per_epoch) / epochs)
+                self.optimizer.learning_rate = rate((number - 1 + (step + 0.5) / self.per_epoch) / epochs)
                 unseen.append(_Made(step + 1, index, self._random_state()))
                 if self.recorded is not None and len(index) == full:
                     value, reconstruction, kl = self.recorded(self.train, index)
@@ -147,7 +147,9 @@ class Steps:
             torch.cuda.set_rng_state(made.random[1], self.train.device)
         try:
             culprit = find_culprit(self.model, self.guide, self.loss, self._batch(made.index))
-            what = culprit.what if culprit else "running that step again, eagerly, gives finite numbers"
+            finite = "running that step again, eagerly, gives finite numbers"
+            elsewhere = "; look at what the other processes say" if distributed.num_ranks() > 1 else ""
+            what = culprit.what if culprit else finite + elsewhere
         except Exception as again:  # what a program makes of NaN is not one type
             culprit, what = None, f"running that step again raises {type(again).__name__}: {again}"
         if culprit is None and error is not None:
