@@ -80,7 +80,7 @@ def main() -> None:
 
     tables = {"priors": pv.compare(by_prior)}
     if by_guide:
-        tables["guides, on one frozen model"] = pv.compare(by_guide, by="elbo")
+        tables["guides, on one frozen model, ranked by ELBO"] = pv.compare(by_guide, by="elbo")
     for title, table in tables.items():
         print(f"\n{title}: {table}")
     if options.out:

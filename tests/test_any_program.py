@@ -517,3 +517,22 @@ def test_modules_of_a_plain_class_are_put_into_eval(double):
     lml = pv.log_marginal_likelihood(plain.model, guide, x, num_particles=30)
     assert torch.allclose(lml.log_prob, evidence(x - 2), atol=1e-10)
     assert plain.net[0].training
+
+
+def test_an_object_that_holds_the_programs_is_refused():
+    """The commonest slip with a class as in Pyro's tutorials, which has methods `model` and `guide` and no `forward`."""
+
+    class VAE(torch.nn.Module):
+        def model(self, x):
+            pass
+
+        def guide(self, x):
+            pass
+
+    vae, x = VAE(), torch.zeros(3)
+    with pytest.raises(
+        TypeError, match="found VAE, which cannot be called: pass its method, model.model or model.guide"
+    ):
+        pv.log_marginal_likelihood(vae, vae.guide, x, num_particles=2)
+    with pytest.raises(TypeError, match="guide must be a Pyro program"):
+        pv.fit(vae.model, vae, x, epochs=1, progress=False)

@@ -149,7 +149,7 @@ def test_compare_parts(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "priors: 3 model/guide pairs on 50 data" in done.stdout
-    assert "guides, on one frozen model: 5 model/guide pairs" in done.stdout
+    assert "guides, on one frozen model, ranked by ELBO: 5 model/guide pairs" in done.stdout
     result = json.loads((tmp_path / "parts.json").read_text())
     assert {row["name"] for row in result["priors"]} == {"standard-normal", "vamp", "realnvp"}
     assert run("--priors", "vamp", "nsf", script="compare_parts.py").returncode == 2

@@ -72,9 +72,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     try:
         found = torch.load(io.BytesIO(content if is_marked else data), map_location="cpu", weights_only=True)
     except Exception as error:  # what torch raises for a damaged file is not one type
-        reason = str(error).strip().partition("\n")[0]
+        # Without torch's own words, which advise to run whatever code the file holds.
         raise ValueError(
-            f"{path} is damaged or no checkpoint of pyrovae ({type(error).__name__}: {reason}){_or_earlier(path)}"
+            f"{path} is damaged or no checkpoint of pyrovae ({type(error).__name__}){_or_earlier(path)}"
         ) from error
     if not isinstance(found, dict) or not isinstance(found.get("format"), int):
         raise ValueError(f"{path} is no checkpoint of pyrovae: save one with pyrovae.save")

@@ -76,7 +76,7 @@ def gap_decomposition(gaps: Mapping[str, tuple[Any, Any]], *, ax: Any = None) ->
     Bars are means over data; the lines at their ends 2 standard errors over data, of the approximation gap at the seam and
     of the whole gap at the top. A part below 0 (noise about nothing) is drawn as such, beside the number it has.
     """
-    ax = axes_or_new(ax, (1.8 + 1.4 * len(gaps), 4.2))
+    ax = axes_or_new(ax, (max(4.2, 1.8 + 1.4 * len(gaps)), 4.2))
     positions = np.arange(len(gaps))
     parts = [tuple(np.asarray(part, dtype=float) for part in pair) for pair in gaps.values()]
     approximation, amortization = (np.array([part[index].mean() for part in parts]) for index in (0, 1))
@@ -103,12 +103,12 @@ def gap_decomposition(gaps: Mapping[str, tuple[Any, Any]], *, ax: Any = None) ->
                 ax.text(position, base + value / 2, f"{value:.2f}", ha="center", va="center", fontsize=9, bbox=box)
     ax.axhline(0.0, color="black", linewidth=0.8)
     ax.set_xticks(positions, list(gaps))
-    ax.set(ylabel="nats per datum", title="log p(x) - ELBO; lines: +- 2 standard errors")
+    ax.set(ylabel="nats per datum", title="log p(x) - ELBO\nlines: +- 2 standard errors")
     ax.title.set_size(10)
     top = (approximation + amortization + 2 * errors[:, 1]).max()
-    ax.set_ylim(top=1.3 * top)  # room for the legend
+    ax.set_ylim(top=1.1 * top)
     ax.set_xlim(-0.6, len(gaps) - 0.4)
-    ax.legend(loc="upper center", fontsize=8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), fontsize=8, frameon=False)
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
     return ax

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 __all__ = [
     "apart_from_handlers",
     "check_count",
+    "check_program",
     "checks_values",
     "emit_parameters",
     "evaluation_mode",
@@ -38,6 +39,16 @@ def import_arviz() -> Any:
         warnings.simplefilter("ignore", FutureWarning)
         import arviz
     return arviz
+
+
+def check_program(name: str, program: Any) -> None:
+    """Raise TypeError for what cannot be run: an object that holds a program, as many a class named VAE does."""
+    if not callable(program) or (isinstance(program, nn.Module) and type(program).forward is nn.Module.forward):
+        methods = [method for method in ("model", "guide") if callable(getattr(program, method, None))]
+        hint = f": pass its method, {' or '.join(f'{name}.{method}' for method in methods)}" if methods else ""
+        raise TypeError(
+            f"{name} must be a Pyro program to call, found {type(program).__name__}, which cannot be called{hint}"
+        )
 
 
 def emit_parameters(module: nn.Module, name: str) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrovae import distributed
-from pyrovae.programs.modules import check_count, evaluation_mode, modules_behind, plain_errors
+from pyrovae.programs.modules import check_count, check_program, evaluation_mode, modules_behind, plain_errors
 from pyrovae.programs.traces import Program
 from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
@@ -130,6 +130,8 @@ def fit(
     Source: Wingate & Weber, Automated Variational Inference in Probabilistic Programming (2013); Kingma & Welling,
     Auto-Encoding Variational Bayes (2014).
     """
+    check_program("model", model)
+    check_program("guide", guide)
     check_count("epochs", epochs)
     check_count("batch_size", batch_size)
     for name, tensor in (("train", train), ("validation", validation)):

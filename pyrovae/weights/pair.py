@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyrovae.guides.contract import Guide
 from pyrovae.programs.agreement import agree
 from pyrovae.programs.inspection import inspect_pair, refuse_impossible_data
-from pyrovae.programs.modules import map_tensors, modules_behind
+from pyrovae.programs.modules import check_program, map_tensors, modules_behind
 from pyrovae.programs.traces import (
     Layout,
     Program,
@@ -50,6 +50,8 @@ class Pair:
     def __init__(
         self, model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None, data_batch_size: Any
     ):
+        check_program("model", model)
+        check_program("guide", guide)
         self.model, self.guide, self.plate = model, guide, plate
         self.args, self.kwargs = args, kwargs
         self.split_size: int | None = None
