@@ -22,6 +22,12 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
+def _empty_store():
+    """Programs of the tests that use Pyro's store leave nothing for the next one to find."""
+    pyro.clear_param_store()
+
+
+@pytest.fixture(autouse=True)
 def _close_figures():
     yield
     import matplotlib.pyplot as plt

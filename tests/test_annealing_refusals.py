@@ -73,7 +73,7 @@ def test_an_angle_that_the_guide_takes_for_a_number_is_refused():
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     model = functools.partial(angle, family=ANGLES["an angle"])
-    with pytest.raises(ValueError, match="site 'z' is an angle or a direction"):
+    with pytest.raises(ValueError, match="site 'z' of the model is an angle or a direction"):
         pv.annealed_importance_sampling(model, torch.zeros(3), guide=guide, **SETTINGS)
 
 

@@ -185,5 +185,5 @@ def test_torchrun_of_the_example(tmp_path):
     assert done.returncode == 0, done.stderr
     test = json.loads((tmp_path / "run/metrics.json").read_text())["test"]
     assert test["num_data"] == len(pv.data.digits().test)
-    for line in ("training and", "Numbers and figures"):  # one of them writes
+    for line in ("300 validation and", "Numbers and figures"):  # one of them writes
         assert done.stdout.count(line) == 1
