@@ -105,6 +105,30 @@ def test_fit_gives_the_same_numbers_compiled(caplog):
         assert torch.allclose(first, second, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
+def test_a_library_that_a_killed_process_left_unfinished_is_compiled_again(tmp_path, monkeypatch, caplog):
+    program = """
+import logging, sys, torch
+from pyrovae.programs.extract import extract
+logging.basicConfig()
+layer = torch.nn.Linear(3, 2)
+found = extract(lambda x: (layer(x).sin().exp().sum(),), [layer], (torch.ones(5, 3),))
+print("compiled" if found is not None else "eager")
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    def run():
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        return done.stdout.strip(), done.stderr
+
+    assert run()[0] == "compiled"
+    libraries = [path for path in tmp_path.rglob("*.so") if path.stat().st_size]
+    assert libraries
+    for path in libraries:
+        path.write_bytes(b"")
+    assert run() == ("compiled", "")
+
+
 def test_what_stays_alive_in_a_recording(uncompiled):
     """Noise, parameters, captured tensors changed in place; what does not: Python's numbers, as documented."""
     layer = nn.Linear(3, 1)

@@ -13,6 +13,8 @@ are left out: whoever records a program runs it eagerly first.
 """
 
 import logging
+import os
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -57,12 +59,28 @@ def extract(
     """
     extracted = Extracted(function, modules, gradients, inductor)
     try:
-        extracted(*examples, dry=True)
+        try:
+            extracted(*examples, dry=True)
+        except Exception as error:
+            if not _remove_damaged_library(error):
+                raise
+            extracted(*examples, dry=True)
     except Exception as error:  # whatever stands in the way: the eager program is always there
         reason = str(error).strip().partition("\n")[0]
         _logger.warning("runs eagerly: recording and compiling failed (%s: %s)", type(error).__name__, reason)
         return None
     return extracted
+
+
+def _remove_damaged_library(error: Exception) -> bool:
+    """Whether a library in Inductor's cache was in the way, as a process killed while it compiled leaves one; it is removed."""
+    from torch._inductor.codecache import cache_dir
+
+    found = re.search(rf"{re.escape(cache_dir())}[^\s:]*\.so", str(error))
+    if found is None or not os.path.exists(found[0]):
+        return False
+    os.unlink(found[0])
+    return True
 
 
 class Extracted:
