@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import pyrovae as pv
 from pyrovae.training.optimization import OneAdam
+from pyrovae.training.validation import validate
 
 
 def make(seed=0, latent_dim=2):
@@ -159,9 +160,7 @@ def test_best_validation_state_is_kept():
     )
     elbos = [row["validation_elbo"] for row in result.history]
     assert result.best_epoch == 1 + max(range(60), key=elbos.__getitem__) < 60
-    from pyrovae.training.loop import _validate
-
-    assert _validate(model, guide, validation)[0] == pytest.approx(max(elbos), rel=1e-6)
+    assert validate(model, guide, validation)[0] == pytest.approx(max(elbos), rel=1e-6)
     assert elbos[-1] < max(elbos) - 0.01
     assert "best epoch" in repr(result)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pyrovae.plots.canvas import BLUE, GREY, ORANGE, axes_or_new
+from pyrovae.plots.canvas import BLUE, GREY, ORANGE, axes_or_new, stderr_of_mean
 
 __all__ = ["bound_curve", "sandwich", "tightness"]
 
@@ -50,7 +50,7 @@ def bound_curve(particles: Sequence[int], curve: Any, *, annealed: Any = None, a
     """
     curve = np.asarray(curve, dtype=float)
     ax = axes_or_new(ax, (5.5, 4.2))
-    mean, error = curve.mean(1), _stderr(curve - curve[-1])
+    mean, error = curve.mean(1), stderr_of_mean(curve - curve[-1])
     ax.fill_between(particles, mean - 2 * error, mean + 2 * error, color=BLUE, alpha=0.2, linewidth=0)
     ax.plot(particles, mean, color=BLUE, marker="o", markersize=4, label="importance-weighted bound")
     ax.axhline(mean[0], color=ORANGE, linestyle="--", label="ELBO (1 particle)")
@@ -59,7 +59,7 @@ def bound_curve(particles: Sequence[int], curve: Any, *, annealed: Any = None, a
         annealed = np.asarray(annealed, dtype=float)
         if annealed.shape != curve.shape[1:]:
             raise ValueError(f"annealed must be of the same {curve.shape[1]} data, found shape {annealed.shape}")
-        level, width = annealed.mean(), 2 * _stderr(annealed - curve[-1])
+        level, width = annealed.mean(), 2 * stderr_of_mean(annealed - curve[-1])
         ax.axhspan(level - width, level + width, color="black", alpha=0.12, linewidth=0)
         ax.axhline(level, color="black", linestyle=":", label=f"annealed importance sampling: {level:.2f}")
         note = "bands: +- 2 standard errors of the distance from the last point"
@@ -67,7 +67,7 @@ def bound_curve(particles: Sequence[int], curve: Any, *, annealed: Any = None, a
         xscale="log",
         xlabel=f"particles\n({note})",
         ylabel="mean over data [nats]",
-        title=f"bound at {particles[-1]:,} particles: {mean[-1]:.2f} +- {_stderr(curve[-1]):.2f} nats",
+        title=f"bound at {particles[-1]:,} particles: {mean[-1]:.2f} +- {stderr_of_mean(curve[-1]):.2f} nats",
     )
     ax.xaxis.label.set_size(9)
     ax.legend(loc="center right", fontsize=8)
@@ -94,7 +94,7 @@ def sandwich(lower: Any, upper: Any, *, ax: Any = None) -> Any:
     if crossed.any():
         label = f"crossed: {crossed.sum():,} of {len(width):,}"
         ax.scatter(middle[crossed], width[crossed], color=ORANGE, marker="x", label=label, **options)
-    mean, error = width.mean(), _stderr(width)
+    mean, error = width.mean(), stderr_of_mean(width)
     ax.axhline(0.0, color="black", linewidth=0.8)
     ax.axhline(mean, color=BLUE, linestyle="--", label=f"mean width: {mean:.3f} +- {error:.3f}")
     ax.axhspan(mean - 2 * error, mean + 2 * error, color=BLUE, alpha=0.2, linewidth=0)
@@ -108,9 +108,3 @@ def sandwich(lower: Any, upper: Any, *, ax: Any = None) -> Any:
     ax.legend(loc="upper left", fontsize=8, ncols=2)
     ax.grid(alpha=0.3)
     return ax
-
-
-def _stderr(values: np.ndarray) -> np.ndarray | float:
-    """Standard error of the mean over the last axis; 0 of one datum."""
-    count = values.shape[-1]
-    return values.std(-1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(values.shape[:-1])

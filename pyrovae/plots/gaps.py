@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pyrovae.plots.canvas import BLUE, ORANGE, axes_or_new
+from pyrovae.plots.canvas import BLUE, ORANGE, axes_or_new, stderr_of_mean
 
 __all__ = ["gap_decomposition", "gap_histogram", "k_against_gap"]
 
@@ -80,7 +80,7 @@ def gap_decomposition(gaps: Mapping[str, tuple[Any, Any]], *, ax: Any = None) ->
     positions = np.arange(len(gaps))
     parts = [tuple(np.asarray(part, dtype=float) for part in pair) for pair in gaps.values()]
     approximation, amortization = (np.array([part[index].mean() for part in parts]) for index in (0, 1))
-    errors = np.array([[_stderr(part[0]), _stderr(part[0] + part[1])] for part in parts])
+    errors = np.array([[stderr_of_mean(part[0]), stderr_of_mean(part[0] + part[1])] for part in parts])
     style = {"width": 0.6, "edgecolor": "black", "linewidth": 0.8}
     ax.bar(positions, approximation, color=BLUE, label="approximation: the guide's family (at least)", **style)
     bottom = np.where(amortization < 0, 0.0, approximation)
@@ -112,7 +112,3 @@ def gap_decomposition(gaps: Mapping[str, tuple[Any, Any]], *, ax: Any = None) ->
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
     return ax
-
-
-def _stderr(values: np.ndarray) -> float:
-    return values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0

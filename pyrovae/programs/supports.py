@@ -20,12 +20,8 @@ _ANGLES_AND_DIRECTIONS = (
     torch.distributions.VonMises,
     dist.VonMises3D,
 )
-_PARTS = (
-    "base_dist",
-    "component_distribution",
-    "component0",
-    "component1",
-)  # of a transform, a mixture, a MaskedMixture
+# Where a transform, a mixture and a MaskedMixture keep what they are made of.
+_PARTS = ("base_dist", "component_distribution", "component0", "component1")
 _WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyro
 import torch
 from pyro.infer import (
     ELBO,
@@ -24,22 +23,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrovae import distributed
-from pyrovae.programs.modules import check_count, check_program, evaluation_mode, modules_behind, plain_errors
+from pyrovae.programs.modules import check_count, check_program, modules_behind, plain_errors
 from pyrovae.programs.traces import Program
 from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
-from pyrovae.training.parts import parts_of
 from pyrovae.training.precision import in_precision
 from pyrovae.training.recorded import pays_off
 from pyrovae.training.saving import RunFile, run_file, settings_of
 from pyrovae.training.state import TrainingState
 from pyrovae.training.steps import Schedule, Steps
+from pyrovae.training.validation import validate
 
 __all__ = ["FitResult", "fit", "pick_device"]
 
 _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
-_VALIDATION_ROWS = 500
-_VALIDATION_SEED = 20260101
 
 
 @dataclass(frozen=True)
@@ -208,7 +205,7 @@ def fit(
                 )
                 state.full_size = parts.full_size
                 seconds = time.perf_counter() - epoch_start
-                checked = _validate(model, guide, validation) if validation is not None else (math.nan,) * 3
+                checked = validate(model, guide, validation) if validation is not None else (math.nan,) * 3
                 elbo, reconstruction, kl = parts.means()
                 state.finish_epoch(
                     {
@@ -247,24 +244,6 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch finds no GPU: device='auto' or 'cpu'")
     return device
-
-
-def _validate(model: Program, guide: Program, data: Tensor) -> tuple[float, float, float]:
-    """(elbo, reconstruction, kl) per datum, one particle, under the same noise at every call."""
-    elbo = Trace_ELBO()
-    devices = [data.device] if data.is_cuda else []
-    with (
-        torch.random.fork_rng(devices),
-        evaluation_mode(model, guide),
-        torch.no_grad(),
-        pyro.validation_enabled(False),
-        parts_of(elbo) as parts,
-    ):
-        torch.manual_seed(_VALIDATION_SEED)
-        for batch in data.split(_VALIDATION_ROWS):
-            elbo.loss(model, guide, batch)
-            parts.count(len(batch))
-    return parts.means()
 
 
 def _shown(row: dict[str, float], epochs: int) -> dict[str, str]:

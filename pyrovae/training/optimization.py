@@ -87,8 +87,7 @@ class OneAdam(pyro.optim.PyroOptim):
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.is_finite = self.is_finite & norm.isfinite()
         self.num_updates = self.num_updates + self.is_finite
-        self.adam.found_inf = (
-            ~self.is_finite
-        ).float()  # the fused step asks for it on the device, as mixed precision does
+        # The fused step asks for it on the device, as in mixed precision.
+        self.adam.found_inf = (~self.is_finite).float()
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros

@@ -10,6 +10,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
+from pyrovae.programs.modules import map_tensors
 from pyrovae.training.optimization import OneAdam
 
 __all__ = ["TrainingState"]
@@ -118,13 +119,7 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _copied_tree(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.detach().clone()
-    if isinstance(tree, dict):
-        return {key: _copied_tree(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_copied_tree(value) for value in tree)
-    return tree
+    return map_tensors(lambda tensor: tensor.detach().clone(), tree)
 
 
 def _store_name(parameter: Tensor) -> str | None:
