@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from pyrovae.annealing.chains import Kernels, num_pilot_kernels, tune
 from pyrovae.annealing.potential import Potential
 from pyrovae.programs.extract import Extracted, all_ours
 from pyrovae.programs.modules import check_count, modules_behind
+from pyrovae.progress import progress_bar
 from pyrovae.weights.pair import Pair
 from pyrovae.weights.recorded import pays_off
 
@@ -88,7 +88,7 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
         return potential
 
     total = len(blocks) * (num_pilot_kernels(num_temperatures) + passes * num_temperatures)
-    with tqdm(total=total, unit=" kernels", desc="annealing", disable=not settings.progress) as bar:
+    with progress_bar("annealing", total, "kernels", settings.progress) as bar:
         for start, stop in blocks:
             potential = potential_of(start, stop, num_chains)
             pilot = potential

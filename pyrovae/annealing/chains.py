@@ -160,7 +160,7 @@ def _num_pilot_temperatures(num_temperatures: int) -> int:
 
 def num_pilot_kernels(num_temperatures: int) -> int:
     """How many kernels `tune` runs."""
-    return 2 * (_num_pilot_temperatures(num_temperatures) - 2 + 2 * _SETTLING)
+    return 2 * (_num_pilot_temperatures(num_temperatures) - 1 + 2 * _SETTLING)
 
 
 def _pilot(potential: Potential, kernels: Kernels, tick: Callable[[], None]) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,11 +20,11 @@ from pyro.infer import (
     Trace_ELBO,
 )
 from torch import Tensor
-from tqdm import tqdm
 
 from pyrovae import distributed
 from pyrovae.programs.modules import check_count, check_program, modules_behind, plain_errors
 from pyrovae.programs.traces import Program
+from pyrovae.progress import progress_bar
 from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
 from pyrovae.training.precision import in_precision
@@ -184,7 +184,7 @@ def fit(
         run_file(
             checkpoint if distributed.rank() == 0 else None, resume, checkpoint_every, settings, model, guide
         ) as file,
-        tqdm(total=epochs * len(train), unit=" data", unit_scale=True, desc="training", disable=not progress) as bar,
+        progress_bar("training", epochs * len(train), "data", progress) as bar,
         _without_warnings_of_nan(),
         plain_errors(),
     ):
