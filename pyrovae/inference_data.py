@@ -54,7 +54,9 @@ def to_inference_data(
 
     if (model is None) != (guide is None):
         raise ValueError("draws need both the model and the guide: pass both, or neither")
-    stats = {name: ("datum", getattr(result, name).numpy()) for name in result.per_datum()}
+    stats: dict[str, tuple[Any, np.ndarray]] = {
+        name: ("datum", getattr(result, name).numpy()) for name in result.per_datum()
+    }
     stats["bound"] = (("num_particles", "datum"), result.curve.numpy())
     coords = {"datum": np.arange(len(result)), "num_particles": result.curve_particles}
     groups = {}
@@ -111,10 +113,10 @@ def to_elpd_data(result: LogMarginalLikelihood) -> Any:
         "good_k": result.pareto_k_limit,
     }
     if "InferenceData" in vars(import_arviz()):
-        from arviz.stats import ELPDData
+        from arviz.stats import ELPDData as ELPDSeries
 
         names = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
-        return ELPDData(data=list(values.values()), index=[names.get(name, name) for name in values])
+        return ELPDSeries(data=list(values.values()), index=[names.get(name, name) for name in values])
     from arviz_stats.utils import ELPDData
 
     return ELPDData(**values)

@@ -65,16 +65,18 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
         )
     num_chains, num_temperatures = settings.num_chains, settings.num_temperatures
     size = pair.num_data
-    if pair.split_size is not None:
-        most = max(2, pair.rows // num_chains) if settings.data_batch_size == "auto" else settings.data_batch_size
+    most = settings.data_batch_size
+    if pair.split_size is not None and most is not None:
+        most = max(2, pair.rows // num_chains) if most == "auto" else most
         size = math.ceil(size / math.ceil(size / most))  # blocks of nearly one size
     blocks = list(pair.blocks(size))
     modules = modules_behind(pair.model, pair.guide)
-    record = inductor = settings.compile
     if settings.compile == "auto":
         num_gradients = pair.num_data * num_chains * num_temperatures * settings.num_leapfrog_steps
         record = bool(modules) and all_ours(modules)
         inductor = pays_off(num_gradients, modules_behind(pair.model), modules)
+    else:
+        record = inductor = settings.compile
     recorded: dict[tuple[int, int], Extracted | None] = {}
 
     def potential_of(start: int, stop: int, num_chains: int) -> Potential:

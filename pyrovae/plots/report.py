@@ -53,21 +53,21 @@ def report(
     heights = [3.2] * (history is not None) + [4.2, 4.2] + [2.3] * any(pictures)
     figure = plt.figure(figsize=(_WIDTH, sum(heights) + 0.7), layout="constrained")
     figure.suptitle("\n".join([*([title] if title else []), *_in_words(result)]), fontsize=11)
-    rows = iter(np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights)))
+    rows = iter(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
 
     if history is not None:
         training(history, axes=next(rows).subplots(1, 3))
     tightness(elbo, log_prob, result.curve_particles, result.curve, axes=next(rows).subplots(1, 2))
     known = bool(np.isfinite(np.asarray(result.pareto_k)).any())
     widths = [1.0] * known + [1.0] + [0.7] * (gaps is not None)
-    axes = list(np.atleast_1d(next(rows).subplots(1, len(widths), width_ratios=widths)))
+    axes = list(next(rows).subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
     if known:
         k_against_gap(result.pareto_k, result.gap, limit=result.pareto_k_limit, ax=axes.pop(0))
     gap_histogram(result.gap, ax=axes.pop(0))
     if gaps is not None:
         gap_decomposition({f"mean of {len(gaps):,} data": (gaps.approximation, gaps.amortization)}, ax=axes.pop(0))
     if any(pictures):
-        axes = list(np.atleast_1d(next(rows).subplots(1, sum(pictures))))
+        axes = list(next(rows).subplots(1, sum(pictures), squeeze=False)[0])
         if samples is not None:
             name = "E[x | z], z drawn from the prior"
             image_grid(samples[: 4 * _COLUMNS], columns=_COLUMNS, title=name, cmap=cmap, ax=axes.pop(0))

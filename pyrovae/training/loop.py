@@ -176,9 +176,8 @@ def fit(
     distributed.random_numbers_apart()
     num_steps = epochs * -(-len(train) // batch_size)
     compiles = pays_off(num_steps, batch_size, modules, loss, transform) if compile == "auto" else compile
-    steps = Steps(
-        *in_precision(precision, model, guide), loss, optimizer, modules, train, batch_size, transform, compiles
-    )
+    programs = in_precision(precision, model, guide)
+    steps = Steps(programs[0], programs[1], loss, optimizer, modules, train, batch_size, transform, compiles)
     state = TrainingState(loss, optimizer, modules, device)
     with (
         run_file(
@@ -188,10 +187,10 @@ def fit(
         _without_warnings_of_nan(),
         plain_errors(),
     ):
-        if file is not None and (found := file.found()) is not None:
-            if found["history"]:
+        if file is not None and (saved := file.found()) is not None:
+            if saved["history"]:
                 steps.get_ready()
-            _restore(file.path, state, found)
+            _restore(file.path, state, saved)
             bar.update(len(state.history) * len(train))
         good = state.capture()
         if file is not None and not state.history:

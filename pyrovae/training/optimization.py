@@ -88,6 +88,6 @@ class OneAdam(pyro.optim.PyroOptim):
         self.is_finite = self.is_finite & norm.isfinite()
         self.num_updates = self.num_updates + self.is_finite
         # The fused step asks for it on the device, as in mixed precision.
-        self.adam.found_inf = (~self.is_finite).float()
+        self.adam.found_inf = (~self.is_finite).float()  # type: ignore[attr-defined]  # set by torch's scaler, too
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros

@@ -24,7 +24,7 @@ class ElboParts:
         self.full_size = full_size  # of a subsampled plate, whose sites are scaled up to it
         self.num_data = 0
 
-    def add(self, reconstruction: Tensor, kl: Tensor) -> None:
+    def add(self, reconstruction: Tensor | float, kl: Tensor | float) -> None:
         started = self.reconstruction is not math.nan
         self.reconstruction = (self.reconstruction if started else 0.0) + reconstruction
         self.kl = (self.kl if started else 0.0) + kl
@@ -35,7 +35,8 @@ class ElboParts:
         self.add(parts.reconstruction, parts.kl)
 
     def add_traces(self, model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int) -> None:
-        reconstruction, kl = 0.0, 0.0
+        reconstruction: Tensor | float = 0.0
+        kl: Tensor | float = 0.0
         for trace in (model_trace, guide_trace):
             if any(site["infer"].get("_enumerate_dim") is not None for _, site in sample_sites(trace)):
                 reconstruction = kl = torch.tensor(math.nan)  # tables of log densities, not those of draws
@@ -76,7 +77,8 @@ def parts_of(loss: ELBO, full_size: int | None = None) -> Iterator[ElboParts]:
         if name == "surrogate":
             parts.add_parts(result[1])
         else:
-            parts.add_traces(*result, loss.num_particles)
+            model_trace, guide_trace = result
+            parts.add_traces(model_trace, guide_trace, loss.num_particles)
         return result
 
     setattr(loss, name, recording)

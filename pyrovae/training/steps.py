@@ -14,7 +14,7 @@ from pyrovae.programs.traces import Program
 from pyrovae.training.numbers import NotFiniteError, find_culprit
 from pyrovae.training.optimization import OneAdam
 from pyrovae.training.parts import ElboParts, parts_of
-from pyrovae.training.recorded import record_step
+from pyrovae.training.recorded import RecordedStep, record_step
 
 __all__ = ["Schedule", "Steps"]
 
@@ -38,7 +38,7 @@ class _Made(NamedTuple):
     """A step that was made, as it may have to be made again."""
 
     step: int
-    index: Tensor
+    rows: Tensor
     random: list[Tensor]
 
 
@@ -64,7 +64,7 @@ class Steps:
         self.train, self.batch_size, self.transform = train, batch_size, transform
         self.svi = SVI(model, guide, optimizer, loss=loss)
         self.compiles = compiles
-        self.recorded = None
+        self.recorded: RecordedStep | None = None
         self.look_every = _LOOK_EVERY if train.is_cuda else 1
 
     @property
@@ -99,6 +99,7 @@ class Steps:
             )
         objective = torch.zeros((), dtype=torch.float64, device=self.train.device)
         unseen: list[_Made] = []
+        value: Tensor | float
         updates = self.optimizer.num_updates
         with parts_of(self.loss, full_size) as parts:
             for step, index in enumerate(order):
@@ -116,10 +117,11 @@ class Steps:
                         self._stop(number, unseen[int(self.optimizer.num_updates - updates)])
                     unseen, updates = [], self.optimizer.num_updates
                 progress(len(index))
-        objective, parts.reconstruction, parts.kl, parts.num_data = distributed.sums(
+        total, parts.reconstruction, parts.kl, num_data = distributed.sums(
             objective, parts.reconstruction, parts.kl, parts.num_data
         )
-        return objective / parts.num_data, parts
+        parts.num_data = int(num_data)
+        return total / num_data, parts
 
     def _batch(self, index: Tensor) -> Tensor:
         batch = self.train[index.to(self.train.device)]
@@ -129,7 +131,7 @@ class Steps:
         try:
             # The first step runs with Pyro's checks on; they cost a fifth of the time.
             with pyro.validation_enabled(validates):
-                value = self.svi.step(self._batch(unseen[-1].index))
+                value = self.svi.step(self._batch(unseen[-1].rows))
         except ValueError as error:  # a distribution refuses NaN; other errors come again when the step is run again
             self._stop(epoch, unseen[-1], error)
         if not math.isfinite(value) and self.optimizer.is_finite:  # finite gradients of a loss that is not
@@ -146,7 +148,7 @@ class Steps:
         if self.train.is_cuda:
             torch.cuda.set_rng_state(made.random[1], self.train.device)
         try:
-            culprit = find_culprit(self.model, self.guide, self.loss, self._batch(made.index))
+            culprit = find_culprit(self.model, self.guide, self.loss, self._batch(made.rows))
             finite = "running that step again, eagerly, gives finite numbers"
             elsewhere = "; look at what the other processes say" if distributed.num_ranks() > 1 else ""
             what = culprit.what if culprit else finite + elsewhere
@@ -154,7 +156,7 @@ class Steps:
             culprit, what = None, f"running that step again raises {type(again).__name__}: {again}"
         if culprit is None and error is not None:
             raise error
-        where, index = culprit.at(made.index) if culprit else ("", made.index.cpu())
+        where, index = culprit.at(made.rows) if culprit else ("", made.rows.cpu())
         broken = [name for name, p in nn.ModuleList(self.modules).named_parameters() if not p.isfinite().all()]
         raise NotFiniteError(
             f"the loss or its gradient is not finite at epoch {epoch}, step {made.step}: {what}{', for ' if where else ''}{where}"
