@@ -46,9 +46,11 @@ class FitResult:
     history: one dict per epoch: epoch, objective (minus the loss, per training datum), elbo, reconstruction
         (E_q log p(x|z)) and kl (E_q log q(z|x) - log p(z)) of the training data, validation_elbo,
         validation_reconstruction, validation_kl, learning_rate, seconds (since the start), data_per_second. In nats per
-        datum; elbo = reconstruction - kl whatever the objective; NaN where a value is not to be had.
+        datum; elbo = reconstruction - kl whatever the objective; NaN where a value is not to be had. skipped_steps: those
+        of the epoch that were not finite (`max_skipped_steps`), whose data do not count.
     best_epoch: the epoch whose state the model and guide now have: the best on validation data, else the last
     seconds: wall time, validation included
+    num_skipped_steps: those of all epochs
     """
 
     history: list[dict[str, float]]
@@ -56,11 +58,13 @@ class FitResult:
     num_steps: int
     seconds: float
     device: torch.device
+    num_skipped_steps: int = 0
 
     def __repr__(self) -> str:
         last = self.history[self.best_epoch - 1]
+        skipped = f" ({self.num_skipped_steps} skipped)" if self.num_skipped_steps else ""
         return (
-            f"FitResult({len(self.history)} epochs, {self.num_steps} steps in {self.seconds:.1f} s on {self.device}; "
+            f"FitResult({len(self.history)} epochs, {self.num_steps} steps{skipped} in {self.seconds:.1f} s on {self.device}; "
             f"best epoch {self.best_epoch}: elbo {last['elbo']:.2f}, validation elbo {last['validation_elbo']:.2f})"
         )
 
@@ -78,6 +82,7 @@ def fit(
     transform: Callable[[Tensor], Tensor] | None = None,
     validation: Tensor | None = None,
     clip_norm: float | None = None,
+    max_skipped_steps: int = 0,
     compile: bool | Literal["auto"] = "auto",
     precision: Literal["float32", "bf16"] = "float32",
     checkpoint: str | os.PathLike | None = None,
@@ -99,6 +104,9 @@ def fit(
     validation: data whose ELBO (one particle, the same noise each time) is measured after each epoch; the best epoch's
         state is the one kept
     clip_norm: largest global gradient norm
+    max_skipped_steps: so many steps of the run whose loss or gradient is NaN or infinite are passed over: they change neither
+        parameters nor buffers, their data do not count in the history, and the log (logger "pyrovae") names site and data.
+        One more stops the run. For rare accidents: data that do it every time are left out of training in this way
     compile: record the step (see `pyrovae.programs.extract`) and let Inductor compile it: same noise, same numbers up to rounding,
         a quarter faster on a CPU. "auto" does so for parts of this library in a run long enough to win back the
         compilation. The first epoch is run eagerly, with every check
@@ -120,9 +128,10 @@ def fit(
     Ctrl-C puts back the state of the last finished epoch, where there is a checkpoint to save it in.
 
     Raises TypeError/ValueError for arguments out of range, and for a checkpoint that is damaged, of another run, or there
-    already and not to be resumed; RuntimeError (`NotFiniteError`) if the loss or a gradient stops being finite, with the
-    site, the step and the data that made it, the state of the last finished epoch being put back, and saved where there is
-    a checkpoint; RuntimeError if another run has the checkpoint, OSError where it cannot be written.
+    already and not to be resumed; RuntimeError (`NotFiniteError`) if the loss or a gradient is not finite in more than
+    `max_skipped_steps`, with the site, the step and the data that made it, the state of the last finished epoch being put
+    back, and saved where there is a checkpoint; RuntimeError if another run has the checkpoint, OSError where it cannot be
+    written.
 
     Source: Wingate & Weber, Automated Variational Inference in Probabilistic Programming (2013); Kingma & Welling,
     Auto-Encoding Variational Bayes (2014).
@@ -131,6 +140,7 @@ def fit(
     check_program("guide", guide)
     check_count("epochs", epochs)
     check_count("batch_size", batch_size)
+    check_count("max_skipped_steps", max_skipped_steps, least=0)
     for name, tensor in (("train", train), ("validation", validation)):
         if tensor is not None and (not isinstance(tensor, Tensor) or tensor.ndim < 1 or len(tensor) == 0):
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -171,7 +181,9 @@ def fit(
         settings |= settings_of(train, validation, loss, transform, schedule)
     train = train.to(device)
     validation = None if validation is None else validation.to(device)
-    optimizer = OneAdam([p for module in modules for p in module.parameters()], learning_rate, clip_norm)
+    optimizer = OneAdam(
+        [p for module in modules for p in module.parameters()], learning_rate, clip_norm, max_skipped_steps
+    )
     distributed.same_everywhere(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
     distributed.random_numbers_apart()
     num_steps = epochs * -(-len(train) // batch_size)
@@ -218,6 +230,7 @@ def fit(
                         "validation_reconstruction": checked[1],
                         "validation_kl": checked[2],
                         "learning_rate": optimizer.learning_rate,
+                        "skipped_steps": int(optimizer.verdicts.num_skipped) - state.num_skipped_steps,
                         "seconds": time.perf_counter() - start,
                         "data_per_second": len(train) / seconds,
                     }
@@ -230,7 +243,9 @@ def fit(
             _end(stop, file, state, good)
             raise
     state.take_best()
-    return FitResult(state.history, state.best_epoch or epochs, num_steps, state.seconds, device)
+    return FitResult(
+        state.history, state.best_epoch or epochs, num_steps, state.seconds, device, state.num_skipped_steps
+    )
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
