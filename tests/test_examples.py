@@ -305,8 +305,8 @@ def test_options():
 def test_readme_commands():
     readme = (ROOT / "README.md").read_text()
     assert "python -m pip install -e . && python examples/mnist_svi.py" in readme
-    assert 'python -m pip install -e ".[test]" && python -m pytest' in readme
-    assert "python -m pytest" in (ROOT / ".ci/run").read_text()
+    assert 'python -m pip install -e ".[test]" && python -m pytest -n 2' in readme
+    assert "python -m pytest -n 2" in (ROOT / ".ci/run").read_text()
 
 
 def test_readme_code_runs(tmp_path, monkeypatch):
