@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import command_line  # noqa: E402
 
-FIGURES = ("samples.png", "reconstructions.png", "training.png", "tightness.png")
+FIGURES = ("report.png", "samples.png", "reconstructions.png", "training.png", "tightness.png")
 
 
 def run(*options, cwd=None, script="mnist_svi.py", **environment):
@@ -32,7 +32,7 @@ def run(*options, cwd=None, script="mnist_svi.py", **environment):
 def test_every_example_is_tested():
     assert sorted(path.name for path in (ROOT / "examples").glob("*.py")) == [
         "bounds.py",
-        "command_line.py",  # a part of mnist_svi.py
+        "command_line.py",  # a part of the others
         "compare_parts.py",
         "mnist_svi.py",
     ]
@@ -298,7 +298,7 @@ def test_options():
         assert option in done.stdout
     done = run("--epochs", "0")
     assert done.returncode == 2
-    assert "must be positive" in done.stderr
+    assert done.stderr == "error: argument --epochs: must be positive, found 0 (--help explains the options)\n"
     assert "invalid choice: 'cifar'" in run("--dataset", "cifar").stderr
 
 

@@ -21,11 +21,11 @@ from pyro.infer import (
 )
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from pyrovae import distributed
 from pyrovae.programs.modules import check_count, check_program, modules_behind, plain_errors
 from pyrovae.programs.traces import Program
+from pyrovae.progress import progress_bar
 from pyrovae.training.batches import batches_of, check_data
 from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
@@ -192,22 +192,21 @@ def fit(
     distributed.random_numbers_apart()
     num_steps = epochs * batches.per_epoch
     compiles = pays_off(num_steps, batches.batch_size, modules, loss, transform) if compile == "auto" else compile
-    steps = Steps(*in_precision(precision, model, guide), loss, optimizer, modules, batches, transform, compiles)
+    programs = in_precision(precision, model, guide)
+    steps = Steps(programs[0], programs[1], loss, optimizer, modules, batches, transform, compiles)
     state = TrainingState(loss, optimizer, modules, device)
     with (
         run_file(
             checkpoint if distributed.rank() == 0 else None, resume, checkpoint_every, settings, model, guide
         ) as file,
-        tqdm(
-            total=epochs * batches.num_data, unit=" data", unit_scale=True, desc="training", disable=not progress
-        ) as bar,
+        progress_bar("training", epochs * batches.num_data, "data", progress) as bar,
         _without_warnings_of_nan(),
         plain_errors(),
     ):
-        if file is not None and (found := file.found()) is not None:
-            if found["history"]:
+        if file is not None and (saved := file.found()) is not None:
+            if saved["history"]:
                 steps.get_ready()
-            _restore(file.path, state, found)
+            _restore(file.path, state, saved)
             bar.update(len(state.history) * batches.num_data)
         good = state.capture()
         if file is not None and not state.history:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import pyro
@@ -16,7 +17,7 @@ from pyrovae.training.batches import Batches
 from pyrovae.training.numbers import Culprit, NotFiniteError, find_culprit
 from pyrovae.training.optimization import OneAdam
 from pyrovae.training.parts import ElboParts, parts_of
-from pyrovae.training.recorded import record_step
+from pyrovae.training.recorded import RecordedStep, record_step
 
 __all__ = ["Schedule", "Steps"]
 
@@ -43,7 +44,7 @@ class _Tried(NamedTuple):
 
     step: int
     data: Tensor
-    index: Tensor
+    rows: Tensor
     random: list[Tensor]
     was_made: Tensor | None = None
 
@@ -70,7 +71,7 @@ class Steps:
         self.svi = SVI(model, guide, optimizer, loss=loss)
         self.svi.loss_and_grads = self._watched(self.svi.loss_and_grads)
         self.compiles = compiles
-        self.recorded = None
+        self.recorded: RecordedStep | None = None
         self.look_every = _LOOK_EVERY if self.device.type == "cuda" else 1
 
     def get_ready(self) -> None:
@@ -94,17 +95,20 @@ class Steps:
         the log names it. Raises NotFiniteError at the first of these that the optimizer does not skip.
         """
         full, per_epoch = self.batches.full_size, self.batches.per_epoch
+        batches = self.batches.epoch()
+        first = next(batches)
+        if self.compiles and number > 1 and len(first[1]) == full:
+            self.compiles = False
+            self.recorded = record_step(
+                *(self.model, self.guide, self.loss, self.optimizer, self.modules), self.transform, *first
+            )
         objective = torch.zeros((), dtype=torch.float64, device=self.device)
         verdicts = self.optimizer.verdicts
         unseen: list[_Tried] = []
+        value: Tensor | float
         num_steps = int(verdicts.num_steps)
         with parts_of(self.loss, full_size) as parts:
-            for step, (data, index) in enumerate(self.batches.epoch()):
-                if self.compiles and number > 1 and len(index) == full:
-                    self.compiles = False
-                    self.recorded = record_step(
-                        *(self.model, self.guide, self.loss, self.optimizer, self.modules), self.transform, data, index
-                    )
+            for step, (data, index) in enumerate(chain([first], batches)):
                 self.optimizer.learning_rate = rate((number - 1 + (step + 0.5) / per_epoch) / epochs)
                 unseen.append(_Tried(step + 1, data, index, self._random_state()))
                 buffers = self._buffers() if verdicts.max_skipped else []
@@ -124,10 +128,11 @@ class Steps:
                     parts.forget()  # of steps that were looked at again
                     unseen, num_steps = [], int(verdicts.num_steps)
                 progress(len(index))
-        objective, parts.reconstruction, parts.kl, parts.num_data = distributed.sums(
+        total, parts.reconstruction, parts.kl, num_data = distributed.sums(
             objective, parts.reconstruction, parts.kl, parts.num_data
         )
-        return objective / parts.num_data if parts.num_data else math.nan, parts
+        parts.num_data = int(num_data)
+        return total / num_data if num_data else math.nan, parts
 
     def _batch(self, data: Tensor, index: Tensor) -> Tensor:
         batch = data[index]
@@ -137,7 +142,7 @@ class Steps:
         try:
             # The first step runs with Pyro's checks on; they cost a fifth of the time.
             with pyro.validation_enabled(validates):
-                return self.svi.step(self._batch(unseen[-1].data, unseen[-1].index))
+                return self.svi.step(self._batch(unseen[-1].data, unseen[-1].rows))
         except ValueError as error:  # a distribution refuses NaN; other errors come again when the step is run again
             verdicts = self.optimizer.verdicts
             # Other processes wait for this one's gradients.
@@ -176,7 +181,7 @@ class Steps:
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(tried.random[1], self.device)
             try:
-                culprit = find_culprit(self.model, self.guide, self.loss, self._batch(tried.data, tried.index))
+                culprit = find_culprit(self.model, self.guide, self.loss, self._batch(tried.data, tried.rows))
             except Exception as again:  # what a program makes of NaN is not one type
                 return None, f"running that step again raises {type(again).__name__}: {again}"
             finally:
@@ -193,7 +198,7 @@ class Steps:
         for step in tried if verdicts.max_skipped and verdicts.num_skipped else ():
             if not step.was_made:
                 culprit, what = self._culprit(step)
-                where = f", for {culprit.at(step.index, self.batches.name)[0]}" if culprit else ""
+                where = f", for {culprit.at(step.rows, self.batches.name)[0]}" if culprit else ""
                 _logger.warning(
                     "epoch %d, step %d was skipped, as its loss or gradient is not finite: %s%s (skipped so far: %d of at "
                     "most %d)",
@@ -205,7 +210,7 @@ class Steps:
         culprit, what = self._culprit(tried)
         if culprit is None and error is not None:
             raise error
-        where, index = culprit.at(tried.index, self.batches.name) if culprit else ("", tried.index.cpu())
+        where, index = culprit.at(tried.rows, self.batches.name) if culprit else ("", tried.rows.cpu())
         broken = [name for name, p in nn.ModuleList(self.modules).named_parameters() if not p.isfinite().all()]
         max_skipped = self.optimizer.verdicts.max_skipped
         raise NotFiniteError(
