@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -21,7 +22,8 @@ DEFAULTS = {
     "freyfaces": {"epochs": 150, "batch_size": 50, "learning_rate": 2e-3, "hidden": [200, 200], "latent_dim": 20},
 }
 
-TRAINING, OPTIONS = "training.pt", "options.json"  # in the folder of a run: what it goes on from
+# In the folder of a run: what it goes on from, and its results.
+TRAINING, OPTIONS, METRICS = "training.pt", "options.json", "metrics.json"
 
 
 def parser_of(description) -> argparse.ArgumentParser:
@@ -147,7 +149,7 @@ def training_options(options) -> dict:
 def refuse_other_run(options) -> None:
     """Raise ValueError if --out holds a run that is not to be gone on with, or one with other options."""
     out = Path(options.out) if options.out else None
-    if out is None or not any((out / name).exists() for name in (TRAINING, "checkpoint.pt", "metrics.json")):
+    if out is None or not any((out / name).exists() for name in (TRAINING, "checkpoint.pt", METRICS)):
         return
     if not options.resume:
         raise ValueError(f"{out} holds a run: --resume goes on with it, another --out begins a new one")
@@ -162,6 +164,23 @@ def refuse_other_run(options) -> None:
             raise ValueError(
                 f"{out} holds a run with {option} {there}, and this one has {option} {here}: give another --out"
             )
+
+
+def show_finished_run(options) -> None:
+    """Exit with the numbers of the run in --out if it is finished, and was evaluated as asked for now."""
+    if not options.resume:
+        return
+    try:
+        metrics = json.loads((Path(options.out) / METRICS).read_text())
+    except (OSError, ValueError):  # there is none yet, or it was cut
+        return
+    # The total is what is written last.
+    if "total" in metrics["seconds"] and metrics["test"]["num_particles"] == options.num_particles:
+        if pv.distributed.rank() == 0:
+            print(
+                f"The run in {options.out} is finished; another --num-particles evaluates it again.\n{report(metrics)}"
+            )
+        sys.exit(0)
 
 
 def positive(kind):
@@ -188,6 +207,7 @@ def begin(options, held):
     try:
         device = pv.pick_device(options.device)
         refuse_other_run(options)
+        show_finished_run(options)
         data = load_data(options)
         defaults = DEFAULTS.get(data.name, DEFAULTS["image28"])
         if options.kl_warmup > (epochs := options.epochs or defaults["epochs"]):
@@ -233,7 +253,9 @@ def claim_folder(options, data, held) -> Path:
 
 
 def write_json(path, content) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)  # whole at any moment
 
 
 def metrics_of(options, data, device, result, lml, active, seconds) -> dict:
@@ -274,7 +296,7 @@ def metrics_of(options, data, device, result, lml, active, seconds) -> dict:
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("pyrovae", "torch", "torchvision", "pyro-ppl", "arviz", "numpy")},
         "git_revision": git_revision(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(),
     }
 
 
@@ -284,10 +306,19 @@ def parts_of(options) -> dict:
     return {name: getattr(options, name) for name in (*names, "objective_particles")} | {"scale": options.scale or 1.0}
 
 
+def command(*more) -> str:
+    """How this program was called, and perhaps more."""
+    return shlex.join([sys.executable, *sys.argv, *more])
+
+
 def how_to_go_on(options, out) -> str:
-    """The command that goes on with a run that was stopped."""
-    again = sys.argv + ([] if options.out else ["--out", str(out)]) + ([] if options.resume else ["--resume"])
-    return f"To go on: python {shlex.join(again)}"
+    """What a run that was stopped has left, and the command that goes on with it."""
+    more = [] if options.out else ["--out", str(out)]
+    if not (out / TRAINING).exists():
+        return f"Stopped before training began. To begin again: {command(*more, '--resume')}"
+    if not options.resume:
+        more.append("--resume")
+    return f"Stopped; the state after the last finished epoch is in {out / TRAINING}. To go on: {command(*more)}"
 
 
 def bits_per_pixel(log_prob, data) -> float:

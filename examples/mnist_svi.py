@@ -23,7 +23,7 @@ matplotlib.use("Agg")  # figures go to files
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from command_line import TRAINING, begin, how_to_go_on, metrics_of, parse_options, parts_of, report, write_json
+from command_line import METRICS, TRAINING, begin, how_to_go_on, metrics_of, parse_options, parts_of, report, write_json
 
 import pyrovae as pv
 
@@ -75,8 +75,8 @@ def main(held: ExitStack) -> None:
             resume=options.resume,
             progress=show,
         )
-    except KeyboardInterrupt as stop:
-        print(f"\n{stop}\n{how_to_go_on(options, out)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\n{how_to_go_on(options, out)}", file=sys.stderr)
         sys.exit(130)
 
     # Evaluation: log p(x) of every test image, and with it the gap that the ELBO leaves.
@@ -96,7 +96,7 @@ def main(held: ExitStack) -> None:
         writer.writeheader()
         writer.writerows(result.history)
     metrics = metrics_of(options, data, device, result, lml, active, seconds)
-    write_json(out / "metrics.json", metrics)
+    write_json(out / METRICS, metrics)
     print(report(metrics))
 
     # Then the figures, and ArviZ's file.
@@ -106,7 +106,7 @@ def main(held: ExitStack) -> None:
     lml.to_inference_data(model=model, guide=guide, args=(drawn,)).to_netcdf(str(out / "evaluation.nc"))
     seconds["figures and files"] = time.perf_counter() - figures_started
     seconds["total"] = time.perf_counter() - started
-    write_json(out / "metrics.json", metrics)
+    write_json(out / METRICS, metrics)
     print(
         f"Numbers and figures: {out} ({seconds['figures and files']:.0f} s for these, {seconds['total']:.0f} s in all)"
     )

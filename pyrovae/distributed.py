@@ -29,14 +29,17 @@ __all__ = [
     "sums",
 ]
 
-_TIMEOUT = 60.0
+_TIMEOUT = 50.0
+_PATIENCE = timedelta(hours=12)  # where the ranks' work may differ in length
+_patient: Any = None  # the group of all ranks that waits so long
 
 
 @contextmanager
 def joined(timeout: float = _TIMEOUT) -> Iterator[int]:
     """Join the processes that `torchrun` has started (gloo on CPUs, NCCL on GPUs, one each); yields the rank.
 
-    timeout: seconds that torch lets a rank wait for another; one that has died ends those that wait for it at once
+    timeout: seconds that a rank waits for another in training: one that hangs ends the others after these, one that has died
+        at once, with an error that says so. At the end of an evaluation (`gather`) they wait for each other for hours
 
     Does nothing, as rank 0 of 1, where `torchrun` started none.
     """
@@ -47,10 +50,13 @@ def joined(timeout: float = _TIMEOUT) -> Iterator[int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
+    global _patient
     processes.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
+        _patient = processes.new_group(backend="gloo", timeout=_PATIENCE)
         yield rank()
     finally:
+        _patient = None
         processes.destroy_process_group()
 
 
@@ -83,7 +89,8 @@ def same_everywhere(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors with those of rank 0."""
     if _several():
         for tensor in tensors:
-            processes.broadcast(tensor.detach(), 0)
+            with _together():
+                processes.broadcast(tensor.detach(), 0)
 
 
 def random_numbers_apart() -> None:
@@ -97,13 +104,19 @@ def random_numbers_apart() -> None:
         torch.manual_seed(int(seed) + rank())
 
 
-def sum_gradients(parameters: Sequence[Tensor]) -> None:
-    """Give each parameter the sum of its gradients over ranks; a rank without one adds zeros."""
+def sum_gradients(parameters: Sequence[Tensor], loss_is_finite: Tensor | None = None) -> None:
+    """Give each parameter the sum of its gradients over ranks; a rank without one adds zeros.
+
+    loss_is_finite: of this rank; where it is not, the sum is NaN on all of them, so that they agree on what to do
+    """
     if not _several() or not parameters:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    processes.all_reduce(flat)
+    if loss_is_finite is not None:
+        flat = torch.where(loss_is_finite, flat, torch.nan)
+    with _together():
+        processes.all_reduce(flat)
     for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = total.view_as(parameter).to(parameter.dtype)
 
@@ -113,7 +126,8 @@ def sums(*numbers: float | Tensor) -> list[float]:
     values = [float(number) for number in numbers]
     if _several():
         totals = torch.tensor(values, dtype=torch.float64)
-        processes.all_reduce(totals)
+        with _together():
+            processes.all_reduce(totals)
         values = totals.tolist()
     return values
 
@@ -123,8 +137,21 @@ def gather(value: Any) -> list[Any]:
     if not _several():
         return [value]
     values = [None] * num_ranks()
-    processes.all_gather_object(values, value)
+    with _together():
+        processes.all_gather_object(values, value, group=_patient)
     return values
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Say what it means where the others do not come."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"process {rank()} of {num_ranks()} waited for another in vain: one hangs or has died, and so this one ends. Look at "
+            f"what the others say ({error})"
+        ) from error
 
 
 def _several() -> bool:

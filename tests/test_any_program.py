@@ -109,6 +109,38 @@ def test_plate_named_differently_in_the_guide_is_refused(double):
     refused("outside plate 'nonsense'", plate="nonsense")
 
 
+def test_a_plate_in_one_of_the_two_alone(double):
+    """Data that one program declares and the other has as an undeclared batch; a vector that is one datum is no such thing."""
+    x = torch.randn(4)
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def whole(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)))
+
+    def whole_guide(x):
+        pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)).to_event(1))
+
+    def plated(x):
+        with pyro.plate("data", 4):
+            model(x)
+
+    message = r"site 'z' of the model has batch shape \(4,\) and is in no plate, while the guide's sites are all in plate 'data'"
+    refused(message + r": write 'with pyro.plate\('data', 4, dim=-1\)'", model, guide, x)
+    with pytest.raises(ValueError, match=message):
+        pv.objectives.MonteCarloKL().loss(model, guide, x)
+    refused("site 'z' of the guide has batch shape", plated, lambda x: pyro.sample("z", dist.Normal(x / 2, 0.7)), x)
+    lml = pv.log_marginal_likelihood(whole, whole_guide, x, num_particles=5)
+    assert torch.allclose(lml.log_prob, evidence(x).sum(), atol=1e-10)
+
+
 def test_sequential_plate_counts_when_named(double):
     x = torch.randn(4)
 

@@ -69,15 +69,31 @@ with pv.distributed.joined() as rank:
     state = [*model.state_dict().values(), *guide.state_dict().values()]
     torch.save((numbers, state, noise), sys.argv[1] + str(rank))
 """
-DIES = """
-with pv.distributed.joined(timeout=20) as rank:
+STOPS = """
+import time
+with pv.distributed.joined(timeout=5) as rank:
     calls = []
     def transform(x):
         calls.append(1)
         if rank == 1 and len(calls) == 3:
-            os._exit(1)
+            {how}
         return x
     pv.fit(Model(), Guide(), torch.randn(24, 8), epochs=50, batch_size=10, transform=transform, progress=False)
+"""
+# A loss that is not finite, in one process alone: at once, where the gradients are, too, and where they are not.
+NOT_FINITE = """
+class Lost(pyro.infer.Trace_ELBO):
+    calls = 0
+    def loss_and_grads(self, model, guide, x):
+        Lost.calls += 1
+        return super().loss_and_grads(model, guide, x) * (float("inf") if rank == 1 and Lost.calls == 3 else 1.0)
+
+with pv.distributed.joined(timeout=20) as rank:
+    torch.manual_seed(0)
+    model, guide = Model(), Guide()
+    result = pv.fit(model, guide, torch.randn(24, 8), epochs=2, batch_size=10, loss=Lost(), max_skipped_steps={limit},
+                    progress=False)
+    torch.save((result.history, [*model.state_dict().values(), *guide.state_dict().values()]), sys.argv[1] + str(rank))
 """
 
 
@@ -120,17 +136,34 @@ def test_two_ranks_train_as_one_process(tmp_path, compile):
     assert noise[0] != noise[1]
 
 
-def test_a_dead_rank_ends_the_others():
-    ranks = start(DIES, 2)
+@pytest.mark.parametrize(("how", "at_once"), [("os._exit(1)", True), ("time.sleep(100)", False)])
+def test_a_rank_that_dies_or_hangs_ends_the_others(how, at_once):
+    """With 5 seconds in place of 50."""
+    ranks = start(STOPS.format(how=how), 2)
     try:
         began = time.perf_counter()
         _, errors = ranks[0].communicate(timeout=120)
         assert ranks[0].returncode != 0
-        assert "Error" in errors
+        assert "process 0 of 2 waited for another in vain: one hangs or has died" in errors
         assert time.perf_counter() - began < 60
+        assert at_once or ranks[1].poll() is None
     finally:
         ranks[1].kill()
         ranks[1].communicate()
+
+
+def test_ranks_agree_on_what_is_not_finite(tmp_path):
+    """A loss that is infinite in one of them, with finite gradients: both skip the step, or both stop."""
+    finish(start(NOT_FINITE.format(limit=1), 2, tmp_path / "skipped"))
+    histories, states = zip(*(torch.load(tmp_path / f"skipped{rank}") for rank in range(2)), strict=True)
+    for history in histories:
+        assert [row["skipped_steps"] for row in history] == [1, 0]
+        assert history[-1]["elbo"] == histories[0][-1]["elbo"]
+    for first, second in zip(*states, strict=True):
+        assert torch.equal(first, second)
+    for process in start(NOT_FINITE.format(limit=0), 2, tmp_path / "stopped"):
+        _, errors = process.communicate(timeout=300)
+        assert "NotFiniteError: the loss or its gradient is not finite at epoch 1, step 3" in errors
 
 
 def test_alone_nothing_happens():

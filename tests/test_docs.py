@@ -59,6 +59,7 @@ def test_reference_builds(tmp_path):
         assert (tmp_path / name).stat().st_size > 100, name
     pages = (tmp_path / "pyrovae/docs.html").read_text()
     assert "which is which" in pages
+    assert "what the same seed gives" in pages
     assert "NegativeBinomial" in pages
     assert "log_marginal_likelihood" in (tmp_path / "pyrovae.html").read_text()
 

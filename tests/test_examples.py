@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -212,6 +213,20 @@ def test_a_run_is_gone_on_with_or_left_alone(digits_runs, tmp_path):
     assert "holds a run with --seed 0, and this one has --seed 1" in done.stderr
     assert run(*options, "--out", out, "--resume").returncode == 0
     assert numbers(out) == numbers(whole)
+    drawn = (out / "samples.png").stat().st_mtime_ns
+    done = run(
+        *options, "--out", out, "--resume", "--data-dir", tmp_path / "nowhere"
+    )  # finished: nothing is done again
+    assert done.returncode == 0, done.stderr
+    assert f"The run in {out} is finished" in done.stdout
+    assert f"{numbers(out)['elbo']:.2f} nats" in done.stdout
+    assert (out / "samples.png").stat().st_mtime_ns == drawn
+    assert run(*options, "--out", out, "--resume", "--num-particles", 31).returncode == 0  # evaluated again
+    assert numbers(out)["num_particles"] == 31
+    (out / "metrics.json").write_text('{"test": {')  # a file that was cut
+    assert run(*options, "--out", out, "--resume").returncode == 0
+    assert numbers(out) == numbers(whole)
+    (out / "metrics.json").unlink()  # not finished
     with locked(out):
         done = run(*options, "--out", out, "--resume")
     assert done.returncode == 1
@@ -236,8 +251,11 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in stderr
-    assert "To go on: python" in stderr
-    assert "--resume" in stderr
+    assert "the state after the last finished epoch is in" in stderr
+    assert stderr.count("To go on: ") == 1
+    assert "fit(" not in stderr
+    again = shlex.split(stderr.partition("To go on: ")[2].strip())
+    assert again == [*command, "--quiet", "--resume"]
     assert pv.load(tmp_path / "run/training.pt")["model"].prior.latent_dim == 16
 
 
@@ -287,8 +305,8 @@ def test_options():
 def test_readme_commands():
     readme = (ROOT / "README.md").read_text()
     assert "python -m pip install -e . && python examples/mnist_svi.py" in readme
-    assert 'python -m pip install -e ".[test]" && python -m pytest' in readme
-    assert "python -m pytest" in (ROOT / ".ci/run").read_text()
+    assert 'python -m pip install -e ".[test]" && python -m pytest -n 2' in readme
+    assert "python -m pytest -n 2" in (ROOT / ".ci/run").read_text()
 
 
 def test_readme_code_runs(tmp_path, monkeypatch):

@@ -35,6 +35,12 @@ pv.fit(
 """
 
 
+@pytest.fixture(autouse=True)
+def _own_compilations(tmp_path_factory, monkeypatch):
+    """A killed process may leave half a library in Inductor's cache: not in the one that all of the user's runs share."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+
+
 def start(path, epochs, compiled):
     command = [sys.executable, "-c", RUN, str(path), str(epochs), str(compiled)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

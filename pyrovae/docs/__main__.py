@@ -45,7 +45,9 @@ def build(folder: Path) -> None:
             return ""
         name = context["module"].fullname
         if name == "pyrovae" and docstring == pyrovae.__doc__:
-            docstring += "\n\nThe bounds explained, and how to write parts of your own: `pyrovae.docs`."
+            docstring += (
+                "\n\nThe bounds explained, what a seed promises, and how to write parts of your own: `pyrovae.docs`."
+            )
         return docstring if name == "pyrovae.docs" else to_markdown(docstring)
 
     filters = pdoc.render.env.filters

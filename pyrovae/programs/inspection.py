@@ -156,15 +156,18 @@ def _find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: 
                     f"the model's sites are all in plate {sorted(common(model_sites))}, the guide's all in "
                     f"{sorted(common(guide_sites))}: give the plate of the data one name in both"
                 )
+            for trace, program, others in ((model_trace, "model", guide_sites), (guide_trace, "guide", model_sites)):
+                if others and (shared := common(others)):
+                    _refuse_undeclared_data(trace, program, min(shared))
             return Layout(None, None, 1, False, nesting, pinned)
         plate = candidates.pop()
     else:
         for name, plates, program in sites:
             if plate not in plates:
-                others = sorted({n for _, p, _ in sites for n in p}) or "none"
+                found = sorted({n for _, p, _ in sites for n in p}) or "none"
                 raise ValueError(
                     f"site '{name}' of the {program} is outside plate '{plate}', so log p(x) does not split over it "
-                    f"(plates found: {others}): put the site in the plate, or leave plate=None to take the whole "
+                    f"(plates found: {found}): put the site in the plate, or leave plate=None to take the whole "
                     f"program as one datum"
                 )
     frames = [plates[plate] for _, plates, _ in sites]
@@ -176,6 +179,21 @@ def _find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: 
         )
     full_sizes = {frame.full_size for frame in frames if frame.full_size is not None}
     return Layout(plate, dims.pop(), sizes.copy().pop(), full_sizes - sizes != set(), nesting, pinned)
+
+
+def _refuse_undeclared_data(trace: poutine.Trace, program: str, plate: str) -> None:
+    """Of a program without plates, whose partner has all its sites in one."""
+    sites = dict(sample_sites(trace))
+    if any(_plates_of(site) for site in sites.values()):
+        return
+    for name, site in sites.items():
+        if shape := tuple(site["fn"].batch_shape):
+            other = "guide" if program == "model" else "model"
+            raise ValueError(
+                f"site '{name}' of the {program} has batch shape {shape} and is in no plate, while the {other}'s sites are all in "
+                f"plate '{plate}': write 'with pyro.plate({plate!r}, {shape[-1]}, dim=-1)' around the sites of the {program} "
+                f"too, or .to_event({len(shape)}) if all of it is a single datum"
+            )
 
 
 def _refuse_scales(layout: Layout, *traces: poutine.Trace) -> None:

@@ -171,12 +171,12 @@ def plain_errors() -> Iterator[None]:
         raise
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise unless `value` is a whole number of 1 or more."""
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise unless `value` is a whole number, `least` or more."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, found {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be 1 or more, found {value}")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, found {value}")
 
 
 def checks_values() -> bool:

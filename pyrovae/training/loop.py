@@ -20,11 +20,13 @@ from pyro.infer import (
     Trace_ELBO,
 )
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from pyrovae import distributed
 from pyrovae.programs.modules import check_count, check_program, modules_behind, plain_errors
 from pyrovae.programs.traces import Program
 from pyrovae.progress import progress_bar
+from pyrovae.training.batches import batches_of, check_data
 from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
 from pyrovae.training.precision import in_precision
@@ -46,9 +48,11 @@ class FitResult:
     history: one dict per epoch: epoch, objective (minus the loss, per training datum), elbo, reconstruction
         (E_q log p(x|z)) and kl (E_q log q(z|x) - log p(z)) of the training data, validation_elbo,
         validation_reconstruction, validation_kl, learning_rate, seconds (since the start), data_per_second. In nats per
-        datum; elbo = reconstruction - kl whatever the objective; NaN where a value is not to be had.
+        datum; elbo = reconstruction - kl whatever the objective; NaN where a value is not to be had. skipped_steps: those
+        of the epoch that were not finite (`max_skipped_steps`), whose data do not count.
     best_epoch: the epoch whose state the model and guide now have: the best on validation data, else the last
     seconds: wall time, validation included
+    num_skipped_steps: those of all epochs
     """
 
     history: list[dict[str, float]]
@@ -56,11 +60,13 @@ class FitResult:
     num_steps: int
     seconds: float
     device: torch.device
+    num_skipped_steps: int = 0
 
     def __repr__(self) -> str:
         last = self.history[self.best_epoch - 1]
+        skipped = f" ({self.num_skipped_steps} skipped)" if self.num_skipped_steps else ""
         return (
-            f"FitResult({len(self.history)} epochs, {self.num_steps} steps in {self.seconds:.1f} s on {self.device}; "
+            f"FitResult({len(self.history)} epochs, {self.num_steps} steps{skipped} in {self.seconds:.1f} s on {self.device}; "
             f"best epoch {self.best_epoch}: elbo {last['elbo']:.2f}, validation elbo {last['validation_elbo']:.2f})"
         )
 
@@ -68,16 +74,17 @@ class FitResult:
 def fit(
     model: Program,
     guide: Program,
-    train: Tensor,
+    train: Tensor | DataLoader,
     *,
     epochs: int = 30,
-    batch_size: int = 200,
+    batch_size: int | None = None,
     learning_rate: float = 1e-3,
     schedule: Callable[[float], float] | None = cosine_schedule,
     loss: ELBO | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
     validation: Tensor | None = None,
     clip_norm: float | None = None,
+    max_skipped_steps: int = 0,
     compile: bool | Literal["auto"] = "auto",
     precision: Literal["float32", "bf16"] = "float32",
     checkpoint: str | os.PathLike | None = None,
@@ -92,13 +99,18 @@ def fit(
     `pyro.infer.SVI(model, guide, optimizer, loss).step(batch)` on shuffled batches.
 
     model, guide: any Pyro pair that takes a batch of data
-    train: data (N, ...), moved to the device whole
+    train: data (N, ...), moved to the device whole and shuffled; or, for data that memory does not hold, a `DataLoader`
+        whose batches are data, or begin with them (images, labels)
+    batch_size: 200 by default; a loader has its own
     transform: makes a batch ready, on the device, at every use (`data.binarize`: dynamic binarisation)
     loss: any `pyro.infer.ELBO`; `Trace_ELBO()` by default
     learning_rate, schedule: of Adam; the schedule maps the fraction done to a factor (None: constant)
     validation: data whose ELBO (one particle, the same noise each time) is measured after each epoch; the best epoch's
         state is the one kept
     clip_norm: largest global gradient norm
+    max_skipped_steps: so many steps of the run whose loss or gradient is NaN or infinite are passed over: they change neither
+        parameters nor buffers, their data do not count in the history, and the log (logger "pyrovae") names site and data.
+        One more stops the run. For rare accidents: data that do it every time are left out of training in this way
     compile: record the step (see `pyrovae.programs.extract`) and let Inductor compile it: same noise, same numbers up to rounding,
         a quarter faster on a CPU. "auto" does so for parts of this library in a run long enough to win back the
         compilation. The first epoch is run eagerly, with every check
@@ -120,9 +132,10 @@ def fit(
     Ctrl-C puts back the state of the last finished epoch, where there is a checkpoint to save it in.
 
     Raises TypeError/ValueError for arguments out of range, and for a checkpoint that is damaged, of another run, or there
-    already and not to be resumed; RuntimeError (`NotFiniteError`) if the loss or a gradient stops being finite, with the
-    site, the step and the data that made it, the state of the last finished epoch being put back, and saved where there is
-    a checkpoint; RuntimeError if another run has the checkpoint, OSError where it cannot be written.
+    already and not to be resumed; RuntimeError (`NotFiniteError`) if the loss or a gradient is not finite in more than
+    `max_skipped_steps`, with the site, the step and the data that made it, the state of the last finished epoch being put
+    back, and saved where there is a checkpoint; RuntimeError if another run has the checkpoint, OSError where it cannot be
+    written.
 
     Source: Wingate & Weber, Automated Variational Inference in Probabilistic Programming (2013); Kingma & Welling,
     Auto-Encoding Variational Bayes (2014).
@@ -130,11 +143,13 @@ def fit(
     check_program("model", model)
     check_program("guide", guide)
     check_count("epochs", epochs)
-    check_count("batch_size", batch_size)
-    for name, tensor in (("train", train), ("validation", validation)):
-        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.ndim < 1 or len(tensor) == 0):
-            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name} must be a tensor of at least one datum, found {found}")
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    check_count("max_skipped_steps", max_skipped_steps, least=0)
+    if not isinstance(train, DataLoader):
+        check_data("train", train)
+    if validation is not None:
+        check_data("validation", validation)
     for name, number in (("learning_rate", learning_rate), ("clip_norm", 1.0 if clip_norm is None else clip_norm)):
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise TypeError(f"{name} must be a number, found {number!r}")
@@ -152,38 +167,39 @@ def fit(
             f"{name.removeprefix('Jit')}(), with compile=True to have the step recorded and compiled"
         )
 
-    distributed.check_shares(len(train), batch_size)
+    device = pick_device(device)
+    batches = batches_of(train, batch_size, device)
     if resume and distributed.num_ranks() > 1:
         raise ValueError(
             f"found resume=True in one of {distributed.num_ranks()} processes: what they draw is not in a checkpoint; go on "
             f"with one process, or begin anew"
         )
-    device = pick_device(device)
     modules = [module.to(device) for module in modules_behind(model, guide)]
     settings = {
         "epochs": epochs,
-        "batch_size": batch_size,
+        "batch_size": batches.batch_size,
         "learning_rate": learning_rate,
         "clip_norm": clip_norm,
         "precision": precision,
     }
     if checkpoint is not None:
         settings |= settings_of(train, validation, loss, transform, schedule)
-    train = train.to(device)
     validation = None if validation is None else validation.to(device)
-    optimizer = OneAdam([p for module in modules for p in module.parameters()], learning_rate, clip_norm)
+    optimizer = OneAdam(
+        [p for module in modules for p in module.parameters()], learning_rate, clip_norm, max_skipped_steps
+    )
     distributed.same_everywhere(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
     distributed.random_numbers_apart()
-    num_steps = epochs * -(-len(train) // batch_size)
-    compiles = pays_off(num_steps, batch_size, modules, loss, transform) if compile == "auto" else compile
+    num_steps = epochs * batches.per_epoch
+    compiles = pays_off(num_steps, batches.batch_size, modules, loss, transform) if compile == "auto" else compile
     programs = in_precision(precision, model, guide)
-    steps = Steps(programs[0], programs[1], loss, optimizer, modules, train, batch_size, transform, compiles)
+    steps = Steps(programs[0], programs[1], loss, optimizer, modules, batches, transform, compiles)
     state = TrainingState(loss, optimizer, modules, device)
     with (
         run_file(
             checkpoint if distributed.rank() == 0 else None, resume, checkpoint_every, settings, model, guide
         ) as file,
-        progress_bar("training", epochs * len(train), "data", progress) as bar,
+        progress_bar("training", epochs * batches.num_data, "data", progress) as bar,
         _without_warnings_of_nan(),
         plain_errors(),
     ):
@@ -191,7 +207,7 @@ def fit(
             if saved["history"]:
                 steps.get_ready()
             _restore(file.path, state, saved)
-            bar.update(len(state.history) * len(train))
+            bar.update(len(state.history) * batches.num_data)
         good = state.capture()
         if file is not None and not state.history:
             file.save(state, good)
@@ -217,8 +233,9 @@ def fit(
                         "validation_reconstruction": checked[1],
                         "validation_kl": checked[2],
                         "learning_rate": optimizer.learning_rate,
+                        "skipped_steps": int(optimizer.verdicts.num_skipped) - state.num_skipped_steps,
                         "seconds": time.perf_counter() - start,
-                        "data_per_second": len(train) / seconds,
+                        "data_per_second": batches.num_data / seconds,
                     }
                 )
                 bar.set_postfix(_shown(state.history[-1], epochs))
@@ -229,7 +246,9 @@ def fit(
             _end(stop, file, state, good)
             raise
     state.take_best()
-    return FitResult(state.history, state.best_epoch or epochs, num_steps, state.seconds, device)
+    return FitResult(
+        state.history, state.best_epoch or epochs, num_steps, state.seconds, device, state.num_skipped_steps
+    )
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import distributed
+from pyrovae.training.verdicts import Verdicts
 
 __all__ = ["OneAdam", "cosine_schedule"]
 
@@ -33,31 +34,32 @@ class OneAdam(pyro.optim.PyroOptim):
     `clip_norm` bounds the global norm. `learning_rate` may be set at any step. Parameters join when `SVI` first sees
     them, in the order of `parameters` (sums over them are then the same in every run).
 
-    A gradient or a loss (`watch`) that is not finite changes nothing: `is_finite` becomes false on the device, without
-    the host being asked, and that step and all after it leave parameters and moments as they are. `num_updates` counts
-    the steps that were made.
+    max_skipped: a step whose gradient, or loss (`watch`), is not finite changes nothing; so many of these are passed over,
+        and after one more nothing changes any longer. `verdicts` says so on the device, without the host being asked
 
     Source: Kingma & Ba, Adam: A Method for Stochastic Optimization (2015).
     """
 
-    def __init__(self, parameters: list[Tensor], learning_rate: float, clip_norm: float | None = None):
+    def __init__(
+        self, parameters: list[Tensor], learning_rate: float, clip_norm: float | None = None, max_skipped: int = 0
+    ):
         super().__init__(torch.optim.Adam, {"lr": learning_rate})
         self.learning_rate, self.clip_norm = learning_rate, clip_norm
         self.order = {parameter: rank for rank, parameter in enumerate(dict.fromkeys(parameters))}
         self.adam: torch.optim.Adam | None = None
         self.parameters: list[Tensor] = []
         device = parameters[0].device if parameters else None
-        self.is_finite = torch.ones((), dtype=torch.bool, device=device)
-        self.num_updates = torch.zeros((), dtype=torch.long, device=device)
+        self.verdicts = Verdicts(max_skipped, device)
+        self._loss_is_finite = torch.ones((), dtype=torch.bool, device=device)
 
     def watch(self, loss: Tensor) -> None:
-        """Make no further step if this loss is not finite."""
-        self.is_finite = self.is_finite & loss.isfinite()
+        """Do not make the next step if this loss is not finite."""
+        self._loss_is_finite.copy_(loss.isfinite())
 
     def restore(self, parameters: list[Tensor], state: dict[str, Any] | None) -> None:
         """Go on with these parameters from the `state_dict` of an `adam` over as many; None: before the first step."""
         self.parameters, self.adam = list(parameters), None
-        self.is_finite = torch.ones_like(self.is_finite)
+        self.verdicts.restart()
         if state is not None:
             remaining = iter(parameters)
             groups = [[next(remaining) for _ in group["params"]] for group in state["param_groups"]]
@@ -80,14 +82,14 @@ class OneAdam(pyro.optim.PyroOptim):
             )
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate
-        distributed.sum_gradients(self.parameters)
+        distributed.sum_gradients(self.parameters, self._loss_is_finite)
         if self.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self.is_finite = self.is_finite & norm.isfinite()
-        self.num_updates = self.num_updates + self.is_finite
+        self.verdicts(self._loss_is_finite & norm.isfinite())
+        self._loss_is_finite.fill_(True)
         # The fused step asks for it on the device, as in mixed precision.
-        self.adam.found_inf = (~self.is_finite).float()  # type: ignore[attr-defined]  # set by torch's scaler, too
+        self.adam.found_inf = (~self.verdicts.was_made).float()  # type: ignore[attr-defined]  # set by torch's scaler, too
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros

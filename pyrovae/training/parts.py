@@ -16,18 +16,20 @@ __all__ = ["ElboParts", "parts_of"]
 
 
 class ElboParts:
-    """Sums of log p(x|z) and of log q(z|x) - log p(z) over the traces that a loss makes anyway."""
+    """Sums of log p(x|z) and of log q(z|x) - log p(z) over the traces that a loss makes anyway.
+
+    What is added belongs to a step, and counts once the step does (`count`).
+    """
 
     def __init__(self, full_size: int | None) -> None:
         self.reconstruction: Any = math.nan
         self.kl: Any = math.nan
         self.full_size = full_size  # of a subsampled plate, whose sites are scaled up to it
-        self.num_data = 0
+        self.num_data: Any = 0
+        self._of_step: list[tuple[Any, Any]] = []
 
     def add(self, reconstruction: Tensor | float, kl: Tensor | float) -> None:
-        started = self.reconstruction is not math.nan
-        self.reconstruction = (self.reconstruction if started else 0.0) + reconstruction
-        self.kl = (self.kl if started else 0.0) + kl
+        self._of_step.append((reconstruction, kl))
 
     def add_parts(self, parts: Any) -> None:
         """Add what an objective of ours reports of a step (`pyrovae.objectives.Parts`)."""
@@ -52,12 +54,29 @@ class ElboParts:
             kl = kl + site["log_prob_sum"].detach()
         self.add(reconstruction / num_particles, kl / num_particles)
 
-    def count(self, batch_size: int) -> None:
-        """Count the data of one step, after it."""
-        self.num_data += self.full_size or batch_size
+    def count(self, batch_size: int, was_made: Tensor | None = None) -> None:
+        """Count one step, after it; not if it was not made."""
+        size: Any = self.full_size or batch_size
+        self.num_data = self.num_data + (size if was_made is None else was_made * size)
+        for reconstruction, kl in self._of_step:
+            started = self.reconstruction is not math.nan
+            if was_made is not None:
+                reconstruction, kl = (
+                    torch.where(was_made, torch.as_tensor(part, device=was_made.device), 0.0)
+                    for part in (reconstruction, kl)
+                )
+            self.reconstruction = (self.reconstruction if started else 0.0) + reconstruction
+            self.kl = (self.kl if started else 0.0) + kl
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was added since the last step was counted: it was not of a step."""
+        self._of_step.clear()
 
     def means(self) -> tuple[float, float, float]:
-        """(elbo, reconstruction, kl) per datum."""
+        """(elbo, reconstruction, kl) per datum; NaN of none."""
+        if not self.num_data:
+            return math.nan, math.nan, math.nan
         reconstruction, kl = float(self.reconstruction) / self.num_data, float(self.kl) / self.num_data
         return reconstruction - kl, reconstruction, kl
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pyrovae.checkpoint.files import read, write
 from pyrovae.checkpoint.locks import locked
@@ -91,7 +92,11 @@ def run_file(
 
 
 def settings_of(
-    train: Tensor, validation: Tensor | None, loss: ELBO, transform: Callable | None, schedule: Callable | None
+    train: Tensor | DataLoader,
+    validation: Tensor | None,
+    loss: ELBO,
+    transform: Callable | None,
+    schedule: Callable | None,
 ) -> dict[str, Any]:
     """What a run must have in common with the one that it goes on with, beside numbers, in plain values."""
     described = repr(loss)
@@ -111,6 +116,8 @@ def _function_name(function: Callable | None) -> str | None:
     return None if function is None else getattr(function, "__qualname__", type(function).__name__)
 
 
-def _fingerprint(tensor: Tensor) -> str:
+def _fingerprint(tensor: Tensor | DataLoader) -> str:
+    if isinstance(tensor, DataLoader):
+        return f"DataLoader with {len(tensor)} batches"
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{tuple(tensor.shape)} {tensor.dtype} with checksum {zlib.crc32(data.data):08x}"

@@ -42,6 +42,11 @@ class TrainingState:
         """Wall time of the epochs done."""
         return self.history[-1]["seconds"] if self.history else 0.0
 
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps of the epochs done that were passed over."""
+        return int(sum(row["skipped_steps"] for row in self.history))
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything training changes, each once: the modules' parameters and buffers, then parameters of Pyro's store."""
         found = dict(chain(self.modules.named_parameters(), self.modules.named_buffers()))
@@ -100,7 +105,8 @@ class TrainingState:
         self.optimizer.restore([here[name] for name in captured["optimized"]], _copied_tree(captured["adam"]))
         if hasattr(self.loss, "load_state_dict"):
             self.loss.load_state_dict(captured["loss"])
-        self.history = [dict(row) for row in captured["history"]]
+        self.history = [{**row, "skipped_steps": row.get("skipped_steps", 0)} for row in captured["history"]]
+        self.optimizer.verdicts.restart(self.num_skipped_steps)
         self.full_size = captured["full_size"]
         best = captured["best"]
         self.best_epoch, self._best_elbo = best["epoch"], best["elbo"]

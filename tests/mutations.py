@@ -1,0 +1,402 @@
+"""Deliberate errors of sign and factor, each of which a test must catch: python tests/mutations.py [words of their names]
+
+The repository is copied to a temporary folder. There the tests named below pass; then each error is planted in turn, and
+every test named for it must fail. `test_mutations.py` sees to it that the list still fits the code.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutation(NamedTuple):
+    """What is wrong, in which file of `pyrovae`: what stands there, what is put in its place, and who must notice."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def in_file(test_file: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{test_file}.py::test_{name}" for name in names)
+
+
+ESTIMATORS = [
+    Mutation(
+        "bound: the sum of weights over S - 1",
+        "estimators/reducers.py",
+        "return log_weights.logsumexp(0) - math.log(len(log_weights))",
+        "return log_weights.logsumexp(0) - math.log(max(1, len(log_weights) - 1))",
+        in_file("estimators", "hand_computed_values", "bound_of_gamma_weights_is_exact_in_expectation"),
+    ),
+    Mutation(
+        "error of the bound: without 1/S",
+        "estimators/reducers.py",
+        "/ (num_particles - 1) / num_particles).sqrt()",
+        "/ (num_particles - 1)).sqrt()",
+        in_file("estimators", "hand_computed_values", "standard_errors_match_the_spread_of_repeats"),
+    ),
+    Mutation(
+        "error of the bound: variance over S, not S - 1",
+        "estimators/reducers.py",
+        "/ (num_particles - 1) / num_particles).sqrt()",
+        "/ num_particles / num_particles).sqrt()",
+        in_file("estimators", "hand_computed_values"),
+    ),
+    Mutation(
+        "error of the gap: its two terms added",
+        "estimators/reducers.py",
+        ".exp() - log_weights\n",
+        ".exp() + log_weights\n",
+        in_file("estimators", "standard_errors_match_the_spread_of_repeats"),
+    ),
+    Mutation(
+        "effective sample size: the sum not squared",
+        "estimators/reducers.py",
+        "(2 * log_weights.logsumexp(0) - ",
+        "(log_weights.logsumexp(0) - ",
+        in_file("estimators", "hand_computed_values"),
+    ),
+    Mutation(
+        "jackknife: the correction with the wrong sign",
+        "estimators/jackknife.py",
+        "bound - (num_particles - 1) * correction",
+        "bound + (num_particles - 1) * correction",
+        in_file("estimators", "hand_computed_values", "jackknives_by_definition"),
+    ),
+    Mutation(
+        "jackknife of order 2: pairs counted twice",
+        "estimators/jackknife.py",
+        "(size - 2) ** 2 / 2 * pairs",
+        "(size - 2) ** 2 * pairs",
+        in_file("estimators", "jackknives_by_definition"),
+    ),
+    Mutation(
+        "Pareto k: of the weights' negatives",
+        "estimators/pareto.py",
+        "1 if statistics.psislw(tail.copy())[1] > 0.5 else -1",
+        "-1 if statistics.psislw(tail.copy())[1] > 0.5 else 1",
+        in_file("estimators", "pareto_k_finds_the_tail_of_pareto_weights"),
+    ),
+    Mutation(
+        "chi-square bound: without the half",
+        "estimators/tails.py",
+        "- math.log(len(log_weights))) / 2",
+        "- math.log(len(log_weights)))",
+        in_file("estimators", "chi_square_bound_is_above_where_the_tail_allows_it"),
+    ),
+    Mutation(
+        "bias estimate: its sign",
+        "marginal_likelihood.py",
+        "(self.jackknife - self.log_prob).mean()",
+        "(self.log_prob - self.jackknife).mean()",
+        in_file("files", "result_over_data"),
+    ),
+    Mutation(
+        "log weights: log q added",
+        "programs/traces.py",
+        'term if program == "model" else -term for',
+        "term for",
+        in_file("exact_evidence", "exact_posterior_gives_exact_evidence_with_one_particle"),
+    ),
+    Mutation(
+        "error of the approximation gap: shared draws taken for independent",
+        "gaps.py",
+        "- 2 * share * covariance",
+        "- 0 * share * covariance",
+        in_file("gaps", "the_error_of_what_shares_its_draws"),
+    ),
+]
+
+PARTS = [
+    Mutation(
+        "mixture of normals: weights in place of their logarithms",
+        "priors/densities.py",
+        "Mixture(self.logits.log_softmax(-1), lambda index: dist.Normal",
+        "Mixture(self.logits.softmax(-1), lambda index: dist.Normal",
+        in_file("priors", "density_integrates_to_one_and_draws_follow_it"),
+    ),
+    Mutation(
+        "mixture of normals: the cross term of the square once",
+        "distributions/mixtures.py",
+        "- 2 * (z @",
+        "- (z @",
+        in_file("priors", "a_mixture_is_its_sum", "density_integrates_to_one_and_draws_follow_it"),
+    ),
+    Mutation(
+        "mixture of normals: log sigma added",
+        "distributions/mixtures.py",
+        "log_normaliser = scale.double().log().sum(-1)",
+        "log_normaliser = -scale.double().log().sum(-1)",
+        in_file("priors", "a_mixture_is_its_sum", "density_integrates_to_one_and_draws_follow_it"),
+    ),
+    Mutation(
+        "VampPrior: all components with the weight 1",
+        "priors/densities.py",
+        "Mixture(self.logits.log_softmax(-1), lambda index: self.guide",
+        "Mixture(self.logits, lambda index: self.guide",
+        in_file("priors", "vamp_prior_is_the_mixture_of_posteriors"),
+    ),
+    Mutation(
+        "flow: the log-determinant subtracted in the density of a value",
+        "distributions/flows.py",
+        "        return self.flow.log_prob(\n",
+        "        noise = self.flow.base.log_prob(self.flow.transform(value))\n        return 2 * noise - self.flow.log_prob(\n",
+        in_file("priors", "density_integrates_to_one_and_draws_follow_it"),
+    ),
+    Mutation(
+        "flow: the log-determinant subtracted in the density of a draw",
+        "distributions/flows.py",
+        "value, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))\n",
+        "value, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))\n"
+        "        log_prob = 2 * self.flow.base.log_prob(self.flow.transform(value)) - log_prob\n",
+        in_file("flows", "the_density_of_a_draw_is_the_density"),
+    ),
+    Mutation(
+        "Bernoulli: log(1 + exp(-|l|)) added",
+        "distributions/binary.py",
+        "- products.log().sum(-1)",
+        "+ products.log().sum(-1)",
+        in_file("binary", "log_mass_and_gradients_are_those_of_bernoulli_pixels"),
+    ),
+    Mutation(
+        "Bernoulli: the gradient's sign",
+        "distributions/binary.py",
+        "gradient * (value - logits.sigmoid())",
+        "gradient * (logits.sigmoid() - value)",
+        in_file("binary", "log_mass_and_gradients_are_those_of_bernoulli_pixels"),
+    ),
+    Mutation(
+        "continuous Bernoulli: the normaliser multiplied",
+        "distributions/pixels.py",
+        "self.logits * value - log_norm",
+        "self.logits * value + log_norm",
+        in_file("likelihoods", "total_is_one", "continuous_bernoulli_exactly"),
+    ),
+    Mutation(
+        "logistic levels: bins of half the width",
+        "distributions/pixels.py",
+        "centre, step = (level - loc) * precision, precision / 2",
+        "centre, step = (level - loc) * precision, precision / 4",
+        in_file("likelihoods", "logistic_levels_sum_to_one_everywhere", "logistic_levels_exactly"),
+    ),
+    Mutation(
+        "normal pixels: exp(log sigma) squared",
+        "likelihoods/pixelwise.py",
+        "dist.Normal(parameters + self.bias, self.log_scale.exp())",
+        "dist.Normal(parameters + self.bias, (2 * self.log_scale).exp())",
+        in_file("likelihoods", "normals_exactly"),
+    ),
+    Mutation(
+        "full-rank guide: the diagonal of L squared, and so its log-determinant doubled",
+        "guides/normals.py",
+        "entries = torch.cat([log_scale.exp(), triangle], -1)",
+        "entries = torch.cat([(2 * log_scale).exp(), triangle], -1)",
+        in_file("guides", "normals_of_their_parameters"),
+    ),
+    Mutation(
+        "low-rank guide: standard deviations for variances",
+        "guides/normals.py",
+        "(2 * log_scale).exp())",
+        "log_scale.exp())",
+        in_file("guides", "normals_of_their_parameters"),
+    ),
+    Mutation(
+        "defensive mixture: the guide with the weight 1",
+        "guides/defensive.py",
+        "math.log1p(-self.weight) + ",
+        "",
+        in_file("refinement", "mixture_density"),
+    ),
+]
+
+TRAINING = [
+    Mutation(
+        "objective: the KL rewarded",
+        "objectives/kl.py",
+        "integrand = integrand - weight * (active * piece.kl)",
+        "integrand = integrand + weight * (active * piece.kl)",
+        in_file("objectives", "monte_carlo_kl_is_trace_elbo", "beta_and_warm_up"),
+    ),
+    Mutation(
+        "objective: log q and log p change places in the KL",
+        "objectives/kl.py",
+        "        return guide - prior\n",
+        "        return prior - guide\n",
+        in_file("objectives", "monte_carlo_kl_is_trace_elbo"),
+    ),
+    Mutation(
+        "warm-up: beta left out",
+        "objectives/kl.py",
+        "(self.beta * (self.num_steps",
+        "((self.num_steps",
+        in_file("objectives", "beta_and_warm_up"),
+    ),
+    Mutation(
+        "free bits: of one datum for the batch",
+        "objectives/kl.py",
+        "* run.layout.num_data * run.plate_scale",
+        "* run.plate_scale",
+        in_file("objectives", "free_bits_by_hand"),
+    ),
+    Mutation(
+        "sticking the landing: the score kept",
+        "objectives/kl.py",
+        "held = {name: guide.detach()",
+        "held = {name: guide",
+        in_file("objectives", "no_gradient_is_left_at_the_exact_posterior"),
+    ),
+    Mutation(
+        "DReG: the weights not squared",
+        "objectives/weighted.py",
+        "(normalised.square() * guide).sum()",
+        "(normalised * guide).sum()",
+        in_file("objectives", "gradients_without_score_are_unbiased"),
+    ),
+    Mutation(
+        "VIMCO: the signal's sign",
+        "objectives/weighted.py",
+        "bound.detach() - without)",
+        "without - bound.detach())",
+        in_file("objectives", "score_function_gradients_against_enumeration"),
+    ),
+    Mutation(
+        "score function: a baseline that holds the draw itself",
+        "objectives/kl.py",
+        "(signal.sum(0) - signal) / (len(signal) - 1)",
+        "signal.sum(0) / len(signal)",
+        in_file("objectives", "score_function_baseline_against_enumeration"),
+    ),
+    Mutation(
+        "importance-weighted objective: the sum of weights, not their mean",
+        "objectives/weighted.py",
+        "return log_weights.logsumexp(0) - math.log(len(log_weights))",
+        "return log_weights.logsumexp(0)",
+        in_file("objectives", "importance_weighted_value_is_the_reducers"),
+    ),
+    Mutation(
+        "history: the ELBO of the data as their sum of reconstruction and KL",
+        "training/parts.py",
+        "return reconstruction - kl, reconstruction, kl",
+        "return reconstruction + kl, reconstruction, kl",
+        in_file("training", "history_is_the_real_elbo_whatever_the_objective"),
+    ),
+]
+
+ANNEALING = [
+    Mutation(
+        "annealing: leapfrog down the density",
+        "annealing/chains.py",
+        "momentum = momentum + half * step * scale * energy.gradient",
+        "momentum = momentum - half * step * scale * energy.gradient",
+        in_file("annealing", "both_directions_are_strict"),
+    ),
+    Mutation(
+        "annealing: a whole step of momentum at the end",
+        "annealing/chains.py",
+        "half = 0.5 if number",
+        "half = 1.0 if number",
+        in_file("annealing", "both_directions_are_strict"),
+    ),
+    Mutation(
+        "annealing: acceptance of the inverse ratio",
+        "annealing/chains.py",
+        "log_ratio = (after - before)",
+        "log_ratio = (before - after)",
+        in_file("annealing", "both_directions_are_strict"),
+    ),
+    Mutation(
+        "annealing: weights of the wrong temperatures",
+        "annealing/chains.py",
+        "(kernels.temperatures[t] - kernels.temperatures[t - 1])",
+        "(kernels.temperatures[t] + kernels.temperatures[t - 1])",
+        in_file("annealing", "both_directions_are_strict"),
+    ),
+    Mutation(
+        "annealing: the Jacobian of constrained latents divided",
+        "annealing/potential.py",
+        "site_log_prob(site) + placed.log_jacobians[name]",
+        "site_log_prob(site) - placed.log_jacobians[name]",
+        in_file("annealing", "constrained_latents"),
+    ),
+    Mutation(
+        "bidirectional bound: 1 / w taken for w",
+        "annealing/bounds.py",
+        "-estimators.importance_weighted_bound(-back.log_weights)",
+        "estimators.importance_weighted_bound(back.log_weights)",
+        in_file("annealing", "bounds_in_order_and_the_width_falls"),
+    ),
+]
+
+MUTATIONS = [*ESTIMATORS, *PARTS, *TRAINING, *ANNEALING]
+
+
+def failed(folder: Path, tests: Iterable[str]) -> tuple[set[str], str]:
+    """Which of the tests fail in that copy of the repository, and what pytest printed."""
+    tests = sorted(set(tests))
+    options = ["-q", "-rf", "--tb=line", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest could not run {', '.join(tests)}:\n{done.stdout}{done.stderr}")
+    lines = [line.removeprefix("FAILED ") for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    return {
+        test
+        for test in tests
+        for line in lines
+        if line[len(test) : len(test) + 1] in ("", " ", "[") and line.startswith(test)
+    }, done.stdout
+
+
+def planted(text: str, mutation: Mutation) -> str:
+    """The file with the error in it."""
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.file} has {mutation.old!r} {text.count(mutation.old)} times, expected once")
+    return text.replace(mutation.old, mutation.new)
+
+
+def main(words: list[str]) -> int:
+    chosen = [mutation for mutation in MUTATIONS if all(word in mutation.what for word in words)]
+    survived = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in ("pyrovae", "tests"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        broken, output = failed(folder, (test for mutation in chosen for test in mutation.tests))
+        if broken:
+            print(output)
+            return 1
+        print("| error | where | seconds | caught by |\n|---|---|---|---|", flush=True)
+        for mutation in chosen:
+            path, began = folder / "pyrovae" / mutation.file, time.perf_counter()
+            right = path.read_text()
+            path.write_text(planted(right, mutation))
+            caught, _ = failed(folder, mutation.tests)
+            path.write_text(right)
+            missed = [test for test in mutation.tests if test not in caught]
+            survived += bool(missed)
+            by = ", ".join(f"`{test.removeprefix('tests/')}`" for test in mutation.tests if test in caught)
+            not_by = f" **not by {', '.join(missed)}**" if missed else ""
+            print(
+                f"| {mutation.what} | `{mutation.file}` | {time.perf_counter() - began:.0f} | {by}{not_by} |",
+                flush=True,
+            )
+    print(f"\n{len(chosen)} errors, {len(chosen) - survived} caught by every test named for them")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
