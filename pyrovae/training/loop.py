@@ -123,9 +123,9 @@ def fit(
         of a run never stopped, with the same versions and number of threads
     device: "auto" takes CUDA where there is one
 
-    Where `torchrun` started several processes (`pyrovae.distributed.joined`), each trains on its share of every batch, with
-    noise of its own, and the numbers reported are those of all. The first writes the checkpoint, which cannot be resumed by
-    several.
+    Where `torchrun` started several processes (`pyrovae.distributed.joined`), each trains on its share of every batch (with a
+    loader: on the batches of its own, of a `DistributedSampler`), with noise of its own, and the numbers reported are those
+    of all. The first writes the checkpoint, which cannot be resumed by several.
 
     Model and guide are changed in place (and moved to the device); the result tells the history, in nats per datum.
 
