@@ -362,7 +362,7 @@ ANNEALING = [
         "annealing/bounds.py",
         "-estimators.importance_weighted_bound(-back.log_weights)",
         "estimators.importance_weighted_bound(back.log_weights)",
-        in_file("annealing", "bounds_in_order_and_the_width_falls"),
+        in_file("annealing", "both_bounds_of_known_weights_by_hand"),
     ),
 ]
 
