@@ -25,6 +25,7 @@ matplotlib.use("Agg")  # figures go to files
 import matplotlib.pyplot as plt
 import pyro
 import torch
+from command_line import parser_of, positive
 
 import pyrovae as pv
 
@@ -180,15 +181,15 @@ def write_figures(out, images, sampled, annealed, both, gaps) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--run", required=True, help="folder of a run of mnist_svi.py (metrics.json and checkpoint.pt)")
     add("--data-dir", help="folder of the data (default: $PYROVAE_DATA, else a cache folder)")
-    add("--num-images", type=int, default=200, help="test images, and simulated ones (default: 200)")
-    add("--num-particles", type=int, default=5000, help="of importance sampling (default: 5000)")
-    add("--num-chains", type=int, default=16, help="of annealing (default: 16)")
-    add("--num-temperatures", type=int, default=500, help="of annealing (default: 500)")
-    add("--num-gaps", type=int, default=50, help="test images whose gap is split (default: 50)")
+    add("--num-images", type=positive(int), default=200, help="test images, and simulated ones (default: 200)")
+    add("--num-particles", type=positive(int), default=5000, help="of importance sampling (default: 5000)")
+    add("--num-chains", type=positive(int), default=16, help="of annealing (default: 16)")
+    add("--num-temperatures", type=positive(int), default=500, help="of annealing (default: 500)")
+    add("--num-gaps", type=positive(int), default=50, help="test images whose gap is split (default: 50)")
     add("--seed", type=int, default=0, help="of each estimate (default: 0)")
     add("--out", help="folder for numbers and figures (default: that of the run)")
     add("--quiet", action="store_true", help="no progress bars")

@@ -1,4 +1,4 @@
-"""What `mnist_svi.py` needs besides its subject: options, the folder of a run, and the report."""
+"""What the examples need besides their subject: options, the folder of a run, and the report."""
 
 import argparse
 import json
@@ -26,8 +26,15 @@ DEFAULTS = {
 TRAINING, OPTIONS, METRICS = "training.pt", "options.json", "metrics.json"
 
 
-def parse_options(description) -> argparse.Namespace:
+def parser_of(description) -> argparse.ArgumentParser:
+    """A parser that says what is wrong in one line, without the whole of the usage above it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help explains the options)\n")
+    return parser
+
+
+def parse_options(description) -> argparse.Namespace:
+    parser = parser_of(description)
     add = parser.add_argument
     add("--prior", default="standard-normal", choices=pv.registry.PRIORS, help="p(z) (default: standard-normal)")
     add("--guide", default="mean-field", choices=pv.registry.GUIDES, help="q(z|x) (default: mean-field)")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pyro
 import torch
+from command_line import parser_of, positive
 
 import pyrovae as pv
 
@@ -101,7 +102,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add(
         "--dataset", default="auto", choices=pv.data.NAMES[:-1], help="auto: MNIST, or digits where it is not to be had"
@@ -121,9 +122,9 @@ def parse_options() -> argparse.Namespace:
         choices=pv.registry.GUIDES,
         help="for the frozen model; none given: priors only (default: all)",
     )
-    add("--epochs", type=int, default=15, help="of each training (default: 15)")
-    add("--num-test", type=int, default=2000, help="test images (default: 2000)")
-    add("--num-particles", type=int, default=500, help="per test image (default: 500)")
+    add("--epochs", type=positive(int), default=15, help="of each training (default: 15)")
+    add("--num-test", type=positive(int), default=2000, help="test images (default: 2000)")
+    add("--num-particles", type=positive(int), default=500, help="per test image (default: 500)")
     add("--seed", type=int, default=0, help="of each training and evaluation (default: 0)")
     add("--out", help="file for the numbers, as JSON")
     add("--quiet", action="store_true", help="no progress bars")

@@ -119,13 +119,14 @@ def write_figures(out, model, guide, data, result, lml, device):
         plt.close()
 
     cmap = "gray" if data.name == "freyfaces" else "gray_r"
-    pv.plots.image_grid(
-        model.generate(128, mean=True).cpu(), title="means of p(x|z) for z drawn from the prior", cmap=cmap
-    )
-    write("samples.png")
+    samples = model.generate(128, mean=True).cpu()
     shown = data.test[:64]
-    means = model.decode(guide.posterior(shown.to(device)).mean)
-    pv.plots.reconstructions(shown, means.cpu(), cmap=cmap)
+    means = pv.uses.reconstruct(model, guide, shown)
+    pv.plots.report(lml, history=result.history, samples=samples, originals=shown, means=means, cmap=cmap)
+    write("report.png")  # all of it on one page; the parts by themselves:
+    pv.plots.image_grid(samples, title="means of p(x|z) for z drawn from the prior", cmap=cmap)
+    write("samples.png")
+    pv.plots.reconstructions(shown, means, cmap=cmap)
     write("reconstructions.png")
     pv.plots.training(result.history)
     write("training.png")

@@ -12,6 +12,7 @@ from pyrovae.guides.contract import Guide
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.modules import check_count, evaluation_mode, map_tensors
 from pyrovae.programs.traces import Program, sample_sites, trace_program
+from pyrovae.progress import progress_bar
 
 __all__ = ["Calibration", "simulation_based_calibration"]
 
@@ -108,7 +109,13 @@ class Calibration:
 
 
 def simulation_based_calibration(
-    model: Program, guide: Program, *args: Any, num_draws: int = 99, plate: str | None = None, **kwargs: Any
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_draws: int = 99,
+    plate: str | None = None,
+    progress: bool = False,
+    **kwargs: Any,
 ) -> Calibration:
     """Simulation-based calibration of a guide: is the latent behind simulated data like a draw of q(z|x)?
 
@@ -121,6 +128,7 @@ def simulation_based_calibration(
 
     model, guide, plate: as in `log_marginal_likelihood`; the arguments give shapes only, their data are simulated
     num_draws: L; with 99 there are 100 ranks, which divide into 20 bins
+    progress: show a bar
 
     Ties (discrete latents) are ranked at random.
 
@@ -151,12 +159,14 @@ def simulation_based_calibration(
                 guide = guide.given(guide.encode(*args, **kwargs))
         below = {name: torch.zeros_like(value, dtype=torch.long) for name, value in exact.items()}
         ties = {name: torch.zeros_like(count) for name, count in below.items()}
-        for _ in range(num_draws):
-            drawn = trace_program(guide, args, kwargs)
-            for name, value in exact.items():
-                found = drawn.nodes[name]["value"]
-                below[name] += (found < value).long()
-                ties[name] += (found == value).long()
+        with progress_bar("calibration", num_draws, "draws", progress) as bar:
+            for _ in range(num_draws):
+                drawn = trace_program(guide, args, kwargs)
+                for name, value in exact.items():
+                    found = drawn.nodes[name]["value"]
+                    below[name] += (found < value).long()
+                    ties[name] += (found == value).long()
+                bar.update()
     names, ranks = [], []
     for name in exact:
         rank = below[name] + (torch.rand(ties[name].shape, device=ties[name].device) * (ties[name] + 1)).long()

@@ -10,6 +10,7 @@ from pyrovae.guides.contract import Guide
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.programs.modules import check_count, evaluation_mode
 from pyrovae.programs.traces import Program
+from pyrovae.progress import progress_bar
 from pyrovae.weights.blocks import log_weight_blocks, until_interrupted
 
 __all__ = ["active_units", "log_marginal_likelihood", "particles_for"]
@@ -90,6 +91,7 @@ def particles_for(
     stderr: float,
     share: float = 0.5,
     num_pilot_particles: int = 200,
+    progress: bool = False,
     **kwargs: Any,
 ) -> int:
     """How many particles bring the Monte Carlo standard error of log p(x) down to `stderr`, by a pilot run.
@@ -103,6 +105,7 @@ def particles_for(
     stderr: in nats per datum
     share: of the data that are to have it or less: half by default, so that the median does
     num_pilot_particles: S_pilot, for each datum
+    progress: show a bar of the pilot
     other arguments: those of `log_marginal_likelihood`
 
     The standard error says nothing of the bias, and where a few weights outweigh all others the pilot sees too small a
@@ -118,7 +121,7 @@ def particles_for(
     check_count("num_pilot_particles", num_pilot_particles)
     if num_pilot_particles < 2:
         raise ValueError("one pilot particle has no standard error: num_pilot_particles must be 2 or more")
-    pilot = log_marginal_likelihood(model, guide, *args, num_particles=num_pilot_particles, **kwargs)
+    pilot = log_marginal_likelihood(model, guide, *args, num_particles=num_pilot_particles, progress=progress, **kwargs)
     errors = pilot.stderr.nan_to_num(nan=math.inf).sort().values
     reached = errors[math.ceil(share * len(errors)) - 1].item()
     if math.isinf(reached):
@@ -130,10 +133,15 @@ def particles_for(
 
 
 @torch.no_grad()
-def active_units(guide: Guide, x: Tensor, *, threshold: float = 0.01, batch_size: int = 500) -> Tensor:
+def active_units(
+    guide: Guide, x: Tensor, *, threshold: float = 0.01, batch_size: int = 500, progress: bool = False
+) -> Tensor:
     """Which latent dimensions the guide uses.
 
     A_d = Var_x( E_q(z|x)[ z_d ] ) > threshold
+
+    batch_size: data encoded at once
+    progress: show a bar
 
     Shapes: x (N, *data_shape) -> bool (latent_dim,).
 
@@ -143,6 +151,9 @@ def active_units(guide: Guide, x: Tensor, *, threshold: float = 0.01, batch_size
     """
     if len(x) < 2:
         raise ValueError(f"a variance over data needs 2 data or more, found {len(x)}")
-    with evaluation_mode(guide) as device:
-        means = torch.cat([guide.posterior(batch.to(device)).mean for batch in x.split(batch_size)])
-    return (means.double().var(0) > threshold).cpu()
+    means = []
+    with evaluation_mode(guide) as device, progress_bar("active units", len(x), "data", progress) as bar:
+        for batch in x.split(batch_size):
+            means.append(guide.posterior(batch.to(device)).mean)
+            bar.update(len(batch))
+    return (torch.cat(means).double().var(0) > threshold).cpu()

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyrovae.evaluation import log_marginal_likelihood
 from pyrovae.guides.contract import Guide, check_guide
@@ -16,6 +15,7 @@ from pyrovae.guides.refinement import Refined
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.programs.modules import check_count, evaluation_mode
 from pyrovae.programs.traces import Program
+from pyrovae.progress import progress_bar
 from pyrovae.weights.blocks import log_weights
 
 __all__ = ["InferenceGaps", "inference_gaps"]
@@ -128,6 +128,7 @@ def inference_gaps(
     max_num_steps: at which refinement ends, converged or not
     learning_rate: see `Refined`
     data_batch_size: data refined at once
+    progress: show bars: of the refinement, and of each ELBO
 
     Shapes: x (N, *data_shape) -> (N,) each, in nats.
 
@@ -151,9 +152,11 @@ def inference_gaps(
     with evaluation_mode(guide, model) as device:
         x = x if device is None else x.to(device)
         steps = _Steps(model, guide, tolerance, max_num_steps, learning_rate)
-        rows = range(0, len(x), data_batch_size)
-        batches = [x[start : start + data_batch_size] for start in rows]
-        found = [steps.best(batch) for batch in tqdm(batches, desc="refining", disable=not progress)]
+        found = []
+        with progress_bar("refining", len(x), "data", progress) as bar:
+            for batch in x.split(data_batch_size):
+                found.append(steps.best(batch))
+                bar.update(len(batch))
         parameters, num_steps, converged = (torch.cat(parts) for parts in zip(*found, strict=True))
     start = log_marginal_likelihood(model, guide, x, num_particles=num_particles, progress=progress)
     # An evaluation that was interrupted has the first data only.

@@ -12,6 +12,7 @@ from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.modules import check_count, evaluation_mode, import_arviz
 from pyrovae.programs.traces import Layout, Program, log_weights_of, run_pair, sample_sites, trace_program
+from pyrovae.progress import progress_bar
 
 __all__ = ["to_elpd_data", "to_inference_data"]
 
@@ -25,6 +26,7 @@ def to_inference_data(
     plate: str | None = None,
     num_draws: int = 100,
     predictive: bool = True,
+    progress: bool = False,
 ) -> Any:
     """Export an evaluation to ArviZ.
 
@@ -37,6 +39,7 @@ def to_inference_data(
     num_draws: draws per datum
     predictive: also groups log_likelihood (log p(x|z) of each datum under each draw), posterior_predictive (data simulated at
         the draws), prior and prior_predictive (as many draws of the model); these are as large as data times draws
+    progress: show a bar of the draws
 
     Returns arviz.InferenceData or xarray.DataTree; both have `.to_netcdf(path)`. Values in nats.
 
@@ -51,13 +54,15 @@ def to_inference_data(
 
     if (model is None) != (guide is None):
         raise ValueError("draws need both the model and the guide: pass both, or neither")
-    stats = {name: ("datum", getattr(result, name).numpy()) for name in result.per_datum()}
+    stats: dict[str, tuple[Any, np.ndarray]] = {
+        name: ("datum", getattr(result, name).numpy()) for name in result.per_datum()
+    }
     stats["bound"] = (("num_particles", "datum"), result.curve.numpy())
     coords = {"datum": np.arange(len(result)), "num_particles": result.curve_particles}
     groups = {}
     if model is not None and guide is not None:
         check_count("num_draws", num_draws)
-        drawn, log_weight = _draws(model, guide, args, plate, num_draws, predictive)
+        drawn, log_weight = _draws(model, guide, args, plate, num_draws, predictive, progress)
         groups = {name: xarray.Dataset(variables) for name, variables in drawn.items()}
         stats["log_weight"] = (("chain", "draw", "drawn_datum"), log_weight)
     groups["sample_stats"] = xarray.Dataset(stats, coords)
@@ -108,10 +113,10 @@ def to_elpd_data(result: LogMarginalLikelihood) -> Any:
         "good_k": result.pareto_k_limit,
     }
     if "InferenceData" in vars(import_arviz()):
-        from arviz.stats import ELPDData
+        from arviz.stats import ELPDData as ELPDSeries
 
         names = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
-        return ELPDData(data=list(values.values()), index=[names.get(name, name) for name in values])
+        return ELPDSeries(data=list(values.values()), index=[names.get(name, name) for name in values])
     from arviz_stats.utils import ELPDData
 
     return ELPDData(**values)
@@ -119,7 +124,7 @@ def to_elpd_data(result: LogMarginalLikelihood) -> Any:
 
 @torch.no_grad()
 def _draws(
-    model: Program, guide: Program, args: tuple, plate: str | None, num_draws: int, predictive: bool
+    model: Program, guide: Program, args: tuple, plate: str | None, num_draws: int, predictive: bool, progress: bool
 ) -> tuple[dict[str, dict], np.ndarray]:
     """({group: {site: (dimensions, values)}}, log weights (1, draws, N))."""
     draws: dict[str, dict[str, list]] = {}
@@ -127,7 +132,7 @@ def _draws(
     def add(group: str, layout: Layout, name: str, site: dict, value: torch.Tensor, event_dim: int) -> None:
         draws.setdefault(group, {}).setdefault(name, []).append(_array(layout, site, value, event_dim))
 
-    with evaluation_mode(model, guide) as device:
+    with evaluation_mode(model, guide) as device, progress_bar("draws", num_draws, "draws", progress) as bar:
         if device is not None:
             args = tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
         layout, model_trace, _ = inspect_pair(model, guide, args, {}, plate)
@@ -160,6 +165,7 @@ def _draws(
                         place = group if site["infer"].get("was_observed") else latent_group
                         if place is not None and not site_is_factor(site):
                             add(place, layout, name, site, site["value"], len(site["fn"].event_shape))
+            bar.update()
     log_weight = torch.cat(weights)
     groups = {
         group: {

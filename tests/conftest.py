@@ -15,6 +15,11 @@ from pyrovae.programs.extract import Extracted
 
 matplotlib.use("Agg")
 
+# Threads of several processes wait for each other, and small tests gain nothing by them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed():

@@ -62,7 +62,7 @@ with pv.distributed.joined() as rank:
     torch.manual_seed(rank)  # fit takes the parameters of rank 0
     model, guide = Model(), Guide()
     torch.manual_seed(5 + rank)  # and its order of the data
-    history = pv.fit(model, guide, train, epochs=3, batch_size=10, learning_rate=1e-2, clip_norm=5.0, validation=train,
+    history = pv.fit(model, guide, {data}, epochs=3, learning_rate=1e-2, clip_norm=5.0, validation=train,
                      compile={compile}, progress=False).history
     noise = torch.randn(())
     numbers = {{name: history[-1][name] for name in ("objective", "elbo", "reconstruction", "kl", "validation_elbo")}}
@@ -120,11 +120,28 @@ def finish(ranks):
         assert process.returncode == 0, errors
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_two_ranks_train_as_one_process(tmp_path, compile):
+IN_MEMORY = "train, batch_size=10"
+LOADED = "torch.utils.data.DataLoader(train, 10 // pv.distributed.num_ranks(), sampler={sampler})"
+
+
+@pytest.mark.parametrize(
+    ("one_reads", "two_read", "compile"),
+    [
+        (IN_MEMORY, IN_MEMORY, False),
+        (IN_MEMORY, IN_MEMORY, True),
+        # Every second datum for each of two: together the batches of one.
+        (
+            LOADED.format(sampler=None),
+            LOADED.format(sampler="torch.utils.data.DistributedSampler(train, shuffle=False)"),
+            True,
+        ),
+    ],
+    ids=["eager", "recorded", "loaded"],
+)
+def test_two_ranks_train_as_one_process(tmp_path, one_reads, two_read, compile):
     """Shares of 5 and of 2 in the ragged last batch; clipping sees the gradient of the whole batch."""
-    finish(start(TRAIN.format(compile=compile), 1, tmp_path / "one"))
-    finish(start(TRAIN.format(compile=compile), 2, tmp_path / "two"))
+    finish(start(TRAIN.format(compile=compile, data=one_reads), 1, tmp_path / "one"))
+    finish(start(TRAIN.format(compile=compile, data=two_read), 2, tmp_path / "two"))
     one = torch.load(tmp_path / "one0")
     noise = []
     for rank in range(2):

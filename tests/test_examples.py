@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import command_line  # noqa: E402
 
-FIGURES = ("samples.png", "reconstructions.png", "training.png", "tightness.png")
+FIGURES = ("report.png", "samples.png", "reconstructions.png", "training.png", "tightness.png")
 
 
 def run(*options, cwd=None, script="mnist_svi.py", **environment):
@@ -32,7 +32,7 @@ def run(*options, cwd=None, script="mnist_svi.py", **environment):
 def test_every_example_is_tested():
     assert sorted(path.name for path in (ROOT / "examples").glob("*.py")) == [
         "bounds.py",
-        "command_line.py",  # a part of mnist_svi.py
+        "command_line.py",  # a part of the others
         "compare_parts.py",
         "mnist_svi.py",
     ]
@@ -305,15 +305,15 @@ def test_options():
         assert option in done.stdout
     done = run("--epochs", "0")
     assert done.returncode == 2
-    assert "must be positive" in done.stderr
+    assert done.stderr == "error: argument --epochs: must be positive, found 0 (--help explains the options)\n"
     assert "invalid choice: 'cifar'" in run("--dataset", "cifar").stderr
 
 
 def test_readme_commands():
     readme = (ROOT / "README.md").read_text()
     assert "python -m pip install -e . && python examples/mnist_svi.py" in readme
-    assert 'python -m pip install -e ".[test]" && python -m pytest' in readme
-    assert "python -m pytest" in (ROOT / ".ci/run").read_text()
+    assert 'python -m pip install -e ".[test]" && python -m pytest -n 2' in readme
+    assert "python -m pytest -n 2" in (ROOT / ".ci/run").read_text()
 
 
 def test_readme_code_runs(tmp_path, monkeypatch):

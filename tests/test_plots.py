@@ -35,7 +35,7 @@ FIGURES = {
     "sandwich": lambda lml, ax: plots.sandwich(lml.log_prob, lml.log_prob + 0.2 * torch.randn(30), ax=ax),
     "worst_images": lambda lml, ax: plots.worst_images(torch.rand(30, 1, 5, 5), lml.gap, ax=ax),
 }
-SEVERAL_AXES = {"rank_histograms", "tightness", "training"}
+SEVERAL_AXES = {"rank_histograms", "report", "tightness", "training"}
 
 
 def test_every_figure_is_listed():
@@ -130,3 +130,57 @@ def test_comparison_has_the_best_on_top(lml):
     bottom, top = drawn.get_ylim()
     assert bottom > top
     assert "less those of 'better'" in drawn.get_xlabel()
+
+
+def history(epochs):
+    rows = range(1, epochs + 1)
+    row = {"reconstruction": -80.0, "kl": 20.0, "validation_reconstruction": -81.0, "validation_kl": 20.0}
+    return [{"epoch": n, "elbo": -100 - 900 / n**3, "validation_elbo": -101 - 900 / n**3, **row} for n in rows]
+
+
+def test_training_says_what_it_cuts_off():
+    axes = plots.training(history(20))
+    bottom, _ = axes[0].get_ylim()
+    below = sum(row["validation_elbo"] < bottom for row in history(20))
+    assert 0 < below < 5
+    assert axes[0].get_xlabel() == f"epoch ({below} of 20 lie below the axis)"
+    assert axes[2].get_xlabel() == "epoch"
+    assert [ax.get_xlabel() for ax in plots.training(history(3))] == ["epoch"] * 3  # few are all shown
+
+
+def test_report_shows_what_it_is_given(lml):
+    smallest = plots.report(lml)
+    assert len(smallest.axes) == 4
+    words = smallest.get_suptitle()
+    assert f"log p(x) {lml.mean:.2f} +- {lml.mean_stderr:.2f} over 30 data" in words
+    assert f"gap {lml.gap.mean():.2f} or more" in words
+    gaps = pv.inference_gaps(*digits_pair(), torch.ones(5, 6), num_particles=30, max_num_steps=1)
+    images = torch.rand(60, 1, 5, 5)
+    whole = plots.report(
+        lml, history=history(9), gaps=gaps, samples=images, originals=images, means=images, title="a pair"
+    )
+    assert len(whole.axes) == 10
+    assert whole.get_suptitle().startswith("a pair\n")
+    for ax in whole.axes[:8]:
+        assert "nats" in ax.get_xlabel() + ax.get_ylabel() + ax.get_title(), ax.get_title()
+    assert [image.get_array().shape[:2] for ax in whole.axes[8:] for image in ax.get_images()] == [(24, 72), (24, 72)]
+    whole.canvas.draw()
+
+
+def digits_pair():
+    model = pv.GenerativeModel(pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [4], 6), 6))
+    return model, pv.guides.MeanFieldNormal(pv.nets.MLP(6, [4]), 2)
+
+
+def test_report_of_few_particles_and_of_what_it_cannot_show(lml):
+    few = plots.report(pv.LogMarginalLikelihood.from_log_weights(torch.randn(5, 30)))
+    assert len(few.axes) == 3
+    assert "unknown below 25" in few.get_suptitle()
+    one = plots.report(pv.LogMarginalLikelihood.from_log_weights(torch.randn(1, 30)))
+    assert "gap is not known" in one.get_suptitle()
+    one.canvas.draw()
+    annealed = pv.LogMarginalLikelihood.from_annealed(torch.randn(30, 30), torch.full((30,), 0.6))
+    with pytest.raises(ValueError, match=r"annealed weights have none.*bound_curve"):
+        plots.report(annealed)
+    with pytest.raises(ValueError, match="come together"):
+        plots.report(lml, means=torch.rand(4, 1, 5, 5))

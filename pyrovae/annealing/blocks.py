@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from pyrovae.annealing.chains import Kernels, num_pilot_kernels, tune
 from pyrovae.annealing.potential import Potential
 from pyrovae.programs.extract import Extracted, all_ours
 from pyrovae.programs.modules import check_count, modules_behind
+from pyrovae.progress import progress_bar
 from pyrovae.weights.pair import Pair
 from pyrovae.weights.recorded import pays_off
 
@@ -65,16 +65,18 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
         )
     num_chains, num_temperatures = settings.num_chains, settings.num_temperatures
     size = pair.num_data
-    if pair.split_size is not None:
-        most = max(2, pair.rows // num_chains) if settings.data_batch_size == "auto" else settings.data_batch_size
+    most = settings.data_batch_size
+    if pair.split_size is not None and most is not None:
+        most = max(2, pair.rows // num_chains) if most == "auto" else most
         size = math.ceil(size / math.ceil(size / most))  # blocks of nearly one size
     blocks = list(pair.blocks(size))
     modules = modules_behind(pair.model, pair.guide)
-    record = inductor = settings.compile
     if settings.compile == "auto":
         num_gradients = pair.num_data * num_chains * num_temperatures * settings.num_leapfrog_steps
         record = bool(modules) and all_ours(modules)
         inductor = pays_off(num_gradients, modules_behind(pair.model), modules)
+    else:
+        record = inductor = settings.compile
     recorded: dict[tuple[int, int], Extracted | None] = {}
 
     def potential_of(start: int, stop: int, num_chains: int) -> Potential:
@@ -88,7 +90,7 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
         return potential
 
     total = len(blocks) * (num_pilot_kernels(num_temperatures) + passes * num_temperatures)
-    with tqdm(total=total, unit=" kernels", desc="annealing", disable=not settings.progress) as bar:
+    with progress_bar("annealing", total, "kernels", settings.progress) as bar:
         for start, stop in blocks:
             potential = potential_of(start, stop, num_chains)
             pilot = potential

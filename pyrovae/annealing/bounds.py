@@ -129,7 +129,8 @@ def bidirectional_monte_carlo(
         exact = exact_draws(pair, trace, guide, settings.num_chains)
         parts = until_interrupted(_sandwiched(pair, exact, settings, guide is None))
     lower, lower_stderr, upper, upper_stderr, acceptance = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    observed, latents = {}, {}
+    observed: dict[str, Tensor] = {}
+    latents: dict[str, Tensor] = {}
     for name, site in sample_sites(trace):
         values = observed if site["infer"].get("was_observed") else latents
         values[name] = first_data(site, pair.layout, len(lower)).cpu()

@@ -79,7 +79,7 @@ class _State(NamedTuple):
 
 
 @torch.no_grad()
-def anneal(potential: Potential, kernels: Kernels, tick: Callable[[], None] = lambda: None) -> Annealed:
+def anneal(potential: Potential, kernels: Kernels, tick: Callable[[], object] = lambda: None) -> Annealed:
     """Chains from draws of the start density to the joint density: the mean of their weights is p(x) in expectation.
 
     Source: Neal, Annealed Importance Sampling (2001).
@@ -95,7 +95,9 @@ def anneal(potential: Potential, kernels: Kernels, tick: Callable[[], None] = la
 
 
 @torch.no_grad()
-def anneal_back(potential: Potential, kernels: Kernels, u: Tensor, tick: Callable[[], None] = lambda: None) -> Annealed:
+def anneal_back(
+    potential: Potential, kernels: Kernels, u: Tensor, tick: Callable[[], object] = lambda: None
+) -> Annealed:
     """Chains the other way, from posterior draws u (S, N, D): the mean of 1 / weight is 1 / p(x) in expectation.
 
     The kernels are reversible, so that this runs `anneal`'s path backwards, and -log(mean(1 / weight)) is an upper bound
@@ -120,7 +122,7 @@ def tune(
     num_leapfrog_steps: int,
     *,
     adaptive: bool = True,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[], object] = lambda: None,
 ) -> Kernels:
     """Kernels from two pilot runs: the first finds the metric, the second the step sizes and the temperatures.
 
@@ -160,10 +162,10 @@ def _num_pilot_temperatures(num_temperatures: int) -> int:
 
 def num_pilot_kernels(num_temperatures: int) -> int:
     """How many kernels `tune` runs."""
-    return 2 * (_num_pilot_temperatures(num_temperatures) - 2 + 2 * _SETTLING)
+    return 2 * (_num_pilot_temperatures(num_temperatures) - 1 + 2 * _SETTLING)
 
 
-def _pilot(potential: Potential, kernels: Kernels, tick: Callable[[], None]) -> tuple[Tensor, Tensor, Tensor]:
+def _pilot(potential: Potential, kernels: Kernels, tick: Callable[[], object]) -> tuple[Tensor, Tensor, Tensor]:
     """Chains whose step sizes follow the acceptance.
 
     Returns their states at beta = 1 (draws, N, D); log step sizes (T + 1, N), smoothed; and the standard deviation of

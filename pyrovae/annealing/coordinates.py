@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -131,7 +131,7 @@ class Placed(Messenger):
         self.unconstrained = unconstrained
         self.log_jacobians: dict[str, Tensor] = {}
 
-    def _pyro_sample(self, msg) -> None:
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
         u = self.unconstrained.get(msg["name"])
         if u is None:
             return

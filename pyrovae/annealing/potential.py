@@ -6,6 +6,8 @@ normaliser is p(x). Any pair that `pyrovae.weights` takes will do, auxiliary dra
 the prior takes its place, and log w is log p(x|z).
 """
 
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import pyro
@@ -108,14 +110,16 @@ class Potential:
         map_tensors(tensors.append, (self.args, self.kwargs))
         return tensors
 
-    def _energy(self, u, beta, encoded, args, kwargs) -> tuple[Tensor, Tensor, Tensor]:
+    def _energy(
+        self, u: Tensor, beta: Tensor, encoded: Tensor | None, args: tuple, kwargs: dict
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             log_start, log_weight = self._log_densities(u, encoded, args, kwargs)
             (gradient,) = torch.autograd.grad(log_start.sum() + (beta * log_weight).sum(), u)
         return log_start.detach(), log_weight.detach(), gradient
 
-    def _log_densities(self, u, encoded, args, kwargs) -> tuple[Tensor, Tensor]:
+    def _log_densities(self, u: Tensor, encoded: Tensor | None, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
         placed = Placed(self.coordinates.values(u))
         model_trace, guide_trace = self._run(placed, encoded, args, kwargs)
         terms = {
@@ -128,14 +132,16 @@ class Potential:
                     f"the start density of site '{name}' is NaN or +inf at one of its draws: look for NaN in the data or "
                     f"parameters, or for a density without bound"
                 )
-        log_start = sum(terms.values())
+        log_start = reduce(add, terms.values())
         if self.from_prior:  # the latents' own terms cancel
             for name, _ in random_sites(guide_trace):
                 model_trace.remove_node(name)
             guide_trace = poutine.Trace()
         return log_start, log_weights_of(self.layout, model_trace, guide_trace, self.num_chains)
 
-    def _run(self, placed: Placed, encoded, args, kwargs) -> tuple[poutine.Trace, poutine.Trace]:
+    def _run(
+        self, placed: Placed, encoded: Tensor | None, args: tuple, kwargs: dict
+    ) -> tuple[poutine.Trace, poutine.Trace]:
         """(model trace, guide trace) of one run under a plate of chains, with gradients where those are on."""
         guide, model = (
             under_particles(program, self.layout, self.num_chains)

@@ -1,9 +1,10 @@
-"""Figures from arrays, never from models. Each takes `ax=` (or makes a figure) and returns the axes it drew on."""
+"""Figures from arrays, never from models. Each takes `ax=` (or makes a figure) and returns the axes it drew on; `report` is a page."""
 
 from pyrovae.plots.bounds import bound_curve, sandwich, tightness
 from pyrovae.plots.gaps import gap_decomposition, gap_histogram, k_against_gap
 from pyrovae.plots.history import training
 from pyrovae.plots.images import image_grid, image_table, manifold, reconstructions, worst_images
+from pyrovae.plots.report import report
 from pyrovae.plots.verdicts import comparison, rank_histograms, roc
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "manifold",
     "rank_histograms",
     "reconstructions",
+    "report",
     "roc",
     "sandwich",
     "tightness",

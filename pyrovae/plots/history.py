@@ -15,6 +15,9 @@ def training(history: Sequence[dict[str, float]], *, axes: Any = None) -> Any:
 
     history: rows with epoch, elbo, reconstruction, kl, and validation_elbo, ... where there is validation data
     axes: three axes; returns them
+
+    Of 8 values or more the lowest tenth may be cut off from the two curves that rise, where it would press the rest into a line;
+    the label says how many epochs lie below.
     """
     import matplotlib.pyplot as plt
 
@@ -28,20 +31,26 @@ def training(history: Sequence[dict[str, float]], *, axes: Any = None) -> Any:
         ax.plot(epochs, values, color=BLUE, label="training")
         if np.isfinite(checked).any():
             ax.plot(epochs, checked, color=ORANGE, linestyle="--", label="validation")
-        _zoom(ax, np.concatenate([values, checked]), rising=name != "kl")
-        ax.set(xlabel="epoch", ylabel="nats per image", title=label)
+        bottom = _zoom(ax, np.concatenate([values, checked]), rising=name != "kl")
+        below = int(((values < bottom) | (checked < bottom)).sum())
+        ax.set(
+            xlabel=f"epoch ({below} of {len(epochs)} lie below the axis)" if below else "epoch",
+            ylabel="nats per image",
+            title=label,
+        )
         ax.grid(alpha=0.3)
     axes[0].legend(loc="lower right")
     return axes
 
 
-def _zoom(ax: Any, values: np.ndarray, *, rising: bool) -> None:
-    """Cut off the first epochs' values where they would press the rest of a curve into a line."""
+def _zoom(ax: Any, values: np.ndarray, *, rising: bool) -> float:
+    """Cut off the first epochs' values where they would press the rest of a curve into a line; returns where."""
     values = values[np.isfinite(values)]
     if len(values) < 8:
-        return
+        return -np.inf
     low, high = values.min(), values.max()
     if rising:
         low = np.quantile(values, 0.1)
     margin = 0.08 * (high - low) or 1.0
     ax.set_ylim(low - margin, high + margin)
+    return low - margin

@@ -164,10 +164,10 @@ def _find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: 
     else:
         for name, plates, program in sites:
             if plate not in plates:
-                others = sorted({n for _, p, _ in sites for n in p}) or "none"
+                found = sorted({n for _, p, _ in sites for n in p}) or "none"
                 raise ValueError(
                     f"site '{name}' of the {program} is outside plate '{plate}', so log p(x) does not split over it "
-                    f"(plates found: {others}): put the site in the plate, or leave plate=None to take the whole "
+                    f"(plates found: {found}): put the site in the plate, or leave plate=None to take the whole "
                     f"program as one datum"
                 )
     frames = [plates[plate] for _, plates, _ in sites]

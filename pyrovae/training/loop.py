@@ -20,11 +20,13 @@ from pyro.infer import (
     Trace_ELBO,
 )
 from torch import Tensor
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
 from pyrovae import distributed
 from pyrovae.programs.modules import check_count, check_program, modules_behind, plain_errors
 from pyrovae.programs.traces import Program
+from pyrovae.progress import progress_bar
+from pyrovae.training.batches import batches_of, check_data
 from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
 from pyrovae.training.precision import in_precision
@@ -72,10 +74,10 @@ class FitResult:
 def fit(
     model: Program,
     guide: Program,
-    train: Tensor,
+    train: Tensor | DataLoader,
     *,
     epochs: int = 30,
-    batch_size: int = 200,
+    batch_size: int | None = None,
     learning_rate: float = 1e-3,
     schedule: Callable[[float], float] | None = cosine_schedule,
     loss: ELBO | None = None,
@@ -97,7 +99,9 @@ def fit(
     `pyro.infer.SVI(model, guide, optimizer, loss).step(batch)` on shuffled batches.
 
     model, guide: any Pyro pair that takes a batch of data
-    train: data (N, ...), moved to the device whole
+    train: data (N, ...), moved to the device whole and shuffled; or, for data that memory does not hold, a `DataLoader`
+        whose batches are data, or begin with them (images, labels)
+    batch_size: 200 by default; a loader has its own
     transform: makes a batch ready, on the device, at every use (`data.binarize`: dynamic binarisation)
     loss: any `pyro.infer.ELBO`; `Trace_ELBO()` by default
     learning_rate, schedule: of Adam; the schedule maps the fraction done to a factor (None: constant)
@@ -120,9 +124,9 @@ def fit(
         of a run never stopped, with the same versions and number of threads
     device: "auto" takes CUDA where there is one
 
-    Where `torchrun` started several processes (`pyrovae.distributed.joined`), each trains on its share of every batch, with
-    noise of its own, and the numbers reported are those of all. The first writes the checkpoint, which cannot be resumed by
-    several.
+    Where `torchrun` started several processes (`pyrovae.distributed.joined`), each trains on its share of every batch (with a
+    loader: on the batches of its own, of a `DistributedSampler`), with noise of its own, and the numbers reported are those
+    of all. The first writes the checkpoint, which cannot be resumed by several.
 
     Model and guide are changed in place (and moved to the device); the result tells the history, in nats per datum.
 
@@ -140,12 +144,13 @@ def fit(
     check_program("model", model)
     check_program("guide", guide)
     check_count("epochs", epochs)
-    check_count("batch_size", batch_size)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     check_count("max_skipped_steps", max_skipped_steps, least=0)
-    for name, tensor in (("train", train), ("validation", validation)):
-        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.ndim < 1 or len(tensor) == 0):
-            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name} must be a tensor of at least one datum, found {found}")
+    if not isinstance(train, DataLoader):
+        check_data("train", train)
+    if validation is not None:
+        check_data("validation", validation)
     for name, number in (("learning_rate", learning_rate), ("clip_norm", 1.0 if clip_norm is None else clip_norm)):
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise TypeError(f"{name} must be a number, found {number!r}")
@@ -163,49 +168,47 @@ def fit(
             f"{name.removeprefix('Jit')}(), with compile=True to have the step recorded and compiled"
         )
 
-    distributed.check_shares(len(train), batch_size)
+    device = pick_device(device)
+    batches = batches_of(train, batch_size, device)
     if resume and distributed.num_ranks() > 1:
         raise ValueError(
             f"found resume=True in one of {distributed.num_ranks()} processes: what they draw is not in a checkpoint; go on "
             f"with one process, or begin anew"
         )
-    device = pick_device(device)
     modules = [module.to(device) for module in modules_behind(model, guide)]
     settings = {
         "epochs": epochs,
-        "batch_size": batch_size,
+        "batch_size": batches.batch_size,
         "learning_rate": learning_rate,
         "clip_norm": clip_norm,
         "precision": precision,
     }
     if checkpoint is not None:
         settings |= settings_of(train, validation, loss, transform, schedule)
-    train = train.to(device)
     validation = None if validation is None else validation.to(device)
     optimizer = OneAdam(
         [p for module in modules for p in module.parameters()], learning_rate, clip_norm, max_skipped_steps
     )
     distributed.same_everywhere(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
     distributed.random_numbers_apart()
-    num_steps = epochs * -(-len(train) // batch_size)
-    compiles = pays_off(num_steps, batch_size, modules, loss, transform) if compile == "auto" else compile
-    steps = Steps(
-        *in_precision(precision, model, guide), loss, optimizer, modules, train, batch_size, transform, compiles
-    )
+    num_steps = epochs * batches.per_epoch
+    compiles = pays_off(num_steps, batches.batch_size, modules, loss, transform) if compile == "auto" else compile
+    programs = in_precision(precision, model, guide)
+    steps = Steps(programs[0], programs[1], loss, optimizer, modules, batches, transform, compiles)
     state = TrainingState(loss, optimizer, modules, device)
     with (
         run_file(
             checkpoint if distributed.rank() == 0 else None, resume, checkpoint_every, settings, model, guide
         ) as file,
-        tqdm(total=epochs * len(train), unit=" data", unit_scale=True, desc="training", disable=not progress) as bar,
+        progress_bar("training", epochs * batches.num_data, "data", progress) as bar,
         _without_warnings_of_nan(),
         plain_errors(),
     ):
-        if file is not None and (found := file.found()) is not None:
-            if found["history"]:
+        if file is not None and (saved := file.found()) is not None:
+            if saved["history"]:
                 steps.get_ready()
-            _restore(file.path, state, found)
-            bar.update(len(state.history) * len(train))
+            _restore(file.path, state, saved)
+            bar.update(len(state.history) * batches.num_data)
         good = state.capture()
         if file is not None and not state.history:
             file.save(state, good)
@@ -233,7 +236,7 @@ def fit(
                         "learning_rate": optimizer.learning_rate,
                         "skipped_steps": int(optimizer.verdicts.num_skipped) - state.num_skipped_steps,
                         "seconds": time.perf_counter() - start,
-                        "data_per_second": len(train) / seconds,
+                        "data_per_second": batches.num_data / seconds,
                     }
                 )
                 bar.set_postfix(_shown(state.history[-1], epochs))

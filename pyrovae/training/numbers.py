@@ -42,13 +42,13 @@ class Culprit(NamedTuple):
     what: str
     rows: Tensor | None
 
-    def at(self, index: Tensor) -> tuple[str, Tensor]:
-        """(the data, in words; their positions in the training data), for a batch of these positions."""
+    def at(self, index: Tensor, name: str) -> tuple[str, Tensor]:
+        """(the data, in words; their positions), for a batch of these positions in what has that name."""
         known = self.rows is not None and 0 < len(self.rows) < len(index)
         index = index[self.rows] if known else index
         shown = ", ".join(map(str, index[:_SHOWN].tolist())) + (", ..." if len(index) > _SHOWN else "")
         return (
-            f"train[{shown}] ({f'{len(index)} of the batch' if known else f'the batch, of {len(index)}'})",
+            f"{name}[{shown}] ({f'{len(index)} of the batch' if known else f'the batch, of {len(index)}'})",
             index.cpu(),
         )
 

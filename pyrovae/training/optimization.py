@@ -90,6 +90,6 @@ class OneAdam(pyro.optim.PyroOptim):
         self.verdicts(self._loss_is_finite & norm.isfinite())
         self._loss_is_finite.fill_(True)
         # The fused step asks for it on the device, as in mixed precision.
-        self.adam.found_inf = (~self.verdicts.was_made).float()
+        self.adam.found_inf = (~self.verdicts.was_made).float()  # type: ignore[attr-defined]  # set by torch's scaler, too
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros

@@ -28,7 +28,7 @@ class ElboParts:
         self.num_data: Any = 0
         self._of_step: list[tuple[Any, Any]] = []
 
-    def add(self, reconstruction: Tensor, kl: Tensor) -> None:
+    def add(self, reconstruction: Tensor | float, kl: Tensor | float) -> None:
         self._of_step.append((reconstruction, kl))
 
     def add_parts(self, parts: Any) -> None:
@@ -37,7 +37,8 @@ class ElboParts:
         self.add(parts.reconstruction, parts.kl)
 
     def add_traces(self, model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int) -> None:
-        reconstruction, kl = 0.0, 0.0
+        reconstruction: Tensor | float = 0.0
+        kl: Tensor | float = 0.0
         for trace in (model_trace, guide_trace):
             if any(site["infer"].get("_enumerate_dim") is not None for _, site in sample_sites(trace)):
                 reconstruction = kl = torch.tensor(math.nan)  # tables of log densities, not those of draws
@@ -95,7 +96,8 @@ def parts_of(loss: ELBO, full_size: int | None = None) -> Iterator[ElboParts]:
         if name == "surrogate":
             parts.add_parts(result[1])
         else:
-            parts.add_traces(*result, loss.num_particles)
+            model_trace, guide_trace = result
+            parts.add_traces(model_trace, guide_trace, loss.num_particles)
         return result
 
     setattr(loss, name, recording)

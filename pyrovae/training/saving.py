@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pyrovae.checkpoint.files import read, write
 from pyrovae.checkpoint.locks import locked
@@ -29,9 +30,10 @@ class RunFile:
 
     def __init__(self, path: Path, every: float, settings: dict[str, Any], model: Program, guide: Program):
         self.path, self.every, self.settings = path, every, settings
-        self.is_pair = isinstance(model, nn.Module) and isinstance(guide, nn.Module)
-        self.model, self.guide = model, guide
-        self.pair = pair_content(model, guide) if self.is_pair else {"versions": versions(), "model": None}
+        self.modules: dict[str, nn.Module] = {}
+        self.pair: dict[str, Any] = {"versions": versions(), "model": None}
+        if isinstance(model, nn.Module) and isinstance(guide, nn.Module):
+            self.modules, self.pair = {"model": model, "guide": guide}, pair_content(model, guide)
         self.saved_at = -float("inf")
 
     def found(self) -> dict[str, Any] | None:
@@ -56,9 +58,8 @@ class RunFile:
     def save(self, state: TrainingState, captured: dict[str, Any]) -> None:
         """Write what was captured of the state as it is now, the file before being kept."""
         content = {**self.pair, "training": {"settings": self.settings, "state": captured}}
-        if self.is_pair:
-            for name, module in (("model", self.model), ("guide", self.guide)):
-                content[name] = state.best_of(module.state_dict(keep_vars=True))
+        for name, module in self.modules.items():
+            content[name] = state.best_of(module.state_dict(keep_vars=True))
         write(self.path, content, keep=True)
         self.saved_at = time.monotonic()
 
@@ -91,7 +92,11 @@ def run_file(
 
 
 def settings_of(
-    train: Tensor, validation: Tensor | None, loss: ELBO, transform: Callable | None, schedule: Callable | None
+    train: Tensor | DataLoader,
+    validation: Tensor | None,
+    loss: ELBO,
+    transform: Callable | None,
+    schedule: Callable | None,
 ) -> dict[str, Any]:
     """What a run must have in common with the one that it goes on with, beside numbers, in plain values."""
     described = repr(loss)
@@ -111,6 +116,8 @@ def _function_name(function: Callable | None) -> str | None:
     return None if function is None else getattr(function, "__qualname__", type(function).__name__)
 
 
-def _fingerprint(tensor: Tensor) -> str:
+def _fingerprint(tensor: Tensor | DataLoader) -> str:
+    if isinstance(tensor, DataLoader):
+        return f"DataLoader with {len(tensor)} batches"
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tuple(tensor.shape)} {tensor.dtype} with checksum {zlib.crc32(data):08x}"
+    return f"{tuple(tensor.shape)} {tensor.dtype} with checksum {zlib.crc32(data.data):08x}"

@@ -45,7 +45,7 @@ class TrainingState:
     @property
     def num_skipped_steps(self) -> int:
         """Steps of the epochs done that were passed over."""
-        return sum(row["skipped_steps"] for row in self.history)
+        return int(sum(row["skipped_steps"] for row in self.history))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything training changes, each once: the modules' parameters and buffers, then parameters of Pyro's store."""

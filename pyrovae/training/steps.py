@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import pyro
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from pyrovae import distributed
 from pyrovae.programs.traces import Program
+from pyrovae.training.batches import Batches
 from pyrovae.training.numbers import Culprit, NotFiniteError, find_culprit
 from pyrovae.training.optimization import OneAdam
 from pyrovae.training.parts import ElboParts, parts_of
-from pyrovae.training.recorded import record_step
+from pyrovae.training.recorded import RecordedStep, record_step
 
 __all__ = ["Schedule", "Steps"]
 
@@ -41,13 +43,14 @@ class _Tried(NamedTuple):
     """A step, as it may have to be run again; was_made: None until its verdict is known."""
 
     step: int
-    index: Tensor
+    data: Tensor
+    rows: Tensor
     random: list[Tensor]
     was_made: Tensor | None = None
 
 
 class Steps:
-    """The steps of `SVI(model, guide, optimizer, loss)` on shuffled batches of the training data.
+    """The steps of `SVI(model, guide, optimizer, loss)` on batches of the training data.
 
     compiles: record the step once an epoch has been run eagerly
     """
@@ -59,33 +62,29 @@ class Steps:
         loss: ELBO,
         optimizer: OneAdam,
         modules: list[nn.Module],
-        train: Tensor,
-        batch_size: int,
+        batches: Batches,
         transform: Callable[[Tensor], Tensor] | None,
         compiles: bool,
     ):
         self.model, self.guide, self.loss, self.optimizer, self.modules = model, guide, loss, optimizer, modules
-        self.train, self.batch_size, self.transform = train, batch_size, transform
+        self.batches, self.transform, self.device = batches, transform, batches.device
         self.svi = SVI(model, guide, optimizer, loss=loss)
         self.svi.loss_and_grads = self._watched(self.svi.loss_and_grads)
         self.compiles = compiles
-        self.recorded = None
-        self.look_every = _LOOK_EVERY if train.is_cuda else 1
-
-    @property
-    def per_epoch(self) -> int:
-        return -(-len(self.train) // self.batch_size)
+        self.recorded: RecordedStep | None = None
+        self.look_every = _LOOK_EVERY if self.device.type == "cuda" else 1
 
     def get_ready(self) -> None:
         """Run the loss once, in place of the epochs before: for what it and Pyro's store learn of programs in their first step.
 
         To be called before the state is put back, which undoes everything else that this changes.
         """
+        data, index = self.batches.example()
         # Not with data that a step is to be skipped for.
-        rows = self.train.reshape(len(self.train), -1).isfinite().all(1).nonzero().squeeze(1)
-        rows = rows if len(rows) else torch.arange(len(self.train))
+        rows = data.reshape(len(data), -1).isfinite().all(1).nonzero().squeeze(1)
+        rows = rows[torch.arange(len(index), device=rows.device) % len(rows)] if len(rows) else index
         with torch.no_grad():
-            self.loss.loss(self.model, self.guide, self._batch(rows[torch.arange(self.batch_size) % len(rows)]))
+            self.loss.loss(self.model, self.guide, self._batch(data, rows))
 
     def epoch(
         self, number: int, epochs: int, rate: Schedule, full_size: int | None, progress: Callable[[int], object]
@@ -95,26 +94,26 @@ class Steps:
         A step whose loss or gradient is NaN or infinite changes neither parameters nor buffers, and its data do not count;
         the log names it. Raises NotFiniteError at the first of these that the optimizer does not skip.
         """
-        shuffled = torch.randperm(len(self.train), device=self.train.device)
-        distributed.same_everywhere([shuffled])
-        order = [distributed.share(index) for index in shuffled.split(self.batch_size)]
-        full = len(order[0])
-        if number > 1 and self.compiles and len(self.train) >= self.batch_size:
+        full, per_epoch = self.batches.full_size, self.batches.per_epoch
+        batches = self.batches.epoch()
+        first = next(batches)
+        if self.compiles and number > 1 and len(first[1]) == full:
             self.compiles = False
             self.recorded = record_step(
-                *(self.model, self.guide, self.loss, self.optimizer, self.modules), self.transform, self.train, order[0]
+                *(self.model, self.guide, self.loss, self.optimizer, self.modules), self.transform, *first
             )
-        objective = torch.zeros((), dtype=torch.float64, device=self.train.device)
+        objective = torch.zeros((), dtype=torch.float64, device=self.device)
         verdicts = self.optimizer.verdicts
         unseen: list[_Tried] = []
+        value: Tensor | float
         num_steps = int(verdicts.num_steps)
         with parts_of(self.loss, full_size) as parts:
-            for step, index in enumerate(order):
-                self.optimizer.learning_rate = rate((number - 1 + (step + 0.5) / self.per_epoch) / epochs)
-                unseen.append(_Tried(step + 1, index, self._random_state()))
+            for step, (data, index) in enumerate(chain([first], batches)):
+                self.optimizer.learning_rate = rate((number - 1 + (step + 0.5) / per_epoch) / epochs)
+                unseen.append(_Tried(step + 1, data, index, self._random_state()))
                 buffers = self._buffers() if verdicts.max_skipped else []
                 if self.recorded is not None and len(index) == full:
-                    value, reconstruction, kl = self.recorded(self.train, index)
+                    value, reconstruction, kl = self.recorded(data, index)
                     parts.add(reconstruction, kl)
                 else:
                     value = self._eager(number, unseen, validates=number == 1 and step == 0)
@@ -122,27 +121,28 @@ class Steps:
                 parts.count(len(index), verdicts.was_made)
                 objective = torch.where(verdicts.was_made, objective - value, objective)
                 unseen[-1] = unseen[-1]._replace(was_made=verdicts.was_made.clone())
-                if len(unseen) == self.look_every or step + 1 == len(order):
+                if len(unseen) == self.look_every or step + 1 == per_epoch:
                     if not verdicts.goes_on:
                         self._stop(number, unseen[int(verdicts.num_steps) - num_steps])
                     self._warn(number, unseen)
                     parts.forget()  # of steps that were looked at again
                     unseen, num_steps = [], int(verdicts.num_steps)
                 progress(len(index))
-        objective, parts.reconstruction, parts.kl, parts.num_data = distributed.sums(
+        total, parts.reconstruction, parts.kl, num_data = distributed.sums(
             objective, parts.reconstruction, parts.kl, parts.num_data
         )
-        return objective / parts.num_data if parts.num_data else math.nan, parts
+        parts.num_data = int(num_data)
+        return total / num_data if num_data else math.nan, parts
 
-    def _batch(self, index: Tensor) -> Tensor:
-        batch = self.train[index.to(self.train.device)]
+    def _batch(self, data: Tensor, index: Tensor) -> Tensor:
+        batch = data[index]
         return batch if self.transform is None else self.transform(batch)
 
     def _eager(self, epoch: int, unseen: list[_Tried], validates: bool) -> float:
         try:
             # The first step runs with Pyro's checks on; they cost a fifth of the time.
             with pyro.validation_enabled(validates):
-                return self.svi.step(self._batch(unseen[-1].index))
+                return self.svi.step(self._batch(unseen[-1].data, unseen[-1].rows))
         except ValueError as error:  # a distribution refuses NaN; other errors come again when the step is run again
             verdicts = self.optimizer.verdicts
             # Other processes wait for this one's gradients.
@@ -169,19 +169,19 @@ class Steps:
         return [(buffer, buffer.clone()) for buffer in nn.ModuleList(self.modules).buffers()]
 
     def _random_state(self) -> list[Tensor]:
-        on_gpu = [torch.cuda.get_rng_state(self.train.device)] if self.train.is_cuda else []
+        on_gpu = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         return [torch.get_rng_state(), *on_gpu]
 
     def _culprit(self, tried: _Tried) -> tuple[Culprit | None, str]:
         """What a step's numbers go wrong at as it is run again, in words too; nothing is changed by it."""
-        devices = [self.train.device] if self.train.is_cuda else []
+        devices = [self.device] if self.device.type == "cuda" else []
         buffers = self._buffers()
         with torch.random.fork_rng(devices):
             torch.set_rng_state(tried.random[0])
-            if self.train.is_cuda:
-                torch.cuda.set_rng_state(tried.random[1], self.train.device)
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(tried.random[1], self.device)
             try:
-                culprit = find_culprit(self.model, self.guide, self.loss, self._batch(tried.index))
+                culprit = find_culprit(self.model, self.guide, self.loss, self._batch(tried.data, tried.rows))
             except Exception as again:  # what a program makes of NaN is not one type
                 return None, f"running that step again raises {type(again).__name__}: {again}"
             finally:
@@ -198,7 +198,7 @@ class Steps:
         for step in tried if verdicts.max_skipped and verdicts.num_skipped else ():
             if not step.was_made:
                 culprit, what = self._culprit(step)
-                where = f", for {culprit.at(step.index)[0]}" if culprit else ""
+                where = f", for {culprit.at(step.rows, self.batches.name)[0]}" if culprit else ""
                 _logger.warning(
                     "epoch %d, step %d was skipped, as its loss or gradient is not finite: %s%s (skipped so far: %d of at "
                     "most %d)",
@@ -210,7 +210,7 @@ class Steps:
         culprit, what = self._culprit(tried)
         if culprit is None and error is not None:
             raise error
-        where, index = culprit.at(tried.index) if culprit else ("", tried.index.cpu())
+        where, index = culprit.at(tried.rows, self.batches.name) if culprit else ("", tried.rows.cpu())
         broken = [name for name, p in nn.ModuleList(self.modules).named_parameters() if not p.isfinite().all()]
         verdicts = self.optimizer.verdicts
         num_skipped = min(int(verdicts.num_skipped), verdicts.max_skipped)

@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyrovae.programs.modules import check_count, evaluation_mode, map_tensors, modules_behind
 from pyrovae.programs.traces import Program
+from pyrovae.progress import progress_bar
 from pyrovae.weights.pair import Pair
 from pyrovae.weights.recorded import pays_off
 
@@ -107,7 +107,7 @@ def log_weight_blocks(
             compile = pays_off(pair.num_data * num_particles, modules_behind(model), modules)
         if vectorised and compile and chunk_size < num_particles:
             pair.record(modules, block_size, chunk_size)
-        with tqdm(total=pair.num_data, unit=" data", desc="log weights", disable=not progress) as bar:
+        with progress_bar("log weights", pair.num_data, "data", progress) as bar:
             for start, stop in pair.blocks(block_size):
                 yield pair.block(start, stop, num_particles, chunk_size, vectorised), stop, pair.num_data
                 bar.update(stop - start)

@@ -217,7 +217,9 @@ class Pair:
         self.recorded = record_draw(draw, modules, self.encode(args, kwargs), args, kwargs)
         self.recorded_sizes = (num_data, num_particles)
 
-    def _refuse_impossible(self, model_trace, args, kwargs, layout, size) -> None:
+    def _refuse_impossible(
+        self, model_trace: Trace, args: tuple, kwargs: dict, layout: Layout, size: int | None
+    ) -> None:
         others = (self._run(None, args, kwargs, layout, size)[0] for _ in range(_OTHERS))
         refuse_impossible_data(model_trace, others)
 
@@ -226,22 +228,30 @@ class Pair:
 
     def encode(self, args: tuple, kwargs: dict) -> Tensor | None:
         """The guide's encoding of these data, done once for all particles, where it offers that (`pyrovae.guides.Guide`)."""
-        kind = type(self.guide)
+        guide = self.guide
+        if not isinstance(guide, Guide):
+            return None
         # A class with a `forward` or `posterior` of its own is run as it is.
-        if isinstance(self.guide, Guide) and kind.forward is Guide.forward and kind.posterior is Guide.posterior:
-            return self.guide.encode(*args, **kwargs)
-        return None
+        as_it_is = type(guide).forward is not Guide.forward or type(guide).posterior is not Guide.posterior
+        return None if as_it_is else guide.encode(*args, **kwargs)
 
     def guide_given(self, encoded: Tensor | None) -> Program:
         """The guide that draws from what `encode` gave."""
-        return self.guide if encoded is None else self.guide.given(encoded)
+        if encoded is None:
+            return self.guide
+        assert isinstance(self.guide, Guide)  # as `encode` found
+        return self.guide.given(encoded)
 
-    def _run(self, encoded: Tensor | None, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None):
+    def _run(
+        self, encoded: Tensor | None, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None
+    ) -> tuple[Trace, Trace]:
         """One run of the pair: of `num_particles` under an outer plate, or of one without."""
         return _run(self.model, self.guide_given(encoded), args, kwargs, layout, num_particles)
 
 
-def _run(model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None):
+def _run(
+    model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None
+) -> tuple[Trace, Trace]:
     if num_particles is not None:
         model, guide = (under_particles(program, layout, num_particles) for program in (model, guide))
     return run_pair(model, guide, args, kwargs, layout.pinned)

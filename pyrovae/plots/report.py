@@ -1,0 +1,95 @@
+"""One page with all of it: training, bounds, how far to believe them, pictures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pyrovae.plots.bounds import tightness
+from pyrovae.plots.gaps import gap_decomposition, gap_histogram, k_against_gap
+from pyrovae.plots.history import training
+from pyrovae.plots.images import image_grid, reconstructions
+
+__all__ = ["report"]
+
+_WIDTH = 11.0  # inches
+_COLUMNS = 12  # of images, in each half
+
+
+def report(
+    result: Any,
+    *,
+    history: Sequence[dict[str, float]] | None = None,
+    gaps: Any = None,
+    samples: Any = None,
+    originals: Any = None,
+    means: Any = None,
+    title: str | None = None,
+    cmap: str = "gray_r",
+) -> Any:
+    """Everything known of a fitted pair on one page; returns the matplotlib Figure.
+
+    result: of `log_marginal_likelihood`: ELBO against log p(x), the bound as particles grow, Pareto k against the gap, how
+        many data have which gap. Below 25 particles, where k is not known, its panel is left out
+    history: `fit(...).history`: a row of curves of training
+    gaps: of `inference_gaps`: where the gap comes from
+    samples: images (M, channels, height, width) of `model.generate(M, mean=True)`; 48 are shown at most
+    originals, means: images and `uses.reconstruct` of them, of one shape; 24 are shown at most
+
+    Raises ValueError for a result of annealing, which has no ELBO (compare it by `bound_curve(annealed=)`), and for one of
+    `originals` and `means` without the other.
+    """
+    import matplotlib.pyplot as plt
+
+    elbo, log_prob = (np.asarray(values, dtype=float) for values in (result.elbo, result.log_prob))
+    if np.isnan(elbo).all():
+        raise ValueError(
+            "the result has no ELBO, as annealed weights have none: report the importance-sampled result of the pair, and "
+            "draw the annealed log_prob beside it by bound_curve(..., annealed=)"
+        )
+    if (originals is None) != (means is None):
+        raise ValueError("originals and means come together: images, and pyrovae.uses.reconstruct of them")
+    pictures = [images is not None for images in (samples, means)]
+    heights = [3.2] * (history is not None) + [4.2, 4.2] + [2.3] * any(pictures)
+    figure = plt.figure(figsize=(_WIDTH, sum(heights) + 0.7), layout="constrained")
+    figure.suptitle("\n".join([*([title] if title else []), *_in_words(result)]), fontsize=11)
+    rows = iter(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+
+    if history is not None:
+        training(history, axes=next(rows).subplots(1, 3))
+    tightness(elbo, log_prob, result.curve_particles, result.curve, axes=next(rows).subplots(1, 2))
+    known = bool(np.isfinite(np.asarray(result.pareto_k)).any())
+    widths = [1.0] * known + [1.0] + [0.7] * (gaps is not None)
+    axes = list(next(rows).subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
+    if known:
+        k_against_gap(result.pareto_k, result.gap, limit=result.pareto_k_limit, ax=axes.pop(0))
+    gap_histogram(result.gap, ax=axes.pop(0))
+    if gaps is not None:
+        gap_decomposition({f"mean of {len(gaps):,} data": (gaps.approximation, gaps.amortization)}, ax=axes.pop(0))
+    if any(pictures):
+        axes = list(next(rows).subplots(1, sum(pictures), squeeze=False)[0])
+        if samples is not None:
+            name = "E[x | z], z drawn from the prior"
+            image_grid(samples[: 4 * _COLUMNS], columns=_COLUMNS, title=name, cmap=cmap, ax=axes.pop(0))
+        if means is not None:
+            shown = 2 * _COLUMNS
+            reconstructions(originals[:shown], means[:shown], columns=_COLUMNS, cmap=cmap, ax=axes.pop(0))
+    return figure
+
+
+def _in_words(result: Any) -> list[str]:
+    """The numbers that a reader asks for first."""
+    data = f"{len(result):,} {'datum' if len(result) == 1 else 'data'}"
+    if result.num_particles == 1:
+        return [f"{data}, one particle: ELBO {result.mean:.2f} nats per datum; the gap is not known"]
+    bad = result.share_of_bad_k()
+    trust = (
+        "Pareto k unknown below 25 particles"
+        if np.isnan(bad)
+        else f"k > {result.pareto_k_limit:.2f}, not to be trusted: {bad:.0%} of the data"
+    )
+    return [
+        f"log p(x) {result.mean:.2f} +- {result.mean_stderr:.2f} over {data} (+- {result.mean_mc_stderr:.3f} Monte Carlo; too "
+        f"low by {result.bias_estimate:.2f} or more), in nats per datum",
+        f"ELBO {result.elbo.mean():.2f}, gap {result.gap.mean():.2f} or more; {result.num_particles:,} particles; {trust}",
+    ]

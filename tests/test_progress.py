@@ -1,0 +1,86 @@
+"""Long work shows how far it has come and how long it still takes, where it is asked to, and nothing where it is not."""
+
+import inspect
+import re
+
+import pytest
+import torch
+
+import pyrovae as pv
+
+X = torch.ones(6, 5)
+X[::2, :3] = 0
+
+
+@pytest.fixture
+def pair():
+    model = pv.GenerativeModel(pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [4], 5), 5))
+    return model, pv.guides.MeanFieldNormal(pv.nets.MLP(5, [4]), 2)
+
+
+def evaluated(pair):
+    return pv.log_marginal_likelihood(*pair, X, num_particles=30)
+
+
+# name -> (call(pair, **progress), what its bars are called): every public function that can take long
+ANNEALING = {"num_chains": 4, "num_temperatures": 3, "num_leapfrog_steps": 2}
+LONG = {
+    "active_units": (lambda pair, **progress: pv.active_units(pair[1], X, **progress), {"active units"}),
+    "annealed_importance_sampling": (
+        lambda pair, **progress: pv.annealed_importance_sampling(pair[0], X, **ANNEALING, **progress),
+        {"annealing"},
+    ),
+    "bidirectional_monte_carlo": (
+        lambda pair, **progress: pv.bidirectional_monte_carlo(pair[0], X, **ANNEALING, **progress),
+        {"annealing"},
+    ),
+    "fit": (lambda pair, **progress: pv.fit(*pair, X, epochs=1, device="cpu", **progress), {"training"}),
+    "inference_gaps": (
+        lambda pair, **progress: pv.inference_gaps(*pair, X, num_particles=30, max_num_steps=2, **progress),
+        {"refining", "log weights"},
+    ),
+    "log_marginal_likelihood": (
+        lambda pair, **progress: pv.log_marginal_likelihood(*pair, X, num_particles=30, **progress),
+        {"log weights"},
+    ),
+    "log_weights": (
+        lambda pair, **progress: pv.log_weights(*pair, X, num_particles=30, **progress),
+        {"log weights"},
+    ),
+    "particles_for": (lambda pair, **progress: pv.particles_for(*pair, X, stderr=0.1, **progress), {"log weights"}),
+    "simulation_based_calibration": (
+        lambda pair, **progress: pv.simulation_based_calibration(*pair, X, **progress),
+        {"calibration"},
+    ),
+    "to_inference_data": (
+        lambda pair, **progress: pv.to_inference_data(
+            evaluated(pair), model=pair[0], guide=pair[1], args=(X,), num_draws=3, **progress
+        ),
+        {"draws"},
+    ),
+}
+BAR = re.compile(r"([a-z ]+): +\d+%\|[^|]*\| *\S+/\S+ \[\S+<\S+")  # name: share, done/total [time gone<time left
+
+
+def test_every_function_that_takes_progress_is_listed():
+    functions = {name: getattr(pv, name) for name in pv.__all__ if inspect.isfunction(getattr(pv, name))}
+    taking = {name for name, function in functions.items() if "progress" in inspect.signature(function).parameters}
+    assert taking == set(LONG)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_shown_with_the_time_left(name, pair, capfd):
+    call, bars = LONG[name]
+    call(pair, progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert set(BAR.findall(err)) == bars
+    assert "100%" in err
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_silent_otherwise(name, pair, capfd):
+    LONG[name][0](pair, progress=False)
+    assert capfd.readouterr() == ("", "")
+    default = inspect.signature(getattr(pv, name)).parameters["progress"].default
+    assert default is (name == "fit")
