@@ -291,6 +291,34 @@ TRAINING = [
         "return reconstruction + kl, reconstruction, kl",
         in_file("training", "history_is_the_real_elbo_whatever_the_objective"),
     ),
+    Mutation(
+        "skipped steps: one more than allowed",
+        "training/verdicts.py",
+        "self.num_skipped <= self.max_skipped",
+        "self.num_skipped <= self.max_skipped + 1",
+        in_file("skipped_steps", "one_more_stops_the_run_and_a_higher_limit_lets_it_go_on", "in_a_hand_written_svi"),
+    ),
+    Mutation(
+        "skipped steps: an infinite loss taken where its gradient is finite",
+        "training/steps.py",
+        "self.optimizer.watch(torch.tensor(value))",
+        "pass",
+        in_file("skipped_steps", "an_infinite_loss_with_finite_gradients_is_not_taken"),
+    ),
+    Mutation(
+        "skipped steps: their data counted",
+        "training/steps.py",
+        "parts.count(len(index), verdicts.was_made)",
+        "parts.count(len(index))",
+        in_file("skipped_steps", "a_skipped_step_is_counted_and_changes_nothing"),
+    ),
+    Mutation(
+        "skipped steps: running means keep them",
+        "training/steps.py",
+        "_put_back(buffers, unless=verdicts.was_made)",
+        "pass",
+        in_file("skipped_steps", "running_means_do_not_see_a_skipped_step"),
+    ),
 ]
 
 ANNEALING = [
@@ -334,7 +362,7 @@ ANNEALING = [
         "annealing/bounds.py",
         "-estimators.importance_weighted_bound(-back.log_weights)",
         "estimators.importance_weighted_bound(back.log_weights)",
-        in_file("annealing", "bounds_in_order_and_the_width_falls"),
+        in_file("annealing", "both_bounds_of_known_weights_by_hand"),
     ),
 ]
 

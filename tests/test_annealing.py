@@ -11,8 +11,8 @@ from conftest import LinearGaussian, within
 from pyro.infer.autoguide import AutoNormal
 
 import pyrovae as pv
-from pyrovae.annealing import chains
-from pyrovae.annealing.chains import anneal, anneal_back, sigmoidal_schedule, tune
+from pyrovae.annealing import bounds, chains
+from pyrovae.annealing.chains import Annealed, anneal, anneal_back, sigmoidal_schedule, tune
 from pyrovae.annealing.potential import Potential, prior_of
 from pyrovae.weights.pair import Pair
 
@@ -157,6 +157,30 @@ def test_bounds_in_order_and_the_width_falls(linear_gaussian):
         assert not torch.equal(result.data["x"], x)
         assert result.latents["z"].shape == (60, 3)
     assert widths[1] < 0.5 * widths[0]
+
+
+def test_both_bounds_of_known_weights_by_hand(linear_gaussian, monkeypatch, short_pilots):
+    """lower = log mean(w), upper = -log mean(1/w): the mean of w along backward chains is an upper bound too, and looser."""
+    weights = torch.tensor([1.0, 2.0, 3.0, 6.0]).unsqueeze(1)
+
+    def known(acceptance):
+        return lambda potential, *_: Annealed(
+            weights.log().expand(4, 5), potential.coordinates.u, torch.full((5,), acceptance)
+        )
+
+    monkeypatch.setattr(bounds, "anneal", known(0.6))
+    monkeypatch.setattr(bounds, "anneal_back", known(0.8))
+    x = linear_gaussian.data(5)
+    result = pv.bidirectional_monte_carlo(linear_gaussian.model, x, num_chains=4, num_temperatures=5, compile=False)
+    inverse = 1 / weights
+    for found, expected in (
+        (result.lower, math.log(3)),
+        (result.lower_stderr, weights.std() / 2 / 3),
+        (result.upper, math.log(2)),
+        (result.upper_stderr, inverse.std() / 2 / inverse.mean()),
+        (result.acceptance, 0.7),
+    ):
+        assert torch.allclose(found, torch.full((5,), float(expected)), rtol=1e-10)
 
 
 def test_from_a_guide(linear_gaussian):

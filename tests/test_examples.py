@@ -243,7 +243,14 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         "--out",
         str(tmp_path / "run"),
     ]
-    process = subprocess.Popen([*command, "--quiet"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    # A shell's background jobs ignore SIGINT, and so would this one if the tests are such a job.
+    process = subprocess.Popen(
+        [*command, "--quiet"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (tmp_path / "run/training.pt").exists():
         time.sleep(0.05)
     time.sleep(1.0)

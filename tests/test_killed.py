@@ -51,7 +51,7 @@ def start(path, epochs, compiled):
 def ended(path, epochs, compiled):
     """What a run that is left alone from here on ends in: all that would decide how it goes on, and the pair."""
     process = start(path, epochs, compiled)
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate(timeout=3600)
     assert process.returncode == 0, stderr
     content = read(path)
     return {name: content[name] for name in ("model", "guide", "training")}

@@ -110,7 +110,8 @@ def fit(
     clip_norm: largest global gradient norm
     max_skipped_steps: so many steps of the run whose loss or gradient is NaN or infinite are passed over: they change neither
         parameters nor buffers, their data do not count in the history, and the log (logger "pyrovae") names site and data.
-        One more stops the run. For rare accidents: data that do it every time are left out of training in this way
+        One more stops the run. For rare accidents: data that do it every time are left out of training in this way.
+        Among several processes a distribution that refuses its data stops the run
     compile: record the step (see `pyrovae.programs.extract`) and let Inductor compile it: same noise, same numbers up to rounding,
         a quarter faster on a CPU. "auto" does so for parts of this library in a run long enough to win back the
         compilation. The first epoch is run eagerly, with every check

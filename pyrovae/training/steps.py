@@ -212,11 +212,12 @@ class Steps:
             raise error
         where, index = culprit.at(tried.rows, self.batches.name) if culprit else ("", tried.rows.cpu())
         broken = [name for name, p in nn.ModuleList(self.modules).named_parameters() if not p.isfinite().all()]
-        max_skipped = self.optimizer.verdicts.max_skipped
+        verdicts = self.optimizer.verdicts
+        num_skipped = min(int(verdicts.num_skipped), verdicts.max_skipped)
         raise NotFiniteError(
             f"the loss or its gradient is not finite at epoch {epoch}, step {tried.step}: {what}{', for ' if where else ''}{where}"
             + (f"; not finite before that step: {', '.join(broken[:3])}" if broken else "")
-            + (f"; {max_skipped} such steps were skipped before (max_skipped_steps)" if max_skipped else "")
+            + (f"; {num_skipped} such steps were skipped before (max_skipped_steps)" if num_skipped else "")
             + f". Look at these data; lower the learning rate ({self.optimizer.learning_rate:g} in that step) or clip gradients "
             f"(clip_norm=)",
             *(culprit.site if culprit else None, epoch, tried.step, index),
