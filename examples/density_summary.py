@@ -72,7 +72,7 @@ def line(result: dict) -> str:
 
 
 def missed(result: dict) -> str:
-    if result["target"] is None:
+    if result["target"] is None or result["dataset"] != "mnist":
         return ""
     by = result["nll"] - result["target"]
     return f", missed by {by:.2f}" if by > 0 else ", reached"

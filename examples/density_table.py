@@ -16,9 +16,7 @@ quiet machine with as many would take.
 import argparse
 import json
 import logging
-import platform
 import shlex
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
