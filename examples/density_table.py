@@ -9,22 +9,20 @@ log p(x) of the test images, drawn once from a data seed of their own, is import
 them, to say how loose importance sampling is. A run that was stopped goes on where it was when the same command is given
 again: training from its checkpoint, evaluation from the images that are done. `--table` writes README.md beside the results.
 
-A clock on the wall tells little on a machine that others share: seconds are also those of the process on its cores, which a
-quiet machine with as many would take.
+A clock on the wall tells little on a machine that others share: seconds are also those of the process on its cores, about what
+a quiet machine with as many would take.
 """
 
 import argparse
 import json
 import logging
 import shlex
-import time
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from threading import Event, Thread
 
 import pyro
 import torch
+from clock import Clock
 from command_line import git_revision, load_data, positive, processor, versions, write_json
 from density_rows import ROWS, Row
 from density_summary import write_table
@@ -223,43 +221,6 @@ def save(path: Path, lml) -> None:
 
 def read(path: Path):
     return pv.LogMarginalLikelihood(**torch.load(path, weights_only=True))
-
-
-class Clock:
-    """Seconds on the wall and on the process's cores, by what was done, over all sessions of a run.
-
-    Its file is written every few seconds, so that little is lost of a session that is killed.
-    """
-
-    EVERY = 10.0
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.seconds = json.loads(path.read_text()) if path.exists() else {}
-
-    @contextmanager
-    def __call__(self, name: str):
-        before, started, ended = dict(self.seconds), (time.perf_counter(), time.process_time()), Event()
-
-        def note():
-            for kind, begin, now in zip(
-                ("wall", "cpu"), started, (time.perf_counter(), time.process_time()), strict=True
-            ):
-                self.seconds[f"{name}_{kind}"] = before.get(f"{name}_{kind}", 0.0) + now - begin
-            write_json(self.path, self.seconds)
-
-        def watch():
-            while not ended.wait(self.EVERY):
-                note()
-
-        thread = Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            note()
 
 
 def command(row: Row, options: argparse.Namespace) -> str:
