@@ -141,7 +141,7 @@ ROWS = {
             "mlp300-standard",
             "MLP 300-300, standard normal prior",
             mlp300,
-            300,
+            250,
             published=84.45,
             source=TOMCZAK,
             target=84.4,

@@ -18,7 +18,7 @@ versions, settings and seconds. Test NLL in nats per image, lower is better: imp
 high rather than too low; "+-" is the standard error over test images, then that of Monte Carlo. *Too high by*: the bias
 estimate, "at least". *Gap*: KL(q || posterior), "at least". *k too high*: share of images whose weights' tail is too heavy to
 trust their Monte Carlo error. *Annealing above*: log p(x) by annealed importance sampling from the prior minus that by
-importance sampling, on the same first images. *CPU minutes*: of the process, training and estimates, on one thread unless the
+importance sampling, on the same images (how many: in brackets). *CPU minutes*: of the process, training and estimates, on one thread unless the
 JSON says otherwise; on a machine shared with other work they tell what a quiet core takes, and minutes on the wall are more.
 
 The test set is drawn once from a seed of its own; the published rows redraw it or use another draw (static: another file
@@ -51,7 +51,7 @@ def line(result: dict) -> str:
     notes = [
         *([f"seed {result['seed']}"] if result["seed"] else []),
         *([result["dataset"]] if result["dataset"] != "mnist" else []),
-        *([f"first {result['test_images']:,} images"] if result["test_images"] < result["of_test_images"] else []),
+        *([f"{result['test_images']:,} images"] if result["test_images"] < result["of_test_images"] else []),
         *([f"{result['particles']:,} particles"] if result["particles"] != 5000 else []),
         f"{result['training']['epochs']} epochs",
     ]

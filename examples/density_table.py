@@ -5,7 +5,7 @@
     python examples/density_table.py --all
     python examples/density_table.py --table
 
-log p(x) of the test images, drawn once from a data seed of their own, is importance sampled, and annealed on the first of
+log p(x) of the test images, drawn once from a data seed of their own, is importance sampled, and annealed on some of
 them, to say how loose importance sampling is. A run that was stopped goes on where it was when the same command is given
 again: training from its checkpoint, evaluation from the images that are done. `--table` writes README.md beside the results.
 
@@ -31,6 +31,7 @@ import pyrovae as pv
 from pyrovae.checkpoint.locks import locked
 
 IMAGES_PER_PIECE = 2000  # of the evaluation, each saved as it is done
+ORDER_SEED = 0  # of the test images
 NUM_CHAINS, NUM_TEMPERATURES = 16, 500  # of annealing
 
 
@@ -67,8 +68,10 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
     data = load_data(argparse.Namespace(**wanted, **vars(options)))
     clock = Clock(folder / "seconds.json")
     model, guide, history = train(row, options, folder, data, device, clock)
-    lml = estimate(options, folder, model, guide, data.test[: options.images], clock)
-    annealed = anneal(options, folder, model, data.test[: options.ais_images], clock)
+    # In an order of their own, so that the first of them are a random sample.
+    test = data.test[torch.randperm(len(data.test), generator=torch.Generator().manual_seed(ORDER_SEED))]
+    lml = estimate(options, folder, model, guide, test[: options.images], clock)
+    annealed = anneal(options, folder, model, test[: options.ais_images], clock)
     active = pv.active_units(guide, data.test)
     return {
         "row": row.name,
@@ -249,8 +252,8 @@ def parse_options() -> argparse.Namespace:
         help="folder of the numbers (default: results, here)",
     )
     add("--particles", type=positive(int), default=5000, help="per test image (default: 5000)")
-    add("--images", type=positive(int), help="the first test images alone (default: all)")
-    add("--ais-images", type=int, default=100, help="annealed as well, the first (default: 100; 0: none)")
+    add("--images", type=positive(int), help="so many test images alone, a random sample (default: all)")
+    add("--ais-images", type=int, default=100, help="so many of these annealed as well (default: 100; 0: none)")
     add("--epochs", type=positive(int), help="in place of the row's")
     add("--seed", type=int, default=0, help="of initialisation, training and estimates (default: 0)")
     add("--quiet", action="store_true", help="no progress bars")

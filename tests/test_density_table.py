@@ -56,9 +56,9 @@ def test_a_row_and_its_table(run, short_pilots, table, tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(result)  # no machine's paths
     run("mlp300-standard", "--seed", "1", "--ais-images", "0", "--table")
     written = (tmp_path / "results/README.md").read_text()
-    row = "| MLP 300-300, standard normal prior (digits, first 40 images, 30 particles, 1 epochs) |"
+    row = "| MLP 300-300, standard normal prior (digits, 40 images, 30 particles, 1 epochs) |"
     assert f"{row} {result['nll']:.2f} +- {result['nll_stderr']:.2f} +- " in written
-    assert "(seed 1, digits, first 40 images, 30 particles, 1 epochs)" in written
+    assert "(seed 1, digits, 40 images, 30 particles, 1 epochs)" in written
     assert (
         "| residual, NSF prior and guide (`resnet-nsf-nsf`) | 79.00 | 79.63 | needs a GPU: none was at hand |"
         in written
