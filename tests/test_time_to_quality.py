@@ -133,7 +133,7 @@ def test_the_clock_stands_still_while_weights_are_written(trainers, monkeypatch,
 
     train(4.0)
     train(2.0)  # 6: due since 5
-    train(1.0)  # 7: the next is due at 7.2
+    train(1.0)  # 7: the next is due at 7.5
     train(1.0)
     with pytest.raises(trainers.Enough):
         train(14.0)

@@ -21,7 +21,7 @@ from torch import Tensor
 import pyrovae as pv
 
 BATCH_SIZE = {"pyro": 256, "numpyro": 128}  # of their own examples; Pythae's is in its configuration
-GROWTH = 1.2  # of the seconds between snapshots
+GROWTH = 1.25  # of the seconds between snapshots
 FIRST = 5.0  # seconds
 
 
