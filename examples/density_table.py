@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,8 +44,11 @@ def main() -> None:
     for name in [row.name for row in ROWS.values() if cuda or row.device == "cpu"] if options.all else options.rows:
         row, folder = ROWS[name], Path(options.runs) / run_name(name, options.seed)
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, "wait until it has ended, or give another --runs"):
-            result = run(row, options, folder)
+        try:
+            with locked(folder, "wait until it has ended, or give another --runs"):
+                result = run(row, options, folder)
+        except (ValueError, RuntimeError, OSError) as error:  # not there, damaged, taken: the message says what to do
+            sys.exit(f"error: {name}: {error}")
         Path(options.results).mkdir(parents=True, exist_ok=True)
         write_json(Path(options.results) / f"{run_name(name, options.seed)}.json", result)
         print(
@@ -126,12 +130,11 @@ def train(row, options, folder, data, device, clock):
     """(model, guide, what training came to), from the checkpoint where it is done."""
     checkpoint, done = folder / "training.pt", folder / "trained.json"
     settings = training_of(row, options)
+    of_run = {**settings, "seed": options.seed, "dataset": data.name, "data_seed": data.data_seed}
     pyro.set_rng_seed(options.seed)
     if done.exists():
-        if (found := json.loads(done.read_text()))["settings"] != settings:
-            raise SystemExit(
-                f"error: {folder} holds a run with {found['settings']}, not {settings}: give another --runs"
-            )
+        if (found := json.loads(done.read_text()))["run"] != of_run:
+            raise ValueError(f"{folder} holds a run with {found['run']}, not {of_run}: give another --runs")
         saved = pv.load(checkpoint)
         return saved["model"].to(device), saved["guide"].to(device), found["history"]
     model, guide = row.pair(data)
@@ -165,7 +168,7 @@ def train(row, options, folder, data, device, clock):
             for epoch in result.history[every - 1 :: every]
         ],
     }
-    write_json(done, {"settings": settings, "history": history})
+    write_json(done, {"run": of_run, "history": history})
     return model, guide, history
 
 
