@@ -293,8 +293,7 @@ def metrics_of(options, data, device, result, lml, active, seconds) -> dict:
             "active_units": int(active.sum()),
         },
         "seconds": seconds,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("pyrovae", "torch", "torchvision", "pyro-ppl", "arviz", "numpy")},
+        "versions": versions(),
         "git_revision": git_revision(),
         "command": command(),
     }
@@ -371,6 +370,20 @@ def pareto_row(test) -> str:
         return "unknown below 25 particles"
     strict = f" (> 0.70: {worse:.1%})" if limit < 0.7 else ""
     return f"{bad:.1%} of the images > {limit:.2f}{strict}: not to be trusted" if bad else f"no image > {limit:.2f}"
+
+
+def versions() -> dict[str, str]:
+    packages = ("pyrovae", "torch", "torchvision", "pyro-ppl", "zuko", "arviz", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def git_revision() -> str | None:

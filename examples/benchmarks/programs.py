@@ -1,6 +1,7 @@
 """The same variational autoencoder as its users write it: with Pyro, with PyTorch alone, with NumPyro, with Pythae.
 
-784 pixels, 400 hidden units with softplus, 50 latent dimensions, Bernoulli pixels: the network of Pyro's own example.
+784 pixels, 400 hidden units with softplus, 50 latent dimensions, Bernoulli pixels: the network of Pyro's own example. "deep"
+is that of `mnist_svi.py`: two hidden layers of 400 with LayerNorm and SiLU, 40 latent dimensions.
 """
 
 import math
@@ -29,8 +30,20 @@ def images(num_data: int, data_dir: str | None, device: str = "cpu") -> tuple[to
     return torch.bernoulli(grey, generator=generator).to(device), name
 
 
-def networks(model: str, latent_dim: int = LATENT_DIM) -> tuple[nn.Module, nn.Module]:
+def latents(model: str) -> int:
+    """Dimensions of z."""
+    return 40 if model == "deep" else LATENT_DIM
+
+
+def networks(model: str, latent_dim: int | None = None) -> tuple[nn.Module, nn.Module]:
     """(encoder trunk, decoder)."""
+    latent_dim = latent_dim or latents(model)
+    if model == "deep":
+        hidden = [HIDDEN, HIDDEN]
+        return (
+            pv.nets.MLP(PIXELS, hidden, layer_norm=True),
+            pv.nets.MLP(latent_dim, hidden, PIXELS, layer_norm=True),
+        )
     if model == "conv":
         return (
             nn.Sequential(nn.Unflatten(1, (1, 28, 28)), pv.nets.ConvEncoder((1, 28, 28))),
@@ -46,8 +59,9 @@ def width(model: str) -> int:
     return 256 if model == "conv" else HIDDEN
 
 
-def ours(model: str, data: torch.Tensor, latent_dim: int = LATENT_DIM) -> tuple[pv.GenerativeModel, pv.guides.Guide]:
+def ours(model: str, data: torch.Tensor, latent_dim: int | None = None) -> tuple[pv.GenerativeModel, pv.guides.Guide]:
     """Of this library's parts."""
+    latent_dim = latent_dim or latents(model)
     encoder, decoder = networks(model, latent_dim)
     kind = pv.guides.InverseAutoregressiveFlow if model == "iaf" else pv.guides.MeanFieldNormal
     guide = kind(encoder, latent_dim, num_features=width(model))
@@ -65,7 +79,8 @@ class PyroVAE(nn.Module):
     def __init__(self, model: str, data: torch.Tensor):
         super().__init__()
         self.trunk, self.decoder = networks(model)
-        self.loc, self.log_scale = nn.Linear(width(model), LATENT_DIM), nn.Linear(width(model), LATENT_DIM)
+        self.latent_dim = latents(model)
+        self.loc, self.log_scale = (nn.Linear(width(model), self.latent_dim) for _ in range(2))
         if model == "vamp":
             self.pseudo_inputs = nn.Parameter(data[:PSEUDO_INPUTS].clone().clamp(0.01, 0.99).logit())
         self.is_vamp = model == "vamp"
@@ -79,7 +94,7 @@ class PyroVAE(nn.Module):
         if self.is_vamp:
             components = dist.Normal(*self.encode(self.pseudo_inputs.sigmoid())).to_event(1)
             return dist.MixtureSameFamily(dist.Categorical(logits=x.new_zeros(PSEUDO_INPUTS)), components)
-        return dist.Normal(x.new_zeros(len(x), LATENT_DIM), x.new_ones(len(x), LATENT_DIM)).to_event(1)
+        return dist.Normal(x.new_zeros(len(x), self.latent_dim), x.new_ones(len(x), self.latent_dim)).to_event(1)
 
     def model(self, x: torch.Tensor) -> None:
         pyro.module("decoder", self.decoder)
@@ -125,7 +140,7 @@ class TorchVAE(nn.Module):
         return reconstruction + (-0.5 * noise.square() - log_scale).sum() - log_prior.sum()
 
 
-def pythae_vae(data: torch.Tensor):
+def pythae_vae(data: torch.Tensor, model: str = "mlp"):
     """Pythae's VAE with the same networks, whose decoder it wants with a sigmoid."""
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput
@@ -134,7 +149,7 @@ def pythae_vae(data: torch.Tensor):
     class Encoder(BaseEncoder):
         def __init__(self):
             super().__init__()
-            self.trunk, self.head = networks("mlp")[0], nn.Linear(HIDDEN, 2 * LATENT_DIM)
+            self.trunk, self.head = networks(model)[0], nn.Linear(HIDDEN, 2 * latents(model))
 
         def forward(self, x):
             loc, log_covariance = self.head(self.trunk(x)).chunk(2, -1)
@@ -143,55 +158,77 @@ def pythae_vae(data: torch.Tensor):
     class Decoder(BaseDecoder):
         def __init__(self):
             super().__init__()
-            self.net = networks("mlp")[1]
+            self.net = networks(model)[1]
 
         def forward(self, z):
             return ModelOutput(reconstruction=self.net(z).sigmoid())
 
-    config = VAEConfig(input_dim=(PIXELS,), latent_dim=LATENT_DIM, reconstruction_loss="bce")
+    config = VAEConfig(input_dim=(PIXELS,), latent_dim=latents(model), reconstruction_loss="bce")
     return VAE(config, encoder=Encoder(), decoder=Decoder()).to(data.device)
 
 
-def numpyro_epoch(data: torch.Tensor, batch_size: int):
-    """NumPyro with the whole epoch jitted, as in its example: (initial state, epoch(state, order) -> (loss, state))."""
+def numpyro_epoch(data: torch.Tensor, batch_size: int, model: str = "mlp", dynamic: bool = False):
+    """NumPyro with the whole epoch jitted, as in its example.
+
+    dynamic: data are grey, and drawn at every use
+
+    Returns (initial state, epoch(state) -> (loss, state), parameters(state)).
+    """
     import jax
     import jax.numpy as jnp
     import numpyro
     import numpyro.distributions as ndist
     from jax.example_libraries import stax
 
-    def trunk(num_out):
-        return stax.serial(stax.Dense(HIDDEN), stax.Softplus, stax.Dense(num_out))
+    latent_dim = latents(model)
 
-    def model(x):
-        decode = numpyro.module("decoder", trunk(PIXELS), (batch_size, LATENT_DIM))
+    def init_norm(key, shape):
+        return shape, (jnp.ones(shape[-1:]), jnp.zeros(shape[-1:]))
+
+    def norm(parameters, x, **_):
+        scale, shift = parameters
+        mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * scale + shift
+
+    def trunk(num_out):
+        if model == "deep":
+            layers = (stax.Dense(HIDDEN), (init_norm, norm), stax.elementwise(jax.nn.silu)) * 2
+        else:
+            layers = (stax.Dense(HIDDEN), stax.Softplus)
+        return stax.serial(*layers, stax.Dense(num_out))
+
+    def program(x):
+        decode = numpyro.module("decoder", trunk(PIXELS), (batch_size, latent_dim))
         with numpyro.plate("data", len(x)):
-            z = numpyro.sample("z", ndist.Normal(0, 1).expand([LATENT_DIM]).to_event(1))
+            z = numpyro.sample("z", ndist.Normal(0, 1).expand([latent_dim]).to_event(1))
             numpyro.sample("x", ndist.Bernoulli(logits=decode(z)).to_event(1), obs=x)
 
     def guide(x):
-        encode = numpyro.module("encoder", trunk(2 * LATENT_DIM), (batch_size, PIXELS))
+        encode = numpyro.module("encoder", trunk(2 * latent_dim), (batch_size, PIXELS))
         loc, log_scale = jnp.split(encode(x), 2, -1)
         with numpyro.plate("data", len(x)):
             numpyro.sample("z", ndist.Normal(loc, jnp.exp(log_scale)).to_event(1))
 
     pixels = jnp.asarray(data.cpu().numpy())
-    svi = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(1e-3), numpyro.infer.Trace_ELBO())
-    state = jax.jit(svi.init)(jax.random.PRNGKey(0), pixels[:batch_size])
+    svi = numpyro.infer.SVI(program, guide, numpyro.optim.Adam(1e-3), numpyro.infer.Trace_ELBO())
+    state = jax.jit(svi.init)(jax.random.PRNGKey(0), (pixels[:batch_size] > 0.5).astype(pixels.dtype))
 
     @jax.jit
-    def epoch(state, order):
+    def epoch(state, order, key):
         def step(number, carry):
             total, state = carry
-            index = jax.lax.dynamic_slice_in_dim(order, number * batch_size, batch_size)
-            state, loss = svi.update(state, pixels[index])
+            batch = pixels[jax.lax.dynamic_slice_in_dim(order, number * batch_size, batch_size)]
+            if dynamic:
+                drawn = jax.random.bernoulli(jax.random.fold_in(key, number), batch)
+                batch = drawn.astype(pixels.dtype)
+            state, loss = svi.update(state, batch)
             return total + loss, state
 
         return jax.lax.fori_loop(0, len(order) // batch_size, step, (0.0, state))
 
     def run(state):
         key = jax.random.PRNGKey(int(torch.randint(2**31, ())))
-        total, state = epoch(state, jax.random.permutation(key, len(pixels)))
+        total, state = epoch(state, jax.random.permutation(key, len(pixels)), jax.random.fold_in(key, 1))
         return float(total), state
 
-    return state, run
+    return state, run, svi.get_params

@@ -134,7 +134,7 @@ def by_hand(model: str, data, batch_size: int, compiled: bool) -> Callable[[], f
 def numpyro(data, batch_size: int) -> Callable[[], float] | str:
     if importlib.util.find_spec("numpyro") is None:
         return turns.NOT_INSTALLED
-    state, run = programs.numpyro_epoch(data, batch_size)
+    state, run, _ = programs.numpyro_epoch(data, batch_size)
 
     def turn() -> float:
         nonlocal state

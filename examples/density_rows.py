@@ -1,0 +1,242 @@
+"""The rows of `density_table.py`: which model, how it is trained, and what it is compared with.
+
+Published numbers: Burda 2016 (arXiv 1509.00519, table 1), Tomczak & Welling 2018 (1705.07120, table 1; 1810.10866 for the
+dynamic ones, as listed by Norouzi 2020), Bauer & Mnih 2019 (1810.11428), Kingma 2016 (1606.04934), Durkan 2019 (1906.04032).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+import pyrovae as pv
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. NLLs in nats per image.
+
+    name, title: on the command line, and in the table
+    pair: data -> (model, guide)
+    objective, particles: of training, by their name in `pv.registry.OBJECTIVES`
+    epochs, batch_size, learning_rate, clip_norm: of `pv.fit`; the rate falls by half a cosine, so the epochs have to be
+        known beforehand. No weight decay anywhere
+    kl_warmup: epochs over which the weight of the KL grows from 0 to 1
+    binarization: "dynamic" or "static", of the training images; validation and test are drawn once in either case
+    train_on_all: on 60,000 images, the last state being kept; else on 50,000, and the state with the best ELBO of the
+        10,000 validation images is
+    device: "cuda" for rows that two cores are too slow for
+    published, source: NLL in the literature; target: what this row is to reach
+    """
+
+    name: str
+    title: str
+    pair: Callable[[pv.data.Splits], tuple]
+    epochs: int
+    objective: str = "elbo"
+    particles: int = 1
+    batch_size: int = 100
+    learning_rate: float = 2e-3
+    clip_norm: float | None = None
+    kl_warmup: int = 0
+    binarization: str = "dynamic"
+    train_on_all: bool = False
+    device: str = "cpu"
+    published: float | None = None
+    source: str = ""
+    target: float | None = None
+
+
+def mlp(data, *, hidden, latent_dim, prior="standard-normal", guide="mean-field", activation=nn.SiLU, layer_norm=True):
+    """One layer of latents; the same widths on the way up and down."""
+    pixels = data.data_shape.numel()
+    options = {"activation": activation, "layer_norm": layer_norm}
+    encoder = pv.nets.MLP(pixels, hidden, **options)
+    return one_layer(data, encoder, pv.nets.MLP(latent_dim, hidden, pixels, **options), latent_dim, prior, guide)
+
+
+def images(data, *, network, latent_dim, prior, guide="mean-field"):
+    """One layer of latents; networks for images, by their name in `pv.registry.NETWORKS`."""
+    nets = pv.registry.NETWORKS[network]
+    encoder = nets.encoder(data.data_shape, ())
+    return one_layer(data, encoder, nets.decoder(latent_dim, data.data_shape, ()), latent_dim, prior, guide)
+
+
+def one_layer(data, encoder, decoder, latent_dim, prior, guide):
+    guide = pv.registry.GUIDES[guide](encoder, latent_dim)
+    prior = pv.registry.PRIORS[prior](latent_dim, guide, data.train)
+    return pv.GenerativeModel(prior, bernoulli(decoder, data)), guide
+
+
+def two_layers(data):
+    """784 - 200 - 200 - z1 100 - 100 - 100 - z2 50, tanh (Burda 2016)."""
+    return pv.two_layer_vae(data.data_shape, data_mean=data.train.mean(0))
+
+
+def hierarchy(data, *, hidden=300, latent_dim=40, num_pseudo_inputs=500):
+    """z2 above z1, the decoder sees both, the guide goes down from z2 (Tomczak & Welling 2018)."""
+    pixels = data.data_shape.numel()
+    net = partial(pv.nets.MLP, layer_norm=True)
+    normal = pv.ConditionalNormal
+    top = pv.guides.MeanFieldNormal(net(pixels, [hidden, hidden]), latent_dim)
+    below = normal(net(latent_dim + hidden, [hidden]), latent_dim)
+    guide = pv.TopDownGuide(top, [below], net(pixels, [hidden]))
+    prior = pv.priors.VampPrior(top, data.train[:num_pseudo_inputs].clone())
+    likelihood = bernoulli(net(2 * latent_dim, [hidden, hidden], pixels), data)
+    layers = [normal(net(latent_dim, [hidden, hidden]), latent_dim)]
+    return pv.HierarchicalModel(prior, layers, likelihood, skip=True), guide
+
+
+def bernoulli(decoder, data):
+    return pv.likelihoods.Bernoulli(decoder, data.data_shape, data_mean=data.train.mean(0))
+
+
+# Burda's networks, as published: 784 - 200 - 200 - 50, tanh. Trained here in batches of 100 with a cosine, not for 3280 epochs.
+burda = partial(mlp, hidden=[200, 200], latent_dim=50, activation=nn.Tanh, layer_norm=False)
+BurdaRow = partial(Row, train_on_all=True, learning_rate=1e-3, source="Burda 2016")
+
+# Two hidden layers of 300, 40 latents, as in Tomczak & Welling and Bauer & Mnih; SiLU and LayerNorm are ours.
+mlp300 = partial(mlp, hidden=[300, 300], latent_dim=40)
+
+# Residual and convolutional networks: for a GPU. What two cores cannot do has not been tried out: settings are a first guess.
+GpuRow = partial(Row, device="cuda", epochs=400, batch_size=200, learning_rate=1e-3, clip_norm=100.0, kl_warmup=20)
+
+TOMCZAK, BAUER = "Tomczak & Welling 2018", "Bauer & Mnih 2019"
+CONV = f"{TOMCZAK}, convHVAE"
+OTHER_FILE = "(another binary file)"
+
+ROWS = {
+    row.name: row
+    for row in (
+        # Dynamic binarisation, Burda's networks.
+        BurdaRow("burda1-vae", "1 layer (Burda), VAE, k=1", burda, 300, published=86.76, target=86.5),
+        BurdaRow("burda1-iwae5", "1 layer (Burda), IWAE, k=5", burda, 150, "iwae", 5, published=85.54, target=85.3),
+        BurdaRow(
+            "burda1-iwae50",
+            "1 layer (Burda), IWAE, k=50",
+            burda,
+            600,
+            "iwae",
+            50,
+            device="cuda",
+            published=84.78,
+            target=84.6,
+        ),
+        BurdaRow("burda1-dreg50", "1 layer (Burda), DReG, k=50", burda, 600, "dreg", 50, device="cuda", target=84.4),
+        BurdaRow("burda2-vae", "2 layers (Burda), VAE, k=1", two_layers, 200, published=85.33, target=85.0),
+        BurdaRow(
+            "burda2-iwae50",
+            "2 layers (Burda), IWAE, k=50",
+            two_layers,
+            600,
+            "iwae",
+            50,
+            device="cuda",
+            published=82.90,
+            target=82.8,
+        ),
+        # MLPs of 300-300, by their priors.
+        Row(
+            "mlp300-standard",
+            "MLP 300-300, standard normal prior",
+            mlp300,
+            250,
+            published=84.45,
+            source=TOMCZAK,
+            target=84.4,
+        ),
+        Row(
+            "mlp300-vamp",
+            "MLP 300-300, VampPrior",
+            partial(mlp300, prior="vamp"),
+            150,
+            batch_size=200,
+            published=82.43,
+            source=TOMCZAK,
+            target=82.4,
+        ),
+        Row(
+            "mlp300-maf",
+            "MLP 300-300, MAF prior",
+            partial(mlp300, prior="maf"),
+            240,
+            published=81.58,
+            source=BAUER,
+            target=81.8,
+        ),
+        Row(
+            "mlp300-realnvp",
+            "MLP 300-300, RealNVP prior",
+            partial(mlp300, prior="realnvp"),
+            240,
+            published=81.86,
+            source=BAUER,
+            target=81.8,
+        ),
+        Row(
+            "mlp300-maf-iaf",
+            "MLP 300-300, MAF prior, IAF guide",
+            partial(mlp300, prior="maf", guide="iaf"),
+            200,
+            target=81.3,
+        ),
+        Row(
+            "hvae2-vamp",
+            "HVAE of 2 levels, VampPrior",
+            hierarchy,
+            100,
+            published=81.24,
+            source=TOMCZAK,
+            target=81.2,
+        ),
+        # For a GPU.
+        GpuRow(
+            "conv-maf",
+            "convolutional, MAF prior",
+            partial(images, network="conv", latent_dim=40, prior="maf"),
+            published=80.40,
+            source=f"{CONV}, normal prior",
+            target=79.5,
+        ),
+        GpuRow(
+            "resnet-nsf-nsf",
+            "residual, NSF prior and guide",
+            partial(images, network="resnet", latent_dim=32, prior="nsf", guide="nsf"),
+            published=79.63,
+            source="Durkan 2019",
+            target=79.0,
+        ),
+        # Static binarisation, our own draw of the training images.
+        Row(
+            "static-mlp300-standard",
+            "MLP 300-300, standard normal prior",
+            mlp300,
+            150,
+            binarization="static",
+            published=88.56,
+            source=f"{TOMCZAK} {OTHER_FILE}",
+            target=88.5,
+        ),
+        Row(
+            "static-mlp300-vamp",
+            "MLP 300-300, VampPrior",
+            partial(mlp300, prior="vamp"),
+            80,
+            batch_size=200,
+            binarization="static",
+            published=85.57,
+            source=f"{TOMCZAK} {OTHER_FILE}",
+            target=85.5,
+        ),
+        GpuRow(
+            "static-conv-vamp",
+            "convolutional, VampPrior",
+            partial(images, network="conv", latent_dim=40, prior="vamp"),
+            binarization="static",
+            published=81.09,
+            source=f"{CONV} {OTHER_FILE}",
+            target=81.0,
+        ),
+    )
+}

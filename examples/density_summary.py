@@ -1,0 +1,94 @@
+"""The table of `density_table.py`, in Markdown, from the results' JSON files."""
+
+import json
+from pathlib import Path
+
+from density_rows import ROWS
+
+COLUMNS = (
+    "| row | NLL | target | published | too high by | ELBO | gap | k too high | annealing above | active | CPU minutes |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
+)
+
+ABOUT = """\
+# Density estimation on binarised MNIST
+
+Made by `python examples/density_table.py --table` from the JSON files beside it, each of which holds the row's command, seeds,
+versions, settings and seconds. Test NLL in nats per image, lower is better: importance sampling with the guide, which is too
+high rather than too low; "+-" is the standard error over test images, then that of Monte Carlo. *Too high by*: the bias
+estimate, "at least". *Gap*: KL(q || posterior), "at least". *k too high*: share of images whose weights' tail is too heavy to
+trust their Monte Carlo error. *Annealing above*: log p(x) by annealed importance sampling from the prior minus that by
+importance sampling, on the same images (how many: in brackets). *CPU minutes*: of the process, training and estimates, on one thread unless the
+JSON says otherwise; on a machine shared with other work they tell what a quiet core takes, and minutes on the wall are more.
+
+The test set is drawn once from a seed of its own; the published rows redraw it or use another draw (static: another file
+altogether), which moves an NLL by about 0.1. Training: 50,000 images, the state with the best ELBO on 10,000 others; rows
+marked * train on all 60,000 and keep the last state.
+"""
+
+
+def write_table(results: Path) -> Path:
+    """README.md in the folder of the results; returns its path."""
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    found = [result for result in found if result.get("row") in ROWS]
+    parts = [ABOUT]
+    for binarization in ("dynamic", "static"):
+        names = [row.name for row in ROWS.values() if row.binarization == binarization]
+        lines = [line(result) for name in names for result in found if result["row"] == name]
+        parts.append("\n".join([f"## {binarization.capitalize()} binarisation\n", *COLUMNS, *lines]) + "\n")
+    missing = [row for row in ROWS.values() if row.name not in {result["row"] for result in found}]
+    parts.append(
+        "\n".join(["## Not run\n", "| row | target | published | why |", "|---|---|---|---|", *map(absent, missing)])
+    )
+    path = results / "README.md"
+    path.write_text("\n".join(parts) + "\n")
+    return path
+
+
+def line(result: dict) -> str:
+    seconds = sum(value for name, value in result["seconds"].items() if name.endswith("_cpu"))
+    marks = "*" * (result["validation_size"] == 0)
+    notes = [
+        *([f"seed {result['seed']}"] if result["seed"] else []),
+        *([result["dataset"]] if result["dataset"] != "mnist" else []),
+        *([f"{result['test_images']:,} images"] if result["test_images"] < result["of_test_images"] else []),
+        *([f"{result['particles']:,} particles"] if result["particles"] != 5000 else []),
+        f"{result['training']['epochs']} epochs",
+    ]
+    cells = (
+        f"{result['title']}{marks} ({', '.join(notes)})",
+        f"{result['nll']:.2f} +- {result['nll_stderr']:.2f} +- {result['mc_stderr']:.3f}",
+        number(result["target"]) + missed(result),
+        number(result["published"]),
+        f"{result['bias_estimate']:.2f}",
+        f"{result['elbo']:.2f}",
+        f"{result['gap']:.2f}",
+        f"{result['share_of_k_too_high']:.0%}",
+        annealed(result["ais"]),
+        f"{result['active_units']} of {result['latent_dim']}",
+        f"{seconds / 60:.0f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def missed(result: dict) -> str:
+    if result["target"] is None or result["dataset"] != "mnist":
+        return ""
+    by = result["nll"] - result["target"]
+    return f", missed by {by:.2f}" if by > 0 else ", reached"
+
+
+def annealed(ais: dict | None) -> str:
+    if ais is None:
+        return "-"
+    stderr = "" if ais["its_stderr"] is None else f" +- {ais['its_stderr']:.2f}"
+    return f"{ais['annealed_above_importance_sampled']:+.2f}{stderr} ({ais['images']})"
+
+
+def absent(row) -> str:
+    why = "needs a GPU: none was at hand" if row.device == "cuda" else "not yet"
+    return f"| {row.title} (`{row.name}`) | {number(row.target)} | {number(row.published)} | {why} |"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

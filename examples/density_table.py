@@ -1,0 +1,273 @@
+"""Test NLL of binarised MNIST, a row of the table for each model: trained, estimated, stored as JSON, resumable throughout.
+
+    python examples/density_table.py --list
+    python examples/density_table.py mlp300-standard mlp300-maf
+    python examples/density_table.py --all
+    python examples/density_table.py --table
+
+log p(x) of the test images, drawn once from a data seed of their own, is importance sampled, and annealed on some of
+them, to say how loose importance sampling is. A run that was stopped goes on where it was when the same command is given
+again: training from its checkpoint, evaluation from the images that are done. `--table` writes README.md beside the results.
+
+A clock on the wall tells little on a machine that others share: seconds are also those of the process on its cores, about what
+a quiet machine with as many would take.
+"""
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pyro
+import torch
+from clock import Clock
+from command_line import git_revision, load_data, positive, processor, versions, write_json
+from density_rows import ROWS, Row
+from density_summary import write_table
+
+import pyrovae as pv
+from pyrovae.checkpoint.locks import locked
+
+IMAGES_PER_PIECE = 2000  # of the evaluation, each saved as it is done
+ORDER_SEED = 0  # of the test images
+NUM_CHAINS, NUM_TEMPERATURES = 16, 500  # of annealing
+
+
+def main() -> None:
+    options = parse_options()
+    if options.list:
+        print("\n".join(f"{row.name:24} {row.title}, {row.binarization}, {row.device}" for row in ROWS.values()))
+    cuda = torch.cuda.is_available()
+    for name in [row.name for row in ROWS.values() if cuda or row.device == "cpu"] if options.all else options.rows:
+        row, folder = ROWS[name], Path(options.runs) / run_name(name, options.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(folder, "wait until it has ended, or give another --runs"):
+                result = run(row, options, folder)
+        except (ValueError, RuntimeError, OSError) as error:  # not there, damaged, taken: the message says what to do
+            sys.exit(f"error: {name}: {error}")
+        Path(options.results).mkdir(parents=True, exist_ok=True)
+        write_json(Path(options.results) / f"{run_name(name, options.seed)}.json", result)
+        print(
+            f"{name}: NLL {result['nll']:.2f} +- {result['nll_stderr']:.2f} ({result['test_images']:,} images), target "
+            f"{result['target']}, ELBO {result['elbo']:.2f}, {result['active_units']} active units",
+            flush=True,
+        )
+    if options.table:
+        print(f"{write_table(Path(options.results))}")
+
+
+def run_name(row: str, seed: int) -> str:
+    return row if seed == 0 else f"{row}-seed{seed}"
+
+
+def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
+    """Train, estimate, anneal, each from where it was left; everything in numbers."""
+    revision = git_revision()  # of what runs: it may change meanwhile
+    device = pv.pick_device("auto" if row.device == "cuda" else "cpu")
+    wanted = {"binarization": row.binarization, "train_on_all": row.train_on_all, "likelihood": "bernoulli"}
+    data = load_data(argparse.Namespace(**wanted, **vars(options)))
+    clock = Clock(folder / "seconds.json")
+    model, guide, history = train(row, options, folder, data, device, clock)
+    # In an order of their own, so that the first of them are a random sample.
+    test = data.test[torch.randperm(len(data.test), generator=torch.Generator().manual_seed(ORDER_SEED))]
+    lml = estimate(options, folder, model, guide, test[: options.images], clock)
+    annealed = anneal(options, folder, model, test[: options.ais_images], clock)
+    active = pv.active_units(guide, data.test)
+    return {
+        "row": row.name,
+        "title": row.title,
+        "nll": -lml.mean,
+        "nll_stderr": lml.mean_stderr,
+        "mc_stderr": lml.mean_mc_stderr,
+        "bias_estimate": lml.bias_estimate,
+        "elbo": lml.elbo.mean().item(),
+        "gap": lml.gap.mean().item(),
+        "active_units": int(active.sum()),
+        "latent_dim": len(active),
+        "median_ess": lml.ess.median().item(),
+        "pareto_k_limit": lml.pareto_k_limit,
+        "share_of_k_too_high": lml.share_of_bad_k(),
+        "particles": options.particles,
+        "test_images": len(lml),
+        "of_test_images": len(data.test),
+        "ais": None if annealed is None else compared(annealed, lml),
+        "units": "nats per image; stderr over images; gap, bias estimate and so NLL are 'at least', 'at least', 'at most'",
+        "published": row.published,
+        "source": row.source,
+        "target": row.target,
+        "training": training_of(row, options) | history,
+        "dataset": data.name,
+        "binarisation": row.binarization,
+        "data_seed": data.data_seed,
+        "training_size": len(data.train),
+        "validation_size": 0 if data.validation is None else len(data.validation),
+        "seed": options.seed,
+        "device": str(device),
+        "processor": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "seconds": clock.seconds,
+        "versions": versions(),
+        "git_revision": revision,
+        "command": command(row, options),
+        "model": repr(model),
+        "guide": repr(guide),
+    }
+
+
+def training_of(row: Row, options: argparse.Namespace) -> dict:
+    settings = {name: value for name, value in vars(row).items() if name in TRAINING}
+    return settings | {"epochs": options.epochs or row.epochs}
+
+
+TRAINING = ("objective", "particles", "epochs", "batch_size", "learning_rate", "clip_norm", "kl_warmup")
+
+
+def train(row, options, folder, data, device, clock):
+    """(model, guide, what training came to), from the checkpoint where it is done."""
+    checkpoint, done = folder / "training.pt", folder / "trained.json"
+    settings = training_of(row, options)
+    of_run = {**settings, "seed": options.seed, "dataset": data.name, "data_seed": data.data_seed}
+    pyro.set_rng_seed(options.seed)
+    if done.exists():
+        if (found := json.loads(done.read_text()))["run"] != of_run:
+            raise ValueError(f"{folder} holds a run with {found['run']}, not {of_run}: give another --runs")
+        saved = pv.load(checkpoint)
+        return saved["model"].to(device), saved["guide"].to(device), found["history"]
+    model, guide = row.pair(data)
+    steps_per_epoch = -(-len(data.train) // settings["batch_size"])
+    objective = pv.registry.make_objective(
+        row.objective, row.particles, kl_warmup_steps=min(row.kl_warmup, settings["epochs"]) * steps_per_epoch
+    )
+    with clock("training"):
+        result = pv.fit(
+            model,
+            guide,
+            data.train,
+            validation=data.validation,
+            transform=data.transform,
+            loss=objective,
+            **{name: settings[name] for name in ("epochs", "batch_size", "learning_rate", "clip_norm")},
+            checkpoint=checkpoint,
+            checkpoint_every=30.0,
+            resume=True,
+            device=device,
+            progress=not options.quiet,
+        )
+    best, columns = result.history[result.best_epoch - 1], ("elbo", "validation_elbo")
+    every = max(1, len(result.history) // 20)
+    history = {
+        "best_epoch": result.best_epoch,
+        "train_elbo": best["elbo"],
+        "validation_elbo": best["validation_elbo"] if data.validation is not None else None,
+        "history": [
+            {"epoch": epoch["epoch"]} | {name: epoch[name] for name in columns if epoch[name] == epoch[name]}
+            for epoch in result.history[every - 1 :: every]
+        ],
+    }
+    write_json(done, {"run": of_run, "history": history})
+    return model, guide, history
+
+
+def estimate(options, folder, model, guide, images, clock):
+    """Importance sampling, in pieces that are saved."""
+    parts = []
+    for number, piece in enumerate(images.split(IMAGES_PER_PIECE)):
+        path = folder / f"estimate-{options.particles}-{number}-{len(piece)}.pt"
+        if not path.exists():
+            pyro.set_rng_seed(options.seed + number)
+            with clock("evaluation"):
+                lml = pv.log_marginal_likelihood(
+                    model, guide, piece, num_particles=options.particles, progress=not options.quiet
+                )
+            save(path, lml)
+        parts.append(read(path))
+    return pv.LogMarginalLikelihood.concatenate(parts)
+
+
+def anneal(options, folder, model, images, clock):
+    """Annealed importance sampling from the prior; None without images."""
+    if len(images) == 0:
+        return None
+    path = folder / f"annealed-{len(images)}.pt"
+    if not path.exists():
+        pyro.set_rng_seed(options.seed)
+        with clock("annealing"):
+            lml = pv.annealed_importance_sampling(
+                model, images, num_chains=NUM_CHAINS, num_temperatures=NUM_TEMPERATURES, progress=not options.quiet
+            )
+        save(path, lml)
+    return read(path)
+
+
+def compared(annealed, sampled) -> dict:
+    """Both estimates for the same images, and their paired difference."""
+    both = min(len(annealed), len(sampled))
+    difference = annealed.log_prob[:both] - sampled.log_prob[:both]
+    return {
+        "images": both,
+        "chains": NUM_CHAINS,
+        "temperatures": NUM_TEMPERATURES,
+        "nll_annealed": -annealed.log_prob[:both].mean().item(),
+        "nll_importance_sampled": -sampled.log_prob[:both].mean().item(),
+        "annealed_above_importance_sampled": difference.mean().item(),
+        "its_stderr": difference.std().item() / both**0.5 if both > 1 else None,
+        "acceptance": annealed.acceptance.mean().item(),
+    }
+
+
+def save(path: Path, lml) -> None:
+    part = path.with_suffix(".part")
+    torch.save(asdict(lml), part)
+    part.replace(path)
+
+
+def read(path: Path):
+    return pv.LogMarginalLikelihood(**torch.load(path, weights_only=True))
+
+
+def command(row: Row, options: argparse.Namespace) -> str:
+    """The command that gives these numbers; not where this machine keeps data and runs."""
+    words = ["python", "examples/density_table.py", row.name]
+    for name in ("dataset", "data_seed", "seed", "epochs", "particles", "images", "ais_images"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return f"OMP_NUM_THREADS={torch.get_num_threads()} {shlex.join(words)}"
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("rows", nargs="*", metavar="ROW", help="names: see --list")
+    add("--all", action="store_true", help="every row; those for a GPU only where there is one")
+    add("--list", action="store_true", help="the rows' names")
+    add("--table", action="store_true", help="write README.md in --results, from the results there")
+    add("--dataset", default="mnist", choices=pv.data.NAMES, help="mnist, unless something is tried out")
+    add("--data-dir", help="folder of the data (default: $PYROVAE_DATA, else a cache folder)")
+    add("--data-seed", type=int, default=0, help="of the test and validation images' pixels (default: 0)")
+    add("--runs", default="runs/density", help="folder of the runs' states (default: runs/density)")
+    add(
+        "--results",
+        default=str(Path(__file__).parent / "results"),
+        help="folder of the numbers (default: results, here)",
+    )
+    add("--particles", type=positive(int), default=5000, help="per test image (default: 5000)")
+    add("--images", type=positive(int), help="so many test images alone, a random sample (default: all)")
+    add("--ais-images", type=int, default=100, help="so many of these annealed as well (default: 100; 0: none)")
+    add("--epochs", type=positive(int), help="in place of the row's")
+    add("--seed", type=int, default=0, help="of initialisation, training and estimates (default: 0)")
+    add("--quiet", action="store_true", help="no progress bars")
+    options = parser.parse_args()
+    if unknown := [name for name in options.rows if name not in ROWS]:
+        parser.error(f"no row {unknown[0]!r}: one of {', '.join(ROWS)}")
+    if not (options.rows or options.all or options.list or options.table):
+        parser.error("name a row, or --all, --list, --table")
+    return options
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    main()

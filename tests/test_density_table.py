@@ -1,0 +1,133 @@
+"""The table of density estimates: its rows run, its numbers are stored, a stopped run goes on, the table holds them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+
+import pyrovae as pv
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FIELDS = {
+    *("row", "nll", "nll_stderr", "mc_stderr", "bias_estimate", "elbo", "gap", "active_units", "share_of_k_too_high"),
+    *("particles", "test_images", "ais", "published", "target", "binarisation", "data_seed", "training_size", "seed"),
+    *("device", "processor", "threads", "seconds", "versions", "git_revision", "command", "training", "model", "guide"),
+}
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import density_table
+
+    monkeypatch.setattr(density_table, "NUM_CHAINS", 2)
+    monkeypatch.setattr(density_table, "NUM_TEMPERATURES", 5)
+    return density_table
+
+
+@pytest.fixture
+def run(table, monkeypatch, tmp_path):
+    """The script with these words and small settings: the result of its row, from a folder."""
+
+    def run(row, *words, folder="results"):
+        small = ("--dataset", "digits", "--epochs", "1", "--particles", "30", "--images", "40", "--ais-images", "3")
+        where = ("--runs", str(tmp_path / f"{folder}-runs"), "--results", str(tmp_path / folder), "--quiet")
+        monkeypatch.setattr(sys, "argv", ["density_table.py", row, *small, *words, *where])
+        table.main()
+        name = row if "--seed" not in words else f"{row}-seed{words[words.index('--seed') + 1]}"
+        return json.loads((tmp_path / folder / f"{name}.json").read_text())
+
+    return run
+
+
+def test_a_row_and_its_table(run, short_pilots, table, tmp_path, capsys):
+    result = run("mlp300-standard")
+    assert result.keys() >= FIELDS
+    assert result["row"] == "mlp300-standard"
+    assert result["nll"] == pytest.approx(-result["elbo"] - result["gap"])
+    assert result["particles"] == 30
+    assert (result["test_images"], result["of_test_images"], result["training_size"]) == (40, 300, 1197)
+    assert result["training"]["epochs"] == 1
+    assert result["ais"]["images"] == 3
+    assert result["seconds"]["training_cpu"] > 0
+    assert str(tmp_path) not in json.dumps(result)  # no machine's paths
+    run("mlp300-standard", "--seed", "1", "--ais-images", "0", "--table")
+    written = (tmp_path / "results/README.md").read_text()
+    row = "| MLP 300-300, standard normal prior (digits, 40 images, 30 particles, 1 epochs) |"
+    assert f"{row} {result['nll']:.2f} +- {result['nll_stderr']:.2f} +- " in written
+    assert "(seed 1, digits, 40 images, 30 particles, 1 epochs)" in written
+    assert (
+        "| residual, NSF prior and guide (`resnet-nsf-nsf`) | 79.00 | 79.63 | needs a GPU: none was at hand |"
+        in written
+    )
+    assert "(`mlp300-standard`)" not in written  # run, so not among those that were not
+    assert "(`mlp300-vamp`) | 82.40 | 82.43 | not yet |" in written
+
+
+def test_a_stopped_run_goes_on(run, table, monkeypatch):
+    """Stopped in training, in the evaluation and before the annealing: the numbers of a run that was not."""
+    words = ("mlp300-vamp", "--epochs", "3", "--ais-images", "0")
+    monkeypatch.setattr(table, "IMAGES_PER_PIECE", 25)
+    whole = run(*words)
+
+    def stopped_after(calls, function):
+        def stops(*args, **kwargs):
+            nonlocal calls
+            calls -= 1
+            if calls < 0:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return stops
+
+    def fails(*args, **kwargs):
+        raise AssertionError("done before")
+
+    from pyrovae.training.state import TrainingState
+
+    for module, name, calls in ((TrainingState, "finish_epoch", 2), (pv, "log_marginal_likelihood", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stopped_after(calls, getattr(module, name)))
+            with pytest.raises(KeyboardInterrupt):
+                run(*words, folder="stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(pv, "fit", fails)
+        patch.setattr(pv, "log_marginal_likelihood", stopped_after(1, pv.log_marginal_likelihood))
+        stopped = run(*words, folder="stopped")
+    for name in ("nll", "elbo", "mc_stderr", "active_units", "training"):
+        assert stopped[name] == whole[name], name
+    with pytest.raises(SystemExit, match="holds a run with"):
+        run(*words[:1], "--epochs", "4", folder="stopped")
+
+
+def test_names(table, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["density_table.py", "--list"])
+    table.main()
+    assert capsys.readouterr().out.count("\n") == len(table.ROWS)
+    for words in (["wrong"], []):
+        monkeypatch.setattr(sys, "argv", ["density_table.py", *words])
+        with pytest.raises(SystemExit):
+            table.main()
+
+
+def test_every_row_is_a_pair_for_mnist(table):
+    grey = torch.rand(600, 1, 28, 28)
+    data = pv.data.Splits("mnist", grey, None, grey[:5], None, None, None).binarized("dynamic")
+    for row in table.ROWS.values():
+        model, guide = row.pair(data)
+        assert abs(Trace_ELBO().loss(model, guide, data.test)) < 5 * 784, row.name
+        assert row.target is not None
+        assert row.published is None or row.source
+
+
+def test_networks_are_as_published(table):
+    """Burda 2016: 784 - 200 - 200 - 50, and the bias of the pixels."""
+    grey = torch.rand(600, 1, 28, 28)
+    data = pv.data.Splits("mnist", grey, None, grey[:5], None, None, None).binarized("dynamic")
+    model, guide = table.ROWS["burda1-vae"].pair(data)
+    up, down = [(784, 200), (200, 200), (200, 2 * 50)], [(50, 200), (200, 200), (200, 784)]
+    for module, layers, extra in ((guide, up, 0), (model, down, 784)):
+        assert sum(p.numel() for p in module.parameters()) == sum((a + 1) * b for a, b in layers) + extra
