@@ -104,17 +104,17 @@ def random_numbers_apart() -> None:
         torch.manual_seed(int(seed) + rank())
 
 
-def sum_gradients(parameters: Sequence[Tensor], loss_is_finite: Tensor | None = None) -> None:
+def sum_gradients(parameters: Sequence[Tensor], loss: Tensor | None = None) -> None:
     """Give each parameter the sum of its gradients over ranks; a rank without one adds zeros.
 
-    loss_is_finite: of this rank; where it is not, the sum is NaN on all of them, so that they agree on what to do
+    loss: of this rank; where it is not finite, the sum is NaN on all of them, so that they agree on what to do
     """
     if not _several() or not parameters:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    if loss_is_finite is not None:
-        flat = torch.where(loss_is_finite, flat, torch.nan)
+    if loss is not None:
+        flat = torch.where(loss.isfinite(), flat, torch.nan)
     with _together():
         processes.all_reduce(flat)
     for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):

@@ -89,6 +89,8 @@ def test_pair(prior, guide, likelihood, decoder, encoder, tmp_path):
     for part in (model.prior, model.likelihood, guide):
         assert type(part).__name__ in repr(part)
         assert "_dim=" in repr(part) or "data_shape=" in repr(part)
+        count = sum(parameter.numel() for parameter in part.parameters())
+        assert f", {count:,} parameters" in repr(part)
     copy.deepcopy((model, guide))
 
 

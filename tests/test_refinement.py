@@ -339,7 +339,7 @@ def test_errors_of_refinement(linear_gaussian):
 def test_refined_repr_and_files(tmp_path):
     model = pv.GenerativeModel(priors.StandardNormal(2), likelihoods.Bernoulli(nets.MLP(2, [8], 12), SHAPE))
     refined = Refined(GUIDES["FullRankNormal"](), model, 4)
-    assert "Refined(\n  latent_dim=2, num_steps=4\n" in repr(refined)
+    assert "Refined(\n  num_steps=4, latent_dim=2, " in repr(refined)
     pv.save(tmp_path / "pair.pt", model, refined)
     other_model = pv.GenerativeModel(priors.StandardNormal(2), likelihoods.Bernoulli(nets.MLP(2, [8], 12), SHAPE))
     other = Refined(GUIDES["FullRankNormal"](), other_model, 4)
@@ -448,4 +448,4 @@ def test_errors_of_mixtures():
         DefensiveMixture(nn.Identity(), priors.StandardNormal(3))
     with pytest.raises(NotImplementedError):
         DefensiveMixture(guide, priors.StandardNormal(3)).posterior(torch.zeros(2, 5)).rsample()
-    assert "latent_dim=3, weight=0.25" in repr(DefensiveMixture(guide, priors.StandardNormal(3), 0.25))
+    assert "weight=0.25, latent_dim=3" in repr(DefensiveMixture(guide, priors.StandardNormal(3), 0.25))

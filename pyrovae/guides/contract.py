@@ -101,7 +101,7 @@ class Guide(Part, ABC):
         return self
 
     def extra_repr(self) -> str:
-        return f"latent_dim={self.latent_dim}"
+        return f"latent_dim={self.latent_dim}, {super().extra_repr()}"
 
 
 class EncoderGuide(Guide):

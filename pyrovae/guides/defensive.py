@@ -55,7 +55,7 @@ class DefensiveMixture(Guide):
         return DefensiveMixture(self.guide.outline(), self.prior, self.weight)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight={self.weight:g}"
+        return f"weight={self.weight:g}, {super().extra_repr()}"
 
 
 class _Mixture(dist.TorchDistribution):

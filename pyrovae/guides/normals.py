@@ -118,4 +118,4 @@ class LowRankNormal(EncoderGuide):
         return dist.LowRankMultivariateNormal(loc, factor.unflatten(-1, (size, self.rank)), (2 * log_scale).exp())
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}"
+        return f"rank={self.rank}, {super().extra_repr()}"

@@ -181,7 +181,7 @@ class Refined(Guide):
         return sum(term.sum() for term in terms)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_steps={self.num_steps}"
+        return f"num_steps={self.num_steps}, {super().extra_repr()}"
 
 
 def _seed(seed: int, device: torch.device) -> None:

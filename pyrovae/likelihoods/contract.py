@@ -96,4 +96,4 @@ class Likelihood(Part, ABC):
         return data_mean.detach().to("cpu", torch.get_default_dtype())
 
     def extra_repr(self) -> str:
-        return f"data_shape={tuple(self.data_shape)}"
+        return f"data_shape={tuple(self.data_shape)}, {super().extra_repr()}"

@@ -88,7 +88,7 @@ class DiscretizedLogistic(Likelihood):
         _check_levels(x, self.num_levels)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_components={self.num_components}, num_levels={self.num_levels}"
+        return f"num_components={self.num_components}, num_levels={self.num_levels}, {super().extra_repr()}"
 
 
 class Categorical(Likelihood):
@@ -147,7 +147,7 @@ class Categorical(Likelihood):
         _check_levels(x, self.num_levels)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_levels={self.num_levels}"
+        return f"num_levels={self.num_levels}, {super().extra_repr()}"
 
 
 def _column(values: Tensor, data_shape: torch.Size) -> Tensor:

@@ -119,7 +119,7 @@ class Normal(Likelihood):
         _check_finite(x)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale={self.scale:g}"
+        return f"scale={self.scale:g}, {super().extra_repr()}"
 
 
 class LearnedScaleNormal(Likelihood):
@@ -218,7 +218,7 @@ class HeteroscedasticNormal(Likelihood):
         _check_finite(x)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, min_scale={self.min_scale:g}"
+        return f"min_scale={self.min_scale:g}, {super().extra_repr()}"
 
 
 def _check_finite(x: Tensor) -> None:

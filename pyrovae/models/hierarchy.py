@@ -100,7 +100,7 @@ class HierarchicalModel(LatentVariableModel):
             return self._data(self.latents(visit), mean)
 
     def extra_repr(self) -> str:
-        return f"latent_dims={self.latent_dims}, skip={self.skip}"
+        return f"latent_dims={self.latent_dims}, skip={self.skip}, {super().extra_repr()}"
 
 
 class _HierarchicalGuide(Guide):
@@ -118,7 +118,7 @@ class _HierarchicalGuide(Guide):
         return self.distribution(parameters).walk(visit)
 
     def extra_repr(self) -> str:
-        return f"latent_dims={self.latent_dims}"
+        return f"latent_dims={self.latent_dims}, {super().extra_repr()}"
 
 
 class BottomUpGuide(_HierarchicalGuide):

@@ -60,7 +60,7 @@ class ConditionalNormal(Part):
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
     def extra_repr(self) -> str:
-        return f"latent_dim={self.latent_dim}"
+        return f"latent_dim={self.latent_dim}, {super().extra_repr()}"
 
 
 class Chain(dist.TorchDistribution):

@@ -26,4 +26,4 @@ class Prior(Part, ABC):
         """p(z), on the device and in the dtype of the prior."""
 
     def extra_repr(self) -> str:
-        return f"latent_dim={self.latent_dim}"
+        return f"latent_dim={self.latent_dim}, {super().extra_repr()}"

@@ -95,7 +95,7 @@ class MixtureOfNormals(Prior):
         return Mixture(self.logits.log_softmax(-1), lambda index: dist.Normal(locs[index], scales[index]).to_event(1))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_components={self.num_components}"
+        return f"num_components={self.num_components}, {super().extra_repr()}"
 
 
 class VampPrior(Prior):
@@ -185,4 +185,4 @@ class VampPrior(Prior):
         return Mixture(self.logits.log_softmax(-1), lambda index: self.guide.posterior(pseudo_inputs[index]))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_components={self.num_components}"
+        return f"num_components={self.num_components}, {super().extra_repr()}"

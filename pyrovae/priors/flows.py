@@ -48,7 +48,7 @@ class FlowPrior(Prior):
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
-        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self.sizes.items())])
+        return ", ".join([*(f"{name}={value}" for name, value in self.sizes.items()), super().extra_repr()])
 
 
 class NeuralSplineFlow(FlowPrior):
@@ -67,7 +67,7 @@ class NeuralSplineFlow(FlowPrior):
     Source: Durkan, Bekasov, Murray & Papamakarios, Neural Spline Flows (2019).
 
     >>> NeuralSplineFlow(2)
-    NeuralSplineFlow(latent_dim=2, num_transforms=3, num_bins=8, hidden_features=(128, 128))
+    NeuralSplineFlow(num_transforms=3, num_bins=8, hidden_features=(128, 128), latent_dim=2, 68,494 parameters)
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Made", "Part", "Unknown"]
 
@@ -33,6 +34,13 @@ class Part(nn.Module):
         made = Made(_kept(arguments), {name: _kept(value) for name, value in options.items()})
         part.__dict__["made_with"] = made  # torch's own way of setting attributes needs its constructor to have run
         return part
+
+    def extra_repr(self) -> str:
+        """How many numbers can be trained in it, those that it shares with other parts included."""
+        parameters = list(self.parameters())
+        count = sum(parameter.numel() for parameter in parameters if not is_lazy(parameter))
+        unknown = ", more at the first call" if any(is_lazy(parameter) for parameter in parameters) else ""
+        return f"{count:,} parameters{unknown}"
 
 
 def _kept(value: Any) -> Any:

@@ -50,11 +50,11 @@ class OneAdam(pyro.optim.PyroOptim):
         self.parameters: list[Tensor] = []
         device = parameters[0].device if parameters else None
         self.verdicts = Verdicts(max_skipped, device)
-        self._loss_is_finite = torch.ones((), dtype=torch.bool, device=device)
+        self._watched = torch.zeros((), device=device)
 
     def watch(self, loss: Tensor) -> None:
         """Do not make the next step if this loss is not finite."""
-        self._loss_is_finite.copy_(loss.isfinite())
+        self._watched.copy_(loss)
 
     def restore(self, parameters: list[Tensor], state: dict[str, Any] | None) -> None:
         """Go on with these parameters from the `state_dict` of an `adam` over as many; None: before the first step."""
@@ -82,13 +82,13 @@ class OneAdam(pyro.optim.PyroOptim):
             )
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate
-        distributed.sum_gradients(self.parameters, self._loss_is_finite)
+        distributed.sum_gradients(self.parameters, self._watched)
         if self.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self.verdicts(self._loss_is_finite & norm.isfinite())
-        self._loss_is_finite.fill_(True)
+        self.verdicts((norm + self._watched).isfinite())
+        self._watched.zero_()
         # The fused step asks for it on the device, as in mixed precision.
         self.adam.found_inf = (~self.verdicts.was_made).float()  # type: ignore[attr-defined]  # set by torch's scaler, too
         self.adam.step()

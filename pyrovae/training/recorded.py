@@ -58,11 +58,12 @@ class RecordedStep:
 
     def __init__(self, extracted: Extracted, optimizer: OneAdam, advance: Callable[[], None] | None):
         self.extracted, self.optimizer, self.advance = extracted, optimizer, advance
+        self.parameters = extracted.parameters
 
     def __call__(self, train: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, reconstruction, kl), summed over the batch."""
         (value, reconstruction, kl), gradients = self.extracted(train, index)
-        for parameter, gradient in zip(self.extracted.parameters, gradients, strict=True):
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.watch(value)
         self.optimizer(self.optimizer.parameters)
