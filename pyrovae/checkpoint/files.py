@@ -31,12 +31,12 @@ def write(path: str | os.PathLike, content: dict[str, Any], *, keep: bool = Fals
     path = Path(path)
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
-    data = buffer.getbuffer()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as file:
+            # Given back at once: Python 3.13 complains of a buffer that is collected before its view, as after an error.
+            with buffer.getbuffer() as data, temporary.open("wb") as file:
                 file.write(data)
                 file.write(_MARK + hashlib.sha256(data).digest())
                 file.flush()
