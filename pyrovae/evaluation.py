@@ -42,7 +42,8 @@ def log_marginal_likelihood(
     data_batch_size: data per block. "auto" cuts the tensors among the arguments whose first size is that of the plate,
         where pieces give what the whole gives (looked at for some data drawn from all and for the first ones, up to half a
         million numbers); None does not cut. A single datum left over joins the block before it
-    particle_batch_size: particles per run of the programs
+    particle_batch_size: particles per run of the programs; half as many, and the log says so, whenever the device's memory does
+        not hold them
     compile: record the programs (see `pyrovae.programs.extract`) and let Inductor compile them: same draws, same numbers up to
         rounding. "auto" does so for parts of this library where there is work enough to win the compilation back
     progress: show a bar

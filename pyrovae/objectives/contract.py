@@ -19,7 +19,7 @@ from pyrovae.objectives.particles import Run, draw_runs
 from pyrovae.programs.inspection import layout_for_training
 from pyrovae.programs.modules import check_count, checks_values, evaluation_mode, map_tensors
 from pyrovae.programs.traces import Layout, Program, sample_sites
-from pyrovae.weights.pair import reason_to_loop
+from pyrovae.weights.particles import reason_to_loop
 
 __all__ = ["Objective", "Parts"]
 

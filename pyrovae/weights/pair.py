@@ -4,6 +4,7 @@ Particles are drawn under an outer plate where the program allows it, which is f
 one by one; data are fed in blocks where the program allows that, which is found by comparing pieces with the whole.
 """
 
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -24,13 +25,12 @@ from pyrovae.programs.traces import (
     run_pair,
     sample_sites,
     select_data,
-    select_particle,
     trace_program,
-    under_particles,
 )
+from pyrovae.weights.particles import halved, reason_to_loop, run_particles
 from pyrovae.weights.recorded import RecordedDraw, record_draw
 
-__all__ = ["Pair", "reason_to_loop"]
+__all__ = ["Pair"]
 
 # Numbers that go through the networks at once, taking a row (one particle of one datum) for _ROW_SIZE or more. On a
 # CPU the activations should stay in the cache, which is the whole story of its speed; a GPU should be filled.
@@ -57,6 +57,7 @@ class Pair:
         self.split_size: int | None = None
         self.recorded: RecordedDraw | None = None
         self.recorded_sizes = (0, 0)
+        self.most_particles = sys.maxsize  # at once; fewer once memory has run out
         tensors: list[Tensor] = []
         map_tensors(tensors.append, (args, kwargs))
         self.cuda = any(tensor.is_cuda for tensor in tensors)
@@ -191,19 +192,27 @@ class Pair:
         layout = self.layout_of(start, stop)
         encoded = self.encode(args, kwargs)
         chunks: list[Tensor] = []
-        drawn = 0
-        while drawn < num_particles:
-            size = min(chunk_size, num_particles - drawn) if vectorised else None
-            # The first chunk of each block is drawn eagerly, with every check.
-            if chunks and self.recorded is not None and (stop - start, size) == self.recorded_sizes:
-                chunks.append(self.recorded(encoded, args, kwargs))
-            else:
-                model_trace, guide_trace = self._run(encoded, args, kwargs, layout, size)
-                if not chunks and self.split_size is not None:
-                    self._refuse_impossible(model_trace, args, kwargs, layout, size)
-                chunks.append(log_weights_of(layout, model_trace, guide_trace, size))
-            drawn += size or 1
+        while (drawn := sum(map(len, chunks))) < num_particles:
+            size = min(chunk_size, self.most_particles, num_particles - drawn) if vectorised else None
+            too_many = None
+            try:
+                chunks.append(self._chunk(encoded, args, kwargs, layout, size, is_first=not chunks))
+            except torch.OutOfMemoryError as error:
+                too_many = error.with_traceback(None)  # its frames hold what there was no room for
+            if too_many is not None:
+                self.most_particles = halved(size, layout.num_data, too_many)
         return torch.cat(chunks)
+
+    def _chunk(
+        self, encoded: Tensor | None, args: tuple, kwargs: dict, layout: Layout, size: int | None, is_first: bool
+    ) -> Tensor:
+        """Log weights (size, B) of some particles; the first of each block are drawn eagerly, with every check."""
+        if not is_first and self.recorded is not None and (layout.num_data, size) == self.recorded_sizes:
+            return self.recorded(encoded, args, kwargs)
+        model_trace, guide_trace = self._run(encoded, args, kwargs, layout, size)
+        if is_first and self.split_size is not None:
+            self._refuse_impossible(model_trace, args, kwargs, layout, size)
+        return log_weights_of(layout, model_trace, guide_trace, size)
 
     @torch.no_grad()
     def record(self, modules: list[nn.Module], num_data: int, num_particles: int) -> None:
@@ -246,36 +255,7 @@ class Pair:
         self, encoded: Tensor | None, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None
     ) -> tuple[Trace, Trace]:
         """One run of the pair: of `num_particles` under an outer plate, or of one without."""
-        return _run(self.model, self.guide_given(encoded), args, kwargs, layout, num_particles)
-
-
-def _run(
-    model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None
-) -> tuple[Trace, Trace]:
-    if num_particles is not None:
-        model, guide = (under_particles(program, layout, num_particles) for program in (model, guide))
-    return run_pair(model, guide, args, kwargs, layout.pinned)
-
-
-@torch.no_grad()
-def reason_to_loop(model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout) -> str | None:
-    """Why a pair must draw its particles one by one; None where two drawn together are the same two drawn apart."""
-
-    def both() -> tuple[Tensor, Tensor]:
-        model_trace, guide_trace = _run(model, guide, args, kwargs, layout, 2)
-        together = log_weights_of(layout, model_trace, guide_trace, 2)
-        apart = []
-        for particle in range(2):
-            replayed = select_particle(guide_trace, layout, particle)
-            apart.append(log_weights_of(layout, *run_pair(model, guide, args, kwargs, layout.pinned, replayed)))
-        return together, torch.cat(apart)
-
-    try:
-        return None if agree(both) else "two particles drawn together differ from the same two drawn apart"
-    except Exception as error:
-        # A program that fails for one particle too has another trouble than the plate, and says so itself.
-        log_weights_of(layout, *run_pair(model, guide, args, kwargs, layout.pinned))
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return run_particles(self.model, self.guide_given(encoded), args, kwargs, layout, num_particles)
 
 
 def _some(length: int, count: int) -> Tensor:
