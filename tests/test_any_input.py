@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_training import make
 
@@ -89,6 +89,7 @@ NOT_COUNTS = st.sampled_from([0, -1, -(10**9), 1.0, 2.5, math.nan, "3", None, Tr
 @given(NOT_COUNTS, st.sampled_from(["epochs", "batch_size"]))
 @some(30)
 def test_what_is_no_count_is_refused_by_fit(value, name):
+    assume((name, value) != ("batch_size", None))  # which stands for 200, or a loader's own
     options = {"epochs": 1, "batch_size": 2, name: value}
     with pytest.raises((ValueError, TypeError), match=name):
         pv.fit(*PAIR, torch.zeros(2, *SHAPE), progress=False, **options)
