@@ -194,10 +194,13 @@ def title(name: str) -> str:
 def draw(curves: dict[str, list[dict]]):
     """NLL against seconds, which are on a logarithmic scale."""
     _, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    seen = [point for curve in curves.values() for point in curve if point["nll"] < WORST_SHOWN]
+    points = [point for curve in curves.values() for point in curve]
+    # Runs too short to come near a mark are shown whole.
+    worst = WORST_SHOWN if any(point["nll"] < WORST_SHOWN for point in points) else float("inf")
+    seen = [point for point in points if point["nll"] < worst]
     for number, (name, curve) in enumerate(curves.items()):
         color, style = LINES[name.partition("-")[0]]
-        shown = [point for point in curve if point["nll"] < WORST_SHOWN]
+        shown = [point for point in curve if point["nll"] < worst]
         seconds, nll = ([point[key] for point in shown] for key in ("seconds", "nll"))
         marker = MARKERS[number % len(MARKERS)]
         axes.plot(seconds, nll, color=color, linestyle=style, marker=marker, markersize=4, label=title(name))
