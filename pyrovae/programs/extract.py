@@ -128,7 +128,7 @@ class Extracted:
     def _signature(self, tensors: Sequence[Tensor]) -> tuple:
         modes = tuple(module.training for module in self.modules.modules())
         trained = tuple(parameter.requires_grad for parameter in self.modules.parameters())
-        return modes, trained, _kinds(tensors), torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
+        return modes, trained, *_kinds(tensors)
 
     def _record(self, tensors: Sequence[Tensor], state: dict[str, Tensor]) -> Callable:
         from torch.fx.experimental.proxy_tensor import make_fx  # a second to import, so not with the library
@@ -203,25 +203,33 @@ class _Last:
     def __init__(self, modules: nn.ModuleList, tensors: Sequence[Tensor], run: Callable, values: list[Tensor]):
         self.run, self.values = run, values
         self.modules = list(modules.modules())
-        self.seen = self._look(), _kinds(tensors), torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
+        self.seen = self._look(tensors)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        now = _kinds(tensors), torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
-        return now == self.seen[1:] and self._look() == self.seen[0]
+        return self._look(tensors) == self.seen
 
-    def _look(self) -> list[Any]:
+    def _look(self, tensors: Sequence[Tensor]) -> tuple:
         found: list[Any] = []
         for module in self.modules:
             inside = module.__dict__
             found += (inside["training"], *map(id, inside["_modules"].values()))
             for tensor in (*inside["_parameters"].values(), *inside["_buffers"].values()):
                 if tensor is not None:
-                    found += (id(tensor), tensor.data_ptr(), tensor.requires_grad)
-        return found
+                    found += (
+                        id(tensor),
+                        tensor.data_ptr(),
+                        tensor.shape,
+                        tensor.stride(),
+                        tensor.dtype,
+                        tensor.requires_grad,
+                    )
+        return found, _kinds(tensors)
 
 
 def _kinds(tensors: Sequence[Tensor]) -> tuple:
-    return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
+    """What of tensors, and of torch's settings, a recording is for."""
+    kinds = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
+    return kinds, torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
 
 
 def _inductor(graph: torch.fx.GraphModule) -> Callable:

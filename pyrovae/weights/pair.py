@@ -192,7 +192,8 @@ class Pair:
         layout = self.layout_of(start, stop)
         encoded = self.encode(args, kwargs)
         chunks: list[Tensor] = []
-        while (drawn := sum(map(len, chunks))) < num_particles:
+        drawn = 0
+        while drawn < num_particles:
             size = min(chunk_size, self.most_particles, num_particles - drawn) if vectorised else None
             too_many = None
             try:
@@ -201,6 +202,8 @@ class Pair:
                 too_many = error.with_traceback(None)  # its frames hold what there was no room for
             if too_many is not None:
                 self.most_particles = halved(size, layout.num_data, too_many)
+            else:
+                drawn += size or 1
         return torch.cat(chunks)
 
     def _chunk(
