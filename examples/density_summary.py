@@ -15,7 +15,9 @@ ABOUT = """\
 
 Made by `python examples/density_table.py --table` from the JSON files beside it, each of which holds the row's command, seeds,
 versions, settings and seconds. Test NLL in nats per image, lower is better: importance sampling with the guide, which is too
-high rather than too low; "+-" is the standard error over test images, then that of Monte Carlo. *Too high by*: the bias
+high rather than too low; "+-" is the standard error over test images (were others drawn), then that against the mean over all
+10,000 where fewer were importance sampled (mean ELBO of all + mean gap of those: the gap differs little between images), then
+that of Monte Carlo. *Too high by*: the bias
 estimate, "at least". *Gap*: KL(q || posterior), "at least". *k too high*: share of images whose weights' tail is too heavy to
 trust their Monte Carlo error. *Annealing above*: log p(x) by annealed importance sampling from the prior minus that by
 importance sampling, on the same images (how many: in brackets). *CPU minutes*: of the process, training and estimates, on one thread unless the
@@ -57,7 +59,7 @@ def line(result: dict) -> str:
     ]
     cells = (
         f"{result['title']}{marks} ({', '.join(notes)})",
-        f"{result['nll']:.2f} +- {result['nll_stderr']:.2f} +- {result['mc_stderr']:.3f}",
+        f"{result['nll']:.2f} +- {result['nll_stderr']:.2f} +- {result['sample_stderr']:.3f} +- {result['mc_stderr']:.3f}",
         number(result["target"]) + missed(result),
         number(result["published"]),
         f"{result['bias_estimate']:.2f}",

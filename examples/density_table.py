@@ -18,22 +18,20 @@ import json
 import logging
 import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pyro
 import torch
 from clock import Clock
 from command_line import git_revision, load_data, positive, processor, versions, write_json
+from density_estimates import anneal, compared, estimate, of_all_images
 from density_rows import ROWS, Row
 from density_summary import write_table
 
 import pyrovae as pv
 from pyrovae.checkpoint.locks import locked
 
-IMAGES_PER_PIECE = 2000  # of the evaluation, each saved as it is done
 ORDER_SEED = 0  # of the test images
-NUM_CHAINS, NUM_TEMPERATURES = 16, 500  # of annealing
 
 
 def main() -> None:
@@ -80,12 +78,9 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
     return {
         "row": row.name,
         "title": row.title,
-        "nll": -lml.mean,
-        "nll_stderr": lml.mean_stderr,
+        **of_all_images(options, folder, model, guide, test, lml, clock),
         "mc_stderr": lml.mean_mc_stderr,
         "bias_estimate": lml.bias_estimate,
-        "elbo": lml.elbo.mean().item(),
-        "gap": lml.gap.mean().item(),
         "active_units": int(active.sum()),
         "latent_dim": len(active),
         "median_ess": lml.ess.median().item(),
@@ -170,63 +165,6 @@ def train(row, options, folder, data, device, clock):
     }
     write_json(done, {"run": of_run, "history": history})
     return model, guide, history
-
-
-def estimate(options, folder, model, guide, images, clock):
-    """Importance sampling, in pieces that are saved."""
-    parts = []
-    for number, piece in enumerate(images.split(IMAGES_PER_PIECE)):
-        path = folder / f"estimate-{options.particles}-{number}-{len(piece)}.pt"
-        if not path.exists():
-            pyro.set_rng_seed(options.seed + number)
-            with clock("evaluation"):
-                lml = pv.log_marginal_likelihood(
-                    model, guide, piece, num_particles=options.particles, progress=not options.quiet
-                )
-            save(path, lml)
-        parts.append(read(path))
-    return pv.LogMarginalLikelihood.concatenate(parts)
-
-
-def anneal(options, folder, model, images, clock):
-    """Annealed importance sampling from the prior; None without images."""
-    if len(images) == 0:
-        return None
-    path = folder / f"annealed-{len(images)}.pt"
-    if not path.exists():
-        pyro.set_rng_seed(options.seed)
-        with clock("annealing"):
-            lml = pv.annealed_importance_sampling(
-                model, images, num_chains=NUM_CHAINS, num_temperatures=NUM_TEMPERATURES, progress=not options.quiet
-            )
-        save(path, lml)
-    return read(path)
-
-
-def compared(annealed, sampled) -> dict:
-    """Both estimates for the same images, and their paired difference."""
-    both = min(len(annealed), len(sampled))
-    difference = annealed.log_prob[:both] - sampled.log_prob[:both]
-    return {
-        "images": both,
-        "chains": NUM_CHAINS,
-        "temperatures": NUM_TEMPERATURES,
-        "nll_annealed": -annealed.log_prob[:both].mean().item(),
-        "nll_importance_sampled": -sampled.log_prob[:both].mean().item(),
-        "annealed_above_importance_sampled": difference.mean().item(),
-        "its_stderr": difference.std().item() / both**0.5 if both > 1 else None,
-        "acceptance": annealed.acceptance.mean().item(),
-    }
-
-
-def save(path: Path, lml) -> None:
-    part = path.with_suffix(".part")
-    torch.save(asdict(lml), part)
-    part.replace(path)
-
-
-def read(path: Path):
-    return pv.LogMarginalLikelihood(**torch.load(path, weights_only=True))
 
 
 def command(row: Row, options: argparse.Namespace) -> str:

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,18 @@ import pyrovae as pv
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FIELDS = {
-    *("row", "nll", "nll_stderr", "mc_stderr", "bias_estimate", "elbo", "gap", "active_units", "share_of_k_too_high"),
+    *(
+        "row",
+        "nll",
+        "nll_stderr",
+        "sample_stderr",
+        "mc_stderr",
+        "bias_estimate",
+        "elbo",
+        "gap",
+        "active_units",
+        "share_of_k_too_high",
+    ),
     *("particles", "test_images", "ais", "published", "target", "binarisation", "data_seed", "training_size", "seed"),
     *("device", "processor", "threads", "seconds", "versions", "git_revision", "command", "training", "model", "guide"),
 }
@@ -21,10 +34,11 @@ FIELDS = {
 @pytest.fixture
 def table(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
+    import density_estimates
     import density_table
 
-    monkeypatch.setattr(density_table, "NUM_CHAINS", 2)
-    monkeypatch.setattr(density_table, "NUM_TEMPERATURES", 5)
+    monkeypatch.setattr(density_estimates, "NUM_CHAINS", 2)
+    monkeypatch.setattr(density_estimates, "NUM_TEMPERATURES", 5)
     return density_table
 
 
@@ -67,10 +81,45 @@ def test_a_row_and_its_table(run, short_pilots, table, tmp_path, capsys):
     assert "(`mlp300-vamp`) | 82.40 | 82.43 | not yet |" in written
 
 
+def test_all_images_from_a_sample_of_them(table, monkeypatch, tmp_path):
+    """The difference estimator over repeated populations and samples: unbiased, its spread is what it says; all images: their mean."""
+    import density_estimates
+
+    class Bounds:
+        def __init__(self, elbo, gap):
+            self.elbo, self.gap = elbo, gap
+
+        def __len__(self):
+            return len(self.elbo)
+
+    monkeypatch.setattr(density_estimates, "save", lambda path, lml: None)
+    monkeypatch.setattr(density_estimates, "read", lambda path: Bounds(elbo, None))
+    options, found = SimpleNamespace(seed=0), []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        elbo = -90 + 20 * torch.randn(500, generator=generator)
+        gap = 3 - 0.05 * (elbo + 90) + torch.rand(500, generator=generator)
+        monkeypatch.setattr(pv, "log_marginal_likelihood", lambda *_, **__: None)
+        sampled = Bounds(elbo[:100], gap[:100])
+        result = density_estimates.of_all_images(options, tmp_path, None, None, elbo, sampled, lambda _: nullcontext())
+        found.append(
+            (-result["nll"], result["nll_stderr"], -result["nll"] - (elbo + gap).mean(), result["sample_stderr"])
+        )
+    estimate, stderr, error, sample_stderr = torch.tensor(found).T
+    assert estimate.mean().item() == pytest.approx(-86.5, abs=4 * estimate.std().item() / 500**0.5)
+    for errors, said in ((estimate, stderr), (error, sample_stderr)):  # the spread's own error is 1 / sqrt(2 x 500)
+        assert errors.std().item() == pytest.approx(said.square().mean().sqrt().item(), rel=0.12)
+    every = Bounds(elbo, gap)
+    result = density_estimates.of_all_images(options, tmp_path, None, None, elbo, every, lambda _: nullcontext())
+    assert -result["nll"] == pytest.approx((elbo + gap).mean().item())
+    assert result["nll_stderr"] == pytest.approx((elbo + gap).std().item() / 500**0.5, rel=1e-4)
+    assert result["sample_stderr"] == 0
+
+
 def test_a_stopped_run_goes_on(run, table, monkeypatch):
     """Stopped in training, in the evaluation and before the annealing: the numbers of a run that was not."""
     words = ("mlp300-vamp", "--epochs", "3", "--ais-images", "0")
-    monkeypatch.setattr(table, "IMAGES_PER_PIECE", 25)
+    monkeypatch.setattr(sys.modules["density_estimates"], "IMAGES_PER_PIECE", 25)
     whole = run(*words)
 
     def stopped_after(calls, function):
@@ -95,7 +144,9 @@ def test_a_stopped_run_goes_on(run, table, monkeypatch):
                 run(*words, folder="stopped")
     with monkeypatch.context() as patch:
         patch.setattr(pv, "fit", fails)
-        patch.setattr(pv, "log_marginal_likelihood", stopped_after(1, pv.log_marginal_likelihood))
+        patch.setattr(
+            pv, "log_marginal_likelihood", stopped_after(2, pv.log_marginal_likelihood)
+        )  # the second half, the bound
         stopped = run(*words, folder="stopped")
     for name in ("nll", "elbo", "mc_stderr", "active_units", "training"):
         assert stopped[name] == whole[name], name
