@@ -12,10 +12,8 @@ and what its encoder loses.
 
 import argparse
 import json
-import platform
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
@@ -25,7 +23,8 @@ matplotlib.use("Agg")  # figures go to files
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from command_line import parser_of, positive
+from support.command_line import parser_of, positive
+from support.provenance import command, versions, write_json
 
 import pyrovae as pv
 
@@ -140,11 +139,10 @@ def main() -> None:
         },
         "seconds": seconds,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("pyrovae", "torch", "pyro-ppl")},
-        "command": " ".join(["python", *sys.argv]),
+        "versions": versions(),
+        "command": command(),
     }
-    (out / "bounds.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(out / "bounds.json", content)
     print(f"Numbers and figures: {out}")
 
 

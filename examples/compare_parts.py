@@ -8,17 +8,14 @@ log p(x) is too, and a difference in ELBO is a difference in the gap, up to Mont
 """
 
 import argparse
-import json
-import platform
-import sys
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import pyro
 import torch
-from command_line import parser_of, positive
+from support.command_line import parser_of, positive
+from support.provenance import command, versions, write_json
 
 import pyrovae as pv
 
@@ -94,11 +91,10 @@ def main() -> None:
             "seconds": seconds,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
             "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("pyrovae", "torch", "pyro-ppl", "zuko")},
-            "command": " ".join(["python", *sys.argv]),
+            "versions": versions(),
+            "command": command(),
         }
-        Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
+        write_json(Path(options.out), result)
 
 
 def parse_options() -> argparse.Namespace:

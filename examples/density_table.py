@@ -22,11 +22,14 @@ from pathlib import Path
 
 import pyro
 import torch
-from clock import Clock
-from command_line import git_revision, load_data, positive, processor, versions, write_json
-from density_estimates import anneal, compared, estimate, of_all_images
-from density_rows import ROWS, Row
-from density_summary import write_table
+from benchmarks.turns import processor
+from support.clock import Clock
+from support.command_line import positive
+from support.density_estimates import anneal, compared, estimate, of_all_images
+from support.density_rows import ROWS, Row
+from support.density_summary import write_table
+from support.provenance import git_revision, versions, write_json
+from support.run_folder import load_data
 
 import pyrovae as pv
 from pyrovae.checkpoint.locks import locked

@@ -23,7 +23,10 @@ matplotlib.use("Agg")  # figures go to files
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from command_line import METRICS, TRAINING, begin, how_to_go_on, metrics_of, parse_options, parts_of, report, write_json
+from support.command_line import parse_options
+from support.metrics import metrics_of, parts_of, report
+from support.provenance import write_json
+from support.run_folder import METRICS, TRAINING, begin, how_to_go_on
 
 import pyrovae as pv
 

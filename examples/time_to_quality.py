@@ -30,13 +30,13 @@ matplotlib.use("Agg")  # figures go to files
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from command_line import git_revision, positive, processor, versions, write_json
+from benchmarks.turns import processor
 from matplotlib.ticker import NullFormatter
+from support import trainers
+from support.command_line import positive
+from support.provenance import git_revision, versions, write_json
 
 import pyrovae as pv
-
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-import trainers
 
 MARKS = (90.0, 88.0, 86.76, 85.0)  # nats; 86.76: Burda 2016
 NAMES = {"pyrovae": "pyrovae", "pyro": "Pyro as in its example", "numpyro": "NumPyro", "pythae": "Pythae"}

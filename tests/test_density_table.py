@@ -34,8 +34,8 @@ FIELDS = {
 @pytest.fixture
 def table(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    import density_estimates
     import density_table
+    from support import density_estimates
 
     monkeypatch.setattr(density_estimates, "NUM_CHAINS", 2)
     monkeypatch.setattr(density_estimates, "NUM_TEMPERATURES", 5)
@@ -83,7 +83,7 @@ def test_a_row_and_its_table(run, short_pilots, table, tmp_path, capsys):
 
 def test_all_images_from_a_sample_of_them(table, monkeypatch, tmp_path):
     """The difference estimator over repeated populations and samples: unbiased, its spread is what it says; all images: their mean."""
-    import density_estimates
+    from support import density_estimates
 
     class Bounds:
         def __init__(self, elbo, gap):
@@ -119,7 +119,7 @@ def test_all_images_from_a_sample_of_them(table, monkeypatch, tmp_path):
 def test_a_stopped_run_goes_on(run, table, monkeypatch):
     """Stopped in training, in the evaluation and before the annealing: the numbers of a run that was not."""
     words = ("mlp300-vamp", "--epochs", "3", "--ais-images", "0")
-    monkeypatch.setattr(sys.modules["density_estimates"], "IMAGES_PER_PIECE", 25)
+    monkeypatch.setattr(sys.modules["support.density_estimates"], "IMAGES_PER_PIECE", 25)
     whole = run(*words)
 
     def stopped_after(calls, function):

@@ -14,7 +14,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture
 def quality(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
     monkeypatch.syspath_prepend(EXAMPLES)
     import time_to_quality
 
@@ -33,7 +32,7 @@ def grey():
 
 def measured(states, x):
     """(posterior, logits at its mean) of our pair with the weights that were handed over."""
-    import trainers
+    from support import trainers
 
     model, guide = trainers.pair()
     model.load_state_dict(states["model"])

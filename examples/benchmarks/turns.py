@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["NOT_INSTALLED", "Row", "add_common_options", "in_turns", "prepare", "show", "write"]
+__all__ = ["NOT_INSTALLED", "Row", "add_common_options", "in_turns", "prepare", "processor", "show", "write"]
 
 NOT_INSTALLED = "not installed"
 _PACKAGES = ("pyrovae", "torch", "pyro-ppl", "zuko", "numpyro", "jax", "pythae", "numpy")
@@ -114,7 +114,7 @@ def write(
 ) -> None:
     """Print the tables and write them as Markdown, and everything as JSON, with machine and versions."""
     machine = {
-        "machine": _processor(),
+        "machine": processor(),
         "cores": options.threads,
         "device": _device_name(options.device),
         "system": platform.platform(),
@@ -151,7 +151,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from density_rows import ROWS
+from support.density_rows import ROWS
 
 COLUMNS = (
     "| row | NLL | target | published | too high by | ELBO | gap | k too high | annealing above | active | CPU minutes |",

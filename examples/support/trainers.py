@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import programs
 import torch
-from clock import cpu_seconds
+from benchmarks import programs
+from support.clock import cpu_seconds
 from torch import Tensor
 
 import pyrovae as pv

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
-from command_line import write_json
+from support.provenance import write_json
 
 
 def cpu_seconds() -> float:
