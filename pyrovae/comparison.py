@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.over_data import standard_error
 
 __all__ = ["Comparison", "ComparisonRow", "compare"]
 
@@ -131,8 +132,7 @@ def compare(
 
 def _paired(first: Tensor, second: Tensor) -> tuple[float, float]:
     difference = first - second
-    stderr = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
-    return difference.mean().item(), stderr
+    return difference.mean().item(), standard_error(difference)
 
 
 def _notes(rows: list[ComparisonRow]) -> list[str]:

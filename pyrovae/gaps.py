@@ -13,6 +13,7 @@ from pyrovae.evaluation import log_marginal_likelihood
 from pyrovae.guides.contract import Guide, check_guide
 from pyrovae.guides.refinement import Refined
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.over_data import standard_error
 from pyrovae.programs.modules import check_count, evaluation_mode
 from pyrovae.programs.traces import Program
 from pyrovae.progress import progress_bar
@@ -66,9 +67,8 @@ class InferenceGaps:
         num_data = len(self)
 
         def line(name: str, values: Tensor, stderr: Tensor, remark: str) -> str:
-            over_data = values.std().item() / math.sqrt(num_data) if num_data > 1 else math.nan
             monte_carlo = stderr.square().sum().sqrt().item() / num_data
-            return f"  {name:17}{values.mean():9.3f}   +- {over_data:.3f} over data, +- {monte_carlo:.3f} Monte Carlo; {remark}"
+            return f"  {name:17}{values.mean():9.3f}   +- {standard_error(values):.3f} over data, +- {monte_carlo:.3f} Monte Carlo; {remark}"
 
         count = f"{num_data:,} {'datum' if num_data == 1 else 'data'}"
         lines = [

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import estimators
+from pyrovae.over_data import standard_error
 
 __all__ = ["LogMarginalLikelihood"]
 
@@ -130,7 +131,7 @@ class LogMarginalLikelihood:
     @property
     def mean_stderr(self) -> float:
         """Standard error of `mean` as an estimate for new data, sd / sqrt(N); the Monte Carlo noise is part of it."""
-        return self.log_prob.std().item() / math.sqrt(len(self)) if len(self) > 1 else math.nan
+        return standard_error(self.log_prob)
 
     @property
     def mean_mc_stderr(self) -> float:

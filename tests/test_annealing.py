@@ -265,7 +265,6 @@ def two_sites_log_prob(x):
 @pytest.mark.parametrize("guided", [False, True])
 def test_several_sites_and_auxiliary_draws(double, guided):
     """The prior's path, and that of an AutoNormal, whose draws are auxiliary."""
-    pyro.clear_param_store()
     x = torch.randn(30, 2) * torch.tensor([2.2, 1.2])
     guide = AutoNormal(two_sites, init_scale=0.5) if guided else None
     if guided:

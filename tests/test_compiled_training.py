@@ -223,7 +223,6 @@ def test_control_flow_on_values_runs_eagerly(caplog):
 
 def test_a_parameter_of_no_module_runs_eagerly(caplog):
     """It would get no gradient in the recording."""
-    pyro.clear_param_store()
 
     def model(x):
         loc = pyro.param("loc", torch.zeros(()))

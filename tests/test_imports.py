@@ -53,7 +53,7 @@ def test_a_file_imports_only_from_levels_above_it():
     levels = [
         {
             *("estimators", "nets", "data", "distributions", "distributed"),
-            *("programs.modules", "programs.specification", "progress"),
+            *("programs.modules", "programs.specification", "progress", "over_data"),
         },
         {"marginal_likelihood", "detection"},
         {"priors", "likelihoods", "guides"},

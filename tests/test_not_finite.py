@@ -118,7 +118,6 @@ def test_nan_in_the_data_and_in_the_parameters():
 
 def test_an_impossible_observation_of_a_plain_program():
     """A loss that is infinite, in the model, of one datum; the positions are those in the training data."""
-    pyro.clear_param_store()
     x = torch.linspace(0.1, 0.9, 20)
     x[5] = 3.0
 

@@ -147,7 +147,6 @@ def test_what_cannot_be_simulated_is_refused():
 
 
 def test_auxiliary_draws_cannot_start_a_reverse_chain():
-    pyro.clear_param_store()
     x = torch.zeros(3, 2)
     guide = AutoNormal(two_sites)
     guide(x)

@@ -1,9 +1,10 @@
 """What bidirectional Monte Carlo gives."""
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from pyrovae.over_data import standard_error
 
 __all__ = ["BidirectionalMonteCarlo"]
 
@@ -39,7 +40,7 @@ class BidirectionalMonteCarlo:
     @property
     def width_stderr(self) -> float:
         """Standard error of the mean width over data."""
-        return self.width.std().item() / math.sqrt(len(self)) if len(self) > 1 else math.nan
+        return standard_error(self.width)
 
     def summary(self) -> str:
         """A few lines to print."""
