@@ -24,7 +24,7 @@ import pyro
 import torch
 from benchmarks.turns import processor
 from support.clock import Clock
-from support.command_line import positive
+from support.command_line import parser_of, positive
 from support.density_estimates import anneal, compared, estimate, of_all_images
 from support.density_rows import ROWS, Row
 from support.density_summary import write_table
@@ -180,7 +180,7 @@ def command(row: Row, options: argparse.Namespace) -> str:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("rows", nargs="*", metavar="ROW", help="names: see --list")
     add("--all", action="store_true", help="every row; those for a GPU only where there is one")

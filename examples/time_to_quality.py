@@ -33,7 +33,7 @@ import torch
 from benchmarks.turns import processor
 from matplotlib.ticker import NullFormatter
 from support import trainers
-from support.command_line import positive
+from support.command_line import parser_of, positive
 from support.provenance import git_revision, versions, write_json
 
 import pyrovae as pv
@@ -251,7 +251,7 @@ def command(options: argparse.Namespace) -> str:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--libraries", nargs="+", default=list(NAMES), choices=NAMES, help="all by default")
     add("--our-epochs", nargs="+", type=positive(int), default=[40, 200], help="of pyrovae's runs (default: 40 200)")

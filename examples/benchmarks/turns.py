@@ -40,6 +40,7 @@ class Row:
 
 
 def add_common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help explains the options)\n")
     add = parser.add_argument
     add("--rounds", type=int, help=f"turns of each competitor (default: {rounds}; 2 with --quick)")
     add("--quick", action="store_true", help="a small trial run: does it run, and are the ratios sane?")
