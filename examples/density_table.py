@@ -42,7 +42,12 @@ def main() -> None:
     if options.list:
         print("\n".join(f"{row.name:24} {row.title}, {row.binarization}, {row.device}" for row in ROWS.values()))
     cuda = torch.cuda.is_available()
-    for name in [row.name for row in ROWS.values() if cuda or row.device == "cpu"] if options.all else options.rows:
+    runnable = [row for row in ROWS.values() if cuda or row.device == "cpu"]
+    if options.all:
+        options.rows += [row.name for row in runnable if row.variant_of is None]
+    if options.ablations:
+        options.rows += [row.name for row in runnable if row.variant_of]
+    for name in options.rows:
         row, folder = ROWS[name], Path(options.runs) / run_name(name, options.seed)
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -54,7 +59,7 @@ def main() -> None:
         write_json(Path(options.results) / f"{run_name(name, options.seed)}.json", result)
         print(
             f"{name}: NLL {result['nll']:.2f} +- {result['nll_stderr']:.2f} ({result['test_images']:,} images), target "
-            f"{result['target']}, ELBO {result['elbo']:.2f}, {result['active_units']} active units",
+            f"{result['target'] or 'none'}, ELBO {result['elbo']:.2f}, {result['active_units']} active units",
             flush=True,
         )
     if options.table:
@@ -184,6 +189,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     add("rows", nargs="*", metavar="ROW", help="names: see --list")
     add("--all", action="store_true", help="every row; those for a GPU only where there is one")
+    add("--ablations", action="store_true", help="every row that shows what one change does")
     add("--list", action="store_true", help="the rows' names")
     add("--table", action="store_true", help="write README.md in --results, from the results there")
     add("--dataset", default="mnist", choices=pv.data.NAMES, help="mnist, unless something is tried out")
@@ -204,8 +210,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := [name for name in options.rows if name not in ROWS]:
         parser.error(f"no row {unknown[0]!r}: one of {', '.join(ROWS)}")
-    if not (options.rows or options.all or options.list or options.table):
-        parser.error("name a row, or --all, --list, --table")
+    if not (options.rows or options.all or options.ablations or options.list or options.table):
+        parser.error("name a row, or --all, --ablations, --list, --table")
     return options
 
 

@@ -170,7 +170,8 @@ def test_every_row_is_a_pair_for_mnist(table):
     for row in table.ROWS.values():
         model, guide = row.pair(data)
         assert abs(Trace_ELBO().loss(model, guide, data.test)) < 5 * 784, row.name
-        assert row.target is not None
+        assert (row.target is None) == (row.variant_of is not None)
+        assert row.variant_of in {None, *table.ROWS}
         assert row.published is None or row.source
 
 

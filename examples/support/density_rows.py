@@ -28,6 +28,8 @@ class Row:
         10,000 validation images is
     device: "cuda" for rows that two cores are too slow for
     published, source: NLL in the literature; target: what this row is to reach
+    variant_of: row that this one differs from in what its title says; both are trained for as long, and no longer than it
+        takes to see by how much it helps
     """
 
     name: str
@@ -46,14 +48,18 @@ class Row:
     published: float | None = None
     source: str = ""
     target: float | None = None
+    variant_of: str | None = None
 
 
-def mlp(data, *, hidden, latent_dim, prior="standard-normal", guide="mean-field", activation=nn.SiLU, layer_norm=True):
-    """One layer of latents; the same widths on the way up and down."""
+def mlp(
+    data, *, hidden, latent_dim, prior="standard-normal", guide="mean-field", layer_norm=True, dropout=0.0, **options
+):
+    """One layer of latents; the same widths on the way up and down. Dropout in the decoder alone."""
     pixels = data.data_shape.numel()
-    options = {"activation": activation, "layer_norm": layer_norm}
+    options["layer_norm"] = layer_norm
     encoder = pv.nets.MLP(pixels, hidden, **options)
-    return one_layer(data, encoder, pv.nets.MLP(latent_dim, hidden, pixels, **options), latent_dim, prior, guide)
+    decoder = pv.nets.MLP(latent_dim, hidden, pixels, dropout=dropout, **options)
+    return one_layer(data, encoder, decoder, latent_dim, prior, guide)
 
 
 def images(data, *, network, latent_dim, prior, guide="mean-field"):
@@ -238,5 +244,26 @@ ROWS = {
             source=f"{CONV} {OTHER_FILE}",
             target=81.0,
         ),
+    )
+}
+
+# What is changed by itself, at 60 epochs, on the row of the standard normal prior.
+Variant = partial(Row, variant_of="short-mlp300", epochs=60)
+
+ROWS |= {
+    row.name: row
+    for row in (
+        Variant("short-mlp300", "as mlp300-standard: SiLU, LayerNorm, rate 2e-3", mlp300),
+        Variant("short-mlp300-warmup", "the KL's weight grows over 20 epochs", mlp300, kl_warmup=20),
+        Variant("short-mlp300-gated", "gated units", partial(mlp300, gated=True)),
+        Variant("short-mlp300-dropout", "dropout of 0.1 in the decoder", partial(mlp300, dropout=0.1)),
+        Variant(
+            "short-mlp300-tanh",
+            "tanh, no LayerNorm, rate 1e-3",
+            partial(mlp300, activation=nn.Tanh, layer_norm=False),
+            learning_rate=1e-3,
+        ),
+        Variant("short-mlp300-rate", "rate 1e-3", mlp300, learning_rate=1e-3),
+        Variant("short-mlp300-iwae", "trained by the bound of 5 particles", mlp300, objective="iwae", particles=5),
     )
 }

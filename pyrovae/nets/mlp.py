@@ -18,7 +18,12 @@ class MLP(Part):
     Shapes: (N, *any) with prod(any) = in_features -> (N, out_features). `out_features` defaults to the last hidden
     width: an encoder's trunk, whose head is the guide's.
 
-    Raises ValueError for widths below 1 or no layer at all.
+    layer_norm: normalise each hidden layer before its activation (Ba 2016)
+    gated: h_l = (W_l h_(l-1) + b_l) * sigmoid(V_l h_(l-1) + c_l) in place of the activation (Dauphin 2017); normalised before
+        the gate
+    dropout: share of each hidden layer's units set to 0 in training (Srivastava 2014)
+
+    Raises ValueError for widths below 1, no layer at all, or a share that is not in [0, 1).
 
     >>> import torch
     >>> MLP(784, [500, 500]).out_features
@@ -35,13 +40,19 @@ class MLP(Part):
         *,
         activation: Callable[[], nn.Module] = nn.SiLU,
         layer_norm: bool = False,
+        gated: bool = False,
+        dropout: float = 0.0,
     ):
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is a share of units, 0 <= dropout < 1, found {dropout}")
         widths = [in_features, *hidden_features]
         layers: list[nn.Module] = [nn.Flatten()]
         for width, next_width in pairwise(widths):
-            layers += [nn.Linear(width, next_width)]
-            layers += [nn.LayerNorm(next_width)] if layer_norm else []
-            layers += [activation()]
+            num_outputs = 2 * next_width if gated else next_width
+            layers += [nn.Linear(width, num_outputs)]
+            layers += [nn.LayerNorm(num_outputs)] if layer_norm else []
+            layers += [nn.GLU() if gated else activation()]
+            layers += [nn.Dropout(dropout)] if dropout else []
         if out_features is not None:
             layers += [nn.Linear(widths[-1], out_features)]
             widths.append(out_features)
