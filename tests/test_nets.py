@@ -133,3 +133,45 @@ def test_compiled_training_as_eager(double):
     compiled = trained(True)
     assert math.isfinite(compiled)
     assert compiled == pytest.approx(trained(False), rel=1e-9)
+
+
+def test_gated_units_by_definition(double):
+    net = nets.MLP(5, [4, 3], 2, gated=True)
+    first, second, last = (layer for layer in net.layers if isinstance(layer, nn.Linear))
+    h = torch.randn(6, 5)
+    x = h
+    for layer, width in ((first, 4), (second, 3)):
+        value, gate = h @ layer.weight[:width].T + layer.bias[:width], h @ layer.weight[width:].T + layer.bias[width:]
+        h = value / (1 + (-gate).exp())
+    torch.testing.assert_close(net(x), last(h))
+    assert nets.MLP(5, [4, 3], gated=True, layer_norm=True)(x).shape == (6, 3)
+
+
+def test_dropout_in_training_alone():
+    net = nets.MLP(5, [1000], dropout=0.3, activation=nn.Softplus)  # positive: a unit at 0 has been dropped
+    x = torch.randn(200, 5)
+    dropped = (net(x) == 0).double().mean().item()
+    assert dropped == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / 200_000) ** 0.5)
+    net.eval()
+    plain = nets.MLP(5, [1000], activation=nn.Softplus)
+    plain.load_state_dict(net.state_dict())
+    assert torch.equal(net(x), plain(x))
+    for share in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match="share of units"):
+            nets.MLP(5, [4], dropout=share)
+
+
+def test_an_mlp_is_made_again_from_its_file(tmp_path):
+    options = {"gated": True, "dropout": 0.2, "layer_norm": True}
+    guide = pv.guides.MeanFieldNormal(nets.MLP(6, [8], **options), 2)
+    likelihood = pv.likelihoods.Bernoulli(nets.MLP(2, [8], 6, **options), (6,))
+    model = pv.GenerativeModel(pv.priors.StandardNormal(2), likelihood)
+    pv.save(tmp_path / "pair.pt", model, guide)
+    made = pv.load(tmp_path / "pair.pt")
+    assert repr(made["model"]) == repr(model)
+    x = torch.ones(3, 6)
+    found = []
+    for pair in ((model, guide), (made["model"], made["guide"])):
+        torch.manual_seed(0)
+        found.append(pv.log_weights(*pair, x, num_particles=4))
+    assert torch.equal(*found)
