@@ -31,7 +31,7 @@ marked * train on all 60,000 and keep the last state.
 ABOUT_ABLATIONS = """\
 ## What helps
 
-Each changes one thing in the first line, with the same seeds; *better by*: nats of NLL. "+-" is against the mean over all test images; what
+Each changes one thing in the first line (the one with a MAF prior: in that row of the table above), with the same seeds; *better by*: nats of NLL. "+-" is against the mean over all test images; what
 another training seed would change is not in it. *Overfitting*: ELBO of the training images, as it was during the epoch kept, minus that of
 the validation images; for a bound of several particles it is that bound's.
 
@@ -63,11 +63,11 @@ def ablations(found: dict[str, dict]) -> list[str]:
     """A line for each variant and what it is a variant of, with the differences between them."""
     lines = []
     for row in ROWS.values():
-        if row.variant_of is None or row.name not in found or row.variant_of not in found:
+        if row.variant_of is None or row.name not in found:
             continue
-        result, base = found[row.name], found[row.variant_of]
+        result, base = found[row.name], found.get(row.variant_of)
         training = result["training"]
-        better = "" if result is base else f"{base['nll'] - result['nll']:+.2f}"
+        better = f"{base['nll'] - result['nll']:+.2f}" if base not in (None, result) else ""
         cells = (
             f"{row.title} ({training['epochs']} epochs, {result['particles']:,} particles)",
             f"{result['nll']:.2f} +- {result['sample_stderr']:.2f}",
