@@ -1,5 +1,6 @@
 """Log weights by a recorded program: the eager program's numbers under the same noise, or the eager program."""
 
+import functools
 import math
 import random
 
@@ -15,7 +16,9 @@ from test_parts import build, combinations
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.programs.extract import Extracted, extract
+from pyrovae.annealing.potential import prior_of
+from pyrovae.programs.extract import Extracted, all_ours, extract
+from pyrovae.programs.frozen import turned
 from pyrovae.weights.recorded import RecordedDraw
 
 
@@ -326,6 +329,61 @@ def test_what_a_recording_would_freeze_is_not_extracted(double, recorded_only, c
     assert extract(lambda z: (step(z + torch.randn_like(z)),), [], [torch.randn(40)]) is None
     assert "runs eagerly" in caplog.text
     assert extract(lambda z: (z + torch.randn_like(z),), [], [torch.randn(40)]) is not None
+
+
+@pytest.mark.parametrize("step", [through_numpy, listed])
+def test_what_it_would_freeze_of_the_data_is_seen_as_well(double, recorded_only, chunks, caplog, step):
+    """Blocks after the first would have the first one's values; and a parameter that moves, the first step's."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1) + step(x), 1.0), obs=x)
+
+    x = 2 * torch.randn(12)
+    eager, recorded = both_ways(model, standard_guide(), x)
+    assert torch.equal(recorded, eager)
+    assert not chunks
+    assert "were frozen" in caplog.text
+
+    linear = nn.Linear(1, 1)
+    assert extract(lambda x: (x + step(linear.bias.detach()),), [linear], [x]) is None
+    assert extract(lambda x: (x + linear.bias.detach().tanh(),), [linear], [x]) is not None
+
+
+def test_other_values_lie_in_memory_alike():
+    whole = torch.arange(24.0).reshape(4, 6)
+    for tensor in (
+        whole,
+        whole.T,
+        whole[:, 1:3],
+        whole[::2],
+        torch.arange(5),
+        torch.tensor(2.0),
+        whole[0].expand(3, 6),
+    ):
+        other = turned(tensor)
+        assert (other.shape, other.stride(), other.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+        assert torch.equal(other.flatten().sort()[0], tensor.flatten().sort()[0])
+    assert torch.equal(turned(whole), whole.flip(0, 1))
+    assert turned(torch.tensor([[0, 5], [1, 7]])).tolist() == [[1, 7], [0, 5]]  # each index in its column
+
+
+def test_auto_is_for_programs_of_this_library_alone():
+    model, guide = (
+        pv.GenerativeModel(pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [4], 6), 6)),
+        pv.guides.MeanFieldNormal(pv.nets.MLP(6, [4]), 2),
+    )
+    net = nn.Linear(2, 2)
+
+    def function(x):
+        return net(x)
+
+    assert all_ours(model, guide)
+    assert all_ours(model.forward, guide.forward, prior_of(model))
+    assert not all_ours(function, prior_of(function))
+    assert not all_ours(function, guide)
+    assert not all_ours(functools.partial(model, scale=2), guide)
 
 
 def test_nan_is_named_and_chance_is_not_thrown_away(double, recorded_only):

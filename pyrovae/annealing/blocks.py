@@ -73,8 +73,8 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
     modules = modules_behind(pair.model, pair.guide)
     if settings.compile == "auto":
         num_gradients = pair.num_data * num_chains * num_temperatures * settings.num_leapfrog_steps
-        record = bool(modules) and all_ours(modules)
-        inductor = pays_off(num_gradients, modules_behind(pair.model), modules)
+        record = bool(modules) and all_ours(pair.model, pair.guide)
+        inductor = pays_off(num_gradients, pair.model, pair.guide)
     else:
         record = inductor = settings.compile
     recorded: dict[tuple[int, int], Extracted | None] = {}

@@ -12,6 +12,7 @@ torch's generator in the order of the eager program, so that both give the same 
 are left out: whoever records a program runs it eagerly first.
 """
 
+import inspect
 import logging
 import os
 import re
@@ -25,7 +26,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyrovae.programs.modules import without_checks
+from pyrovae.programs.frozen import refuse_captured_parameters, refuse_frozen_values, turned
+from pyrovae.programs.modules import modules_behind, without_checks
 
 __all__ = ["Extracted", "all_ours", "extract"]
 
@@ -33,9 +35,18 @@ _logger = logging.getLogger("pyrovae")
 _OURS = {"pyrovae", "torch", "zuko"}
 
 
-def all_ours(modules: Sequence[nn.Module]) -> bool:
-    """Whether every submodule is of this library, torch or zuko: no Python of a stranger that a recording would freeze."""
-    return all(type(part).__module__.partition(".")[0] in _OURS for module in modules for part in module.modules())
+def all_ours(*programs: Any) -> bool:
+    """Whether programs are modules, each part of which is of this library, torch or zuko: no Python of a stranger that a
+    recording would freeze."""
+    parts = {type(part) for module in modules_behind(*programs) for part in module.modules()}
+    return all(map(_is_ours, programs)) and all(part.__module__.partition(".")[0] in _OURS for part in parts)
+
+
+def _is_ours(program: Any) -> bool:
+    if inspect.ismethod(program):
+        return _is_ours(program.__self__)
+    # A function of this library runs a program that is asked about beside it (annealing's prior of a model).
+    return isinstance(program, nn.Module) or getattr(program, "__module__", "").partition(".")[0] == "pyrovae"
 
 
 def extract(
@@ -134,6 +145,7 @@ class Extracted:
         from torch.fx.experimental.proxy_tensor import make_fx  # a second to import, so not with the library
 
         names = list(state)
+        parameters = {name for name, parameter in self.modules.named_parameters() if parameter.is_floating_point()}
         trained = {name for name, parameter in self.modules.named_parameters() if parameter.requires_grad}
         has_gradient: list[bool] = []
 
@@ -166,22 +178,28 @@ class Extracted:
         devices = list({tensor.device for tensor in (*tensors, *values) if tensor.is_cuda})
         with torch.random.fork_rng(devices), pyro.validation_enabled(False), without_checks(), torch.no_grad():
             graph = make_fx(flat)(list(tensors), values)
-        _refuse_captured_parameters(graph)
+        refuse_captured_parameters(graph)
         compiled = self.compiler(graph) if self.inductor else graph
 
-        def apart(program: Callable, noise: int) -> list[Tensor]:
-            """The outputs, under noise that is not that of the recording."""
+        def apart(program: Callable, noise: int, elsewhere: bool) -> list[Tensor]:
+            """The outputs under noise, or at data and parameters as well, that are not those of the recording."""
+            given = [turned(tensor) for tensor in tensors] if elsewhere else list(tensors)
+            at = [
+                tensor * 1.01 + 0.001 if elsewhere and name in parameters else tensor.clone()
+                for name, tensor in state.items()
+            ]
             quietly = (pyro.validation_enabled(False), without_checks(), torch.no_grad(), _quiet())
             with torch.random.fork_rng(devices), ExitStack() as stack:
                 for context in quietly:
                     stack.enter_context(context)
                 for device in (torch.device("cpu"), *devices):
                     torch.rand(1000 * noise, device=device)
-                results = program(list(tensors), [tensor.clone() for tensor in state.values()])
+                results = program(given, at)
             return results[: len(results) - sum(has_gradient)]
 
         # Compiles now, so that it fails here if it must.
-        _refuse_frozen_values(apart(compiled, 1), apart(flat, 1), apart(flat, 2))
+        for elsewhere in (False, True):
+            refuse_frozen_values(apart(compiled, 1, elsewhere), apart(flat, 1, elsewhere), apart(flat, 2, elsewhere))
         self.num_recordings += 1
 
         def run(tensors: Sequence[Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -229,7 +247,10 @@ class _Last:
 def _kinds(tensors: Sequence[Tensor]) -> tuple:
     """What of tensors, and of torch's settings, a recording is for."""
     kinds = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
-    return kinds, torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
+    autocast = tuple(
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+    )
+    return kinds, torch.get_default_dtype(), autocast
 
 
 def _inductor(graph: torch.fx.GraphModule) -> Callable:
@@ -258,30 +279,6 @@ class _Caller(nn.Module):
 
 def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"modules_.{name}": tensor for name, tensor in state.items()}
-
-
-def _refuse_captured_parameters(graph: torch.fx.GraphModule) -> None:
-    # A parameter that is not of the modules (pyro.param in a function) would get no gradient.
-    for node in graph.graph.nodes:
-        if node.op == "get_attr" and getattr(getattr(graph, node.target, None), "requires_grad", False):
-            raise ValueError("the program uses a parameter that belongs to none of its modules")
-
-
-def _refuse_frozen_values(found: list[Tensor], expected: list[Tensor], other: list[Tensor]) -> None:
-    # What went through numpy, or came from a generator that is not torch's, a recording takes for a constant. Under other
-    # noise than that of the recording it then misses the eager program by about as much as other noise changes that.
-    for result, eager, elsewhere in zip(found, expected, other, strict=True):
-        eps = torch.finfo(eager.dtype).eps if eager.is_floating_point() else 0.0
-        result, eager, elsewhere = result.double(), eager.double(), elsewhere.double()
-        same = (result == eager) | (result.isnan() & eager.isnan())
-        miss = torch.where(same, 0.0, result - eager).nan_to_num().square().mean().sqrt()
-        noise = torch.where(elsewhere == eager, 0.0, elsewhere - eager).nan_to_num().square().mean().sqrt()
-        size = eager[eager.isfinite()].abs().max() if eager.isfinite().any() else torch.ones(())
-        if miss > eps**0.5 * size.clamp_min(1.0) and miss > 0.1 * noise:
-            raise ValueError(
-                "the recording gives other numbers than the program: some of its values go through numpy, or come from a "
-                "generator that is not torch's, and were frozen"
-            )
 
 
 @contextmanager

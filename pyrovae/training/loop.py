@@ -192,7 +192,9 @@ def fit(
     distributed.same_everywhere(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
     distributed.random_numbers_apart()
     num_steps = epochs * batches.per_epoch
-    compiles = pays_off(num_steps, batches.batch_size, modules, loss, transform) if compile == "auto" else compile
+    compiles = (
+        pays_off(num_steps, batches.batch_size, (model, guide), loss, transform) if compile == "auto" else compile
+    )
     programs = in_precision(precision, model, guide)
     steps = Steps(programs[0], programs[1], loss, optimizer, modules, batches, transform, compiles)
     state = TrainingState(loss, optimizer, modules, device)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyrovae import data
 from pyrovae.programs.extract import Extracted, all_ours, extract
+from pyrovae.programs.modules import modules_behind
 from pyrovae.programs.traces import Program, sample_sites
 from pyrovae.training.optimization import OneAdam
 
@@ -19,14 +20,14 @@ _SAVED_PER_STEP, _SAVED_PER_PRODUCT, _WORTH = 2e-3, 1e-11, 15.0
 
 
 def pays_off(
-    num_steps: int, batch_size: int, modules: Sequence[nn.Module], loss: ELBO, transform: Callable | None
+    num_steps: int, batch_size: int, programs: Sequence[Program], loss: ELBO, transform: Callable | None
 ) -> bool:
     """Whether `compile="auto"` compiles: parts of this library alone, in a run that wins the compilation back."""
-    size = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    size = sum(parameter.numel() for module in modules_behind(*programs) for parameter in module.parameters())
     saved = num_steps * (_SAVED_PER_STEP + _SAVED_PER_PRODUCT * batch_size * size)
     drawing = getattr(transform, "func", transform)  # of a partial
     known = drawing in (None, data.binarize, data.dequantize)
-    return saved > _WORTH and all_ours(modules) and _has_surrogate(loss) and known
+    return saved > _WORTH and all_ours(*programs) and _has_surrogate(loss) and known
 
 
 def record_step(

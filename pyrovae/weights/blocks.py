@@ -104,7 +104,7 @@ def log_weight_blocks(
             vectorised = False
         modules = modules_behind(model, guide)
         if compile == "auto":
-            compile = pays_off(pair.num_data * num_particles, modules_behind(model), modules)
+            compile = pays_off(pair.num_data * num_particles, model, guide)
         if vectorised and compile and chunk_size < num_particles:
             pair.record(modules, block_size, chunk_size)
         with progress_bar("log weights", pair.num_data, "data", progress) as bar:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.programs.extract import Extracted, all_ours, extract
-from pyrovae.programs.modules import map_tensors
+from pyrovae.programs.modules import map_tensors, modules_behind
+from pyrovae.programs.traces import Program
 
 __all__ = ["RecordedDraw", "pays_off", "record_draw"]
 
@@ -18,10 +19,10 @@ _WORTH = 1.5e12
 Draw = Callable[[Tensor | None, tuple, dict], Tensor]
 
 
-def pays_off(num_weights: int, model_modules: Sequence[nn.Module], modules: Sequence[nn.Module]) -> bool:
+def pays_off(num_weights: int, model: Program, guide: Program) -> bool:
     """Whether `compile="auto"` compiles: parts of this library alone, and enough work to win the compilation back."""
-    size = sum(parameter.numel() for module in model_modules for parameter in module.parameters())
-    return num_weights * size > _WORTH and bool(modules) and all_ours(modules)
+    size = sum(parameter.numel() for module in modules_behind(model) for parameter in module.parameters())
+    return num_weights * size > _WORTH and all_ours(model, guide)
 
 
 def record_draw(
