@@ -53,6 +53,8 @@ def main() -> None:
         try:
             with locked(folder, "wait until it has ended, or give another --runs"):
                 result = run(row, options, folder)
+        except KeyboardInterrupt:
+            sys.exit(f"Stopped; the same command goes on with {name}.")
         except (ValueError, RuntimeError, OSError) as error:  # not there, damaged, taken: the message says what to do
             sys.exit(f"error: {name}: {error}")
         Path(options.results).mkdir(parents=True, exist_ok=True)
@@ -87,7 +89,6 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
         "row": row.name,
         "title": row.title,
         **of_all_images(options, folder, model, guide, test, lml, clock),
-        "mc_stderr": lml.mean_mc_stderr,
         "bias_estimate": lml.bias_estimate,
         "active_units": int(active.sum()),
         "latent_dim": len(active),
@@ -133,14 +134,23 @@ def train(row, options, folder, data, device, clock):
     """(model, guide, what training came to), from the checkpoint where it is done."""
     checkpoint, done = folder / "training.pt", folder / "trained.json"
     settings = training_of(row, options)
-    of_run = {**settings, "seed": options.seed, "dataset": data.name, "data_seed": data.data_seed}
     pyro.set_rng_seed(options.seed)
+    model, guide = row.pair(data)
+    of_run = {
+        **settings,
+        "binarization": row.binarization,
+        "train_on_all": row.train_on_all,
+        "model": repr(model),
+        "guide": repr(guide),
+        "seed": options.seed,
+        "dataset": data.name,
+        "data_seed": data.data_seed,
+    }
     if done.exists():
         if (found := json.loads(done.read_text()))["run"] != of_run:
             raise ValueError(f"{folder} holds a run with {found['run']}, not {of_run}: give another --runs")
         saved = pv.load(checkpoint)
         return saved["model"].to(device), saved["guide"].to(device), found["history"]
-    model, guide = row.pair(data)
     steps_per_epoch = -(-len(data.train) // settings["batch_size"])
     objective = pv.registry.make_objective(
         row.objective, row.particles, kl_warmup_steps=min(row.kl_warmup, settings["epochs"]) * steps_per_epoch
@@ -210,6 +220,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := [name for name in options.rows if name not in ROWS]:
         parser.error(f"no row {unknown[0]!r}: one of {', '.join(ROWS)}")
+    if options.images == 1:
+        parser.error("--images 1 has no standard error: give 2 or more")
     if not (options.rows or options.all or options.ablations or options.list or options.table):
         parser.error("name a row, or --all, --ablations, --list, --table")
     return options

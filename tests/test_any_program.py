@@ -568,3 +568,59 @@ def test_an_object_that_holds_the_programs_is_refused():
         pv.log_marginal_likelihood(vae, vae.guide, x, num_particles=2)
     with pytest.raises(TypeError, match="guide must be a Pyro program"):
         pv.fit(vae.model, vae, x, epochs=1, progress=False)
+
+
+NET = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.5))
+
+
+def _in_a_comprehension(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(sum([NET(z.unsqueeze(-1)).squeeze(-1) for _ in range(2)]), 1.0), obs=x)
+
+
+def _in_a_function_inside(x):
+    def decode(z):
+        return NET(z.unsqueeze(-1)).squeeze(-1)
+
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(decode(pyro.sample("z", dist.Normal(0.0, 1.0))), 1.0), obs=x)
+
+
+def _as_a_default(x, net=NET):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(net(z.unsqueeze(-1)).squeeze(-1), 1.0), obs=x)
+
+
+def _as_a_named_default(x, *, net=NET):
+    _as_a_default(x, net)
+
+
+@pytest.mark.parametrize("model", [_in_a_comprehension, _in_a_function_inside, _as_a_default, _as_a_named_default])
+def test_modules_of_a_function_are_in_evaluation_mode(model):
+    modes = []
+    hook = NET[1].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    try:
+        pv.log_weights(model, lambda x: _prior_guide(x), torch.ones(3), num_particles=4)
+    finally:
+        hook.remove()
+    assert modes
+    assert not any(modes)
+    assert NET.training
+
+
+def _prior_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def test_a_name_that_is_given_later():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample(
+                "x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)) if x is not None else later, 1.0), obs=x
+            )
+
+    assert pv.log_weights(model, _prior_guide, torch.ones(3), num_particles=4).shape == (4, 3)
+    later = 0.0

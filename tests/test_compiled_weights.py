@@ -469,3 +469,10 @@ def test_one_recording_for_all_blocks(double, recorded_only, chunks, monkeypatch
     both_ways(BatchNorm(), standard_guide(), x, num_particles=22, particle_batch_size=4, data_batch_size=4)
     assert len(recordings) == 1
     assert len(chunks) == 7 * 4
+
+
+def test_arguments_that_were_one_tensor_when_it_was_recorded(double, recorded_only):
+    recorded = extract(lambda x, y: (x - 2 * y,), [], [x := torch.randn(5), x])
+    y = torch.randn(5)
+    assert torch.equal(recorded(x, x)[0][0], -x)
+    assert torch.equal(recorded(x, y)[0][0], x - 2 * y)

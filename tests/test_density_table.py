@@ -11,6 +11,7 @@ import torch
 from pyro.infer import Trace_ELBO
 
 import pyrovae as pv
+from pyrovae.over_data import standard_error
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FIELDS = {
@@ -88,11 +89,15 @@ def test_all_images_from_a_sample_of_them(table, monkeypatch, tmp_path):
     class Bounds:
         def __init__(self, elbo, gap):
             self.elbo, self.gap = elbo, gap
+            self.elbo_stderr = self.gap_stderr = torch.zeros(len(elbo))
+            if gap is not None:
+                self.mean, self.mean_stderr = (elbo + gap).mean().item(), standard_error(elbo + gap)
+                self.mean_mc_stderr = 0.0
 
         def __len__(self):
             return len(self.elbo)
 
-    monkeypatch.setattr(density_estimates, "save", lambda path, lml: None)
+    monkeypatch.setattr(density_estimates, "save", lambda path, lml, images: None)
     monkeypatch.setattr(density_estimates, "read", lambda path: Bounds(elbo, None))
     options, found = SimpleNamespace(seed=0), []
     generator = torch.Generator().manual_seed(0)
@@ -140,7 +145,7 @@ def test_a_stopped_run_goes_on(run, table, monkeypatch):
     for module, name, calls in ((TrainingState, "finish_epoch", 2), (pv, "log_marginal_likelihood", 1)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, stopped_after(calls, getattr(module, name)))
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SystemExit, match="Stopped; the same command"):
                 run(*words, folder="stopped")
     with monkeypatch.context() as patch:
         patch.setattr(pv, "fit", fails)
@@ -183,3 +188,65 @@ def test_networks_are_as_published(table):
     up, down = [(784, 200), (200, 200), (200, 2 * 50)], [(50, 200), (200, 200), (200, 784)]
     for module, layers, extra in ((guide, up, 0), (model, down, 784)):
         assert sum(p.numel() for p in module.parameters()) == sum((a + 1) * b for a, b in layers) + extra
+
+
+def test_monte_carlo_error_from_a_sample(table, monkeypatch, tmp_path):
+    """The spread of the NLL over draws, images and pair being the same, is what it says."""
+    from support import density_estimates
+
+    monkeypatch.setattr(density_estimates, "save", lambda path, lml, images: None)
+    monkeypatch.setattr(pv, "log_marginal_likelihood", lambda *_, **__: None)
+    generator = torch.Generator().manual_seed(0)
+    noise = 1.0 + torch.rand(50, generator=generator)  # of each image's ELBO with few particles
+    elbo, gap, found = torch.randn(50, generator=generator), torch.rand(10, generator=generator), []
+    for _ in range(200):
+        bound = SimpleNamespace(elbo=elbo + noise * torch.randn(50, generator=generator), elbo_stderr=noise)
+        sampled = SimpleNamespace(
+            elbo=elbo[:10], gap=gap + 0.3 * torch.randn(10, generator=generator), gap_stderr=torch.full((10,), 0.3)
+        )
+        monkeypatch.setattr(density_estimates, "read", lambda path, bound=bound: bound)
+        monkeypatch.setattr(density_estimates, "len", lambda x: 10 if x is sampled else len(x), raising=False)  # noqa: B023
+        result = density_estimates.of_all_images(
+            SimpleNamespace(seed=0), tmp_path, None, None, elbo, sampled, lambda _: nullcontext()
+        )
+        found.append((result["nll"], result["mc_stderr"]))
+    nll, said = torch.tensor(found).T
+    assert nll.std().item() == pytest.approx(said.mean().item(), rel=0.22)  # 4.5 / sqrt(2 x 200)
+
+
+def test_what_ctrl_c_leaves_of_a_piece_is_not_kept(run, table, monkeypatch):
+    """An estimator answers Ctrl-C with the images that are done; the program ends, and goes on with all of them."""
+    words = ("short-mlp300", "--ais-images", "0")
+    whole = run(*words)
+    original = pv.log_marginal_likelihood
+    with monkeypatch.context() as patch:
+        patch.setattr(pv, "log_marginal_likelihood", lambda m, g, x, **options: original(m, g, x[:7], **options))
+        with pytest.raises(SystemExit, match="Stopped; the same command goes on with short-mlp300"):
+            run(*words, folder="stopped")
+    assert run(*words, folder="stopped")["nll"] == whole["nll"]
+
+
+def test_another_network_under_the_same_name_is_another_run(run, table, monkeypatch):
+    from dataclasses import replace
+
+    run("short-mlp300", "--ais-images", "0")
+    monkeypatch.setitem(
+        table.ROWS, "short-mlp300", replace(table.ROWS["short-mlp300"], pair=table.ROWS["mlp300-maf"].pair)
+    )
+    with pytest.raises(SystemExit, match="holds a run with"):
+        run("short-mlp300", "--ais-images", "0")
+
+
+def test_a_variant_is_compared_with_what_was_measured_alike(table):
+    from support.density_summary import ablations
+
+    def result(row, seed, nll):
+        base = {"dataset": "mnist", "data_seed": 0, "particles": 1000, "test_images": 1000, "sample_stderr": 0.05}
+        training = {"epochs": 60, "validation_elbo": -90.0, "train_elbo": -89.0}
+        more = {"bias_estimate": 0.1, "gap": 3.0, "active_units": 20, "seconds": {"training_cpu": 60.0}}
+        return {"row": row, "seed": seed, "nll": nll, "training": training, **base, **more}
+
+    results = [result("short-mlp300", 0, 90.0), result("short-mlp300", 1, 88.5), result("short-mlp300-gated", 0, 89.0)]
+    lines = ablations(results)
+    assert len(lines) == 3
+    assert "| gated units (60 epochs, 1,000 particles) | 89.00 +- 0.05 | +1.00 |" in lines[2]

@@ -24,7 +24,7 @@ def estimate(options, folder, model, guide, images, clock):
                 lml = pv.log_marginal_likelihood(
                     model, guide, piece, num_particles=options.particles, progress=not options.quiet
                 )
-            save(path, lml)
+            save(path, lml, piece)
         parts.append(read(path))
     return pv.LogMarginalLikelihood.concatenate(parts)
 
@@ -37,18 +37,25 @@ def of_all_images(options, folder, model, guide, images, lml, clock) -> dict:
     std(gap) sqrt(1/n - 1/N) (Cochran 1977, Sampling Techniques, section 7.3, with slope 1).
     """
     all_images, sampled = len(images), len(lml)
-    elbo = lml.elbo
-    if sampled < all_images:
-        path = folder / f"bound-{BOUND_PARTICLES}.pt"
-        if not path.exists():
-            pyro.set_rng_seed(options.seed)
-            with clock("evaluation"):
-                save(
-                    path,
-                    pv.log_marginal_likelihood(model, guide, images, num_particles=BOUND_PARTICLES, progress=False),
-                )
-        elbo = read(path).elbo
+    if sampled == all_images:
+        return {
+            "nll": -lml.mean,
+            "nll_stderr": lml.mean_stderr,
+            "sample_stderr": 0.0,
+            "mc_stderr": lml.mean_mc_stderr,
+            "elbo": lml.elbo.mean().item(),
+            "gap": lml.gap.mean().item(),
+        }
+    path = folder / f"bound-{BOUND_PARTICLES}.pt"
+    if not path.exists():
+        pyro.set_rng_seed(options.seed)
+        with clock("evaluation"):
+            bound = pv.log_marginal_likelihood(model, guide, images, num_particles=BOUND_PARTICLES, progress=False)
+        save(path, bound, images)
+    bound = read(path)
+    elbo = bound.elbo
     log_prob = elbo.mean() + lml.gap.mean()
+    noise = (bound.elbo_stderr.square().sum() / all_images**2 + lml.gap_stderr.square().sum() / sampled**2).sqrt()
     # Of images drawn anew: their ELBO and gap go together within the sample, and the ELBO's spread outside it counts as well.
     together = torch.stack([lml.elbo, lml.gap]).cov()[0, 1]
     variance = (elbo.var() + 2 * together) / all_images + lml.gap.var() / sampled
@@ -56,6 +63,7 @@ def of_all_images(options, folder, model, guide, images, lml, clock) -> dict:
         "nll": -log_prob.item(),
         "nll_stderr": variance.sqrt().item(),
         "sample_stderr": lml.gap.std().item() * (1 / sampled - 1 / all_images) ** 0.5,
+        "mc_stderr": noise.item(),
         "elbo": elbo.mean().item(),
         "gap": lml.gap.mean().item(),
     }
@@ -72,7 +80,7 @@ def anneal(options, folder, model, images, clock):
             lml = pv.annealed_importance_sampling(
                 model, images, num_chains=NUM_CHAINS, num_temperatures=NUM_TEMPERATURES, progress=not options.quiet
             )
-        save(path, lml)
+        save(path, lml, images)
     return read(path)
 
 
@@ -92,7 +100,10 @@ def compared(annealed, sampled) -> dict:
     }
 
 
-def save(path: Path, lml) -> None:
+def save(path: Path, lml, images) -> None:
+    """Of all the images, or not at all: after Ctrl-C an estimator answers with those that are done, and so does this program end."""
+    if len(lml) < len(images):
+        raise KeyboardInterrupt
     part = path.with_suffix(".part")
     torch.save(asdict(lml), part)
     part.replace(path)

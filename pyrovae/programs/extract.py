@@ -177,7 +177,8 @@ class Extracted:
         values = [tensor.clone() for tensor in state.values()]
         devices = list({tensor.device for tensor in (*tensors, *values) if tensor.is_cuda})
         with torch.random.fork_rng(devices), pyro.validation_enabled(False), without_checks(), torch.no_grad():
-            graph = make_fx(flat)(list(tensors), values)
+            # Each an alias of its own: two arguments that are one tensor now may be two at the next call.
+            graph = make_fx(flat)([tensor.detach() for tensor in tensors], values)
         refuse_captured_parameters(graph)
         compiled = self.compiler(graph) if self.inductor else graph
 

@@ -2,10 +2,11 @@
 
 import functools
 import inspect
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,7 @@ def _modules_behind(program: Any, seen: set[int]) -> Iterator[nn.Module]:
         for part in program.values() if isinstance(program, dict) else program:
             yield from _modules_behind(part, seen)
     elif inspect.isfunction(program):
-        names = inspect.getclosurevars(program)
-        for value in (*names.nonlocals.values(), *names.globals.values()):
+        for value in _values_in_reach(program):
             ours = isinstance(value, nn.Module | list | tuple | dict)
             if ours or getattr(value, "__module__", None) == program.__module__:
                 yield from _modules_behind(value, seen)
@@ -138,6 +138,20 @@ def _modules_behind(program: Any, seen: set[int]) -> Iterator[nn.Module]:
         for value in vars(program).values():
             if isinstance(value, nn.Module | list | tuple | dict):
                 yield from _modules_behind(value, seen)
+
+
+def _values_in_reach(function: types.FunctionType) -> Iterator[Any]:
+    """What a function's code, with the functions and comprehensions inside, may use: globals, closure, default arguments."""
+    yield from (function.__defaults__ or ())
+    yield from (function.__kwdefaults__ or {}).values()
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not filled yet
+            yield cell.cell_contents
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        yield from (function.__globals__[name] for name in code.co_names if name in function.__globals__)
+        codes += (constant for constant in code.co_consts if inspect.iscode(constant))
 
 
 def run_network(net: nn.Module, x: Tensor, advice: str) -> Tensor:

@@ -98,7 +98,8 @@ def fit(
     maximises  ELBO = E_q(z|x) [ log p(x|z) ] - KL( q(z|x) || p(z) ),  averaged over the data, by
     `pyro.infer.SVI(model, guide, optimizer, loss).step(batch)` on shuffled batches.
 
-    model, guide: any Pyro pair that takes a batch of data
+    model, guide: any Pyro pair that takes a batch of data. Each module trains in the mode it is in: one that was put into
+        `eval()` drops nothing out
     train: data (N, ...), moved to the device whole and shuffled; or, for data that memory does not hold, a `DataLoader`
         whose batches are data, or begin with them (images, labels)
     batch_size: 200 by default; a loader has its own
@@ -113,7 +114,7 @@ def fit(
         One more stops the run. For rare accidents: data that do it every time are left out of training in this way.
         Among several processes a distribution that refuses its data stops the run
     compile: record the step (see `pyrovae.programs.extract`) and let Inductor compile it: same noise, same numbers up to rounding,
-        a quarter faster on a CPU. "auto" does so for parts of this library in a run long enough to win back the
+        a quarter faster on a CPU. "auto" does so for model and guide made of parts of this library in a run long enough to win back the
         compilation. The first epoch is run eagerly, with every check
     precision: "bf16" computes linear and convolutional layers in bfloat16 while training, which pays on hardware that has
         it; densities, parameters and their updates stay float32, and so does the ELBO of the validation data
