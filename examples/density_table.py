@@ -181,6 +181,7 @@ def train(row, options, folder, data, device, clock):
             for epoch in result.history[every - 1 :: every]
         ],
     }
+    history["git_revision"] = git_revision()
     write_json(done, {"run": of_run, "history": history})
     return model, guide, history
 
