@@ -265,3 +265,11 @@ def test_the_default_cache_is_made(tmp_path, monkeypatch):
     with pytest.raises(DataUnavailableError, match="cannot be downloaded"):
         pv.data.mnist()
     assert (tmp_path / "cache/pyrovae").is_dir()
+
+
+def test_a_data_set_says_what_it_is():
+    data = pv.data.digits()
+    assert repr(data) == "Splits(digits: 1,197 train, 300 validation, 300 test images of 1x8x8, binary (dynamic))"
+    grey = pv.data.digits(binarization=None)
+    assert repr(grey).endswith("17 grey levels)")
+    assert repr(grey.dequantized()).endswith("17 grey levels, dequantised)")

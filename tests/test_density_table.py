@@ -66,7 +66,9 @@ def test_a_row_and_its_table(run, short_pilots, table, tmp_path, capsys):
     assert result["particles"] == 30
     assert (result["test_images"], result["of_test_images"], result["training_size"]) == (40, 300, 1197)
     assert result["training"]["epochs"] == 1
-    assert result["training"]["git_revision"] == result["git_revision"]  # of the training, which a later evaluation keeps
+    assert (
+        result["training"]["git_revision"] == result["git_revision"]
+    )  # of the training, which a later evaluation keeps
     assert result["ais"]["images"] == 3
     assert result["seconds"]["training_cpu"] > 0
     assert str(tmp_path) not in json.dumps(result)  # no machine's paths

@@ -89,6 +89,11 @@ def report(metrics) -> str:
         else f"The ELBO lies {test['gap']:.2f} nats or more below log p(x): that gap is KL(q(z|x) || p(z|x)), what the guide "
         f"misses of the true posterior."
     )
+    if test["share_pareto_k_above_limit"] > 0.5:  # not so where it is NaN
+        meaning += (
+            "\nFor most images the weights' tail is too heavy to trust log p(x): it lies higher, and the gap is wider. More "
+            "particles, a better guide, or annealing (examples/bounds.py --run FOLDER) tell by how much."
+        )
     return (
         f"\n{metrics['dataset']}{binarization}: {metrics['prior']} prior, "
         f"{metrics['guide']} guide, {metrics['likelihood']} likelihood, {metrics['network']} networks; "

@@ -239,9 +239,9 @@ def _download(dataset: Any, folder: Path, name: str, train: bool) -> Any:
         return dataset(folder, train=train, download=True)
     except (RuntimeError, OSError) as error:
         raise DataUnavailableError(
-            f"{_CLASSES[name]} is not in {folder} and cannot be downloaded to it ({error}): connect to the network, or "
-            f"put torchvision's files into {folder / _CLASSES[name] / 'raw'}, or name another folder "
-            f"(--data-dir, $PYROVAE_DATA); --dataset digits needs no download"
+            f"{_CLASSES[name]} is not in {folder} and cannot be downloaded to it ({' '.join(str(error).split())}): connect to "
+            f"the network, or put torchvision's files into {folder / _CLASSES[name] / 'raw'}, or name another folder (root=, "
+            f"--data-dir, $PYROVAE_DATA); pv.data.digits(), --dataset digits, needs no download"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

@@ -33,6 +33,15 @@ class Splits:
     data_seed: int | None = None
     transform: Callable[[Tensor], Tensor] | None = None
 
+    def __repr__(self) -> str:
+        parts = ((name, getattr(self, name)) for name in ("train", "validation", "test"))
+        sizes = ", ".join(f"{0 if images is None else len(images):,} {name}" for name, images in parts)
+        if self.binarization is not None:
+            kind = f"binary ({self.binarization})"
+        else:
+            kind = f"{self.num_levels} grey levels" + (", dequantised" if self.is_dequantized else "")
+        return f"Splits({self.name}: {sizes} images of {'x'.join(map(str, self.data_shape))}, {kind})"
+
     @property
     def data_shape(self) -> torch.Size:
         """Shape of one image."""

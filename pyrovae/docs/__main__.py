@@ -128,4 +128,6 @@ def _undocumented(module: ModuleType) -> list[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m pyrovae.docs", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("build/docs"), help="default: build/docs")
-    build(parser.parse_args().folder)
+    folder = parser.parse_args().folder
+    build(folder)
+    print(folder / "index.html")

@@ -39,6 +39,7 @@ def training(history: Sequence[dict[str, float]], *, axes: Any = None) -> Any:
             title=label,
         )
         ax.grid(alpha=0.3)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(loc="lower right")
     return axes
 

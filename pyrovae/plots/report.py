@@ -86,10 +86,10 @@ def _in_words(result: Any) -> list[str]:
     trust = (
         "Pareto k unknown below 25 particles"
         if np.isnan(bad)
-        else f"k > {result.pareto_k_limit:.2f}, not to be trusted: {bad:.0%} of the data"
+        else f"k > {result.pareto_k_limit:.2f}, not to be trusted: {bad:.1%} of the data"
     )
     return [
         f"log p(x) {result.mean:.2f} +- {result.mean_stderr:.2f} over {data} (+- {result.mean_mc_stderr:.3f} Monte Carlo; too "
-        f"low by {result.bias_estimate:.2f} or more), in nats per datum",
+        f"low by {result.bias_estimate:.3f} or more), in nats per datum",
         f"ELBO {result.elbo.mean():.2f}, gap {result.gap.mean():.2f} or more; {result.num_particles:,} particles; {trust}",
     ]

@@ -269,8 +269,8 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def _shown(row: dict[str, float], epochs: int) -> dict[str, str]:
-    """What the progress bar says of an epoch."""
-    columns = {"elbo": "elbo", "rec": "reconstruction", "kl": "kl", "val elbo": "validation_elbo"}
+    """What the progress bar says of an epoch; what comes last a narrow terminal cuts off."""
+    columns = {"elbo": "elbo", "val elbo": "validation_elbo", "rec": "reconstruction", "kl": "kl"}
     numbers = {name: f"{row[column]:.2f}" for name, column in columns.items() if not math.isnan(row[column])}
     return {"epoch": f"{row['epoch']}/{epochs}", **numbers}
 
