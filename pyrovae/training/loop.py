@@ -98,8 +98,7 @@ def fit(
     maximises  ELBO = E_q(z|x) [ log p(x|z) ] - KL( q(z|x) || p(z) ),  averaged over the data, by
     `pyro.infer.SVI(model, guide, optimizer, loss).step(batch)` on shuffled batches.
 
-    model, guide: any Pyro pair that takes a batch of data. Each module trains in the mode it is in: one that was put into
-        `eval()` drops nothing out
+    model, guide: any Pyro pair that takes a batch of data; modules train in the mode they are in, in `eval()` without dropout
     train: data (N, ...), moved to the device whole and shuffled; or, for data that memory does not hold, a `DataLoader`
         whose batches are data, or begin with them (images, labels)
     batch_size: 200 by default; a loader has its own
