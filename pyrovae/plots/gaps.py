@@ -61,7 +61,7 @@ def k_against_gap(pareto_k: Any, gap: Any, *, limit: float = 0.7, ax: Any = None
     ax.set(
         xlabel="log p(x) - ELBO [nats], at least",
         ylabel="Pareto k",
-        title=f"each point a datum{left_out}",
+        title=f"tail of the weights, each point a datum{left_out}",
     )
     ax.legend(loc="lower right", fontsize=8)
     ax.grid(alpha=0.3)
