@@ -24,6 +24,11 @@ import programs
 import turns
 
 NUM_DATA, NUM_PARTICLES = 10_000, 5_000
+TABLES = {
+    "rates": "Log weights per second",
+    "growth": "How the rate changes (with it the cost of one log weight)",
+    "memory": "Peak memory above model, data and libraries, in MB",
+}
 FLOOR_ROWS = 1_000  # at once: activations stay in the cache
 
 
@@ -31,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-particles", type=int, help=f"{NUM_PARTICLES} by default; 500 with --quick")
     parser.add_argument("--memory-of", type=int, nargs=2, metavar=("DATA", "PARTICLES"), help=argparse.SUPPRESS)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, help="default: all")
     turns.add_common_options(parser, rounds=5)
     options = parser.parse_args()
     turns.prepare(options)
@@ -41,6 +47,20 @@ def main() -> None:
     num_data = 100 if options.quick else 600
     data, source = programs.images(num_data, options.data_dir, options.device)
     few = data[: 2 if options.quick else 10]
+    tables, rows = {}, []
+    measures = {
+        "rates": lambda: rates(data, few, particles, options.rounds),
+        "growth": lambda: growth(data, options),
+        "memory": lambda: memory(options),
+    }
+    for name in options.tables or TABLES:
+        measured, unit, ratio = measures[name]()
+        tables[TABLES[name]] = turns.show(measured, unit, ratio)
+        rows += measured
+    turns.write(options, "Evaluation", tables, rows, data=source, num_data=num_data)
+
+
+def rates(data, few, particles: int, rounds: int) -> tuple[list[turns.Row], str, str]:
     competitors = {
         "pyrovae, compiled": pyrovae(data, particles, compile=True),
         "pyrovae, eager": pyrovae(data, particles, compile=False),
@@ -49,31 +69,31 @@ def main() -> None:
         "Pythae get_nll, batch_size=1000": pythae(few, particles, batch_size=1000),
         "floor": floor(data, particles),
     }
-    main_rows = turns.in_turns(f"{particles:,} particles", competitors, options.rounds, base="floor")
-    for row in main_rows:
+    rows = turns.in_turns(f"{particles:,} particles", competitors, rounds, base="floor")
+    for row in rows:
         if row.rate:
             fixed = getattr(competitors[row.name], "fixed", 0.0)
             seconds = NUM_DATA * particles / row.rate + fixed
             row.note = f"{NUM_DATA:,} x {particles:,}: {seconds:,.0f} s" + (
                 f", {fixed:.0f} of them before" if fixed else ""
             )
+    return rows, "log weights/s", "x floor"
 
-    growth = []
+
+def growth(data, options) -> tuple[list[turns.Row], str, str]:
+    rows = []
     for name, settings in growths(options.quick).items():
         competitors = {
             str(value): pyrovae(data[:some], count, compile=True, latent_dim=latent_dim)
             for value, some, count, latent_dim in settings
         }
-        growth += turns.in_turns(name, competitors, 1 if options.quick else 3)
-    memory = [
-        turns.Row("peak memory, MB", f"{n:,} x {s:,}", *memory_of(n, s, options)) for n, s in sizes(options.quick)
-    ]
-    tables = {
-        "Log weights per second": turns.show(main_rows, "log weights/s", "x floor"),
-        "How the rate changes (with it the cost of one log weight)": turns.show(growth, "log weights/s", ""),
-        "Peak memory above model, data and libraries, in MB": turns.show(memory, "MB", ""),
-    }
-    turns.write(options, "Evaluation", tables, [*main_rows, *growth, *memory], data=source, num_data=num_data)
+        rows += turns.in_turns(name, competitors, 1 if options.quick else 3)
+    return rows, "log weights/s", ""
+
+
+def memory(options) -> tuple[list[turns.Row], str, str]:
+    rows = [turns.Row("peak memory, MB", f"{n:,} x {s:,}", *memory_of(n, s, options)) for n, s in sizes(options.quick)]
+    return rows, "MB", ""
 
 
 def growths(quick: bool) -> dict[str, list[tuple[int, int, int, int]]]:
