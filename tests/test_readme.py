@@ -19,6 +19,8 @@ RUN_BY = {
     "examples/bounds.py": "test_examples.py::test_bounds",
     "examples/compare_parts.py": "test_examples.py::test_compare_parts",
     "examples/benchmarks/training.py": "test_benchmarks.py::test_benchmark_runs",
+    "examples/benchmarks/evaluation.py": "test_benchmarks.py::test_benchmark_runs",
+    "examples/benchmarks/annealing.py": "test_benchmarks.py::test_benchmark_runs",
     "torchrun": "test_distributed.py::test_torchrun_of_the_example",
     "pyrovae.docs": "test_docs.py::test_reference_builds",
 }
