@@ -27,6 +27,7 @@ from support.command_line import parser_of, positive
 from support.provenance import command, versions, write_json
 
 import pyrovae as pv
+from pyrovae.over_data import standard_error
 
 
 def main() -> None:
@@ -148,7 +149,7 @@ def main() -> None:
 
 def over_data(values) -> tuple[float, float]:
     """Mean over images and its standard error."""
-    return values.mean().item(), values.std().item() / len(values) ** 0.5
+    return values.mean().item(), standard_error(values)
 
 
 def load_data(trained, folder):

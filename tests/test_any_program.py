@@ -602,7 +602,7 @@ def test_modules_of_a_function_are_in_evaluation_mode(model):
     modes = []
     hook = NET[1].register_forward_pre_hook(lambda module, _: modes.append(module.training))
     try:
-        pv.log_weights(model, lambda x: _prior_guide(x), torch.ones(3), num_particles=4)
+        pv.log_weights(model, _prior_guide, torch.ones(3), num_particles=4)
     finally:
         hook.remove()
     assert modes

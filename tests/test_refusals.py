@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from test_any_program import normal_model
 from torch import nn
 
 import pyrovae as pv
@@ -15,17 +16,6 @@ def pair():
     return pv.GenerativeModel(
         pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 6), (6,))
     ), guide
-
-
-def normal_model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def normal_guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
 
 
 X = torch.tensor([0.3, -1.0, 2.0])

@@ -1,12 +1,14 @@
 """What a row of `density_table.py` is measured by: log p(x) of test images, importance sampled and annealed, saved piece by piece."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pyro
 import torch
 
 import pyrovae as pv
+from pyrovae.over_data import standard_error
 
 IMAGES_PER_PIECE = 2000  # of the evaluation, each saved as it is done
 BOUND_PARTICLES = 20  # for the ELBO of every test image
@@ -18,14 +20,9 @@ def estimate(options, folder, model, guide, images, clock):
     parts = []
     for number, piece in enumerate(images.split(IMAGES_PER_PIECE)):
         path = folder / f"estimate-{options.particles}-{number}-{len(piece)}.pt"
-        if not path.exists():
-            pyro.set_rng_seed(options.seed + number)
-            with clock("evaluation"):
-                lml = pv.log_marginal_likelihood(
-                    model, guide, piece, num_particles=options.particles, progress=not options.quiet
-                )
-            save(path, lml, piece)
-        parts.append(read(path))
+        settings = {"num_particles": options.particles, "progress": not options.quiet}
+        sampled = partial(pv.log_marginal_likelihood, model, guide, piece, **settings)
+        parts.append(kept(path, sampled, piece, options.seed + number, clock("evaluation")))
     return pv.LogMarginalLikelihood.concatenate(parts)
 
 
@@ -47,12 +44,8 @@ def of_all_images(options, folder, model, guide, images, lml, clock) -> dict:
             "gap": lml.gap.mean().item(),
         }
     path = folder / f"bound-{BOUND_PARTICLES}.pt"
-    if not path.exists():
-        pyro.set_rng_seed(options.seed)
-        with clock("evaluation"):
-            bound = pv.log_marginal_likelihood(model, guide, images, num_particles=BOUND_PARTICLES, progress=False)
-        save(path, bound, images)
-    bound = read(path)
+    cheap = partial(pv.log_marginal_likelihood, model, guide, images, num_particles=BOUND_PARTICLES, progress=False)
+    bound = kept(path, cheap, images, options.seed, clock("evaluation"))
     elbo = bound.elbo
     log_prob = elbo.mean() + lml.gap.mean()
     noise = (bound.elbo_stderr.square().sum() / all_images**2 + lml.gap_stderr.square().sum() / sampled**2).sqrt()
@@ -74,14 +67,9 @@ def anneal(options, folder, model, images, clock):
     if len(images) == 0:
         return None
     path = folder / f"annealed-{len(images)}.pt"
-    if not path.exists():
-        pyro.set_rng_seed(options.seed)
-        with clock("annealing"):
-            lml = pv.annealed_importance_sampling(
-                model, images, num_chains=NUM_CHAINS, num_temperatures=NUM_TEMPERATURES, progress=not options.quiet
-            )
-        save(path, lml, images)
-    return read(path)
+    settings = {"num_chains": NUM_CHAINS, "num_temperatures": NUM_TEMPERATURES, "progress": not options.quiet}
+    annealed = partial(pv.annealed_importance_sampling, model, images, **settings)
+    return kept(path, annealed, images, options.seed, clock("annealing"))
 
 
 def compared(annealed, sampled) -> dict:
@@ -95,9 +83,19 @@ def compared(annealed, sampled) -> dict:
         "nll_annealed": -annealed.log_prob[:both].mean().item(),
         "nll_importance_sampled": -sampled.log_prob[:both].mean().item(),
         "annealed_above_importance_sampled": difference.mean().item(),
-        "its_stderr": difference.std().item() / both**0.5 if both > 1 else None,
+        "its_stderr": standard_error(difference) if both > 1 else None,
         "acceptance": annealed.acceptance.mean().item(),
     }
+
+
+def kept(path: Path, estimated, images, seed: int, timed):
+    """The estimate in the file; where there is none, made from this seed, on the clock, and saved."""
+    if not path.exists():
+        pyro.set_rng_seed(seed)
+        with timed:
+            lml = estimated()
+        save(path, lml, images)
+    return read(path)
 
 
 def save(path: Path, lml, images) -> None:

@@ -67,11 +67,10 @@ def ablations(found: list[dict]) -> list[str]:
         return tuple(result[name] for name in ("dataset", "data_seed", "seed", "particles", "test_images"))
 
     lines = []
-    for row, result in ((row, result) for row in ROWS.values() for result in found if result["row"] == row.name):
-        if row.variant_of is None:
-            continue
-        alike = [other for other in found if other["row"] == row.variant_of and measured(other) == measured(result)]
-        base = alike[0] if alike else None
+    variants = [row for row in ROWS.values() if row.variant_of is not None]
+    for row, result in ((row, result) for row in variants for result in found if result["row"] == row.name):
+        bases = (other for other in found if other["row"] == row.variant_of and measured(other) == measured(result))
+        base = next(bases, None)
         training = result["training"]
         better = f"{base['nll'] - result['nll']:+.2f}" if base not in (None, result) else ""
         cells = (
