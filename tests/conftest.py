@@ -12,6 +12,7 @@ import torch
 
 from pyrovae.annealing import chains
 from pyrovae.programs.extract import Extracted
+from pyrovae.weights.recorded import RecordedDraw
 
 matplotlib.use("Agg")
 
@@ -61,6 +62,19 @@ def mnist_root():
 def uncompiled(monkeypatch):
     """Recordings run as they were recorded: seconds faster than with Inductor, for what the recording itself decides."""
     monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """Counts the chunks that were drawn by a recording."""
+    drawn, original = [], RecordedDraw.given
+
+    def given(self, *args):
+        draw = original(self, *args)
+        return lambda: (drawn.append(1), draw())[1]
+
+    monkeypatch.setattr(RecordedDraw, "given", given)
+    return drawn
 
 
 @pytest.fixture

@@ -19,32 +19,12 @@ import pyrovae as pv
 from pyrovae.annealing.potential import prior_of
 from pyrovae.programs.extract import Extracted, all_ours, extract
 from pyrovae.programs.frozen import turned
-from pyrovae.weights.recorded import RecordedDraw
 
 
 @pytest.fixture(autouse=True)
 def _clear():
     yield
     pyro.clear_param_store()
-
-
-@pytest.fixture
-def recorded_only(monkeypatch):
-    """Record, and run the recording as it is: what a compiler would do to it is not what is tested."""
-    monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
-
-
-@pytest.fixture
-def chunks(monkeypatch):
-    """Counts the chunks that were drawn by a recording."""
-    drawn, original = [], RecordedDraw.__call__
-
-    def counting(self, *args):
-        drawn.append(1)
-        return original(self, *args)
-
-    monkeypatch.setattr(RecordedDraw, "__call__", counting)
-    return drawn
 
 
 def both_ways(model, guide, *args, **options):
@@ -182,7 +162,7 @@ PROGRAMS = {
     "options", [{}, {"data_batch_size": 4}, {"num_particles": 18, "data_batch_size": None}], ids=str
 )
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_recording_gives_the_eager_numbers(double, recorded_only, chunks, name, options):
+def test_a_recording_gives_the_eager_numbers(double, uncompiled, chunks, name, options):
     """Ragged blocks, ragged chunks, -inf where it belongs."""
     make_model, make_guide, args, kwargs = PROGRAMS[name]
     x = torch.rand(11, 3)
@@ -248,7 +228,7 @@ class Attribute:
             pyro.sample("z", dist.MultivariateNormal(mean, covariance))
 
 
-def test_attributes_are_read_at_every_call(double, recorded_only, chunks):
+def test_attributes_are_read_at_every_call(double, uncompiled, chunks):
     program, x = Attribute(), torch.randn(6)
     for shift in (0.0, 2.5):
         program.shift = shift
@@ -259,7 +239,7 @@ def test_attributes_are_read_at_every_call(double, recorded_only, chunks):
     assert len(chunks) == 4
 
 
-def test_parameters_are_read_at_every_call(double, recorded_only, chunks):
+def test_parameters_are_read_at_every_call(double, uncompiled, chunks):
     model, guide, x = BatchNorm(), standard_guide(), torch.randn(6, 3)
     first, _ = both_ways(model, guide, x)
     with torch.no_grad():
@@ -271,7 +251,7 @@ def test_parameters_are_read_at_every_call(double, recorded_only, chunks):
     assert len(chunks) == 8
 
 
-def test_a_pyro_param_of_no_module(double, recorded_only, chunks, caplog):
+def test_a_pyro_param_of_no_module(double, uncompiled, chunks, caplog):
     """Run eagerly, and right."""
 
     def model(x):
@@ -307,7 +287,7 @@ def branching(z):
 
 
 @pytest.mark.parametrize("step", [through_numpy, listed, of_python])
-def test_what_a_recording_would_freeze_runs_eagerly(double, recorded_only, chunks, caplog, step):
+def test_what_a_recording_would_freeze_runs_eagerly(double, uncompiled, chunks, caplog, step):
     def model(x):
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
@@ -325,14 +305,14 @@ def test_what_a_recording_would_freeze_runs_eagerly(double, recorded_only, chunk
 
 
 @pytest.mark.parametrize("step", [through_numpy, of_python, branching])
-def test_what_a_recording_would_freeze_is_not_extracted(double, recorded_only, caplog, step):
+def test_what_a_recording_would_freeze_is_not_extracted(double, uncompiled, caplog, step):
     assert extract(lambda z: (step(z + torch.randn_like(z)),), [], [torch.randn(40)]) is None
     assert "runs eagerly" in caplog.text
     assert extract(lambda z: (z + torch.randn_like(z),), [], [torch.randn(40)]) is not None
 
 
 @pytest.mark.parametrize("step", [through_numpy, listed])
-def test_what_it_would_freeze_of_the_data_is_seen_as_well(double, recorded_only, chunks, caplog, step):
+def test_what_it_would_freeze_of_the_data_is_seen_as_well(double, uncompiled, chunks, caplog, step):
     """Blocks after the first would have the first one's values; and a parameter that moves, the first step's."""
 
     def model(x):
@@ -386,7 +366,7 @@ def test_auto_is_for_programs_of_this_library_alone():
     assert not all_ours(functools.partial(model, scale=2), guide)
 
 
-def test_nan_is_named_and_chance_is_not_thrown_away(double, recorded_only):
+def test_nan_is_named_and_chance_is_not_thrown_away(double, uncompiled):
     """A chunk with NaN is drawn again eagerly, with the same noise, and refused by name."""
 
     def model(x):
@@ -416,7 +396,7 @@ class OwnForward(pv.guides.MeanFieldNormal):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_guide_with_a_forward_of_its_own_is_run_as_it_is(double, recorded_only, chunks, compile):
+def test_a_guide_with_a_forward_of_its_own_is_run_as_it_is(double, uncompiled, chunks, compile):
     """The weights are those of Student's t, which the guide draws from, not of the normal it inherits."""
     torch.manual_seed(3)
     linear = LinearGaussian(latent_dim=2)
@@ -444,7 +424,7 @@ def test_a_guide_with_a_forward_of_its_own_is_run_as_it_is(double, recorded_only
 
 
 @pytest.mark.parametrize(("prior", "guide", "likelihood", "decoder", "encoder"), list(combinations()))
-def test_every_part_records_as_it_draws(double, recorded_only, chunks, prior, guide, likelihood, decoder, encoder):
+def test_every_part_records_as_it_draws(double, uncompiled, chunks, prior, guide, likelihood, decoder, encoder):
     refines_within = (prior, guide) == ("VampPrior", "Refined")  # at the pseudo-inputs, by gradient steps: runs eagerly
     model, guide = (module.double() for module in build(prior, guide, likelihood, decoder, encoder))
     eager, recorded = both_ways(
@@ -454,14 +434,14 @@ def test_every_part_records_as_it_draws(double, recorded_only, chunks, prior, gu
     assert torch.allclose(recorded, eager, rtol=1e-10, atol=1e-10)
 
 
-def test_a_hierarchy_records_as_it_draws(double, recorded_only, chunks):
+def test_a_hierarchy_records_as_it_draws(double, uncompiled, chunks):
     model, guide = (part.double() for part in pv.two_layer_vae((1, 4, 3), latent_dims=(3, 2), hidden_features=(8, 6)))
     eager, recorded = both_ways(model, guide, LIKELIHOODS["Bernoulli"][1]().double())
     assert len(chunks) == 4
     assert torch.allclose(recorded, eager, rtol=1e-10, atol=1e-10)
 
 
-def test_one_recording_for_all_blocks(double, recorded_only, chunks, monkeypatch):
+def test_one_recording_for_all_blocks(double, uncompiled, chunks, monkeypatch):
     """Seven blocks of data and the ragged eighth, five chunks and a ragged sixth: recorded once."""
     recordings, original = [], Extracted._record
     monkeypatch.setattr(Extracted, "_record", lambda self, *args: recordings.append(1) or original(self, *args))
@@ -471,7 +451,7 @@ def test_one_recording_for_all_blocks(double, recorded_only, chunks, monkeypatch
     assert len(chunks) == 7 * 4
 
 
-def test_arguments_that_were_one_tensor_when_it_was_recorded(double, recorded_only):
+def test_arguments_that_were_one_tensor_when_it_was_recorded(double, uncompiled):
     recorded = extract(lambda x, y: (x - 2 * y,), [], [x := torch.randn(5), x])
     y = torch.randn(5)
     assert torch.equal(recorded(x, x)[0][0], -x)

@@ -20,6 +20,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from pyrovae.programs.frozen import refuse_captured_parameters, refuse_frozen_values, turned
 from pyrovae.programs.modules import modules_behind, without_checks
+from pyrovae.programs.signature import Last, kinds
 
 __all__ = ["Extracted", "all_ours", "extract"]
 
@@ -71,11 +73,11 @@ def extract(
     extracted = Extracted(function, modules, gradients, inductor)
     try:
         try:
-            extracted(*examples, dry=True)
+            extracted.at(*examples)
         except Exception as error:
             if not _remove_damaged_library(error):
                 raise
-            extracted(*examples, dry=True)
+            extracted.at(*examples)
     except Exception as error:  # whatever stands in the way: the eager program is always there
         reason = str(error).strip().partition("\n")[0]
         _logger.warning("runs eagerly: recording and compiling failed (%s: %s)", type(error).__name__, reason)
@@ -114,16 +116,26 @@ class Extracted:
         self.gradients = gradients
         self.num_recordings = 0
         self._recorded: OrderedDict[Any, Callable[..., tuple[list[Tensor], list[Tensor | None]]]] = OrderedDict()
-        self._last: _Last | None = None
+        self._last: Last | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that gradients are for, each once."""
         return [parameter for parameter in self.modules.parameters() if parameter.requires_grad]
 
-    def __call__(self, *tensors: Tensor, dry: bool = False) -> tuple[list[Tensor], list[Tensor | None]]:
-        if self._last is not None and self._last.holds(tensors):
-            return self._last.run(tensors, self._last.values)
+    def __call__(self, *tensors: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+        return self.at(*tensors)()
+
+    def at(self, *tensors: Tensor) -> Callable[[], tuple[list[Tensor], list[Tensor | None]]]:
+        """The recording for these tensors, made if need be: to be called again and again while nothing but values changes.
+
+        It does not look whether modules were changed meanwhile, as `__call__` does each time.
+        """
+        if self._last is None or not self._last.holds(tensors):
+            self._last = self._look_up(tensors)
+        return partial(self._last.run, tensors, self._last.values)
+
+    def _look_up(self, tensors: Sequence[Tensor]) -> "Last":
         parameters = {name: parameter.detach() for name, parameter in self.modules.named_parameters()}
         state = parameters | dict(self.modules.named_buffers())
         signature = self._signature((*tensors, *state.values()))
@@ -133,13 +145,12 @@ class Extracted:
             if len(self._recorded) > self.CAPACITY:
                 self._recorded.popitem(last=False)
         self._recorded.move_to_end(signature)
-        self._last = _Last(self.modules, tensors, run, list(state.values()))
-        return ([], []) if dry else run(tensors, self._last.values)
+        return Last(self.modules, tensors, run, list(state.values()))
 
     def _signature(self, tensors: Sequence[Tensor]) -> tuple:
         modes = tuple(module.training for module in self.modules.modules())
         trained = tuple(parameter.requires_grad for parameter in self.modules.parameters())
-        return modes, trained, *_kinds(tensors)
+        return modes, trained, *kinds(tensors)
 
     def _record(self, tensors: Sequence[Tensor], state: dict[str, Tensor]) -> Callable:
         from torch.fx.experimental.proxy_tensor import make_fx  # a second to import, so not with the library
@@ -211,47 +222,6 @@ class Extracted:
             return list(results[:num_outputs]), [next(gradients) if there else None for there in has_gradient]
 
         return run
-
-
-class _Last:
-    """The call before: to see, faster than by its signature, that modules and arguments are as they were.
-
-    A parameter is where it was if its slot holds the same tensor with the same memory; its values may have changed.
-    """
-
-    def __init__(self, modules: nn.ModuleList, tensors: Sequence[Tensor], run: Callable, values: list[Tensor]):
-        self.run, self.values = run, values
-        self.modules = list(modules.modules())
-        self.seen = self._look(tensors)
-
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        return self._look(tensors) == self.seen
-
-    def _look(self, tensors: Sequence[Tensor]) -> tuple:
-        found: list[Any] = []
-        for module in self.modules:
-            inside = module.__dict__
-            found += (inside["training"], *map(id, inside["_modules"].values()))
-            for tensor in (*inside["_parameters"].values(), *inside["_buffers"].values()):
-                if tensor is not None:
-                    found += (
-                        id(tensor),
-                        tensor.data_ptr(),
-                        tensor.shape,
-                        tensor.stride(),
-                        tensor.dtype,
-                        tensor.requires_grad,
-                    )
-        return found, _kinds(tensors)
-
-
-def _kinds(tensors: Sequence[Tensor]) -> tuple:
-    """What of tensors, and of torch's settings, a recording is for."""
-    kinds = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
-    autocast = tuple(
-        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
-    )
-    return kinds, torch.get_default_dtype(), autocast
 
 
 def _inductor(graph: torch.fx.GraphModule) -> Callable:

@@ -193,11 +193,17 @@ class Pair:
         encoded = self.encode(args, kwargs)
         chunks: list[Tensor] = []
         drawn = 0
+        recorded = None
         while drawn < num_particles:
             size = min(chunk_size, self.most_particles, num_particles - drawn) if vectorised else None
             too_many = None
             try:
-                chunks.append(self._chunk(encoded, args, kwargs, layout, size, is_first=not chunks))
+                # The first of each block are drawn eagerly, with every check.
+                if chunks and self.recorded is not None and (layout.num_data, size) == self.recorded_sizes:
+                    recorded = recorded or self.recorded.given(encoded, args, kwargs)
+                    chunks.append(recorded())
+                else:
+                    chunks.append(self._chunk(encoded, args, kwargs, layout, size, is_first=not chunks))
             except torch.OutOfMemoryError as error:
                 too_many = error.with_traceback(None)  # its frames hold what there was no room for
             if too_many is not None:
@@ -209,9 +215,7 @@ class Pair:
     def _chunk(
         self, encoded: Tensor | None, args: tuple, kwargs: dict, layout: Layout, size: int | None, is_first: bool
     ) -> Tensor:
-        """Log weights (size, B) of some particles; the first of each block are drawn eagerly, with every check."""
-        if not is_first and self.recorded is not None and (layout.num_data, size) == self.recorded_sizes:
-            return self.recorded(encoded, args, kwargs)
+        """Log weights (size, B) of some particles."""
         model_trace, guide_trace = self._run(encoded, args, kwargs, layout, size)
         if is_first and self.split_size is not None:
             self._refuse_impossible(model_trace, args, kwargs, layout, size)

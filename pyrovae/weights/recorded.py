@@ -45,17 +45,23 @@ class RecordedDraw:
     def __init__(self, draw: Draw, extracted: Extracted):
         self.draw, self.extracted = draw, extracted
 
-    def __call__(self, encoded: Tensor | None, args: tuple, kwargs: dict) -> Tensor:
+    def given(self, encoded: Tensor | None, args: tuple, kwargs: dict) -> Callable[[], Tensor]:
+        """The drawing for these data, chunk after chunk."""
         tensors = _flatten(encoded, args, kwargs)
         devices = {tensor.device for tensor in (*tensors, *self.extracted.modules.parameters()) if tensor.is_cuda}
-        before = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
-        (log_weights,), _ = self.extracted(*tensors)
-        if not (log_weights < torch.inf).all():
+        run = self.extracted.at(*tensors)
+
+        def drawn() -> Tensor:
+            before = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+            (log_weights,), _ = run()
+            if (log_weights < torch.inf).all():
+                return log_weights
             torch.set_rng_state(before[0])
             for device, state in before[1].items():
                 torch.cuda.set_rng_state(state, device)
             return self.draw(encoded, args, kwargs)
-        return log_weights
+
+        return drawn
 
 
 def _flatten(encoded: Tensor | None, args: tuple, kwargs: dict) -> list[Tensor]:
