@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import estimators
+from pyrovae.estimators.weights import Weights
 from pyrovae.over_data import standard_error
 
 __all__ = ["LogMarginalLikelihood"]
@@ -51,21 +52,22 @@ class LogMarginalLikelihood:
     @classmethod
     def from_log_weights(cls, log_weights: Tensor) -> "LogMarginalLikelihood":
         """All of it from weights (S, N)."""
-        curve_particles, curve = estimators.bound_curve(log_weights)
-        tail = estimators.pareto_tail(log_weights)
+        weights = Weights(log_weights)
+        curve_particles, curve = estimators.bound_curve(weights)
+        tail = estimators.pareto_tail(weights)
         return cls(
-            num_particles=len(log_weights),
-            log_prob=estimators.importance_weighted_bound(log_weights).cpu(),
-            stderr=estimators.importance_weighted_bound_stderr(log_weights).cpu(),
-            elbo=estimators.elbo(log_weights).cpu(),
-            elbo_stderr=estimators.elbo_stderr(log_weights).cpu(),
-            gap=estimators.gap(log_weights).cpu(),
-            gap_stderr=estimators.gap_stderr(log_weights).cpu(),
-            jackknife=estimators.jackknife(log_weights).cpu(),
-            jackknife_2=estimators.jackknife_2(log_weights).cpu(),
+            num_particles=len(weights),
+            log_prob=estimators.importance_weighted_bound(weights).cpu(),
+            stderr=estimators.importance_weighted_bound_stderr(weights).cpu(),
+            elbo=estimators.elbo(weights).cpu(),
+            elbo_stderr=estimators.elbo_stderr(weights).cpu(),
+            gap=estimators.gap(weights).cpu(),
+            gap_stderr=estimators.gap_stderr(weights).cpu(),
+            jackknife=estimators.jackknife(weights).cpu(),
+            jackknife_2=estimators.jackknife_2(weights).cpu(),
             smoothed=tail.smoothed_bound.cpu(),
-            upper_bound=estimators.chi_square_bound(log_weights, tail.k).cpu(),
-            ess=estimators.effective_sample_size(log_weights).cpu(),
+            upper_bound=estimators.chi_square_bound(weights, tail.k).cpu(),
+            ess=estimators.effective_sample_size(weights).cpu(),
             pareto_k=tail.k.cpu(),
             curve_particles=curve_particles,
             curve=curve.cpu(),

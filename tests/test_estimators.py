@@ -9,6 +9,7 @@ import torch
 from conftest import within
 
 from pyrovae import estimators
+from pyrovae.estimators.weights import Weights
 
 REDUCERS = [
     "elbo",
@@ -28,6 +29,15 @@ REDUCERS = [
 
 def test_every_reducer_is_listed():
     assert {*REDUCERS, "bound_curve", "pareto_k_limit", "pareto_tail", "ParetoTail"} == set(estimators.__all__)
+
+
+def test_an_array_that_was_looked_at_gives_what_the_array_gives():
+    """`Weights` keeps what several reducers ask for; none of them may change it for the next."""
+    log_weights = torch.randn(60, 4)
+    looked_at = Weights(log_weights)
+    for name in 2 * REDUCERS:
+        reducer = getattr(estimators, name)
+        assert torch.equal(reducer(looked_at), reducer(log_weights)), name
 
 
 @pytest.mark.parametrize("name", REDUCERS)

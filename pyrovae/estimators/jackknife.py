@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyrovae.estimators.checks import checked
-from pyrovae.estimators.reducers import importance_weighted_bound
+from pyrovae.estimators.weights import Weights
 
 __all__ = ["jackknife", "jackknife_2"]
 
@@ -15,7 +14,7 @@ __all__ = ["jackknife", "jackknife_2"]
 _LARGEST, _TERMS = 4, 13
 
 
-def jackknife(log_weights: Tensor) -> Tensor:
+def jackknife(log_weights: Tensor | Weights) -> Tensor:
     """Jackknife-corrected estimate of log p(x), of order 1: less biased, and no longer a bound.
 
     JVI-1 = S L_S - (S-1) mean_i L_{S-1}^(-i) = L_S - (S-1) [ log(S/(S-1)) + mean_i log(1 - w~_i) ],
@@ -28,20 +27,19 @@ def jackknife(log_weights: Tensor) -> Tensor:
     Source: Nowozin, Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife
     Variational Inference (2018).
     """
-    log_weights, constant = checked(log_weights)
-    num_particles = len(log_weights)
-    bound = importance_weighted_bound(log_weights)
+    weights = Weights.of(log_weights)
+    num_particles, bound = len(weights), weights.bound
     if num_particles < 2:
-        return torch.full_like(bound, math.nan)
-    log_normalised = log_weights - log_weights.logsumexp(0)
-    without_one = _log_without_one(log_normalised, log_weights.argmax(0, keepdim=True))
+        return weights.unknown()
+    log_normalised = weights.log - weights.log_sum
+    without_one = _log_without_one(log_normalised, weights.log.argmax(0, keepdim=True))
     correction = math.log(num_particles / (num_particles - 1)) + without_one.mean(0)
     corrected = bound - (num_particles - 1) * correction
-    corrected = torch.where(constant, bound, corrected)
+    corrected = torch.where(weights.constant, bound, corrected)
     return torch.where(bound == -math.inf, bound, corrected)
 
 
-def jackknife_2(log_weights: Tensor) -> Tensor:
+def jackknife_2(log_weights: Tensor | Weights) -> Tensor:
     """Jackknife-corrected estimate of log p(x), of order 2: less biased still, noisier, and not a bound.
 
     JVI-2 = S^2/2 L_S - (S-1)^2 mean_i L_{S-1}^(-i) + (S-2)^2/2 mean_ij L_{S-2}^(-ij)
@@ -57,18 +55,17 @@ def jackknife_2(log_weights: Tensor) -> Tensor:
     Source: Nowozin, Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife
     Variational Inference (2018).
     """
-    log_weights, constant = checked(log_weights)
-    size = len(log_weights)
-    bound = importance_weighted_bound(log_weights)
+    weights = Weights.of(log_weights)
+    size, bound = len(weights), weights.bound
     if size < 3:
-        return torch.full_like(bound, math.nan)
-    log_normalised = log_weights - log_weights.logsumexp(0)
-    largest = log_weights.topk(min(_LARGEST, size), dim=0).indices
+        return weights.unknown()
+    log_normalised = weights.log - weights.log_sum
+    largest = weights.log.topk(min(_LARGEST, size), dim=0).indices
     without_one = _log_without_one(log_normalised, largest[:1])
     pairs = _sum_over_pairs(log_normalised, without_one, largest) / (size * (size - 1) / 2)
     offset = (size - 1) ** 2 * math.log1p(-1 / size) - (size - 2) ** 2 / 2 * math.log1p(-2 / size)
     corrected = bound + offset - (2 * size - 3) * without_one.mean(0) + (size - 2) ** 2 / 2 * pairs
-    corrected = torch.where(constant, bound, corrected)
+    corrected = torch.where(weights.constant, bound, corrected)
     return torch.where(bound == -math.inf, bound, corrected)
 
 

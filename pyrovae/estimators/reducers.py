@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyrovae.estimators.checks import checked
+from pyrovae.estimators.weights import Weights
 
 __all__ = [
     "bound_curve",
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 
-def elbo(log_weights: Tensor) -> Tensor:
+def elbo(log_weights: Tensor | Weights) -> Tensor:
     """Evidence lower bound, the mean log weight.
 
     ELBO_n = 1/S sum_s log w[s, n]
@@ -33,22 +33,22 @@ def elbo(log_weights: Tensor) -> Tensor:
     >>> elbo(torch.tensor([[0.0], [-2.0]]))
     tensor([-1.], dtype=torch.float64)
     """
-    return checked(log_weights)[0].mean(0)
+    return Weights.of(log_weights).log.mean(0)
 
 
-def elbo_stderr(log_weights: Tensor) -> Tensor:
+def elbo_stderr(log_weights: Tensor | Weights) -> Tensor:
     """Monte Carlo standard error of the ELBO, sd(log w) / sqrt(S).
 
     Shapes: (S, N) -> (N,), in nats. NaN with fewer than 2 particles or a weight of 0; 0 for constant weights.
     """
-    log_weights, constant = checked(log_weights)
-    if len(log_weights) < 2:
-        return torch.full_like(log_weights[0], math.nan)
-    stderr = log_weights.std(0) / math.sqrt(len(log_weights))
-    return torch.where(constant, 0.0, stderr)
+    weights = Weights.of(log_weights)
+    if len(weights) < 2:
+        return weights.unknown()
+    stderr = weights.log.std(0) / math.sqrt(len(weights))
+    return torch.where(weights.constant, 0.0, stderr)
 
 
-def importance_weighted_bound(log_weights: Tensor) -> Tensor:
+def importance_weighted_bound(log_weights: Tensor | Weights) -> Tensor:
     """Importance-weighted bound: the estimate of log p(x), a lower bound of it on average.
 
     L_S = log( 1/S sum_s w[s, n] ),   E[L_S] <= log p(x_n),   E[exp L_S] = p(x_n)
@@ -62,11 +62,10 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     >>> importance_weighted_bound(torch.tensor([[0.0], [-torch.inf]]))
     tensor([-0.6931], dtype=torch.float64)
     """
-    log_weights, _ = checked(log_weights)
-    return log_weights.logsumexp(0) - math.log(len(log_weights))
+    return Weights.of(log_weights).bound
 
 
-def importance_weighted_bound_stderr(log_weights: Tensor) -> Tensor:
+def importance_weighted_bound_stderr(log_weights: Tensor | Weights) -> Tensor:
     """Monte Carlo standard error of the importance-weighted bound (delta method).
 
     se = sd(w) / ( sqrt(S) mean(w) ), with the S - 1 variance
@@ -75,16 +74,15 @@ def importance_weighted_bound_stderr(log_weights: Tensor) -> Tensor:
     weights. It is an error, not a bias: the bias (see `jackknife`) is invisible to it, and where the Pareto k
     exceeds 0.5 the variance of the weights may be infinite and this number too small.
     """
-    log_weights, constant = checked(log_weights)
-    num_particles = len(log_weights)
+    weights = Weights.of(log_weights)
+    num_particles = len(weights)
     if num_particles < 2:
-        return torch.full_like(log_weights[0], math.nan)
-    relative = (log_weights - importance_weighted_bound(log_weights)).exp()  # w / mean(w), mean 1
-    stderr = ((relative - 1).square().sum(0) / (num_particles - 1) / num_particles).sqrt()
-    return torch.where(constant, 0.0, stderr)
+        return weights.unknown()
+    stderr = ((weights.relative - 1).square().sum(0) / (num_particles - 1) / num_particles).sqrt()
+    return torch.where(weights.constant, 0.0, stderr)
 
 
-def gap(log_weights: Tensor) -> Tensor:
+def gap(log_weights: Tensor | Weights) -> Tensor:
     """Estimate of KL(q(z|x) || p(z|x)), the tightness of the ELBO: importance-weighted bound minus ELBO.
 
     log p(x) = ELBO + KL(q(z|x) || p(z|x)); as the bound lies below log p(x) on average, the gap is "at least" this.
@@ -92,26 +90,26 @@ def gap(log_weights: Tensor) -> Tensor:
     Shapes: (S, N) -> (N,), in nats, never negative (Jensen); +inf where some but not all weights are 0, NaN where
     all are.
     """
-    log_weights, constant = checked(log_weights)
-    difference = importance_weighted_bound(log_weights) - elbo(log_weights)
-    return torch.where(constant, 0.0, difference.clamp_min(0.0))
+    weights = Weights.of(log_weights)
+    difference = weights.bound - elbo(weights)
+    return torch.where(weights.constant, 0.0, difference.clamp_min(0.0))
 
 
-def gap_stderr(log_weights: Tensor) -> Tensor:
+def gap_stderr(log_weights: Tensor | Weights) -> Tensor:
     """Monte Carlo standard error of the gap (delta method on both terms, which share their draws).
 
     se = sd( w / mean(w) - log w ) / sqrt(S)
 
     Shapes: (S, N) -> (N,), in nats. NaN with fewer than 2 particles or a weight of 0; 0 for constant weights.
     """
-    log_weights, constant = checked(log_weights)
-    if len(log_weights) < 2:
-        return torch.full_like(log_weights[0], math.nan)
-    influence = (log_weights - importance_weighted_bound(log_weights)).exp() - log_weights
-    return torch.where(constant, 0.0, influence.std(0) / math.sqrt(len(log_weights)))
+    weights = Weights.of(log_weights)
+    if len(weights) < 2:
+        return weights.unknown()
+    influence = weights.relative - weights.log
+    return torch.where(weights.constant, 0.0, influence.std(0) / math.sqrt(len(weights)))
 
 
-def effective_sample_size(log_weights: Tensor) -> Tensor:
+def effective_sample_size(log_weights: Tensor | Weights) -> Tensor:
     """Effective sample size of the weights, between 1 and S.
 
     ESS = (sum_s w)^2 / sum_s w^2
@@ -123,12 +121,12 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     >>> effective_sample_size(torch.zeros(4, 1))
     tensor([4.], dtype=torch.float64)
     """
-    log_weights, _ = checked(log_weights)
-    ess = (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp()
-    return ess.clamp(1, len(log_weights))
+    weights = Weights.of(log_weights)
+    ess = (2 * weights.log_sum - (2 * weights.log).logsumexp(0)).exp()
+    return ess.clamp(1, len(weights))
 
 
-def bound_curve(log_weights: Tensor) -> tuple[list[int], Tensor]:
+def bound_curve(log_weights: Tensor | Weights) -> tuple[list[int], Tensor]:
     """The importance-weighted bound at growing numbers of particles, from one draw.
 
     The S particles are cut into S/s blocks of s; the curve at s is the mean of the blocks' bounds: an unbiased
@@ -141,9 +139,9 @@ def bound_curve(log_weights: Tensor) -> tuple[list[int], Tensor]:
     >>> sizes
     [1, 2, 4, 8, 40, 200, 1000]
     """
-    log_weights, _ = checked(log_weights)
-    sizes = _divisor_chain(len(log_weights))
-    curve = [(log_weights.unflatten(0, (-1, size)).logsumexp(1) - math.log(size)).mean(0) for size in sizes]
+    weights = Weights.of(log_weights)
+    sizes = _divisor_chain(len(weights))
+    curve = [(weights.log.unflatten(0, (-1, size)).logsumexp(1) - math.log(size)).mean(0) for size in sizes]
     return sizes, torch.stack(curve)
 
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae.estimators.checks import checked
 from pyrovae.estimators.pareto import smooth_tail
 from pyrovae.estimators.reducers import importance_weighted_bound
+from pyrovae.estimators.weights import Weights
 
 __all__ = ["ParetoTail", "chi_square_bound", "pareto_k", "pareto_k_limit", "pareto_smoothed_bound", "pareto_tail"]
 
@@ -20,22 +20,22 @@ class ParetoTail(NamedTuple):
     smoothed_bound: Tensor
 
 
-def pareto_tail(log_weights: Tensor) -> ParetoTail:
+def pareto_tail(log_weights: Tensor | Weights) -> ParetoTail:
     """`pareto_k` and `pareto_smoothed_bound` from one fit, which is most of the work of either."""
-    log_weights, constant = checked(log_weights)
-    k = torch.full_like(log_weights[0], math.nan)
-    bound = importance_weighted_bound(log_weights)
-    if len(log_weights) < 25:
+    weights = Weights.of(log_weights)
+    k, bound = weights.unknown(), weights.bound
+    if len(weights) < 25:
         return ParetoTail(k, bound)
-    k[constant] = 0.0
-    fit = ~constant & ~log_weights.isnan().any(0) & (log_weights > -math.inf).any(0)
+    k[weights.constant] = 0.0
+    # Neither NaN among them nor nothing but -inf.
+    fit = ~weights.constant & ~weights.log_sum.isnan() & (weights.log_sum > -math.inf)
     if fit.any():
-        k[fit], smoothed = smooth_tail(log_weights[:, fit])
+        k[fit], smoothed = smooth_tail(weights.log[:, fit])
         bound[fit] = importance_weighted_bound(smoothed)
     return ParetoTail(k, bound)
 
 
-def pareto_k(log_weights: Tensor) -> Tensor:
+def pareto_k(log_weights: Tensor | Weights) -> Tensor:
     """Shape k of the generalised Pareto distribution fitted to the largest weights: can the estimate be trusted?
 
     The weights have about 1/k finite moments: k < 0.5 finite variance, k > 0.7 an error that falls so slowly that the
@@ -53,7 +53,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     return pareto_tail(log_weights).k
 
 
-def pareto_smoothed_bound(log_weights: Tensor) -> Tensor:
+def pareto_smoothed_bound(log_weights: Tensor | Weights) -> Tensor:
     """Importance-weighted bound of Pareto-smoothed weights: less noise where the tail is heavy, and no longer a bound.
 
     log( 1/S sum_s w'[s, n] ),   w' the weights with the largest replaced by quantiles of the Pareto fit, none above the
@@ -71,7 +71,7 @@ def pareto_smoothed_bound(log_weights: Tensor) -> Tensor:
     return pareto_tail(log_weights).smoothed_bound
 
 
-def chi_square_bound(log_weights: Tensor, k: Tensor | None = None) -> Tensor:
+def chi_square_bound(log_weights: Tensor | Weights, k: Tensor | None = None) -> Tensor:
     """Chi-square upper bound of log p(x), where the weights' variance is finite; an upper bound as S grows only.
 
     CUBO_2 = 1/2 log( 1/S sum_s w[s, n]^2 ),   1/2 log E[w^2] >= log E[w] = log p(x_n)
@@ -89,9 +89,9 @@ def chi_square_bound(log_weights: Tensor, k: Tensor | None = None) -> Tensor:
     >>> chi_square_bound(torch.zeros(30, 1))
     tensor([0.], dtype=torch.float64)
     """
-    k = pareto_k(log_weights) if k is None else k
-    log_weights, _ = checked(log_weights)
-    bound = ((2 * log_weights).logsumexp(0) - math.log(len(log_weights))) / 2
+    weights = Weights.of(log_weights)
+    k = pareto_k(weights) if k is None else k
+    bound = ((2 * weights.log).logsumexp(0) - math.log(len(weights))) / 2
     return torch.where(k < 0.5, bound, math.nan)
 
 
