@@ -160,7 +160,9 @@ class Pair:
         if self.split_size is not None:
             if data_batch_size == "auto":
                 fewest = min(num_particles, _FEWEST_PARTICLES)
-                data_batch_size = max(2, min(self.rows // fewest, weights // num_particles))
+                most = max(2, min(self.rows // fewest, weights // num_particles))
+                # All blocks of one size where that can be: a recording is for one.
+                data_batch_size = -(-block // -(-block // most))
             block = min(block, data_batch_size)
         chunk = max(1, self.rows // block) if particle_batch_size == "auto" else particle_batch_size
         return block, min(chunk, num_particles)
@@ -191,7 +193,8 @@ class Pair:
         args, kwargs = self.cut(slice(start, stop))
         layout = self.layout_of(start, stop)
         encoded = self.encode(args, kwargs)
-        chunks: list[Tensor] = []
+        # One array from the start: small pieces kept among large ones that are given back keep the heap from shrinking.
+        log_weights = torch.empty(0)
         drawn = 0
         recorded = None
         while drawn < num_particles:
@@ -199,18 +202,21 @@ class Pair:
             too_many = None
             try:
                 # The first of each block are drawn eagerly, with every check.
-                if chunks and self.recorded is not None and (layout.num_data, size) == self.recorded_sizes:
+                if drawn and self.recorded is not None and (layout.num_data, size) == self.recorded_sizes:
                     recorded = recorded or self.recorded.given(encoded, args, kwargs)
-                    chunks.append(recorded())
+                    chunk = recorded()
                 else:
-                    chunks.append(self._chunk(encoded, args, kwargs, layout, size, is_first=not chunks))
+                    chunk = self._chunk(encoded, args, kwargs, layout, size, is_first=not drawn)
             except torch.OutOfMemoryError as error:
                 too_many = error.with_traceback(None)  # its frames hold what there was no room for
             if too_many is not None:
                 self.most_particles = halved(size, layout.num_data, too_many)
-            else:
-                drawn += size or 1
-        return torch.cat(chunks)
+                continue
+            if not drawn:
+                log_weights = chunk.new_empty(num_particles, chunk.shape[1])
+            log_weights[drawn : drawn + len(chunk)] = chunk
+            drawn += len(chunk)
+        return log_weights
 
     def _chunk(
         self, encoded: Tensor | None, args: tuple, kwargs: dict, layout: Layout, size: int | None, is_first: bool
