@@ -98,9 +98,10 @@ def bernoulli(decoder, data):
     return pv.likelihoods.Bernoulli(decoder, data.data_shape, data_mean=data.train.mean(0))
 
 
-# Burda's networks, as published: 784 - 200 - 200 - 50, tanh. Trained here in batches of 100 with a cosine, not for 3280 epochs.
+# Burda's networks, as published: 784 - 200 - 200 - 50, tanh. Trained here in batches of 100 with a cosine, not for 3280 epochs,
+# and so at a higher rate: 3e-3 is better by 2.4 nats of validation ELBO after 40 epochs than 1e-3 and 6e-3 are.
 burda = partial(mlp, hidden=[200, 200], latent_dim=50, activation=nn.Tanh, layer_norm=False)
-BurdaRow = partial(Row, train_on_all=True, learning_rate=1e-3, source="Burda 2016")
+BurdaRow = partial(Row, train_on_all=True, learning_rate=3e-3, source="Burda 2016")
 
 # Two hidden layers of 300, 40 latents, as in Tomczak & Welling and Bauer & Mnih; gated as in the former; LayerNorm is ours.
 mlp300 = partial(mlp, hidden=[300, 300], latent_dim=40, gated=True)
@@ -116,7 +117,7 @@ ROWS = {
     row.name: row
     for row in (
         # Dynamic binarisation, Burda's networks.
-        BurdaRow("burda1-vae", "1 layer (Burda), VAE, k=1", burda, 300, published=86.76, target=86.5),
+        BurdaRow("burda1-vae", "1 layer (Burda), VAE, k=1", burda, 600, published=86.76, target=86.5),
         BurdaRow("burda1-iwae5", "1 layer (Burda), IWAE, k=5", burda, 150, "iwae", 5, published=85.54, target=85.3),
         BurdaRow(
             "burda1-iwae50",
@@ -130,7 +131,7 @@ ROWS = {
             target=84.6,
         ),
         BurdaRow("burda1-dreg50", "1 layer (Burda), DReG, k=50", burda, 600, "dreg", 50, device="cuda", target=84.4),
-        BurdaRow("burda2-vae", "2 layers (Burda), VAE, k=1", two_layers, 200, published=85.33, target=85.0),
+        BurdaRow("burda2-vae", "2 layers (Burda), VAE, k=1", two_layers, 300, published=85.33, target=85.0),
         BurdaRow(
             "burda2-iwae50",
             "2 layers (Burda), IWAE, k=50",
@@ -247,7 +248,7 @@ ROWS = {
     )
 }
 
-# What is changed by itself, at 60 epochs, with the standard normal prior; and what came of the flow prior's row without gates.
+# What is changed by itself, at 60 epochs, with the standard normal prior; and what came of rows before they were changed.
 silu300 = partial(mlp300, gated=False)
 Variant = partial(Row, variant_of="short-mlp300", epochs=60)
 
@@ -266,6 +267,22 @@ ROWS |= {
         ),
         Variant("short-mlp300-rate", "rate 1e-3", silu300, learning_rate=1e-3),
         Variant("short-mlp300-iwae", "trained by the bound of 5 particles", silu300, objective="iwae", particles=5),
+        BurdaRow(
+            "burda1-vae-rate",
+            "1 layer (Burda), rate 1e-3",
+            burda,
+            300,
+            learning_rate=1e-3,
+            variant_of="burda1-vae",
+        ),
+        BurdaRow(
+            "burda2-vae-rate",
+            "2 layers (Burda), rate 1e-3",
+            two_layers,
+            200,
+            learning_rate=1e-3,
+            variant_of="burda2-vae",
+        ),
         Variant(
             "mlp300-maf-silu",
             "MAF prior, SiLU in place of gates",

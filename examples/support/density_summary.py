@@ -31,7 +31,7 @@ marked * train on all 60,000 and keep the last state.
 ABOUT_ABLATIONS = """\
 ## What helps
 
-What each changes in the first line (the one with a MAF prior: in that row of the table above), the seeds being the same; *better by*: nats of NLL. "+-" is against the mean over all test images; what
+What each changes in the first line (those that name a row of the table above: in that row), the seeds being the same; *better by*: nats of NLL. "+-" is against the mean over all test images; what
 another training seed would change is not in it. *Too high by*: the bias estimate, "at least"; some of what makes the gap smaller may be that.
 *Overfitting*: ELBO of the training images, as it was during the epoch kept (of units thinned by dropout, where there is any), minus that of the
 validation images.
@@ -72,6 +72,7 @@ def ablations(found: list[dict]) -> list[str]:
         bases = (other for other in found if other["row"] == row.variant_of and measured(other) == measured(result))
         base = next(bases, None)
         training = result["training"]
+        validated = training["validation_elbo"]
         better = f"{base['nll'] - result['nll']:+.2f}" if base not in (None, result) else ""
         cells = (
             f"{row.title} ({training['epochs']} epochs, {result['particles']:,} particles)",
@@ -79,8 +80,8 @@ def ablations(found: list[dict]) -> list[str]:
             better,
             f"{result['bias_estimate']:.2f}",
             f"{result['gap']:.2f}",
-            f"{training['validation_elbo']:.2f}",
-            f"{training['train_elbo'] - training['validation_elbo']:.2f}",
+            number(validated),
+            number(None if validated is None else training["train_elbo"] - validated),
             f"{result['active_units']}",
             f"{result['seconds']['training_cpu'] / 60:.0f}",
         )
