@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from pyrovae.programs.modules import check_count, evaluation_mode
 from pyrovae.programs.traces import Program
 from pyrovae.progress import progress_bar
 from pyrovae.weights.blocks import log_weights
+from pyrovae.weights.recorded import pays_off
 
 __all__ = ["InferenceGaps", "inference_gaps"]
 
 _FIRST_STEPS = 100  # of refinement, doubled until the gain is small
+_DRAWS = 8  # per datum and step
 _PILOT_PARTICLES = 100  # that tell the gain
 
 
@@ -104,6 +106,7 @@ def inference_gaps(
     max_num_steps: int = 1600,
     learning_rate: float = 0.05,
     data_batch_size: int = 100,
+    compile: bool | Literal["auto"] = "auto",
     progress: bool = False,
 ) -> InferenceGaps:
     """Split log p(x) - ELBO into what the guide's family cannot follow and what its encoder loses, per datum.
@@ -128,6 +131,8 @@ def inference_gaps(
     max_num_steps: at which refinement ends, converged or not
     learning_rate: see `Refined`
     data_batch_size: data refined at once
+    compile: whether the gradients of full batches are compiled (see `Refined`); "auto": where that is won back, and model and
+        guide are parts of this library
     progress: show bars: of the refinement, and of each ELBO
 
     Shapes: x (N, *data_shape) -> (N,) each, in nats.
@@ -143,6 +148,8 @@ def inference_gaps(
     check_count("num_particles", num_particles)
     if num_particles < 2:
         raise ValueError("one particle tells no gap: num_particles must be 2 or more")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
     if not tolerance > 0:
         raise ValueError(f"tolerance must be positive, in nats per datum; found {tolerance}")
     if annealed is not None and (not isinstance(annealed, LogMarginalLikelihood) or len(annealed) != len(x)):
@@ -151,13 +158,13 @@ def inference_gaps(
         )
     with evaluation_mode(guide, model) as device:
         x = x if device is None else x.to(device)
-        steps = _Steps(model, guide, tolerance, max_num_steps, learning_rate)
-        found = []
+        if compile == "auto":
+            # At least so many steps, the gradient of each about three times the work of a log weight.
+            num_gradients = len(x) * _DRAWS * 3 * _FIRST_STEPS
+            compile = pays_off(3 * num_gradients, model, guide)
+        steps = _Steps(model, guide, tolerance, max_num_steps, learning_rate, min(data_batch_size, len(x)), compile)
         with progress_bar("refining", len(x), "data", progress) as bar:
-            for batch in x.split(data_batch_size):
-                found.append(steps.best(batch))
-                bar.update(len(batch))
-        parameters, num_steps, converged = (torch.cat(parts) for parts in zip(*found, strict=True))
+            parameters, num_steps, converged = steps.best(x, bar.update)
     start = log_marginal_likelihood(model, guide, x, num_particles=num_particles, progress=progress)
     # An evaluation that was interrupted has the first data only.
     x, parameters = x[: len(start)], parameters[: len(start)]
@@ -198,37 +205,58 @@ def _approximation_stderr(best: LogMarginalLikelihood, stderr: Tensor, share: Te
     return (stderr.square() + elbo - 2 * share * covariance).clamp_min(0).sqrt()
 
 
-@dataclass(frozen=True)
 class _Steps:
     """How the best parameters are looked for."""
 
-    model: Program
-    guide: Guide
-    tolerance: float
-    max_num_steps: int
-    learning_rate: float
+    def __init__(
+        self,
+        model: Program,
+        guide: Guide,
+        tolerance: float,
+        max_num_steps: int,
+        learning_rate: float,
+        batch_size: int,
+        compile: bool,
+    ):
+        self.model, self.guide, self.tolerance, self.max_num_steps = model, guide, tolerance, max_num_steps
+        # A gradient is compiled for full batches alone.
+        self.refined, self.compiled = (
+            Refined(guide, model, num_particles=_DRAWS, learning_rate=learning_rate, compile=which)
+            for which in (False, compile)
+        )
+        self.batch_size = batch_size
 
     @torch.no_grad()
-    def best(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(parameters (N, P), steps (N,), whether converged (N,)) for a batch of data."""
-        parameters = self.guide.encode(x).clone()  # which may be a view of the guide's own
+    def best(self, x: Tensor, settle: Callable[[int], Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """(parameters (N, P), steps (N,), whether converged (N,)); `settle` hears of data that are done."""
+        parameters = torch.cat([self.guide.encode(batch) for batch in x.split(self.batch_size)])
         num_steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
         converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         open_rows = torch.arange(len(x), device=x.device)
         steps = min(_FIRST_STEPS, self.max_num_steps)
         while len(open_rows) and steps <= self.max_num_steps:
-            rows = x[open_rows]
-            refined = Refined(self.guide, self.model, steps, learning_rate=self.learning_rate).encode(rows)
-            gain = self._gain(rows, parameters[open_rows], refined)
-            # A worse end is not taken, so that the encoder's own parameters are the least there is.
-            parameters[open_rows] = torch.where((gain > 0).unsqueeze(1), refined, parameters[open_rows])
-            num_steps[open_rows] = steps
-            # A loss is no convergence: steps that are too large end below where they began.
-            settled = gain.abs() < self.tolerance if steps > _FIRST_STEPS else torch.zeros_like(gain, dtype=torch.bool)
-            converged[open_rows[settled]] = True
-            open_rows = open_rows[~settled]
+            left = []
+            for some in open_rows.split(self.batch_size):
+                rows = x[some]
+                refined = self._refine(rows, steps)
+                gain = self._gain(rows, parameters[some], refined)
+                # A worse end is not taken, so that the encoder's own parameters are the least there is.
+                parameters[some] = torch.where((gain > 0).unsqueeze(1), refined, parameters[some])
+                num_steps[some] = steps
+                # A loss is no convergence: steps that are too large end below where they began.
+                settled = gain.abs() < self.tolerance if steps > _FIRST_STEPS else torch.zeros_like(gain).bool()
+                converged[some[settled]] = True
+                left.append(some[~settled])
+                settle(len(some) - len(left[-1]))
+            open_rows = torch.cat(left)
             steps *= 2
+        settle(len(open_rows))
         return parameters, num_steps, converged
+
+    def _refine(self, x: Tensor, num_steps: int) -> Tensor:
+        refined = self.compiled if len(x) == self.batch_size else self.refined
+        refined.num_steps = num_steps
+        return refined.encode(x)
 
     def _gain(self, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """ELBO of some parameters (N, P) over that of others, (N,), under the same noise."""

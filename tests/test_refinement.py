@@ -1,5 +1,6 @@
 """Guides made better for evaluation: refined per datum to the best of their family, and mixed with the prior."""
 
+import copy
 import math
 
 import pyro
@@ -97,6 +98,41 @@ def test_a_datum_is_refined_for_itself(name, double, monkeypatch):
         assert torch.allclose(refined.encode(x.flip(0)).flip(0), together, atol=1e-9)
         assert not torch.allclose(together, guide.encode(x), atol=1e-3)
     assert len(seeds) == 5  # once for each call: drawn for all data at once, not for one after the other
+
+
+@pytest.mark.parametrize("name", [name for name in GUIDES if name not in ("Refined", "DefensiveMixture")])
+def test_recorded_refinement_is_that_of_the_eager_steps(name, double, uncompiled):
+    """Every family; recorded once for data of one shape, whose weights, the guide's and the model's are read at every call."""
+    model = pv.GenerativeModel(priors.StandardNormal(2), likelihoods.Bernoulli(nets.MLP(2, [8], 12), SHAPE)).double()
+    guide, x = GUIDES[name]().double(), model.generate(5)
+    eager, recorded = (Refined(guide, model, 15, compile=which) for which in (False, True))
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.allclose(recorded.encode(x), eager.encode(x), atol=1e-9)
+            assert not torch.allclose(recorded.encode(x), guide.encode(x), atol=1e-3)
+            for parameter in (*guide.parameters(), *model.parameters()):
+                parameter.mul_(0.9)
+            x = x.flip(0)
+        (extracted,) = recorded._recorded.values()
+        assert extracted.num_recordings == 1
+        state = torch.get_rng_state()
+        recorded.encode(x[:2])
+        assert torch.equal(torch.get_rng_state(), state)
+    assert len(recorded._recorded) == 2
+
+
+def test_refinement_compiled(double):
+    """By Inductor, in one recording, a copy without it."""
+    model = pv.GenerativeModel(priors.StandardNormal(2), likelihoods.Bernoulli(nets.MLP(2, [8], 12), SHAPE)).double()
+    guide, x = GUIDES["FullRankNormal"]().double(), model.generate(5)
+    compiled = Refined(guide, model, 15, compile=True)
+    with torch.no_grad():
+        found = compiled.encode(x)
+        assert torch.allclose(found, Refined(guide, model, 15).encode(x), atol=1e-9)
+    assert None not in compiled._recorded.values()
+    copied = copy.deepcopy(compiled)
+    assert copied._recorded == {}
+    assert torch.allclose(copied.encode(x), found, atol=1e-9)
 
 
 def test_nothing_else_changes(linear_gaussian):
@@ -211,8 +247,8 @@ def test_refinement_of_layers(top_down, double):
         within(value, elbo, stderr)
 
 
-def test_draws_that_vmap_cannot_share():
-    """A guide of the user's, with Gamma draws: one by one, each datum still refined for itself."""
+def test_draws_that_vmap_cannot_share(caplog):
+    """A guide of the user's, with Gamma draws: one by one, each datum still refined for itself, and not recorded."""
 
     class GammaGuide(guides.EncoderGuide):
         def __init__(self):
@@ -237,6 +273,11 @@ def test_draws_that_vmap_cannot_share():
     # The exact posterior is Gamma(2 + x, 1 + 1).
     assert torch.allclose(posterior.mean, (2 + x) / 2, rtol=0.05)
     assert torch.allclose(posterior.variance, (2 + x) / 4, rtol=0.1)
+    refined = Refined(GammaGuide(), model, 3, compile=True)
+    found = [refined.encode(x) for _ in range(2)]
+    assert torch.equal(*found)
+    lines = [record.message for record in caplog.records if record.name == "pyrovae"]
+    assert [line.partition(":")[0] for line in lines] == ["runs eagerly"]
 
 
 def test_gradient_in_training_is_that_at_the_refined_parameters(linear_gaussian):

@@ -1,10 +1,11 @@
-"""Annealed importance sampling: gradient evaluations per second, extracted and compiled against eager.
+"""Annealed importance sampling and local optimisation: gradient evaluations per second, extracted and compiled against eager.
 
     python examples/benchmarks/annealing.py --out runs/annealing
 
-A gradient evaluation is the log joint density and its gradient for one chain of one datum: what each leapfrog step of the
-Hamiltonian chains takes, and nearly all of their time. Few rows (chains x data) show what Pyro's handlers cost, many rows
-what the arithmetic costs.
+Annealing: the log joint density and its gradient for one chain of one datum, which each leapfrog step of the Hamiltonian
+chains takes, and nearly all of their time. Refinement: the ELBO of a guide's parameters for one datum and its gradient, by one
+of several draws, with the step of the optimizer. Few rows (chains, or draws, times data) show what Pyro's handlers cost, many
+rows what the arithmetic costs.
 """
 
 import argparse
@@ -17,30 +18,73 @@ import turns
 
 ROWS = {"full": [16, 64, 256, 1024, 4096], "quick": [64, 1024]}
 EVALUATIONS = {"full": 40_000, "quick": 4_000}
-CHAINS = 16
+CHAINS, DRAWS = 16, 8
+TABLES = {"annealing": "Annealing", "refinement": "Local optimisation, `Refined`"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["mlp", "nsf-prior"], choices=programs.MODELS)
     parser.add_argument("--rows", nargs="+", type=int, help="chains times data")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="default: both")
     turns.add_common_options(parser, rounds=7)
     options = parser.parse_args()
     turns.prepare(options)
     kind = "quick" if options.quick else "full"
-    rows, source = [], ""
-    for model in options.model:
-        for size in options.rows or ROWS[kind]:
-            data, source = programs.images(max(1, size // CHAINS), options.data_dir, options.device)
-            repeats = max(3, min(300, EVALUATIONS[kind] // size))
-            competitors = {
-                "eager": gradients(model, data, repeats, None),
-                "extracted": gradients(model, data, repeats, False),
-                "extracted, compiled": gradients(model, data, repeats, True),
-            }
-            rows += turns.in_turns(f"{model}, {len(data) * CHAINS} rows", competitors, options.rounds, base="eager")
-    table = turns.show(rows, "gradients/s", "x eager")
-    turns.write(options, "Annealing", {"Gradient evaluations per second": table}, rows, data=source)
+    tables, rows, source = {}, [], ""
+    for table in options.tables:
+        measured = []
+        for model in options.model:
+            for size in options.rows or ROWS[kind]:
+                times, competitors_for = {"annealing": (CHAINS, annealing), "refinement": (DRAWS, refinement)}[table]
+                data, source = programs.images(max(1, size // times), options.data_dir, options.device)
+                repeats = max(3, min(300, EVALUATIONS[kind] // size))
+                measured += turns.in_turns(
+                    f"{model}, {len(data) * times} rows",
+                    competitors_for(model, data, repeats),
+                    options.rounds,
+                    base="eager",
+                )
+        tables[TABLES[table]] = turns.show(measured, "gradients/s", "x eager")
+        rows += measured
+    turns.write(options, "Gradient evaluations per second", tables, rows, data=source)
+
+
+def annealing(model: str, data, repeats: int) -> dict[str, Callable[[], float]]:
+    return {
+        "eager": gradients(model, data, repeats, None),
+        "extracted": gradients(model, data, repeats, False),
+        "extracted, compiled": gradients(model, data, repeats, True),
+    }
+
+
+def refinement(model: str, data, repeats: int) -> dict[str, Callable[[], float]]:
+    return {
+        "eager": refining(model, data, repeats, compile=False),
+        "extracted, compiled": refining(model, data, repeats, compile=True),
+    }
+
+
+def refining(model: str, data, repeats: int, *, compile: bool) -> Callable[[], float]:
+    """Of the gradients with which `Refined` improves a guide."""
+    import torch
+
+    from pyrovae.guides import Refined
+    from pyrovae.programs.modules import evaluation_mode
+
+    program, guide = programs.ours(model, data)
+    refined = Refined(guide, program, repeats, num_particles=DRAWS, compile=compile)
+
+    @torch.no_grad()
+    def turn() -> float:
+        with evaluation_mode(program, guide):
+            start = time.perf_counter()
+            refined.encode(data)
+            if data.is_cuda:
+                torch.cuda.synchronize()
+        return repeats * len(data) * DRAWS / (time.perf_counter() - start)
+
+    return turn
 
 
 def gradients(model: str, data, repeats: int, inductor: bool | None) -> Callable[[], float]:

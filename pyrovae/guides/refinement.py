@@ -12,7 +12,14 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrovae.guides.contract import Guide, check_guide
-from pyrovae.programs.modules import apart_from_handlers, check_count, checks_values, evaluation_mode
+from pyrovae.programs.extract import Extracted, extract
+from pyrovae.programs.modules import (
+    apart_from_handlers,
+    check_count,
+    checks_values,
+    evaluation_mode,
+    modules_behind,
+)
 
 __all__ = ["Refined"]
 
@@ -32,6 +39,8 @@ class Refined(Guide):
     num_steps: steps of Adam
     learning_rate: its rate at the first step, falling linearly to 0 at the last
     num_particles: draws per datum and step
+    compile: record and compile the gradient, seconds that some thousands of steps win back; otherwise it runs eagerly. Data
+        of each further shape are recorded anew
 
     For evaluation, where it removes (most of) the amortisation gap: `log_marginal_likelihood(model, Refined(guide, model),
     x)` refines each datum once and draws its particles afterwards, so the estimate remains a lower bound on average. The
@@ -59,6 +68,7 @@ class Refined(Guide):
         *,
         learning_rate: float = 0.05,
         num_particles: int = 8,
+        compile: bool = False,
     ):
         check_guide(guide)
         check_count("num_steps", num_steps)
@@ -67,9 +77,16 @@ class Refined(Guide):
             raise ValueError(f"learning_rate must be positive, found {learning_rate}")
         if not callable(model):
             raise TypeError(f"model must be a Pyro program, a GenerativeModel for instance; found {model!r}")
+        if compile not in (True, False):
+            raise ValueError(f"compile must be True or False, found {compile!r}")
         super().__init__(guide.latent_dim)
         self.guide, self.model = guide, model
         self.num_steps, self.learning_rate, self.num_particles = num_steps, learning_rate, num_particles
+        self.compile_gradient = compile  # nn.Module has a method of the shorter name
+        self._recorded: dict[Any, Extracted | None] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_recorded": {}}  # compiled code is neither copied nor stored
 
     def encode(self, x: Tensor) -> Tensor:
         if not checks_values():
@@ -103,15 +120,12 @@ class Refined(Guide):
             # clone: what was made in inference mode takes part in no gradient
             parameters = start.detach().clone().requires_grad_()
             repeated = x.clone().repeat(self.num_particles, *(1 for _ in x.shape[1:]))
-            draw = self._draw(parameters)
+            gradient = self._gradient_at(parameters, repeated)
             # A short memory: the large gradients of a bad start must not make the later steps small.
             adam = torch.optim.Adam([parameters], lr=self.learning_rate, betas=(0.9, 0.95))
             for step in range(self.num_steps):
                 adam.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.num_steps)
-                latents, log_q = draw(parameters)
-                elbo = (self._log_joint(repeated, latents) - log_q.sum()) / self.num_particles
-                # A sum over data, so each row's gradient is that of its own datum; only the parameters get one.
-                (parameters.grad,) = torch.autograd.grad(-elbo, parameters)
+                parameters.grad = gradient()
                 adam.step()
         if not parameters.isfinite().all():
             raise RuntimeError(
@@ -119,6 +133,28 @@ class Refined(Guide):
                 f"look for NaN in the data"
             )
         return parameters.detach()
+
+    def _gradient_at(self, parameters: Tensor, repeated: Tensor) -> Callable[[], Tensor]:
+        """The gradient of minus the ELBO at what `parameters` then holds, with new noise at every call."""
+        draw = self._draw(parameters)
+
+        def gradient(parameters: Tensor, repeated: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                parameters = parameters.detach().requires_grad_()
+                latents, log_q = draw(parameters)
+                elbo = (self._log_joint(repeated, latents) - log_q.sum()) / self.num_particles
+                # A sum over data, so each row's gradient is that of its own datum; only the parameters get one.
+                return torch.autograd.grad(-elbo, parameters)
+
+        if self.compile_gradient:
+            kind = repeated.shape, repeated.dtype, repeated.device
+            if kind not in self._recorded:
+                modules = modules_behind(self.guide, self.model)
+                self._recorded[kind] = extract(gradient, modules, (parameters, repeated))
+            if (extracted := self._recorded[kind]) is not None:
+                run = extracted.at(parameters, repeated)
+                return lambda: run()[0][0]
+        return lambda: gradient(parameters, repeated)[0]
 
     def _draw(self, parameters: Tensor) -> Draw:
         """Parameters (N, P) -> the latent sites (S, N, event size) by name, log q of them all (S, N); one noise for all data.
