@@ -131,7 +131,7 @@ def inference_gaps(
     max_num_steps: at which refinement ends, converged or not
     learning_rate: see `Refined`
     data_batch_size: data refined at once
-    compile: whether the gradients of full batches are compiled (see `Refined`); "auto": where that is won back, and model and
+    compile: whether the gradients of full batches are recorded and compiled; "auto": where that is won back, and model and
         guide are parts of this library
     progress: show bars: of the refinement, and of each ELBO
 
@@ -159,8 +159,8 @@ def inference_gaps(
     with evaluation_mode(guide, model) as device:
         x = x if device is None else x.to(device)
         if compile == "auto":
-            # At least so many steps, the gradient of each about three times the work of a log weight.
-            num_gradients = len(x) * _DRAWS * 3 * _FIRST_STEPS
+            # At least so many steps, where there is more than a first round; a gradient is about three weights' work.
+            num_gradients = len(x) * _DRAWS * min(3 * _FIRST_STEPS, max_num_steps)
             compile = pays_off(3 * num_gradients, model, guide)
         steps = _Steps(model, guide, tolerance, max_num_steps, learning_rate, min(data_batch_size, len(x)), compile)
         with progress_bar("refining", len(x), "data", progress) as bar:
@@ -219,11 +219,8 @@ class _Steps:
         compile: bool,
     ):
         self.model, self.guide, self.tolerance, self.max_num_steps = model, guide, tolerance, max_num_steps
-        # A gradient is compiled for full batches alone.
-        self.refined, self.compiled = (
-            Refined(guide, model, num_particles=_DRAWS, learning_rate=learning_rate, compile=which)
-            for which in (False, compile)
-        )
+        self.refined = Refined(guide, model, num_particles=_DRAWS, learning_rate=learning_rate)
+        self.compiled = self.refined.compiled(batch_size) if compile else self.refined
         self.batch_size = batch_size
 
     @torch.no_grad()

@@ -1,6 +1,5 @@
 """Guides made better for evaluation: refined per datum to the best of their family, and mixed with the prior."""
 
-import copy
 import math
 
 import pyro
@@ -102,10 +101,11 @@ def test_a_datum_is_refined_for_itself(name, double, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in GUIDES if name not in ("Refined", "DefensiveMixture")])
 def test_recorded_refinement_is_that_of_the_eager_steps(name, double, uncompiled):
-    """Every family; recorded once for data of one shape, whose weights, the guide's and the model's are read at every call."""
+    """Every family; recorded once for so many data, others eagerly; weights are read at every call."""
     model = pv.GenerativeModel(priors.StandardNormal(2), likelihoods.Bernoulli(nets.MLP(2, [8], 12), SHAPE)).double()
     guide, x = GUIDES[name]().double(), model.generate(5)
-    eager, recorded = (Refined(guide, model, 15, compile=which) for which in (False, True))
+    eager = Refined(guide, model, 15)
+    recorded = eager.compiled(5)
     with torch.no_grad():
         for _ in range(3):
             assert torch.allclose(recorded.encode(x), eager.encode(x), atol=1e-9)
@@ -113,26 +113,49 @@ def test_recorded_refinement_is_that_of_the_eager_steps(name, double, uncompiled
             for parameter in (*guide.parameters(), *model.parameters()):
                 parameter.mul_(0.9)
             x = x.flip(0)
-        (extracted,) = recorded._recorded.values()
-        assert extracted.num_recordings == 1
         state = torch.get_rng_state()
-        recorded.encode(x[:2])
+        assert torch.equal(recorded.encode(x[:2]), eager.encode(x[:2]))
         assert torch.equal(torch.get_rng_state(), state)
-    assert len(recorded._recorded) == 2
+    assert recorded._recorded.num_recordings == 1
+    assert eager._recorded is None
 
 
 def test_refinement_compiled(double):
-    """By Inductor, in one recording, a copy without it."""
+    """By Inductor."""
     model = pv.GenerativeModel(priors.StandardNormal(2), likelihoods.Bernoulli(nets.MLP(2, [8], 12), SHAPE)).double()
-    guide, x = GUIDES["FullRankNormal"]().double(), model.generate(5)
-    compiled = Refined(guide, model, 15, compile=True)
+    eager, x = Refined(GUIDES["FullRankNormal"]().double(), model, 15), model.generate(5)
+    compiled = eager.compiled(5)
     with torch.no_grad():
-        found = compiled.encode(x)
-        assert torch.allclose(found, Refined(guide, model, 15).encode(x), atol=1e-9)
-    assert None not in compiled._recorded.values()
-    copied = copy.deepcopy(compiled)
-    assert copied._recorded == {}
-    assert torch.allclose(copied.encode(x), found, atol=1e-9)
+        assert torch.allclose(compiled.encode(x), eager.encode(x), atol=1e-9)
+    assert compiled._recorded is not None
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_each_evaluation_records_refinement_anew(mixed, double, uncompiled, monkeypatch):
+    """For blocks of one size alone, not for the looks at the program; attributes may change between evaluations."""
+    recordings, extract = [], refinement.extract
+    monkeypatch.setattr(refinement, "extract", lambda *args: (recordings.append(1), extract(*args))[1])
+    likelihood = likelihoods.Normal(nets.MLP(2, [8], 6), 6, scale=1.0)
+    model = pv.GenerativeModel(priors.StandardNormal(2), likelihood).double()
+    guide, x = guides.MeanFieldNormal(nets.MLP(6, [8]), 2).double(), torch.randn(20, 6)
+    refined = Refined(guide, model, 15)
+    if mixed:
+        refined = DefensiveMixture(refined, model.prior)
+    for count, scale in ((1, 1.0), (2, 0.1)):
+        likelihood.scale = scale
+        found = []
+        for compile in (False, True):
+            pyro.set_rng_seed(4)
+            found.append(pv.log_weights(model, refined, x, num_particles=20, data_batch_size=8, compile=compile))
+        assert torch.allclose(*found, atol=1e-6)
+        assert len(recordings) == count
+
+
+def test_recorded_refinement_refuses_what_the_eager_one_refuses(uncompiled):
+    model = pv.GenerativeModel(priors.StandardNormal(2), likelihoods.Bernoulli(nets.MLP(2, [8], 12), SHAPE))
+    compiled = Refined(GUIDES["MeanFieldNormal"](), model, 5).compiled(5)
+    with pytest.raises(ValueError, match="pixels are 0 or 1"):
+        compiled.encode(3 * torch.rand(5, *SHAPE))
 
 
 def test_nothing_else_changes(linear_gaussian):
@@ -273,7 +296,7 @@ def test_draws_that_vmap_cannot_share(caplog):
     # The exact posterior is Gamma(2 + x, 1 + 1).
     assert torch.allclose(posterior.mean, (2 + x) / 2, rtol=0.05)
     assert torch.allclose(posterior.variance, (2 + x) / 4, rtol=0.1)
-    refined = Refined(GammaGuide(), model, 3, compile=True)
+    refined = Refined(GammaGuide(), model, 3).compiled(3)
     found = [refined.encode(x) for _ in range(2)]
     assert torch.equal(*found)
     lines = [record.message for record in caplog.records if record.name == "pyrovae"]

@@ -73,7 +73,9 @@ def refining(model: str, data, repeats: int, *, compile: bool) -> Callable[[], f
     from pyrovae.programs.modules import evaluation_mode
 
     program, guide = programs.ours(model, data)
-    refined = Refined(guide, program, repeats, num_particles=DRAWS, compile=compile)
+    refined = Refined(guide, program, repeats, num_particles=DRAWS)
+    if compile:
+        refined = refined.compiled(len(data))
 
     @torch.no_grad()
     def turn() -> float:

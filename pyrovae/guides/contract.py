@@ -100,6 +100,13 @@ class Guide(Part, ABC):
         """A guide with the sites, supports and dependences of this one, quick to run, where only these are asked about."""
         return self
 
+    def compiled(self, num_data: int) -> "Guide":
+        """This guide for one evaluation, whose `encode` may record and compile what it does with so many data at once.
+
+        For one: what Python sees is frozen in a recording, and may change between evaluations.
+        """
+        return self
+
     def extra_repr(self) -> str:
         return f"latent_dim={self.latent_dim}, {super().extra_repr()}"
 

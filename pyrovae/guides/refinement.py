@@ -1,5 +1,6 @@
 """A guide improved for each datum by gradient steps: it takes the amortisation gap out of an evaluation."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +40,6 @@ class Refined(Guide):
     num_steps: steps of Adam
     learning_rate: its rate at the first step, falling linearly to 0 at the last
     num_particles: draws per datum and step
-    compile: record and compile the gradient, seconds that some thousands of steps win back; otherwise it runs eagerly. Data
-        of each further shape are recorded anew
 
     For evaluation, where it removes (most of) the amortisation gap: `log_marginal_likelihood(model, Refined(guide, model),
     x)` refines each datum once and draws its particles afterwards, so the estimate remains a lower bound on average. The
@@ -68,7 +67,6 @@ class Refined(Guide):
         *,
         learning_rate: float = 0.05,
         num_particles: int = 8,
-        compile: bool = False,
     ):
         check_guide(guide)
         check_count("num_steps", num_steps)
@@ -77,16 +75,11 @@ class Refined(Guide):
             raise ValueError(f"learning_rate must be positive, found {learning_rate}")
         if not callable(model):
             raise TypeError(f"model must be a Pyro program, a GenerativeModel for instance; found {model!r}")
-        if compile not in (True, False):
-            raise ValueError(f"compile must be True or False, found {compile!r}")
         super().__init__(guide.latent_dim)
         self.guide, self.model = guide, model
         self.num_steps, self.learning_rate, self.num_particles = num_steps, learning_rate, num_particles
-        self.compile_gradient = compile  # nn.Module has a method of the shorter name
-        self._recorded: dict[Any, Extracted | None] = {}
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_recorded": {}}  # compiled code is neither copied nor stored
+        self._to_record: int | None = None  # data at once whose gradients are recorded
+        self._recorded: Extracted | None = None
 
     def encode(self, x: Tensor) -> Tensor:
         if not checks_values():
@@ -105,6 +98,11 @@ class Refined(Guide):
         # Whatever one datum has to do with another shows in the first steps.
         few = min(2, self.num_steps)
         return Refined(self.guide, self.model, few, learning_rate=self.learning_rate, num_particles=self.num_particles)
+
+    def compiled(self, num_data: int) -> "Refined":
+        guide = copy.copy(self)  # its modules are the same
+        guide._to_record, guide._recorded = num_data, None
+        return guide
 
     def _refined(self, x: Tensor, start: Tensor) -> Tensor:
         """Parameters (N, P), by the steps from `start`."""
@@ -146,14 +144,15 @@ class Refined(Guide):
                 # A sum over data, so each row's gradient is that of its own datum; only the parameters get one.
                 return torch.autograd.grad(-elbo, parameters)
 
-        if self.compile_gradient:
-            kind = repeated.shape, repeated.dtype, repeated.device
-            if kind not in self._recorded:
-                modules = modules_behind(self.guide, self.model)
-                self._recorded[kind] = extract(gradient, modules, (parameters, repeated))
-            if (extracted := self._recorded[kind]) is not None:
-                run = extracted.at(parameters, repeated)
+        if len(parameters) == self._to_record:
+            with torch.random.fork_rng([repeated.device] if repeated.is_cuda else []), torch.no_grad():
+                self._log_joint(repeated, draw(parameters)[0])  # with the checks, which a recording leaves out
+            if self._recorded is None:
+                self._recorded = extract(gradient, modules_behind(self.guide, self.model), (parameters, repeated))
+            if self._recorded is not None:
+                run = self._recorded.at(parameters, repeated)
                 return lambda: run()[0][0]
+            self._to_record = None
         return lambda: gradient(parameters, repeated)[0]
 
     def _draw(self, parameters: Tensor) -> Draw:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from pyrovae.guides.contract import Guide
 from pyrovae.programs.modules import check_count, evaluation_mode, map_tensors, modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.progress import progress_bar
@@ -105,6 +106,8 @@ def log_weight_blocks(
         modules = modules_behind(model, guide)
         if compile == "auto":
             compile = pays_off(pair.num_data * num_particles, model, guide)
+        if compile and isinstance(pair.guide, Guide):
+            pair.guide = pair.guide.compiled(block_size)
         if vectorised and compile and chunk_size < num_particles:
             pair.record(modules, block_size, chunk_size)
         with progress_bar("log weights", pair.num_data, "data", progress) as bar:
