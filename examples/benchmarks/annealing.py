@@ -25,7 +25,7 @@ TABLES = {"annealing": "Annealing", "refinement": "Local optimisation, `Refined`
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["mlp", "nsf-prior"], choices=programs.MODELS)
-    parser.add_argument("--rows", nargs="+", type=int, help="chains times data")
+    parser.add_argument("--rows", nargs="+", type=int, help="chains, or draws, times data")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="default: both")
     turns.add_common_options(parser, rounds=7)
     options = parser.parse_args()
@@ -34,14 +34,14 @@ def main() -> None:
     tables, rows, source = {}, [], ""
     for table in options.tables:
         measured = []
+        times, competitors = {"annealing": (CHAINS, annealing), "refinement": (DRAWS, refinement)}[table]
         for model in options.model:
             for size in options.rows or ROWS[kind]:
-                times, competitors_for = {"annealing": (CHAINS, annealing), "refinement": (DRAWS, refinement)}[table]
                 data, source = programs.images(max(1, size // times), options.data_dir, options.device)
                 repeats = max(3, min(300, EVALUATIONS[kind] // size))
                 measured += turns.in_turns(
                     f"{model}, {len(data) * times} rows",
-                    competitors_for(model, data, repeats),
+                    competitors(model, data, repeats),
                     options.rounds,
                     base="eager",
                 )

@@ -28,7 +28,7 @@ NUM_DATA, NUM_PARTICLES = 10_000, 5_000
 TABLES = {
     "rates": "Log weights per second",
     "growth": "How the rate changes (with it the cost of one log weight)",
-    "memory": "Peak memory above model, data and libraries, in MB",
+    "memory": "Peak memory above model, data and what the process held, in MB",
 }
 FLOOR_ROWS = 1_000  # at once: activations stay in the cache
 

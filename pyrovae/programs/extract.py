@@ -135,7 +135,7 @@ class Extracted:
             self._last = self._look_up(tensors)
         return partial(self._last.run, tensors, self._last.values)
 
-    def _look_up(self, tensors: Sequence[Tensor]) -> "Last":
+    def _look_up(self, tensors: Sequence[Tensor]) -> Last:
         parameters = {name: parameter.detach() for name, parameter in self.modules.named_parameters()}
         state = parameters | dict(self.modules.named_buffers())
         signature = self._signature((*tensors, *state.values()))
