@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import pyrovae as pv
 from pyrovae.training.optimization import OneAdam
+from pyrovae.training.state import TrainingState
 from pyrovae.training.validation import validate
 
 
@@ -160,9 +161,34 @@ def test_best_validation_state_is_kept():
     )
     elbos = [row["validation_elbo"] for row in result.history]
     assert result.best_epoch == 1 + max(range(60), key=elbos.__getitem__) < 60
-    assert validate(model, guide, validation)[0] == pytest.approx(max(elbos), rel=1e-6)
+    assert validate(model, guide, validation, Trace_ELBO())["validation_elbo"] == pytest.approx(max(elbos), rel=1e-6)
     assert elbos[-1] < max(elbos) - 0.01
     assert "best epoch" in repr(result)
+
+
+def test_importance_weighted_training_is_validated_by_its_own_bound():
+    """The bound of as many particles chooses the epoch, measured as an evaluation would; the ELBO may fall meanwhile."""
+    pyro.set_rng_seed(3)
+    model, guide = make()
+    train, validation = binary(40), binary(2000, 2)
+    options = {"epochs": 3, "batch_size": 20, "learning_rate": 0.02, "validation": validation, "progress": False}
+    result = pv.fit(model, guide, train, loss=pv.objectives.ImportanceWeighted(20), **options)
+    row = result.history[result.best_epoch - 1]
+    assert "validation bound" in repr(result)
+    lml = pv.log_marginal_likelihood(model, guide, validation, num_particles=20)
+    elbo_error = lml.elbo_stderr.square().sum().sqrt().item() / len(lml)
+    for column, found, error in (
+        ("validation_bound", lml.mean, lml.mean_mc_stderr),
+        ("validation_elbo", lml.elbo.mean().item(), elbo_error),
+    ):
+        assert abs(found - row[column]) < 5 * math.sqrt(2) * error  # both are Monte Carlo
+    assert row["validation_bound"] > row["validation_elbo"] + 0.1
+
+    rows = [(-100.0, -90.0), (-98.0, -91.0), (-99.0, -89.0)]  # bound, elbo
+    state = TrainingState(Trace_ELBO(), OneAdam([], 1e-3), [nn.Linear(1, 1)], torch.device("cpu"))
+    for bound, elbo in rows:
+        state.finish_epoch({"validation_bound": bound, "validation_elbo": elbo})
+    assert state.best_epoch == 2
 
 
 def test_history_is_the_real_elbo_whatever_the_objective():

@@ -96,12 +96,15 @@ class Refined(Guide):
 
     def outline(self) -> "Refined":
         # Whatever one datum has to do with another shows in the first steps.
-        few = min(2, self.num_steps)
-        return Refined(self.guide, self.model, few, learning_rate=self.learning_rate, num_particles=self.num_particles)
+        return self._twin(num_steps=min(2, self.num_steps), _to_record=None)
 
     def compiled(self, num_data: int) -> "Refined":
-        guide = copy.copy(self)  # its modules are the same
-        guide._to_record, guide._recorded = num_data, None
+        return self._twin(_to_record=num_data)
+
+    def _twin(self, **changed: int | None) -> "Refined":
+        """With the same modules, and no recording yet."""
+        guide = copy.copy(self)
+        vars(guide).update(changed, _recorded=None)
         return guide
 
     def _refined(self, x: Tensor, start: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class FitResult:
     """What `fit` did.
 
     history: one dict per epoch: epoch, objective (minus the loss, per training datum), elbo, reconstruction
-        (E_q log p(x|z)) and kl (E_q log q(z|x) - log p(z)) of the training data, validation_elbo,
+        (E_q log p(x|z)) and kl (E_q log q(z|x) - log p(z)) of the training data, validation_bound, validation_elbo,
         validation_reconstruction, validation_kl, learning_rate, seconds (since the start), data_per_second. In nats per
         datum; elbo = reconstruction - kl whatever the objective; NaN where a value is not to be had. skipped_steps: those
         of the epoch that were not finite (`max_skipped_steps`), whose data do not count.
@@ -65,9 +65,12 @@ class FitResult:
     def __repr__(self) -> str:
         last = self.history[self.best_epoch - 1]
         skipped = f" ({self.num_skipped_steps} skipped)" if self.num_skipped_steps else ""
+        # Another one than the ELBO of an objective on the importance-weighted bound.
+        chosen_by, elbo = last["validation_bound"], last["validation_elbo"]
+        bound = f", validation bound {chosen_by:.2f}" if chosen_by != elbo and not math.isnan(chosen_by) else ""
         return (
             f"FitResult({len(self.history)} epochs, {self.num_steps} steps{skipped} in {self.seconds:.1f} s on {self.device}; "
-            f"best epoch {self.best_epoch}: elbo {last['elbo']:.2f}, validation elbo {last['validation_elbo']:.2f})"
+            f"best epoch {self.best_epoch}: elbo {last['elbo']:.2f}, validation elbo {elbo:.2f}{bound})"
         )
 
 
@@ -105,8 +108,8 @@ def fit(
     transform: makes a batch ready, on the device, at every use (`data.binarize`: dynamic binarisation)
     loss: any `pyro.infer.ELBO`; `Trace_ELBO()` by default
     learning_rate, schedule: of Adam; the schedule maps the fraction done to a factor (None: constant)
-    validation: data whose ELBO (one particle, the same noise each time) is measured after each epoch; the best epoch's
-        state is the one kept
+    validation: data whose ELBO (one particle, the same noise each time) is measured after each epoch, or with an objective on
+        the importance-weighted bound that bound; the best epoch's state is the one kept
     clip_norm: largest global gradient norm
     max_skipped_steps: so many steps of the run whose loss or gradient is NaN or infinite are passed over: they change neither
         parameters nor buffers, their data do not count in the history, and the log (logger "pyrovae") names site and data.
@@ -223,7 +226,6 @@ def fit(
                 )
                 state.full_size = parts.full_size
                 seconds = time.perf_counter() - epoch_start
-                checked = validate(model, guide, validation) if validation is not None else (math.nan,) * 3
                 elbo, reconstruction, kl = parts.means()
                 state.finish_epoch(
                     {
@@ -232,9 +234,7 @@ def fit(
                         "elbo": elbo,
                         "reconstruction": reconstruction,
                         "kl": kl,
-                        "validation_elbo": checked[0],
-                        "validation_reconstruction": checked[1],
-                        "validation_kl": checked[2],
+                        **validate(model, guide, validation, loss),
                         "learning_rate": optimizer.learning_rate,
                         "skipped_steps": int(optimizer.verdicts.num_skipped) - state.num_skipped_steps,
                         "seconds": time.perf_counter() - start,

@@ -34,7 +34,7 @@ class TrainingState:
         self.modules = nn.ModuleList(modules)
         self.history: list[dict[str, float]] = []
         self.full_size: int | None = None
-        self.best_epoch, self._best_elbo = 0, -math.inf
+        self.best_epoch = 0
         self._best: dict[str, Tensor] = {}
 
     @property
@@ -55,9 +55,10 @@ class TrainingState:
 
     def finish_epoch(self, row: dict[str, float]) -> None:
         """Note what an epoch gave, and its state if it is the best so far."""
+        best = self.history[self.best_epoch - 1]["validation_bound"] if self.best_epoch else -math.inf
         self.history.append(row)
-        if row["validation_elbo"] > self._best_elbo:
-            self.best_epoch, self._best_elbo = len(self.history), row["validation_elbo"]
+        if row["validation_bound"] > best:
+            self.best_epoch = len(self.history)
             self._best = _copied(self.tensors())
 
     def take_best(self) -> None:
@@ -81,7 +82,7 @@ class TrainingState:
             "random": _random_state(self.device),
             "history": [dict(row) for row in self.history],
             "full_size": self.full_size,
-            "best": {"epoch": self.best_epoch, "elbo": self._best_elbo, "tensors": self._best},
+            "best": {"epoch": self.best_epoch, "tensors": self._best},
         }
 
     def restore(self, captured: dict[str, Any]) -> None:
@@ -105,12 +106,14 @@ class TrainingState:
         self.optimizer.restore([here[name] for name in captured["optimized"]], _copied_tree(captured["adam"]))
         if hasattr(self.loss, "load_state_dict"):
             self.loss.load_state_dict(captured["loss"])
-        self.history = [{**row, "skipped_steps": row.get("skipped_steps", 0)} for row in captured["history"]]
+        # Checkpoints may be older than these columns.
+        self.history = [
+            row | {"validation_bound": row["validation_elbo"], "skipped_steps": 0} | row for row in captured["history"]
+        ]
         self.optimizer.verdicts.restart(self.num_skipped_steps)
         self.full_size = captured["full_size"]
-        best = captured["best"]
-        self.best_epoch, self._best_elbo = best["epoch"], best["elbo"]
-        self._best = {name: tensor.to(here[name].device) for name, tensor in best["tensors"].items()}
+        self.best_epoch, best = captured["best"]["epoch"], captured["best"]["tensors"]
+        self._best = {name: tensor.to(here[name].device) for name, tensor in best.items()}
         _set_random_state(captured["random"], self.device)
 
 
