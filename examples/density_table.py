@@ -18,6 +18,8 @@ import json
 import logging
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyro
@@ -35,6 +37,7 @@ import pyrovae as pv
 from pyrovae.checkpoint.locks import locked
 
 ORDER_SEED = 0  # of the test images
+AFTER_SEED = 1000  # not the noise again that the first part of a training in two parts had
 
 
 def main() -> None:
@@ -48,11 +51,9 @@ def main() -> None:
     if options.ablations:
         options.rows += [row.name for row in runnable if row.variant_of]
     for name in options.rows:
-        row, folder = ROWS[name], Path(options.runs) / run_name(name, options.seed)
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            with locked(folder, "wait until it has ended, or give another --runs"):
-                result = run(row, options, folder)
+            with run_folder(name, options) as folder:
+                result = run(ROWS[name], options, folder)
         except KeyboardInterrupt:
             sys.exit(f"Stopped; the same command goes on with {name}.")
         except (ValueError, RuntimeError, OSError) as error:  # not there, damaged, taken: the message says what to do
@@ -66,6 +67,15 @@ def main() -> None:
         )
     if options.table:
         print(f"{write_table(Path(options.results))}")
+
+
+@contextmanager
+def run_folder(row: str, options: argparse.Namespace) -> Iterator[Path]:
+    """The folder of the row's run, for nobody else meanwhile."""
+    folder = Path(options.runs) / run_name(row, options.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "wait until it has ended, or give another --runs"):
+        yield folder
 
 
 def run_name(row: str, seed: int) -> str:
@@ -124,7 +134,7 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
 
 def training_of(row: Row, options: argparse.Namespace) -> dict:
     settings = {name: value for name, value in vars(row).items() if name in TRAINING}
-    return settings | {"epochs": options.epochs or row.epochs}
+    return settings | {"epochs": options.epochs or row.epochs} | ({} if row.after is None else {"after": row.after})
 
 
 TRAINING = ("objective", "particles", "epochs", "batch_size", "learning_rate", "clip_norm", "kl_warmup")
@@ -134,8 +144,13 @@ def train(row, options, folder, data, device, clock):
     """(model, guide, what training came to), from the checkpoint where it is done."""
     checkpoint, done = folder / "training.pt", folder / "trained.json"
     settings = training_of(row, options)
-    pyro.set_rng_seed(options.seed)
-    model, guide = row.pair(data)
+    if row.after is None:
+        pyro.set_rng_seed(options.seed)
+        model, guide = row.pair(data)
+    else:
+        with run_folder(row.after, options) as before:
+            model, guide, _ = train(ROWS[row.after], options, before, data, device, Clock(before / "seconds.json"))
+        pyro.set_rng_seed(options.seed + AFTER_SEED)
     of_run = {
         **settings,
         "binarization": row.binarization,

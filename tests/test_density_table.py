@@ -162,6 +162,28 @@ def test_a_stopped_run_goes_on(run, table, monkeypatch):
         run(*words[:1], "--epochs", "4", folder="stopped")
 
 
+def test_a_training_in_two_parts(run, table, tmp_path):
+    """A row that goes on from another takes its trained pair, trains it where that is not done, and leaves it as it is."""
+    words = ("burda1-iwae5", "--ais-images", "0", "--table")
+    first, last = ("trained.json", "training.pt")
+    result = run(*words)
+    before = {name: (tmp_path / "results-runs/burda1-vae" / name).read_bytes() for name in (first, last)}
+    assert result["training"]["after"] == "burda1-vae"
+    assert (
+        "(digits, 40 images, 30 particles, 1 epochs, after those of `burda1-vae`)"
+        in (tmp_path / "results/README.md").read_text()
+    )
+    vae = pv.load(tmp_path / "results-runs/burda1-vae/training.pt")
+    iwae = pv.load(tmp_path / "results-runs/burda1-iwae5/training.pt")
+    moved = [
+        (a - b).abs().max().item() for a, b in zip(vae["model"].parameters(), iwae["model"].parameters(), strict=True)
+    ]
+    # Adam's steps are about as long as the rate at most, 1e-3; 15 of them were made.
+    assert 0 < max(moved) <= 15 * 1.1e-3
+    run("burda1-vae", "--ais-images", "0")
+    assert before == {name: (tmp_path / "results-runs/burda1-vae" / name).read_bytes() for name in (first, last)}
+
+
 def test_names(table, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["density_table.py", "--list"])
     table.main()
@@ -180,6 +202,7 @@ def test_every_row_is_a_pair_for_mnist(table):
         assert abs(Trace_ELBO().loss(model, guide, data.test)) < 5 * 784, row.name
         assert (row.target is None) == (row.variant_of is not None)
         assert row.variant_of in {None, *table.ROWS}
+        assert row.after is None or repr(table.ROWS[row.after].pair(data)) == repr((model, guide))
         assert row.published is None or row.source
 
 

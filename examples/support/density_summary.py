@@ -98,6 +98,7 @@ def line(result: dict) -> str:
         *([f"{result['test_images']:,} images"] if result["test_images"] < result["of_test_images"] else []),
         *([f"{result['particles']:,} particles"] if result["particles"] != 5000 else []),
         f"{result['training']['epochs']} epochs",
+        *([f"after those of `{result['training']['after']}`"] if "after" in result["training"] else []),
     ]
     cells = (
         f"{result['title']}{marks} ({', '.join(notes)})",
