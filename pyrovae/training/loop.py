@@ -11,21 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pyro.infer import (
-    ELBO,
-    JitTrace_ELBO,
-    JitTraceEnum_ELBO,
-    JitTraceGraph_ELBO,
-    JitTraceMeanField_ELBO,
-    Trace_ELBO,
-)
+from pyro.infer import ELBO
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyrovae import distributed
-from pyrovae.programs.modules import check_count, check_program, modules_behind, plain_errors
+from pyrovae.programs.modules import check_program, modules_behind, plain_errors
 from pyrovae.programs.traces import Program
 from pyrovae.progress import progress_bar
+from pyrovae.training.arguments import check_numbers, checked_loss
 from pyrovae.training.batches import batches_of, check_data
 from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
@@ -37,8 +31,6 @@ from pyrovae.training.steps import Schedule, Steps
 from pyrovae.training.validation import validate
 
 __all__ = ["FitResult", "fit", "pick_device"]
-
-_JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 
 
 @dataclass(frozen=True)
@@ -146,30 +138,14 @@ def fit(
     """
     check_program("model", model)
     check_program("guide", guide)
-    check_count("epochs", epochs)
-    if batch_size is not None:
-        check_count("batch_size", batch_size)
-    check_count("max_skipped_steps", max_skipped_steps, least=0)
+    check_numbers(epochs, batch_size, max_skipped_steps, learning_rate, clip_norm)
     if not isinstance(train, DataLoader):
         check_data("train", train)
     if validation is not None:
         check_data("validation", validation)
-    for name, number in (("learning_rate", learning_rate), ("clip_norm", 1.0 if clip_norm is None else clip_norm)):
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise TypeError(f"{name} must be a number, found {number!r}")
-        if not 0 < number < math.inf:
-            raise ValueError(f"{name} must be positive and finite, found {number}")
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
-    loss = Trace_ELBO() if loss is None else loss
-    if not isinstance(loss, ELBO):
-        raise TypeError(f"loss must be a pyro.infer.ELBO, Trace_ELBO() for instance; found {loss!r}")
-    if isinstance(loss, _JIT):
-        name = type(loss).__name__
-        raise TypeError(
-            f"loss={name}() reads its parameters from Pyro's global store, where those of modules are not: take "
-            f"{name.removeprefix('Jit')}(), with compile=True to have the step recorded and compiled"
-        )
+    loss = checked_loss(loss)
 
     device = pick_device(device)
     batches = batches_of(train, batch_size, device)
