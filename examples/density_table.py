@@ -144,13 +144,8 @@ def train(row, options, folder, data, device, clock):
     """(model, guide, what training came to), from the checkpoint where it is done."""
     checkpoint, done = folder / "training.pt", folder / "trained.json"
     settings = training_of(row, options)
-    if row.after is None:
-        pyro.set_rng_seed(options.seed)
-        model, guide = row.pair(data)
-    else:
-        with run_folder(row.after, options) as before:
-            model, guide, _ = train(ROWS[row.after], options, before, data, device, Clock(before / "seconds.json"))
-        pyro.set_rng_seed(options.seed + AFTER_SEED)
+    pyro.set_rng_seed(options.seed)
+    model, guide = row.pair(data)
     of_run = {
         **settings,
         "binarization": row.binarization,
@@ -166,6 +161,10 @@ def train(row, options, folder, data, device, clock):
             raise ValueError(f"{folder} holds a run with {found['run']}, not {of_run}: give another --runs")
         saved = pv.load(checkpoint)
         return saved["model"].to(device), saved["guide"].to(device), found["history"]
+    if row.after is not None:
+        with run_folder(row.after, options) as before:
+            model, guide, _ = train(ROWS[row.after], options, before, data, device, Clock(before / "seconds.json"))
+        pyro.set_rng_seed(options.seed + AFTER_SEED)
     steps_per_epoch = -(-len(data.train) // settings["batch_size"])
     objective = pv.registry.make_objective(
         row.objective, row.particles, kl_warmup_steps=min(row.kl_warmup, settings["epochs"]) * steps_per_epoch
@@ -185,12 +184,13 @@ def train(row, options, folder, data, device, clock):
             device=device,
             progress=not options.quiet,
         )
-    best, columns = result.history[result.best_epoch - 1], ("elbo", "validation_elbo")
+    best, columns = result.history[result.best_epoch - 1], ("elbo", "validation_elbo", "validation_bound")
     every = max(1, len(result.history) // 20)
     history = {
         "best_epoch": result.best_epoch,
         "train_elbo": best["elbo"],
         "validation_elbo": best["validation_elbo"] if data.validation is not None else None,
+        "validation_bound": best["validation_bound"] if data.validation is not None else None,
         "history": [
             {"epoch": epoch["epoch"]} | {name: epoch[name] for name in columns if epoch[name] == epoch[name]}
             for epoch in result.history[every - 1 :: every]

@@ -181,7 +181,14 @@ def test_a_training_in_two_parts(run, table, tmp_path):
     # Adam's steps are about as long as the rate at most, 1e-3; 15 of them were made.
     assert 0 < max(moved) <= 15 * 1.1e-3
     run("burda1-vae", "--ais-images", "0")
+    assert (
+        json.loads((tmp_path / "results-runs/burda1-iwae5/trained.json").read_text())["history"]["validation_bound"]
+        is None
+    )
     assert before == {name: (tmp_path / "results-runs/burda1-vae" / name).read_bytes() for name in (first, last)}
+    (tmp_path / "results-runs/burda1-vae").rename(tmp_path / "away")
+    assert run(*words)["nll"] == result["nll"]  # what is done needs its first part no more
+    assert not (tmp_path / "results-runs/burda1-vae").exists()
 
 
 def test_names(table, monkeypatch, capsys):
@@ -202,7 +209,11 @@ def test_every_row_is_a_pair_for_mnist(table):
         assert abs(Trace_ELBO().loss(model, guide, data.test)) < 5 * 784, row.name
         assert (row.target is None) == (row.variant_of is not None)
         assert row.variant_of in {None, *table.ROWS}
-        assert row.after is None or repr(table.ROWS[row.after].pair(data)) == repr((model, guide))
+        if row.after is not None:  # whose pair is trained on the data of this row
+            first = table.ROWS[row.after]
+            assert repr(first.pair(data)) == repr((model, guide))
+            for name in ("binarization", "train_on_all", "device"):
+                assert getattr(first, name) == getattr(row, name)
         assert row.published is None or row.source
 
 

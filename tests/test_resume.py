@@ -7,11 +7,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from test_training import binary, make, parameters, same
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.checkpoint.files import read
+from pyrovae.checkpoint.files import read, write
 from pyrovae.programs.extract import Extracted
 from pyrovae.training import saving
 from pyrovae.training.steps import Steps
@@ -260,3 +261,29 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_state(tmp_path, monkeypatc
     assert len(read(path)["training"]["state"]["history"]) == 2
     pv.fit(*stopped, binary(), resume=True, **options)
     assert same(parameters(*stopped), parameters(*whole))
+
+
+def test_an_older_run_that_chose_its_epoch_by_the_elbo(tmp_path):
+    """Without its own bound in the history: nothing to tell from for the ELBO, refused for an objective that now goes by it."""
+    path, x = tmp_path / "run.pt", binary()
+
+    def run(loss, epochs=2):
+        options = {"epochs": epochs, "batch_size": 20, "progress": False, "validation": binary(20, 2)}
+        return pv.fit(*make(), x, loss=loss, checkpoint=path, resume=True, **options)
+
+    for loss in (Trace_ELBO(), pv.objectives.ImportanceWeighted(3)):
+        path.unlink(missing_ok=True)
+        whole = run(loss)
+        content = read(path)
+        for row in content["training"]["state"]["history"]:
+            del row["validation_bound"]
+        write(path, content)
+        if isinstance(loss, Trace_ELBO):
+            again = run(loss)
+            assert again.best_epoch == whole.best_epoch
+            assert again.history == whole.history
+        else:
+            with pytest.raises(
+                ValueError, match="chose the best epoch by the ELBO, not by its own bound: begin the run anew"
+            ):
+                run(loss)

@@ -161,7 +161,7 @@ def test_best_validation_state_is_kept():
     )
     elbos = [row["validation_elbo"] for row in result.history]
     assert result.best_epoch == 1 + max(range(60), key=elbos.__getitem__) < 60
-    assert validate(model, guide, validation, Trace_ELBO())["validation_elbo"] == pytest.approx(max(elbos), rel=1e-6)
+    assert validate(model, guide, validation, Trace_ELBO(), 5)["validation_elbo"] == pytest.approx(max(elbos), rel=1e-6)
     assert elbos[-1] < max(elbos) - 0.01
     assert "best epoch" in repr(result)
 
@@ -170,7 +170,7 @@ def test_importance_weighted_training_is_validated_by_its_own_bound():
     """The bound of as many particles chooses the epoch, measured as an evaluation would; the ELBO may fall meanwhile."""
     pyro.set_rng_seed(3)
     model, guide = make()
-    train, validation = binary(40), binary(2000, 2)
+    train, validation = binary(40), binary(2010, 2)  # the last block is ragged
     options = {"epochs": 3, "batch_size": 20, "learning_rate": 0.02, "validation": validation, "progress": False}
     result = pv.fit(model, guide, train, loss=pv.objectives.ImportanceWeighted(20), **options)
     row = result.history[result.best_epoch - 1]
@@ -189,6 +189,32 @@ def test_importance_weighted_training_is_validated_by_its_own_bound():
     for bound, elbo in rows:
         state.finish_epoch({"validation_bound": bound, "validation_elbo": elbo})
     assert state.best_epoch == 2
+
+
+def test_validation_of_nothing_touches_no_generator(monkeypatch):
+    """On a GPU a seed set after each epoch would have every epoch see the same noise."""
+    pair = make()
+    monkeypatch.setattr(torch, "manual_seed", None)
+    assert all(math.isnan(value) for value in validate(*pair, None, Trace_ELBO(), 10).values())
+
+
+def test_validation_under_a_subsampled_plate():
+    """Blocks that are each scaled up to the full size count by their data: the mean of a ragged division is that of all."""
+    data = torch.randn(503, generator=torch.Generator().manual_seed(1))
+
+    def model(x):
+        with pyro.plate("data", 10_000, subsample=torch.arange(len(x))):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 10_000, subsample=torch.arange(len(x))):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))  # the posterior: log weights are log p(x)
+
+    truth = dist.Normal(0.0, 2**0.5).log_prob(data).mean().item()
+    for loss in (Trace_ELBO(), pv.objectives.ImportanceWeighted(5)):
+        found = validate(model, guide, data, loss, 100)
+        assert found["validation_bound"] == pytest.approx(truth, rel=1e-5)
+        assert found["validation_elbo"] == pytest.approx(truth, rel=1e-5)
 
 
 def test_history_is_the_real_elbo_whatever_the_objective():

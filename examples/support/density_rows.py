@@ -25,8 +25,8 @@ class Row:
         known beforehand. No weight decay anywhere
     kl_warmup: epochs over which the weight of the KL grows from 0 to 1
     binarization: "dynamic" or "static", of the training images; validation and test are drawn once in either case
-    train_on_all: on 60,000 images, the last state being kept; else on 50,000, and the state with the best ELBO of the
-        10,000 validation images is
+    train_on_all: on 60,000 images, the last state being kept; else on 50,000, and the state with the best bound of the
+        10,000 validation images is (the ELBO, or the importance-weighted bound where that is trained)
     device: "cuda" for rows that two cores are too slow for
     published, source: NLL in the literature; target: what this row is to reach
     variant_of: row that this one differs from in what its title says; both are trained for as long, and no longer than it
@@ -60,7 +60,8 @@ class Row:
 burda = partial(mlp, hidden=[200, 200], latent_dim=50, activation=nn.Tanh, layer_norm=False)
 BurdaRow = partial(Row, train_on_all=True, learning_rate=3e-3, source="Burda 2016")
 
-# Two hidden layers of 300, 40 latents, as in Tomczak & Welling and Bauer & Mnih; gated as in the former; LayerNorm is ours.
+# Two hidden layers of 300, 40 latents, as in Tomczak & Welling and Bauer & Mnih; gated as in the former; LayerNorm is ours. The flows
+# were trained before gates were found to help, and with SiLU in their place.
 mlp300 = partial(mlp, hidden=[300, 300], latent_dim=40, gated=True)
 silu300 = partial(mlp300, gated=False)
 

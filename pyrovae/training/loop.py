@@ -57,12 +57,10 @@ class FitResult:
     def __repr__(self) -> str:
         last = self.history[self.best_epoch - 1]
         skipped = f" ({self.num_skipped_steps} skipped)" if self.num_skipped_steps else ""
-        # Another one than the ELBO of an objective on the importance-weighted bound.
-        chosen_by, elbo = last["validation_bound"], last["validation_elbo"]
-        bound = f", validation bound {chosen_by:.2f}" if chosen_by != elbo and not math.isnan(chosen_by) else ""
+        own = f", validation bound {last['validation_bound']:.2f}" if _bounded_otherwise(last) else ""
         return (
             f"FitResult({len(self.history)} epochs, {self.num_steps} steps{skipped} in {self.seconds:.1f} s on {self.device}; "
-            f"best epoch {self.best_epoch}: elbo {last['elbo']:.2f}, validation elbo {elbo:.2f}{bound})"
+            f"best epoch {self.best_epoch}: elbo {last['elbo']:.2f}, validation elbo {last['validation_elbo']:.2f}{own})"
         )
 
 
@@ -100,8 +98,8 @@ def fit(
     transform: makes a batch ready, on the device, at every use (`data.binarize`: dynamic binarisation)
     loss: any `pyro.infer.ELBO`; `Trace_ELBO()` by default
     learning_rate, schedule: of Adam; the schedule maps the fraction done to a factor (None: constant)
-    validation: data whose ELBO (one particle, the same noise each time) is measured after each epoch, or with an objective on
-        the importance-weighted bound that bound; the best epoch's state is the one kept
+    validation: data whose ELBO (one particle, the same noise each time) is measured after each epoch, or with an objective of
+        `pyrovae.objectives` on the importance-weighted bound that bound; the best epoch's state is the one kept
     clip_norm: largest global gradient norm
     max_skipped_steps: so many steps of the run whose loss or gradient is NaN or infinite are passed over: they change neither
         parameters nor buffers, their data do not count in the history, and the log (logger "pyrovae") names site and data.
@@ -210,7 +208,7 @@ def fit(
                         "elbo": elbo,
                         "reconstruction": reconstruction,
                         "kl": kl,
-                        **validate(model, guide, validation, loss),
+                        **validate(model, guide, validation, loss, batches.batch_size),
                         "learning_rate": optimizer.learning_rate,
                         "skipped_steps": int(optimizer.verdicts.num_skipped) - state.num_skipped_steps,
                         "seconds": time.perf_counter() - start,
@@ -245,9 +243,15 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 def _shown(row: dict[str, float], epochs: int) -> dict[str, str]:
     """What the progress bar says of an epoch; what comes last a narrow terminal cuts off."""
-    columns = {"elbo": "elbo", "val elbo": "validation_elbo", "rec": "reconstruction", "kl": "kl"}
+    checked = "bound" if _bounded_otherwise(row) else "elbo"
+    columns = {"elbo": "elbo", f"val {checked}": f"validation_{checked}", "rec": "reconstruction", "kl": "kl"}
     numbers = {name: f"{row[column]:.2f}" for name, column in columns.items() if not math.isnan(row[column])}
     return {"epoch": f"{row['epoch']}/{epochs}", **numbers}
+
+
+def _bounded_otherwise(row: dict[str, float]) -> bool:
+    """Whether validation went by another bound than the ELBO."""
+    return row["validation_bound"] > row["validation_elbo"]
 
 
 def _restore(path: Path, state: TrainingState, found: dict[str, Any]) -> None:

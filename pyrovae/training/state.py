@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyrovae.programs.modules import map_tensors
 from pyrovae.training.optimization import OneAdam
+from pyrovae.training.validation import bounds_otherwise
 
 __all__ = ["TrainingState"]
 
@@ -102,6 +103,11 @@ class TrainingState:
                     f"it is the state of another model and guide: '{name}' is {shapes[0]}, {kinds[0]} there, and "
                     f"{shapes[1]}, {kinds[1]} here"
                 )
+        if bounds_otherwise(self.loss) and any("validation_bound" not in row for row in captured["history"]):
+            raise ValueError(
+                f"it is the state of an earlier version, in which {type(self.loss).__name__} chose the best epoch by the ELBO, "
+                f"not by its own bound: begin the run anew, with another checkpoint"
+            )
         _put(there, here)
         self.optimizer.restore([here[name] for name in captured["optimized"]], _copied_tree(captured["adam"]))
         if hasattr(self.loss, "load_state_dict"):
