@@ -254,8 +254,8 @@ def parse_options() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("--libraries", nargs="+", default=list(NAMES), choices=NAMES, help="all by default")
-    add("--our-epochs", nargs="+", type=positive(int), default=[40, 200], help="of pyrovae's runs (default: 40 200)")
-    add("--seconds", type=positive(float), default=900.0, help="of training, for each of the others (default: 900)")
+    add("--our-epochs", nargs="+", type=positive(int), default=[40, 150], help="of pyrovae's runs (default: 40 150)")
+    add("--seconds", type=positive(float), default=600.0, help="of training, for each of the others (default: 600)")
     add("--epochs", type=positive(int), default=100_000, help=argparse.SUPPRESS)  # the seconds end it
     add("--num-test", type=positive(int), default=2000, help="test images, evenly spaced (default: 2000)")
     add("--num-particles", type=positive(int), default=500, help="per test image (default: 500)")
