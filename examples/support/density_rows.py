@@ -135,7 +135,7 @@ ROWS = {
         ),
         OnwardRow(
             "mlp300-standard-iwae",
-            "the same, then IWAE, k=10",
+            "MLP 300-300, standard normal prior, then IWAE, k=10",
             mlp300,
             epochs=50,
             target=84.4,
@@ -153,7 +153,7 @@ ROWS = {
         ),
         OnwardRow(
             "mlp300-vamp-iwae",
-            "the same, then IWAE, k=10",
+            "MLP 300-300, VampPrior, then IWAE, k=10",
             partial(mlp300, prior="vamp"),
             target=82.4,
             after="mlp300-vamp",
@@ -169,7 +169,7 @@ ROWS = {
         ),
         OnwardRow(
             "mlp300-maf-iwae",
-            "the same, then IWAE, k=10",
+            "MLP 300-300, SiLU, MAF prior, then IWAE, k=10",
             partial(silu300, prior="maf"),
             target=81.8,
             after="mlp300-maf",
