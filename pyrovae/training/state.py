@@ -103,7 +103,8 @@ class TrainingState:
                     f"it is the state of another model and guide: '{name}' is {shapes[0]}, {kinds[0]} there, and "
                     f"{shapes[1]}, {kinds[1]} here"
                 )
-        if bounds_otherwise(self.loss) and any("validation_bound" not in row for row in captured["history"]):
+        best_epoch, best = captured["best"]["epoch"], captured["best"]["tensors"]
+        if best_epoch and bounds_otherwise(self.loss) and "validation_bound" not in captured["history"][0]:
             raise ValueError(
                 f"it is the state of an earlier version, in which {type(self.loss).__name__} chose the best epoch by the ELBO, "
                 f"not by its own bound: begin the run anew, with another checkpoint"
@@ -118,7 +119,7 @@ class TrainingState:
         ]
         self.optimizer.verdicts.restart(self.num_skipped_steps)
         self.full_size = captured["full_size"]
-        self.best_epoch, best = captured["best"]["epoch"], captured["best"]["tensors"]
+        self.best_epoch = best_epoch
         self._best = {name: tensor.to(here[name].device) for name, tensor in best.items()}
         _set_random_state(captured["random"], self.device)
 
