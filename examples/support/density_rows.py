@@ -185,8 +185,8 @@ ROWS = {
         ),
         Row(
             "mlp300-maf-iaf",
-            "MLP 300-300, MAF prior, IAF guide",
-            partial(mlp300, prior="maf", guide="iaf"),
+            "MLP 300-300, SiLU, MAF prior, IAF guide",
+            partial(silu300, prior="maf", guide="iaf"),
             120,
             target=81.3,
         ),
