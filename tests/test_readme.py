@@ -21,6 +21,7 @@ RUN_BY = {
     "examples/benchmarks/training.py": "test_benchmarks.py::test_benchmark_runs",
     "examples/benchmarks/evaluation.py": "test_benchmarks.py::test_benchmark_runs",
     "examples/benchmarks/annealing.py": "test_benchmarks.py::test_benchmark_runs",
+    "examples/density_table.py": "test_density_table.py::test_a_row_and_its_table",
     "examples/time_to_quality.py": "test_time_to_quality.py::test_all_of_it",
     "torchrun": "test_distributed.py::test_torchrun_of_the_example",
     "pyrovae.docs": "test_docs.py::test_reference_builds",
