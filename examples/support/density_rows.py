@@ -132,14 +132,6 @@ ROWS = {
             source=TOMCZAK,
             target=84.4,
         ),
-        OnwardRow(
-            "mlp300-standard-iwae",
-            "MLP 300-300, standard normal prior, then IWAE, k=10",
-            mlp300,
-            epochs=50,
-            variant_of="mlp300-standard",
-            after="mlp300-standard",
-        ),
         Row(
             "mlp300-vamp",
             "MLP 300-300, VampPrior",
@@ -150,13 +142,6 @@ ROWS = {
             source=TOMCZAK,
             target=82.4,
         ),
-        OnwardRow(
-            "mlp300-vamp-iwae",
-            "MLP 300-300, VampPrior, then IWAE, k=10",
-            partial(mlp300, prior="vamp"),
-            variant_of="mlp300-vamp",
-            after="mlp300-vamp",
-        ),
         Row(
             "mlp300-maf",
             "MLP 300-300, SiLU, MAF prior",
@@ -165,13 +150,6 @@ ROWS = {
             published=81.58,
             source=BAUER,
             target=81.8,
-        ),
-        OnwardRow(
-            "mlp300-maf-iwae",
-            "MLP 300-300, SiLU, MAF prior, then IWAE, k=10",
-            partial(silu300, prior="maf"),
-            variant_of="mlp300-maf",
-            after="mlp300-maf",
         ),
         Row(
             "mlp300-realnvp",
@@ -275,6 +253,14 @@ ROWS |= {
             variant_of="burda1-vae",
         ),
         OnwardRow(
+            "mlp300-standard-iwae",
+            "MLP 300-300, standard normal prior, then IWAE, k=10",
+            mlp300,
+            epochs=50,
+            variant_of="mlp300-standard",
+            after="mlp300-standard",
+        ),
+        OnwardRow(
             "mlp300-standard-onward",
             "MLP 300-300, standard normal prior, then more of the ELBO",
             mlp300,
@@ -283,6 +269,20 @@ ROWS |= {
             epochs=50,
             variant_of="mlp300-standard",
             after="mlp300-standard",
+        ),
+        OnwardRow(
+            "mlp300-vamp-iwae",
+            "MLP 300-300, VampPrior, then IWAE, k=10",
+            partial(mlp300, prior="vamp"),
+            variant_of="mlp300-vamp",
+            after="mlp300-vamp",
+        ),
+        OnwardRow(
+            "mlp300-maf-iwae",
+            "MLP 300-300, SiLU, MAF prior, then IWAE, k=10",
+            partial(silu300, prior="maf"),
+            variant_of="mlp300-maf",
+            after="mlp300-maf",
         ),
     )
 }

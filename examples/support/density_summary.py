@@ -24,9 +24,9 @@ importance sampling, on the same images (how many: in brackets). *CPU minutes*: 
 JSON says otherwise; on a machine shared with other work they tell what a quiet core takes, and minutes on the wall are more.
 
 The test set is drawn once from a seed of its own; the published rows redraw it or use another draw (static: another file
-altogether). Targets are our own, most of them a little below the published number. Training: 50,000 images, the state with the best bound on 10,000 others (the
-ELBO; where the importance-weighted bound is trained, that one); rows marked * train on all 60,000 and keep the last state. Rows that go on
-"after" another take its trained pair: their CPU minutes come on top of that row's.
+altogether). Targets are our own, most of them a little below the published number. Training: 50,000 images, the state with the
+best bound on 10,000 others (the ELBO; where the importance-weighted bound is trained, that one); rows marked * train on all 60,000
+and keep the last state. Rows that go on "after" another take its trained pair: their CPU minutes come on top of that row's.
 """
 
 ABOUT_ABLATIONS = """\

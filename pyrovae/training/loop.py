@@ -200,6 +200,7 @@ def fit(
                 )
                 state.full_size = parts.full_size
                 seconds = time.perf_counter() - epoch_start
+                checked = validate(model, guide, validation, loss, batches.batch_size)
                 elbo, reconstruction, kl = parts.means()
                 state.finish_epoch(
                     {
@@ -208,7 +209,7 @@ def fit(
                         "elbo": elbo,
                         "reconstruction": reconstruction,
                         "kl": kl,
-                        **validate(model, guide, validation, loss, batches.batch_size),
+                        **checked,
                         "learning_rate": optimizer.learning_rate,
                         "skipped_steps": int(optimizer.verdicts.num_skipped) - state.num_skipped_steps,
                         "seconds": time.perf_counter() - start,
