@@ -35,9 +35,11 @@ __all__ = ["inspect_pair", "layout_for_training", "refuse_impossible_data"]
 
 
 def inspect_pair(
-    model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None
+    model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None, *, is_split: bool = False
 ) -> tuple[Layout, poutine.Trace, poutine.Trace]:
     """Look at a model/guide pair once; answer with its layout and the two traces, or refuse it.
+
+    is_split: pieces of the data are compared with the whole by the caller, which shows whether data influence each other
 
     Raises ValueError, naming the site, for: latent sites that only one of the two has; enumerated sites; observed
     sites or factors in the guide; a mass in one program against a density in the other; a guide that puts all its mass on
@@ -64,7 +66,8 @@ def inspect_pair(
     refuse_impossible_data(model_trace, prior_traces)
     pair = InspectedPair(model, guide, args, kwargs, layout, model_trace, guide_trace)
     refuse_other_reruns(pair)
-    refuse_coupled_data(pair)
+    if not is_split:
+        refuse_coupled_data(pair)
     refuse_influence_of_masked(pair)
     refuse_uncovered(pair, prior_traces)
     return layout, model_trace, guide_trace

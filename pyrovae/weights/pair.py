@@ -108,7 +108,7 @@ class Pair:
             rows = _some(length, head)
             args, kwargs = self.cut(rows)
             guide = self.guide_given(self.encode(args, kwargs))
-            layout, *traces = inspect_pair(self.model, guide, args, kwargs, self.plate)
+            layout, *traces = inspect_pair(self.model, guide, args, kwargs, self.plate, is_split=True)
             # A subsample size that leaves these data whole may cut more of them: min(32, len(x)).
             asked = any(trace.nodes[layout.plate]["fn"].subsample_size for trace in traces if layout.plate in trace)
             if layout.dim is None or layout.subsampled or layout.num_data != head or asked:
