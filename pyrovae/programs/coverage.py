@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -35,6 +36,8 @@ from pyrovae.programs.traces import (
 
 __all__ = ["refuse_mass_against_density", "refuse_turns", "refuse_uncovered"]
 
+# They give mass to all that there is.
+_EVERYWHERE = (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal, dist.Laplace, dist.StudentT)
 _LOG_SHARE = math.log(1e-6)  # of p(x), that may be missed
 _MOST_VALUES = 64  # of a discrete latent, tried one by one
 _TRIES = 3  # elements of a datum that are tried
@@ -147,6 +150,8 @@ def _refuse_uncovered_draws(pair: InspectedPair, prior_traces: Sequence[poutine.
 
 def _uncovered(site: dict, layout: Layout) -> Tensor | None:
     """For which data the guide cannot draw the value of a site, (1, N); None: it can for all."""
+    if isinstance(innermost(site["fn"]), _EVERYWHERE):
+        return None
     log_prob = torch.where(_never_drawn(site), -torch.inf, site_log_prob(site))
     if (log_prob > -torch.inf).all():
         return None
