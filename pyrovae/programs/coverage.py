@@ -219,9 +219,13 @@ def _refuse_uncovered_values(pair: InspectedPair, name: str) -> None:
             more = _log_joint(pair, name, other) - _log_joint(pair, name, proposal["value"])
             if (more > _LOG_SHARE).any():
                 raise ValueError(
-                    f"the guide does not cover the prior at site '{name}': it never draws {value.squeeze().tolist()}, which prior "
+                    f"the guide does not cover the prior at site '{name}': it never draws {_first(value, base)}, which prior "
                     f"and data allow, and what is never proposed is never counted; give each value a probability above 0"
                 )
+
+
+def _first(value: Tensor, base: Any) -> Any:
+    return value.reshape(-1, *base.event_shape)[0].tolist()
 
 
 def _values_of(prior: Any, proposal: Any) -> Iterator[Tensor]:
@@ -236,11 +240,8 @@ def _values_of(prior: Any, proposal: Any) -> Iterator[Tensor]:
     if bounds is None or limits is None:
         return
     for step in (1, 2, 4, 8):
-        for value, inside in (
-            (bounds[1] + step, bounds[1] + step <= limits[1]),
-            (bounds[0] - step, bounds[0] - step >= limits[0]),
-        ):
-            if inside.all() and value.isfinite().all() and value.numel() == 1:
+        for value in (bounds[1] + step, bounds[0] - step):
+            if (value.isfinite() & (value >= limits[0]) & (value <= limits[1])).all():
                 yield value
 
 
