@@ -151,6 +151,10 @@ def features_of(net: nn.Module, x: Tensor, num_features: int) -> Tensor:
     features = run_network(
         net, x, "give it data as it was made for, in the dtype of its parameters, or make it for these"
     )
+    if (
+        features.ndim > 2 and features.shape[1:-1].numel() == 1
+    ):  # a network that keeps dimensions keeps the 1 of data (N, 1, D)
+        features = features.flatten(1)
     if features.shape != (len(x), num_features):
         raise ValueError(
             f"the network must give features ({len(x)}, {num_features}), found {tuple(features.shape)}: "

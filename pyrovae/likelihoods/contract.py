@@ -82,7 +82,12 @@ class Likelihood(Part, ABC):
         if len(x) == 0:
             raise ValueError(f"expected one datum or more, found none: shape {tuple(x.shape)}")
         if not x.is_floating_point():
-            raise TypeError(f"expected floating-point data, found {x.dtype}: x.float()")
+            remedy = (
+                "x.float() / 255 for images of bytes, x.float() for other data"
+                if x.dtype == torch.uint8
+                else "x.float()"
+            )
+            raise TypeError(f"expected floating-point data, found {x.dtype}: {remedy}")
 
     def initial_mean(self, data_mean: Tensor | None, low: float = -math.inf, high: float = math.inf) -> Tensor | None:
         """`data_mean` in the default dtype, on the CPU; ValueError unless it holds means of pixels within [low, high]."""

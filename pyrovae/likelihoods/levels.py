@@ -169,5 +169,6 @@ def _check_levels(x: Tensor, num_levels: int) -> None:
         raise ValueError(
             f"pixels must be one of {num_levels} grey levels, k / {last} with k = 0 ... {last}; found {found:g} = "
             f"{found * last:g} / {last}: divide bytes by 255 (pyrovae.data with binarization=None gives such images, "
-            f"with their num_levels), set num_levels=, or take a likelihood for real-valued data"
+            f"with their num_levels), set num_levels=, or take a likelihood for real values (LearnedScaleNormal) if these are no "
+            f"grey levels"
         )
