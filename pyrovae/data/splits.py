@@ -169,7 +169,7 @@ def dequantize(images: Tensor, num_levels: int = 256, generator: torch.Generator
     >>> dequantize(torch.tensor([0.0, 1.0])).mul(256).floor()
     tensor([  0., 255.])
     """
-    check_count("num_levels", num_levels, least=2)
+    num_levels = check_count("num_levels", num_levels, least=2)
     check_grey_values("dequantize: images", images)
     levels = images * (num_levels - 1)
     _check_levels("dequantize: images", levels, num_levels)

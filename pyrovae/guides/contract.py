@@ -40,7 +40,7 @@ class Guide(Part, ABC):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        check_count("latent_dim", latent_dim)
+        latent_dim = check_count("latent_dim", latent_dim)
         self.latent_dim = latent_dim
 
     @abstractmethod
@@ -142,7 +142,7 @@ def width_of_features(net: nn.Module, num_features: int | None) -> int:
         raise ValueError(
             f"cannot tell how many features {type(net).__name__} gives: it has no `out_features`; pass num_features="
         )
-    check_count("num_features", num_features)
+    num_features = check_count("num_features", num_features)
     return num_features
 
 

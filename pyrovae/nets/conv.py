@@ -90,7 +90,7 @@ class ResidualEncoder(Part):
         normalize: bool = True,
     ):
         super().__init__()
-        check_count("num_blocks", num_blocks)
+        num_blocks = check_count("num_blocks", num_blocks)
         self.data_shape, self.out_features = torch.Size(data_shape), out_features
         self.layers = _encoder_layers(data_shape, channels, out_features, num_blocks, activation, normalize)
 
@@ -170,7 +170,7 @@ class ResidualDecoder(Part):
         normalize: bool = True,
     ):
         super().__init__()
-        check_count("num_blocks", num_blocks)
+        num_blocks = check_count("num_blocks", num_blocks)
         self.in_features, self.out_shape = in_features, torch.Size(out_shape)
         self.layers = _decoder_layers(in_features, out_shape, channels, num_blocks, activation, normalize)
 
@@ -214,8 +214,9 @@ def _encoder_layers(
     activation: Callable[[], nn.Module],
     normalize: bool,
 ) -> nn.Sequential:
-    in_channels, *sizes = stages(data_shape, channels)
-    check_count("out_features", out_features)
+    channels = [check_count("channels", width) for width in channels]
+    in_channels, *sizes = stages(data_shape, len(channels))
+    out_features = check_count("out_features", out_features)
     layers: list[nn.Module] = []
     for num_channels in channels:
         conv = nn.Conv2d(in_channels, num_channels, 3, stride=2, padding=1)
@@ -237,8 +238,9 @@ def _decoder_layers(
     activation: Callable[[], nn.Module],
     normalize: bool,
 ) -> nn.Sequential:
-    check_count("in_features", in_features)
-    out_channels, *sizes = stages(out_shape, channels, has_parameters=len(out_shape) > 3 and out_shape[0] > 1)
+    in_features = check_count("in_features", in_features)
+    channels = [check_count("channels", width) for width in channels]
+    out_channels, *sizes = stages(out_shape, len(channels), has_parameters=len(out_shape) > 3 and out_shape[0] > 1)
     smallest = (channels[0], *sizes[-1])
     linear = _initialized(nn.Linear(in_features, math.prod(smallest)), in_features)
     layers: list[nn.Module] = [linear, nn.Unflatten(1, smallest)]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class MLP(Part):
     ):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is a share of units, 0 <= dropout < 1, found {dropout}")
-        widths = [in_features, *hidden_features]
+        widths = [index(width) for width in (in_features, *hidden_features)]
         layers: list[nn.Module] = [nn.Flatten()]
         for width, next_width in pairwise(widths):
             num_outputs = 2 * next_width if gated else next_width
@@ -61,8 +62,8 @@ class MLP(Part):
             layers += [nn.GLU() if gated else activation()]
             layers += [nn.Dropout(dropout)] if dropout else []
         if out_features is not None:
-            layers += [nn.Linear(widths[-1], out_features)]
-            widths.append(out_features)
+            widths.append(index(out_features))
+            layers += [nn.Linear(widths[-2], widths[-1])]
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(
                 f"an MLP needs at least one layer and widths of 1 or more, found in_features={in_features}, "
@@ -70,7 +71,7 @@ class MLP(Part):
             )
         super().__init__()
         self.layers = nn.Sequential(*layers)
-        self.in_features, self.out_features = in_features, widths[-1]
+        self.in_features, self.out_features = widths[0], widths[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         leading = self._leading(x)

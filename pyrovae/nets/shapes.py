@@ -2,19 +2,19 @@
 
 import math
 from collections.abc import Sequence
-
-from pyrovae.programs.modules import check_count
+from operator import index
 
 __all__ = ["stages"]
 
 _MOST_COLOURS = 4  # channels of images: grey, RGB, with transparency
 
 
-def stages(shape: Sequence[int], channels: Sequence[int], has_parameters: bool = False) -> list:
+def stages(shape: Sequence[int], num_stages: int, has_parameters: bool = False) -> list:
     """[channels of the image, its (height, width), that after one halving, ...]
 
     has_parameters: the first axis counts the parameters of a likelihood, and is no part of the datum
     """
+    shape = [index(size) for size in shape]
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(
             f"a convolutional network is for images, (height, width) or (channels, height, width); found {tuple(shape)}: "
@@ -34,12 +34,10 @@ def stages(shape: Sequence[int], channels: Sequence[int], has_parameters: bool =
             f"which looks like a volume, {'x'.join(map(str, datum[-3:]))}: take a network of nn.Conv3d layers, an MLP, or "
             f"data of slices {datum[-2:]}"
         )
-    if not channels:
+    if not num_stages:
         raise ValueError("channels must name the widths of one stage or more, found none")
-    for width in channels:
-        check_count("channels", width)
     sizes = [(shape[-2], shape[-1])]
-    for _ in channels:
+    for _ in range(num_stages):
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
     return [math.prod(shape[:-2]), *sizes]
 
