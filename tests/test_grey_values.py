@@ -171,7 +171,10 @@ def test_a_recording_looks_at_no_values():
 @pytest.mark.parametrize(
     ("x", "match"),
     [
-        (binary(20) * 0.5, r"0 or 1, found 0.5: if these are grey values, binarise .*binarize.*DiscretizedLogistic"),
+        (
+            binary(20) * 0.5,
+            r"0 or 1, found 0.5: binarise the data if they are grey values .*binarize.*DiscretizedLogistic",
+        ),
         (
             binary(20) * 200,
             r"found 200: values are whole, up to 200; divide the bytes .*counts take a likelihood of your own",

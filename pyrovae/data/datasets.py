@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrovae.data.idx import _check_idx as _check_idx  # tests look for it here
 from pyrovae.data.idx import check_files, check_ready_for_download
 from pyrovae.data.splits import Splits
 

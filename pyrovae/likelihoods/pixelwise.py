@@ -235,7 +235,7 @@ def _remedy_for_binary(x: Tensor) -> str:
         return _FILL_IN
     if low >= 0 and high <= 1:
         return (
-            "if these are grey values, binarise the data (pyrovae.data.binarize; fit(..., transform=pyrovae.data.binarize) "
+            "binarise the data if they are grey values (pyrovae.data.binarize; fit(..., transform=pyrovae.data.binarize) "
             "redraws at every use), or take a likelihood for grey values (ContinuousBernoulli, DiscretizedLogistic)"
         )
     if low >= 0 and not (x - x.round()).any():
