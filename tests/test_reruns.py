@@ -81,7 +81,7 @@ HIDING = {
 
 
 @pytest.mark.parametrize("how", HIDING)
-def test_a_hidden_module_is_evaluated_in_its_evaluation_mode(how):
+def test_a_hidden_module_is_evaluated_in_its_evaluation_mode(short_pilots, how):
     """Dropout off, batch statistics as they were, and the mode given back."""
     torch.manual_seed(3)
     network = Network()
