@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, Weighte
 
 import pyrovae as pv
 from pyrovae.checkpoint.files import read, write
-from pyrovae.checkpoint.values import describe_callable, same_text
+from pyrovae.checkpoint.values import checksum, describe_callable, same_text
 
 
 def add(batch, amount=0.0):
@@ -339,6 +339,34 @@ def test_what_is_no_other_function():
     ]
     for first, second in pairs:
         assert same_text(describe_callable(first), describe_callable(second))
+
+
+def test_where_a_function_runs_is_not_compared():
+    def on(device, log_path, amount):
+        return lambda batch: batch.to(device) + amount + len(log_path)
+
+    first, second, other = (describe_callable(f) for f in (on("cpu", "a", 1), on("cuda", "b", 1), on("cpu", "a", 2)))
+    assert same_text(first, second)
+    assert not same_text(first, other)
+    moved = [describe_callable(functools.partial(torch.Tensor.to, device=device)) for device in ("cpu", "cuda")]
+    assert same_text(*moved)
+
+
+@pytest.mark.parametrize(
+    ("data", "other"),
+    [
+        (torch.tensor([1 + 2j]).conj(), torch.tensor([1 + 2j])),
+        (torch.eye(3).to_sparse(), (2 * torch.eye(3)).to_sparse()),
+        (torch.ones(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16)),
+        (torch.tensor(True), torch.tensor(False)),
+        (np.arange(6).reshape(2, 3).T, np.arange(6).reshape(3, 2)),
+        (np.array(["a", "b"]), np.array(["a", "c"])),
+        (np.array([None, "a"], dtype=object), np.array([None], dtype=object)),
+    ],
+)
+def test_checksums_of_any_array(data, other):
+    assert checksum(data) == checksum(data.clone() if isinstance(data, torch.Tensor) else data.copy())
+    assert checksum(data) != checksum(other)
 
 
 def test_functions_that_refer_to_each_other():

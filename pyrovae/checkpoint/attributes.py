@@ -9,21 +9,22 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["attributes_set", "constants_of", "names_in"]
+__all__ = ["attributes_set", "constants_of", "is_circumstance", "names_in"]
 
-# What may differ between two uses of one model: where it runs, what it prints, how many data it is given.
-_FREE = re.compile(r"device|cuda|gpu|inplace|warning|^_pyro")
-_FREE_IN_OTHER_CLASSES = re.compile(
-    r"verbose|debug|progress|seed|path|folder|file|dir$|name|data|batch|size|step|epoch|^_?(n|num|len|count|total)(_|$)",
+# What may differ between two uses of one model or function: where it runs, what it tells.
+_CIRCUMSTANCES = re.compile(
+    r"device|cuda|gpu|inplace|warning|verbose|debug|progress|logger|path|folder|file|dir$|(^|_)time$|^_pyro",
     re.IGNORECASE,
 )
+# In other people's classes: what it is called, how many data it is given.
+_AMOUNTS = re.compile(r"name|seed|data|batch|size|step|epoch|^_?(n|num|len|count|total)(_|$)", re.IGNORECASE)
 _OURS = ("pyrovae", "pyro", "torch")
 
 
 def constants_of(thing: Any) -> dict[str, Any]:
     """The attributes that an object's constructor sets and its other methods do not, so that training does not change them.
 
-    Names that speak of devices, paths or numbers of data are left out, the latter in classes from elsewhere alone.
+    Those whose names speak of circumstances are left out, and in classes from elsewhere those that speak of amounts.
     """
     by_constructor, elsewhere = attributes_set(type(thing))
     has = getattr(thing, "__dict__", {})
@@ -31,8 +32,13 @@ def constants_of(thing: Any) -> dict[str, Any]:
     return {
         name: has[name]
         for name in sorted(by_constructor - elsewhere)
-        if name in has and not _FREE.search(name) and (ours or not _FREE_IN_OTHER_CLASSES.search(name))
+        if name in has and not is_circumstance(name) and (ours or not _AMOUNTS.search(name))
     }
+
+
+def is_circumstance(name: str) -> bool:
+    """Whether a name speaks of where something runs or what it tells, not of what it computes: device, path, verbose."""
+    return _CIRCUMSTANCES.search(name) is not None
 
 
 def attributes_set(kind: type) -> tuple[frozenset[str], frozenset[str]]:

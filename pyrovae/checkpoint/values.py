@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyrovae.checkpoint.attributes import constants_of, names_in
+from pyrovae.checkpoint.attributes import constants_of, is_circumstance, names_in
 
 __all__ = ["checksum", "describe", "describe_callable", "same_text"]
 
@@ -73,7 +73,10 @@ def describe_callable(function: Any) -> str:
 def checksum(data: Tensor | np.ndarray) -> str:
     """Shape, dtype, and a checksum of all numbers."""
     if isinstance(data, Tensor):
-        content = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        tensor = data.detach().cpu().to_dense().resolve_conj().resolve_neg()
+        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    elif data.dtype.hasobject:
+        return f"{tuple(data.shape)} {data.dtype}"
     else:
         content = np.frombuffer(np.ascontiguousarray(data).tobytes(), dtype=np.uint8)
     return f"{tuple(data.shape)} {data.dtype} with checksum {zlib.crc32(content.data):08x}"
@@ -112,7 +115,8 @@ def _function(function: Any, seen: frozenset[int]) -> str:
     seen = seen | {id(function)}
     if isinstance(function, functools.partial):
         given = [_or_kind(value, _DEPTH, seen) for value in (function.func, *function.args)]
-        named = [f"{name}={_or_kind(value, _DEPTH, seen)}" for name, value in sorted(function.keywords.items())]
+        keywords = {name: value for name, value in sorted(function.keywords.items()) if not is_circumstance(name)}
+        named = [_listed(keywords, _DEPTH, seen)] if keywords else []
         return f"partial({', '.join([*given, *named])})"
     if inspect.ismethod(function):
         owner = function.__self__
@@ -141,7 +145,9 @@ def _outside(function: types.FunctionType, seen: frozenset[int]) -> Iterator[tup
     changed = names_in(code, "STORE_DEREF", "STORE_GLOBAL")
     for name, value in sorted(found.items()):
         is_constant = isinstance(value, Tensor) and not value.requires_grad
-        if name not in changed and (text := describe(value, 1 if is_constant else 0, seen)) is not None:
+        if name in changed or is_circumstance(name):
+            continue
+        if (text := describe(value, 1 if is_constant else 0, seen)) is not None:
             yield name, text
 
 

@@ -112,6 +112,6 @@ def _leaves(thing: Any) -> Iterator[Any]:
     elif callable(getattr(thing, "tobytes", None)):  # an image of Pillow, a number of NumPy
         yield thing.tobytes()
     elif isinstance(thing, Dataset):  # lists of other names may be caches, which fill
-        for name, value in sorted(vars(thing).items()):
+        for name, value in sorted(getattr(thing, "__dict__", {}).items()):
             if name in _LISTS or isinstance(value, Tensor | np.ndarray | Dataset):
                 yield from _leaves(value)
