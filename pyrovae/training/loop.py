@@ -25,7 +25,8 @@ from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
 from pyrovae.training.precision import in_precision
 from pyrovae.training.recorded import pays_off
-from pyrovae.training.saving import RunFile, run_file, settings_of
+from pyrovae.training.saving import RunFile, run_file
+from pyrovae.training.settings import settings_of
 from pyrovae.training.state import TrainingState
 from pyrovae.training.steps import Schedule, Steps
 from pyrovae.training.validation import validate
