@@ -5,8 +5,8 @@ from pyro import poutine
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
-from pyrovae.annealing.coordinates import unconstrained
-from pyrovae.programs.modules import map_tensors
+from pyrovae.annealing.coordinates import ProperPriors, unconstrained
+from pyrovae.programs.modules import check_program, map_tensors
 from pyrovae.programs.traces import Layout, Program, sample_sites, trace_program
 from pyrovae.weights.pair import Pair
 
@@ -21,7 +21,8 @@ def simulate(
     The simulated data take the place of the arguments that each observed site shows to be its data, where that is
     one-to-one; else the program is conditioned on them, which a guide does not see.
     """
-    free = poutine.uncondition(model)
+    check_program("model", model)
+    free = ProperPriors()(poutine.uncondition(model))
     seed = int(torch.randint(2**62, ()))
     trace = _trace_under(seed, free, args, kwargs)
     observed = {name: site for name, site in sample_sites(trace) if site["infer"].get("was_observed")}
@@ -116,7 +117,7 @@ def exact_draws(pair: Pair, trace: poutine.Trace, guide: Program | None, num_cha
                 f"hand: start from the prior (guide=None), or sample the latents directly in the guide"
             )
         latents = replayed
-    return unconstrained(latents, pair.layout_of(0, pair.num_data), num_chains)
+    return unconstrained(latents, pair.layout_of(0, pair.num_data), None).expand(num_chains, -1, -1)
 
 
 def first_data(site: dict, layout: Layout, count: int) -> Tensor:
