@@ -150,15 +150,3 @@ def test_nan_names_the_site():
 def test_options_out_of_range(option, text):
     with pytest.raises((ValueError, TypeError), match=text):
         pv.annealed_importance_sampling(gamma_poisson, torch.ones(2, 3), **(SETTINGS | option))
-
-
-def test_a_program_that_cannot_take_a_plate_is_refused():
-    layer = torch.nn.Linear(1, 2)
-
-    def model(x):
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(layer(z.view(len(x), 1)), 1.0).to_event(1), obs=x)
-
-    with pytest.raises(ValueError, match="outer plate"):
-        pv.annealed_importance_sampling(model, torch.zeros(3, 2), **SETTINGS)

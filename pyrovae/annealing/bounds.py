@@ -58,9 +58,10 @@ def annealed_importance_sampling(
 
     Raises ValueError, naming the site, for discrete latents, angles and directions (distributions of Pyro on a circle or a
     sphere, in whatever wrappers: they have no coordinates on the line; one of your own has to be kept away by you),
-    densities without a gradient, and whatever `log_marginal_likelihood` refuses; for programs that cannot draw chains
-    under an outer plate. Warns where draws pile up at the edge of their support, as those of Beta(0.05, 0.05) do where
-    float32 cannot tell them from 1: then the bound is not strict.
+    improper priors, distributions whose support is not known, densities without a gradient, and whatever
+    `log_marginal_likelihood` refuses; for a model without latents. Warns if the program takes no outer plate (view(-1, D),
+    BatchNorm1d), so that its chains run one by one, which is slow; and if draws pile up at the edge of their support, as
+    those of Beta(0.05, 0.05) do where float32 cannot tell them from 1: then the bound is not strict.
 
     Source: Neal, Annealed Importance Sampling (2001); Wu, Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of
     Decoder-Based Generative Models (2017).
@@ -111,9 +112,9 @@ def bidirectional_monte_carlo(
     constraint) leaves a width that no number of chains and temperatures closes: backward chains never get there, and the
     upper bound stays too high by minus the log of the share that is left.
 
-    Raises ValueError for `pyro.factor`, masked observations, subsampled plates, programs whose simulation depends on the
-    values of the data passed, a guide that cannot be shown the simulated data, and what `annealed_importance_sampling`
-    refuses.
+    Raises ValueError for `pyro.factor`, masked observations, masked latents with a guide, subsampled plates, programs
+    whose simulation depends on the values of the data passed, a guide that cannot be shown the simulated data, and what
+    `annealed_importance_sampling` refuses.
 
     Source: Grosse, Ghahramani & Adams, Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (2015); Wu,
     Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of Decoder-Based Generative Models (2017).

@@ -8,14 +8,12 @@ the prior takes its place, and log w is log p(x|z).
 
 from functools import reduce
 from operator import add
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from torch import Tensor, nn
-from torch.distributions import Independent
 
 from pyrovae.annealing.coordinates import (
     Coordinates,
@@ -26,6 +24,7 @@ from pyrovae.annealing.coordinates import (
     unconstrained,
 )
 from pyrovae.programs.extract import Extracted, extract
+from pyrovae.programs.masks import unmasked
 from pyrovae.programs.modules import checks_values, map_tensors
 from pyrovae.programs.traces import Program, log_weights_of, sample_sites, site_log_prob, spread, under_particles
 from pyrovae.weights.pair import Pair
@@ -39,24 +38,6 @@ class Energy(NamedTuple):
     log_start: Tensor
     log_weight: Tensor
     gradient: Tensor
-
-
-def _unmasked(site: dict) -> dict:
-    """The site with the density that its value was drawn from, which masks do not change.
-
-    Kernels need a start density that integrates to 1: under one that is 0 where masked, such elements would walk off.
-    """
-    return {**site, "mask": None, "fn": _without_masks(site["fn"])}
-
-
-def _without_masks(distribution: Any) -> Any:
-    if isinstance(distribution, MaskedDistribution):
-        return _without_masks(distribution.base_dist)
-    if isinstance(distribution, Independent):
-        return _without_masks(distribution.base_dist).to_event(distribution.reinterpreted_batch_ndims)
-    if isinstance(distribution, ExpandedDistribution):
-        return _without_masks(distribution.base_dist).expand(distribution.batch_shape)
-    return distribution
 
 
 def prior_of(model: Program) -> Program:
@@ -160,10 +141,11 @@ class Potential:
     def _of_one_run(self, u: Tensor, encoded: Tensor | None, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
         placed = Placed(self.coordinates.values(u))
         model_trace, guide_trace = self._run(placed, encoded, args, kwargs)
-        terms = {
-            name: spread(site_log_prob(_unmasked(site)) + placed.log_jacobians[name], site, self.layout, self.plate_size)
-            for name, site in random_sites(guide_trace)
-        }
+        terms = {}
+        for name, site in random_sites(guide_trace):
+            # Masks do not change what is drawn, and under a density of 0 the masked elements of a chain would walk off.
+            drawn = {**site, "mask": None, "fn": unmasked(site["fn"])}
+            terms[name] = spread(site_log_prob(drawn) + placed.log_jacobians[name], site, self.layout, self.plate_size)
         for name, term in terms.items() if checks_values() else ():
             if not (term < torch.inf).all():
                 raise ValueError(

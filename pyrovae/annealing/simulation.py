@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyrovae.annealing.coordinates import ProperPriors, unconstrained
 from pyrovae.programs.modules import check_program, map_tensors
+from pyrovae.programs.supports import masks_of
 from pyrovae.programs.traces import Layout, Program, sample_sites, trace_program
 from pyrovae.weights.pair import Pair
 
@@ -64,7 +65,7 @@ def _refuse_what_is_not_simulated(site: dict) -> None:
     name, value, data = site["name"], site["value"], site["infer"]["obs"]
     if site_is_factor(site):
         raise ValueError(f"site '{name}' is a factor, which cannot be simulated: write it as an observation")
-    if site["mask"] is not None or getattr(site["fn"], "_mask", None) is not None:
+    if any(True for _ in masks_of(site)):
         raise ValueError(f"observed site '{name}' is masked, so what to simulate is unclear: pass data without gaps")
     if value.shape != data.shape:
         raise ValueError(
@@ -109,6 +110,11 @@ def exact_draws(pair: Pair, trace: poutine.Trace, guide: Program | None, num_cha
     for name, site in sample_sites(trace):
         if not site["infer"].get("was_observed"):
             latents.add_node(name, **site)
+            if guide is not None and any(True for _ in masks_of(site)):
+                raise ValueError(
+                    f"the model masks latent site '{name}', whose masked elements are distributed as the guide draws them, and "
+                    f"not as the model simulates them: start from the prior (guide=None)"
+                )
     if guide is not None:
         replayed = trace_program(guide, pair.args, pair.kwargs, latents)
         if strange := sorted(name for name, _ in sample_sites(replayed) if name not in latents):
