@@ -35,9 +35,9 @@ class Settings:
 
     def __post_init__(self):
         for name in ("num_chains", "num_temperatures", "num_leapfrog_steps"):
-            check_count(name, getattr(self, name))
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))  # frozen
         if self.data_batch_size not in ("auto", None):
-            check_count("data_batch_size", self.data_batch_size)
+            object.__setattr__(self, "data_batch_size", check_count("data_batch_size", self.data_batch_size))
         if self.schedule not in ("adaptive", "sigmoidal"):
             raise ValueError(f"schedule must be 'adaptive' or 'sigmoidal', found {self.schedule!r}")
         if self.compile not in (True, False, "auto"):

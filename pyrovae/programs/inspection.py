@@ -52,7 +52,7 @@ def inspect_pair(
         model_trace, guide_trace = run_pair(model, guide, args, kwargs)
         prior_trace = _prior_trace(model, args, kwargs)
     _refuse_enumeration(prior_trace, guide_trace)
-    _refuse_mismatched_sites(model_trace, guide_trace)
+    _refuse_mismatched_sites(model_trace, guide_trace, prior_trace)
     refuse_point_masses(guide, guide_trace, args, kwargs)
     refuse_mass_against_density(model_trace, guide_trace)
     refuse_turns(model_trace, guide_trace)
@@ -93,17 +93,20 @@ def layout_for_training(
     scales: let any scale through, for objectives that are linear in log densities
 
     Raises ValueError for no latent sites, latent sites that only one of the two has, enumerated sites, observed sites in
-    the guide, and no single datum axis.
+    the guide, a mass against a density, no single datum axis, and, without scales, data whose latents the model couples.
     """
     model_trace, guide_trace = run_pair(model, guide, args, kwargs)
     if all(site["is_observed"] for _, site in sample_sites(model_trace)):
         raise ValueError("the model has no latent sites, so there is nothing for a guide to learn")
-    _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)
-    _refuse_mismatched_sites(model_trace, guide_trace)
+    prior_trace = _prior_trace(model, args, kwargs)
+    _refuse_enumeration(prior_trace, guide_trace)
+    _refuse_mismatched_sites(model_trace, guide_trace, prior_trace)
+    refuse_mass_against_density(model_trace, guide_trace)
     refuse_other_dimensions(model_trace, guide_trace)
     layout = _find_layout(model_trace, guide_trace, plate)
     if not scales:
         _refuse_scales(layout, model_trace, guide_trace)
+        refuse_coupled_data(InspectedPair(model, guide, args, kwargs, layout, model_trace, guide_trace))
     return layout
 
 
@@ -118,7 +121,7 @@ def _refuse_enumeration(prior_trace: poutine.Trace, guide_trace: poutine.Trace) 
                 )
 
 
-def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace, alone: poutine.Trace) -> None:
     model_sites, guide_sites = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
     for name, site in guide_sites.items():
         if site["is_observed"]:
@@ -127,6 +130,11 @@ def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Tr
                 f"site '{name}' of the guide is {kind}, so the guide is no normalised density: give it sample sites only"
             )
     latents = {name for name, site in model_sites.items() if not site["is_observed"]}
+    if marked := sorted(name for name in latents if alone.nodes[name]["infer"].get("is_auxiliary")):
+        raise ValueError(
+            f"latent site(s) {marked} of the model are marked as auxiliary (StructuredReparam marks them so): the model then has "
+            f"the guide's density in it, and its own is not to be told from that; evaluate the model without the reparametrisation"
+        )
     proposed = {name for name, site in guide_sites.items() if not site["infer"].get("is_auxiliary")}
     if missing := sorted(latents - set(guide_sites)):
         raise ValueError(

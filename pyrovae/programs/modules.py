@@ -1,5 +1,6 @@
 """What Pyro programs and PyTorch modules have to do with each other: whose parameters are whose, and in which mode."""
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -9,9 +10,11 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from pyro.nn import PyroModule
 from pyro.poutine import runtime
@@ -32,11 +35,13 @@ __all__ = [
     "modules_behind",
     "plain_errors",
     "run_network",
+    "warn_once",
     "without_checks",
 ]
 
 _checks_values = True
 _PACKAGE = str(Path(__file__).parent.parent)
+_NOT_THE_USERS = (_PACKAGE, *(str(Path(str(module.__file__)).parent) for module in (torch, pyro)), contextlib.__file__)
 
 
 def import_arviz() -> Any:
@@ -45,6 +50,25 @@ def import_arviz() -> Any:
         warnings.simplefilter("ignore", FutureWarning)
         import arviz
     return arviz
+
+
+_warned: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
+
+
+def warn_once(program: Any, message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of something about a program, once for each program, at the line of the user's code that led here."""
+    holder, key = getattr(program, "__self__", program), getattr(program, "__qualname__", "") + message
+    try:
+        said = _warned.setdefault(holder, set())
+    except TypeError:  # an object that no weak reference or dictionary takes
+        said = set()
+    if key in said:
+        return
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+    said.add(key)
 
 
 def check_program(name: str, program: Any) -> None:
@@ -273,16 +297,36 @@ def _values_in_reach(function: types.FunctionType) -> Iterator[Any]:
         codes += (constant for constant in code.co_consts if inspect.iscode(constant))
 
 
-def run_network(net: nn.Module, x: Tensor, advice: str) -> Tensor:
-    """net(x); where it does not take that shape or dtype, ValueError with both and the advice beside torch's words."""
+def run_network(net: nn.Module, x: Tensor, advice: str, name: str | None = None) -> Tensor:
+    """net(x), with an error that says what the network was given if it does not take that.
+
+    Args:
+        net: The network.
+        x: Its input.
+        advice: How to mend another shape.
+        name: What to call the network; by default its class.
+
+    Returns:
+        The network's output.
+
+    Raises:
+        ValueError: The network does not take that shape or dtype; with both, torch's words, and how to mend it.
+    """
     try:
         return net(x)
     except (RuntimeError, IndexError) as error:
-        words = ("shape", "size", "channels", "Dimension", "dtype")
+        of_dtype = ("dtype", "Input type", "scalar type", "not implemented for")
+        words = ("shape", "size", "channels", "Dimension", *of_dtype)
         if not any(word in str(error) for word in words) or "memory" in str(error):
             raise
+        if any(word in str(error) for word in of_dtype):
+            expected = next((p.dtype for p in net.parameters() if p.dtype.is_floating_point), x.dtype)
+            if not x.is_floating_point():
+                advice = f"{'x.float() / 255 for images of bytes, ' if x.dtype == torch.uint8 else ''}x.to({expected})"
+            elif x.dtype != expected:
+                advice = f"x.to({expected}), the dtype of its parameters, or the network's .to({x.dtype})"
         raise ValueError(
-            f"the network {type(net).__name__} does not take what it is given, of shape {tuple(x.shape)} and {x.dtype} "
+            f"the network {name or type(net).__name__} does not take what it is given, of shape {tuple(x.shape)} and {x.dtype} "
             f"({error}): {advice}"
         ) from error
 
@@ -304,12 +348,13 @@ def plain_errors() -> Iterator[None]:
         raise
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise unless `value` is a whole number, `least` or more."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int, if it is a whole number (NumPy's too), `least` or more; raises TypeError or ValueError if not."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, found {value!r}")
     if value < least:
         raise ValueError(f"{name} must be {least} or more, found {value}")
+    return int(value)
 
 
 def checks_values() -> bool:

@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.programs.agreement import agree
+from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.masks import counted
 from pyrovae.programs.modules import changed_buffers
 from pyrovae.programs.supports import num_parts
@@ -102,7 +103,9 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
         seen = None if site["is_observed"] else counted(site)
         if seen is not None and not seen.all():
             hidden[name] = ~seen
-    if not hidden:
+    # A Delta with the prior of what is masked (NeuTraReparam). In a plate, Pyro would count that prior once for each datum.
+    carried = [site for _, site in sample_sites(pair.model_trace) if is_delta(site)]
+    if not hidden or (carried and not any(site["cond_indep_stack"] for site in carried)):
         return
     with random_numbers_apart(*pair.values()):
         other = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, pair.layout.pinned))

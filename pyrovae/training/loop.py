@@ -137,6 +137,8 @@ def fit(
     check_program("model", model)
     check_program("guide", guide)
     check_numbers(epochs, batch_size, max_skipped_steps, learning_rate, clip_norm)
+    epochs, max_skipped_steps = int(epochs), int(max_skipped_steps)  # NumPy's whole numbers too
+    batch_size = None if batch_size is None else int(batch_size)
     if not isinstance(train, DataLoader):
         check_data("train", train)
     if validation is not None:
