@@ -157,6 +157,17 @@ def test_both_bounds_of_programs_that_take_no_plate(double, short_pilots, decode
         within(ratio.mean().item(), 1.0, stderr)
 
 
+def test_the_warning_is_given_once_for_each_program_at_the_line_of_the_call(linear_gaussian, short_pilots):
+    x, given = linear_gaussian.data(3), []
+    for model in (pair_with(linear_gaussian, "view"), pair_with(linear_gaussian, "fixed_dim")):
+        for _ in range(2):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                pv.annealed_importance_sampling(model, x, **SETTINGS)
+            given.append([warning.filename for warning in caught])
+    assert given == [[__file__], [], [__file__], []]
+
+
 def test_a_program_that_takes_a_plate_is_not_looped(linear_gaussian, short_pilots):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

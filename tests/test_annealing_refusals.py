@@ -143,6 +143,13 @@ def test_nan_names_the_site():
         pv.annealed_importance_sampling(model, torch.zeros(3), **SETTINGS)
 
 
+@pytest.mark.parametrize("run", [pv.annealed_importance_sampling, pv.bidirectional_monte_carlo])
+@pytest.mark.parametrize("number", [10**13, 10**15, 10**19])
+def test_more_chains_than_fit_into_memory(run, number):
+    with pytest.raises(ValueError, match=r"num_chains=1[0,]+ takes"):
+        run(gamma_poisson, torch.ones(2, 3), **(SETTINGS | {"num_chains": number}))
+
+
 @pytest.mark.parametrize(
     ("option", "text"),
     [({"num_chains": 0}, "num_chains"), ({"schedule": "linear"}, "schedule"), ({"num_temperatures": 1.5}, "num_temp")],

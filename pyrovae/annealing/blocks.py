@@ -1,7 +1,6 @@
 """The blocks of data that annealing goes through, each with its potential and its tuned kernels."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from pyrovae.annealing.chains import Kernels, num_pilot_kernels, tune
 from pyrovae.annealing.potential import Potential
 from pyrovae.programs.extract import Extracted, all_ours
-from pyrovae.programs.modules import check_count, modules_behind
+from pyrovae.programs.modules import check_count, modules_behind, warn_once
 from pyrovae.progress import progress_bar
 from pyrovae.weights.pair import Pair
 from pyrovae.weights.recorded import pays_off
@@ -64,10 +63,10 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
     most = settings.data_batch_size
     reason = pair.reason_to_loop(most if isinstance(most, int) else size)
     if reason:
-        warnings.warn(
+        warn_once(
+            pair.model,
             f"chains are run one by one, which is slow: under an outer plate the program fails ({reason}); networks that keep "
             f"leading dimensions (no view(-1, D), no fixed dim=1) allow it",
-            stacklevel=2,
         )
     if pair.split_size is not None and most is not None:
         together = 1 if reason else num_chains

@@ -17,6 +17,7 @@ from pyrovae.programs.modules import evaluation_mode, map_tensors
 from pyrovae.programs.traces import Program, sample_sites
 from pyrovae.weights.blocks import until_interrupted
 from pyrovae.weights.pair import Pair
+from pyrovae.weights.particles import refuse_more_than_memory
 
 __all__ = ["annealed_importance_sampling", "bidirectional_monte_carlo"]
 
@@ -68,6 +69,7 @@ def annealed_importance_sampling(
     """
     settings = Settings(num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress)
     with evaluation_mode(model, guide) as device:
+        refuse_more_than_memory("num_chains", settings.num_chains, device)
         if device is not None:
             args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
         pair = Pair(model, guide or prior_of(model), args, kwargs, plate, data_batch_size)
@@ -121,6 +123,7 @@ def bidirectional_monte_carlo(
     """
     settings = Settings(num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress)
     with evaluation_mode(model, guide) as device:
+        refuse_more_than_memory("num_chains", settings.num_chains, device)
         if device is not None:
             args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
         trace, program, args, kwargs = simulate(model, guide, args, kwargs)

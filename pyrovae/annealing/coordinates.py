@@ -1,12 +1,11 @@
 """Unconstrained coordinates of a program's latents: its draws as u (chains, data, D), and u put back into its sites."""
 
-import warnings
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.contrib.zuko import ZukoToPyro
 from pyro.distributions import ImproperUniform
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -15,8 +14,9 @@ from torch.distributions.constraints import Constraint
 
 from pyrovae.distributions.flows import support_of_flow
 from pyrovae.programs.auxiliary import is_delta
+from pyrovae.programs.modules import warn_once
 from pyrovae.programs.supports import innermost, is_angle_or_direction
-from pyrovae.programs.traces import Layout, sample_sites
+from pyrovae.programs.traces import Layout, Program, sample_sites
 
 __all__ = ["Coordinates", "Placed", "ProperPriors", "random_sites", "refuse_without_coordinates", "unconstrained"]
 
@@ -85,7 +85,7 @@ class Coordinates:
             -1,
         )
 
-    def warn_of_ties(self, draws: Tensor) -> None:
+    def warn_of_ties(self, draws: Tensor, program: Program) -> None:
         """Warn where many of the draws (any, N, D) fall on the outermost value that their floating-point numbers reach.
 
         There they have no density in u, so that the kernels do not leave their distribution invariant, and the bounds are
@@ -97,11 +97,11 @@ class Coordinates:
         ties = torch.where(extremes[1] > extremes[0], ties, 0)  # a column that does not vary is another matter
         for name, here in zip(self.sites, ties.split([site.width for site in self.sites.values()]), strict=True):
             if here.max() > max(2, _TIES * len(columns)):
-                warnings.warn(
+                warn_once(
+                    program,
                     f"more than {_TIES:.1%} of the draws of site '{name}' fall on one outermost value, as {draws.dtype} has "
                     f"no finer numbers at the edge of their support, so that the bounds are not strict: take float64 if it "
                     f"is not that yet, or a distribution with less mass at its edge",
-                    stacklevel=2,
                 )
 
 
@@ -165,8 +165,8 @@ def _support_of(distribution: Any) -> Constraint | None:
     try:
         return distribution.support
     except (AttributeError, NotImplementedError, ValueError):  # none declared, or one that depends on what is not known
-        inside = innermost(distribution)
-        return support_of_flow(inside.dist) if isinstance(inside, ZukoToPyro) else None
+        inside, adapter = innermost(distribution), sys.modules.get("pyro.contrib.zuko")  # which takes long to import
+        return support_of_flow(inside.dist) if adapter and isinstance(inside, adapter.ZukoToPyro) else None
 
 
 class ProperPriors(Messenger):

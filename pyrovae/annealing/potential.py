@@ -144,8 +144,8 @@ class Potential:
         terms = {}
         for name, site in random_sites(guide_trace):
             # Masks do not change what is drawn, and under a density of 0 the masked elements of a chain would walk off.
-            drawn = {**site, "mask": None, "fn": unmasked(site["fn"])}
-            terms[name] = spread(site_log_prob(drawn) + placed.log_jacobians[name], site, self.layout, self.plate_size)
+            site = {**site, "mask": None, "fn": unmasked(site["fn"])}
+            terms[name] = spread(site_log_prob(site) + placed.log_jacobians[name], site, self.layout, self.plate_size)
         for name, term in terms.items() if checks_values() else ():
             if not (term < torch.inf).all():
                 raise ValueError(
