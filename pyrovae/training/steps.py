@@ -39,7 +39,7 @@ class Schedule(NamedTuple):
     shape: Callable[[float], float] | None
 
     def __call__(self, done: float) -> float:
-        return self.learning_rate * (self.shape(done) if self.shape else 1.0)
+        return self.learning_rate * float(self.shape(done) if self.shape else 1.0)  # NumPy's is none in a checkpoint
 
 
 class _Tried(NamedTuple):
@@ -162,8 +162,8 @@ class Steps:
                 raise
             if len(unseen[-1].rows) == 1 and "more than 1 value per channel" in str(error):
                 raise ValueError(
-                    f"a batch of a single datum came to BatchNorm, which needs two or more to train ({error}): leave the last "
-                    f"one out, DataLoader(..., drop_last=True), or take another batch size"
+                    "a batch of a single datum came to BatchNorm, which needs two or more to train: leave it out, "
+                    "DataLoader(..., drop_last=True), or take another batch size"
                 ) from error
             verdicts = self.optimizer.verdicts
             # Other processes wait for this one's gradients.
