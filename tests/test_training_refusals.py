@@ -76,8 +76,8 @@ class OwnGuide(PyroModule):
 class Scaled(PyroModule):
     """Its parameter is constrained, so that PyroModule exchanges it for the one in the store."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, name=""):
+        super().__init__(name)
         self.scale = PyroParam(torch.rand(3) + 0.5, dist.constraints.positive)
 
     def forward(self, x):
@@ -145,6 +145,16 @@ def test_a_second_model_under_the_names_of_the_first(kind):
     pv.fit(*other[:2], x, **OPTIONS)
     assert all(not torch.equal(a, b) for a, b in zip(start, parameters(other[2]), strict=True))
     assert same(before, parameters(first))
+
+
+def test_two_models_under_names_of_their_own():
+    modules = [Scaled("first"), Scaled("second")]
+    for module in modules:
+        before = [parameters(other) for other in modules]
+        pv.fit(module, centred, data(), **OPTIONS)
+        assert [same(*pair) for pair in zip(before, map(parameters, modules), strict=True)] == [
+            other is not module for other in modules
+        ]
 
 
 def test_the_parameters_of_a_model_that_is_gone_are_no_other_models():

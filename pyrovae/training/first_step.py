@@ -92,8 +92,7 @@ class FirstStep(Messenger):
             raise ValueError(
                 f"Pyro's store has parameters of another model under the names of this one's, and the programs took those in "
                 f"place of their own: {names}. Training one model would change the other. Call pyro.clear_param_store() before "
-                f"fit, once the other model is no longer used; or have PyroModules keep their parameters to themselves, "
-                f"pyro.settings.set(module_local_params=True) before anything is made"
+                f"fit, once the other is no longer used; or give each PyroModule a name, super().__init__(name=...)"
             )
         if not self.declared:  # the optimizer says so
             return
