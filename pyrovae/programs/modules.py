@@ -34,6 +34,7 @@ __all__ = [
     "map_tensors",
     "modules_behind",
     "plain_errors",
+    "replaced_parameters",
     "run_network",
     "warn_once",
     "without_checks",
@@ -128,11 +129,13 @@ class _Evaluation:
     def __init__(self) -> None:
         self.training: dict[nn.Module, bool] = {}
         self.buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []  # with a copy
+        self.parameters: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
 
     def add(self, module: nn.Module) -> None:
         if module in self.training:
             return
         self.training[module] = module.training
+        self.parameters.append((module, dict(module._parameters)))
         for name, buffer in module._buffers.items():
             self.buffers.append((module, name, buffer, None if buffer is None else buffer.detach().clone()))
         module.training = False
@@ -202,6 +205,20 @@ def changed_buffers() -> list[str]:
                     buffer.copy_(before)
             module._buffers[name] = buffer
     return changed
+
+
+def replaced_parameters() -> list[str]:
+    """Names of the parameters that other tensors stand in for since the evaluation that is going on began; they are put back.
+
+    Pyro does that: it gives modules the tensors that its store has under their names, which may be another model's.
+    """
+    replaced = []
+    for module, before in _evaluations[-1].parameters if _evaluations else ():
+        for name, parameter in before.items():
+            if module._parameters.get(name) is not parameter:
+                replaced.append(f"{type(module).__name__}.{name}")
+                module._parameters[name] = parameter
+    return replaced
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

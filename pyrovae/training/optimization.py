@@ -52,6 +52,11 @@ class OneAdam(pyro.optim.PyroOptim):
         self.verdicts = Verdicts(max_skipped, device)
         self._watched = torch.zeros((), device=device)
 
+    @property
+    def has_moved(self) -> bool:
+        """Whether a step was made: one that was passed over is none."""
+        return self.adam is not None and any(state["step"] > 0 for state in self.adam.state.values())
+
     def watch(self, loss: Tensor) -> None:
         """Do not make the next step if this loss is not finite."""
         self._watched.copy_(loss)
