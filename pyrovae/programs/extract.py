@@ -33,7 +33,7 @@ from pyrovae.programs.compiler import (
     refuse_unwritable_cache,
     remove_damaged_library,
 )
-from pyrovae.programs.frozen import Comparison, refuse_captured_parameters
+from pyrovae.programs.frozen import Comparison, refuse_captured_parameters, refuse_reading
 from pyrovae.programs.modules import modules_behind, without_checks
 from pyrovae.programs.signature import Last, kinds
 
@@ -204,7 +204,7 @@ class Extracted:
         devices = list({tensor.device for tensor in (*tensors, *state.values()) if tensor.is_cuda})
         with _unseen(devices), Comparison(self._run_eagerly, self.modules, given, state, devices) as comparison:
             comparison.check_program()
-            with comparison.noise(0):
+            with comparison.noise(0), refuse_reading():
                 graph = make_fx(flat)(given, [tensor.clone() for tensor in state.values()])
             refuse_captured_parameters(graph)
             comparison.check_recording(graph)

@@ -8,18 +8,43 @@ to differ from the recording by more.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pyrovae.programs.signature import Kept
 
-__all__ = ["Comparison", "refuse_captured_parameters", "turned"]
+__all__ = ["Comparison", "refuse_captured_parameters", "refuse_reading", "turned"]
 
 # In units of eps times the largest number. The same operations give the same numbers on a CPU; on a GPU some of them add in
 # no fixed order.
 _CPU_ROUNDING, _GPU_ROUNDING = 16.0, 1024.0
+
+
+class refuse_reading(TorchFunctionMode):
+    """Inside, ValueError for a value of traced tensors that Python or NumPy gets: the recording would hold it for ever.
+
+    Comparing numbers does not find all of these: whatever is counted or sorted may be the same at the few places looked at.
+    (`make_fx` itself refuses item(), float() and bool().)
+    """
+
+    _READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__)
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in self._READS:
+            from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot
+
+            mode = get_proxy_mode()
+            if mode is not None and has_proxy_slot(args[0], mode.tracer):
+                raise ValueError(
+                    f"values of data, parameters or draws go to Python or numpy (Tensor.{func.__name__}) and were frozen in the "
+                    f"recording"
+                )
+        return func(*args, **(kwargs or {}))
 
 
 class _Place(NamedTuple):
@@ -210,8 +235,8 @@ def _flipped(values: Tensor) -> Tensor:
 
 
 def _smaller(values: Tensor) -> Tensor:
-    """By a hundredth, so that what is in [0, 1] or positive stays so, as do whole numbers kept as floating-point ones."""
-    return values * 0.99 + 0.001 if values.is_floating_point() else values
+    """By a tenth; what is in [0, 1] or positive stays so, and an index kept as a floating-point number does not grow."""
+    return values * 0.9 + 0.01 if values.is_floating_point() else values
 
 
 def _like(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
