@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import distributed
+from pyrovae.programs.compiler import import_compiler
 from pyrovae.training.verdicts import Verdicts
 
 __all__ = ["OneAdam", "cosine_schedule"]
@@ -43,6 +44,7 @@ class OneAdam(pyro.optim.PyroOptim):
     def __init__(
         self, parameters: list[Tensor], learning_rate: float, clip_norm: float | None = None, max_skipped: int = 0
     ):
+        import_compiler()
         super().__init__(torch.optim.Adam, {"lr": learning_rate})
         self.learning_rate, self.clip_norm = learning_rate, clip_norm
         self.order = {parameter: rank for rank, parameter in enumerate(dict.fromkeys(parameters))}
