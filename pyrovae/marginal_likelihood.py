@@ -24,10 +24,9 @@ class LogMarginalLikelihood:
     gap, gap_stderr: log_prob - elbo, an estimate of KL(q(z|x) || p(z|x)): "at least" this
     jackknife, jackknife_2: log_prob with its bias of order 1/S, and of order 1/S^2, removed; not bounds
     smoothed: log_prob from Pareto-smoothed weights; not a bound
-    upper_bound: chi-square upper bound, as S grows; NaN where pareto_k is 0.5 or more, or not known
     ess: effective sample size, 1 to S
-    pareto_k: tail shape of the weights (NaN below 25 particles); above `pareto_k_limit` the row cannot be trusted,
-        above 0.5 its standard error may be too small
+    pareto_k: tail shape of the weights (NaN if unknown, as below 25 particles); above `pareto_k_limit` the row cannot be
+        trusted, above 0.5 its standard error may be too small
     curve_particles, curve: the bound at growing numbers of particles, (len(curve_particles), N)
     acceptance: of annealed importance sampling alone, where S counts chains and `elbo` and `gap` are NaN; else None
     """
@@ -42,7 +41,6 @@ class LogMarginalLikelihood:
     jackknife: Tensor
     jackknife_2: Tensor
     smoothed: Tensor
-    upper_bound: Tensor
     ess: Tensor
     pareto_k: Tensor
     curve_particles: list[int]
@@ -66,7 +64,6 @@ class LogMarginalLikelihood:
             jackknife=estimators.jackknife(weights).cpu(),
             jackknife_2=estimators.jackknife_2(weights).cpu(),
             smoothed=tail.smoothed_bound.cpu(),
-            upper_bound=estimators.chi_square_bound(weights, tail.k).cpu(),
             ess=estimators.effective_sample_size(weights).cpu(),
             pareto_k=tail.k.cpu(),
             curve_particles=curve_particles,
@@ -114,7 +111,7 @@ class LogMarginalLikelihood:
     def per_datum() -> tuple[str, ...]:
         """Names of the (N,) estimates."""
         estimates = ("log_prob", "stderr", "elbo", "elbo_stderr", "gap", "gap_stderr", "jackknife", "jackknife_2")
-        return (*estimates, "smoothed", "upper_bound", "ess", "pareto_k")
+        return (*estimates, "smoothed", "ess", "pareto_k")
 
     def __len__(self) -> int:
         return len(self.log_prob)

@@ -18,26 +18,36 @@ __all__ = ["smooth_tail"]
 
 _TIED_AT_THE_TOP = _FEWEST_DISTINCT = 5
 
+# k of a tail rounded to 1/40 of its span is less than 0.1 too low; rounded to 1/10, up to half of all tails look discrete.
+_FEWEST_SPACINGS = 32
 
-def smooth_tail(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+
+def smooth_tail(log_weights: Tensor, spacing: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
     """Shape k of the tail (N,) and log weights (S, N) with the tail smoothed; S of 25 or more, no -inf throughout.
 
     The tail are the min(S/5, 3 sqrt S) largest weights. What is no tail is decided here, as ArviZ's answers to it differ
     from version to version (an exception, inf, NaN, or a number that means nothing), and is not smoothed:
 
-    0: five weights or more share the largest value. They are bounded there, and the bound has been seen
+    0: five weights or more share the largest value, to rounding. They are bounded there, and the bound has been seen
+    NaN: the weights came in a dtype too coarse for their tail: it spans fewer than 32 of the dtype's numbers, so that ties
+        may be rounding
     +inf: fewer than 5 distinct values in the tail, or a quarter of it tied at its foot. Few values, the largest of them
         seen too rarely to tell whether there are larger ones
+
+    spacing, rounding: of `Weights`, (N,)
     """
     num_particles = len(log_weights)
     size = math.ceil(min(num_particles / 5, 3 * num_particles**0.5))
     top = log_weights.topk(size + 1, dim=0)
     values, below = top.values, top.indices[size]  # the largest weight below the tail
-    bounded = (log_weights == values[0]).sum(0) >= _TIED_AT_THE_TOP
+    tied = (values[0] - log_weights <= rounding).sum(0) >= _TIED_AT_THE_TOP
+    bounded = tied & (spacing <= rounding)
+    unresolved = ~bounded & (values[0] - values[size] < _FEWEST_SPACINGS * spacing)
     num_distinct = (values[:-1] > values[1:]).sum(0)
     foot_tied = values[size - 1] == values[size - 1 - max(1, int(size / 4 + 0.5) - 1)]
-    fit = ~bounded & ~foot_tied & (num_distinct >= _FEWEST_DISTINCT)
+    fit = ~bounded & ~unresolved & ~foot_tied & (num_distinct >= _FEWEST_DISTINCT)
     k = torch.where(bounded, 0.0, math.inf).to(log_weights)
+    k[unresolved] = math.nan
     if not fit.any():
         return k, log_weights
     smoothed, fitted = (

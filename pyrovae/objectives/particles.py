@@ -21,7 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyrovae.programs.traces import Layout, Program, arrange, place, sample_sites, under_particles
+from pyrovae.programs.traces import Layout, Program, arrange, place, plate_size, sample_sites, under_particles
 
 __all__ = ["Run", "Terms", "arranged", "draw_runs", "factors", "pull_back", "terms_of"]
 
@@ -86,10 +86,11 @@ def draw_runs(
 
 def _present_layout(layout: Layout, trace: poutine.Trace) -> tuple[Layout, int | None]:
     """The layout with the size that the datum plate has in this run (the last batch may be smaller), and the full size."""
-    frames = [frame for _, site in sample_sites(trace) for frame in site["cond_indep_stack"]]
+    sites = [site for _, site in sample_sites(trace)]
+    frames = [frame for site in sites for frame in site["cond_indep_stack"]]
     if layout.plate is not None:
         frames = [next(frame for frame in frames if frame.name == layout.plate)]
-        layout = layout._replace(num_data=frames[0].size)
+        layout = layout._replace(num_data=plate_size(frames[0], *sites))
     return layout, next((frame.full_size for frame in frames if frame.full_size not in (None, frame.size)), None)
 
 

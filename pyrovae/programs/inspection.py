@@ -8,34 +8,54 @@ the site. After that the draws in `pyrovae.weights` can be taken without a secon
 from collections.abc import Iterable
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyrovae.programs.auxiliary import is_delta, refuse_other_dimensions, refuse_point_masses, refuse_wrong_stretches
-from pyrovae.programs.supports import innermost, is_angle_or_direction, is_possible, possible_elements
-from pyrovae.programs.traces import Layout, Program, log_likelihood_of, run_pair, sample_sites, spread, trace_program
+from pyrovae.programs.auxiliary import refuse_other_dimensions, refuse_point_masses, refuse_wrong_stretches
+from pyrovae.programs.coverage import refuse_mass_against_density, refuse_turns, refuse_uncovered
+from pyrovae.programs.modules import find_modules
+from pyrovae.programs.reruns import refuse_coupled_data, refuse_influence_of_masked, refuse_other_reruns
+from pyrovae.programs.supports import innermost, possible_elements
+from pyrovae.programs.traces import (
+    InspectedPair,
+    Layout,
+    Program,
+    plate_size,
+    run_pair,
+    sample_sites,
+    site_log_prob,
+    trace_program,
+)
 
 __all__ = ["inspect_pair", "layout_for_training", "refuse_impossible_data"]
 
 
 def inspect_pair(
-    model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None
+    model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None, *, is_split: bool = False
 ) -> tuple[Layout, poutine.Trace, poutine.Trace]:
     """Look at a model/guide pair once; answer with its layout and the two traces, or refuse it.
 
+    is_split: pieces of the data are compared with the whole by the caller, which shows whether data influence each other
+
     Raises ValueError, naming the site, for: latent sites that only one of the two has; enumerated sites; observed
-    sites or factors in the guide; a guide that puts all its mass on one point, or carries auxiliary draws to the latents
-    with a wrong density; scales other than the subsampling of the datum plate; no single datum axis; a guide that cannot
-    reach where the prior puts mass and the data are possible; data outside the support of their likelihood.
+    sites or factors in the guide; a mass in one program against a density in the other; a guide that puts all its mass on
+    one point, or carries auxiliary draws to the latents with a wrong density; scales other than the subsampling of the
+    datum plate; no single datum axis; log densities with a dimension that no plate declares; programs that are not the same
+    twice, or change their modules' buffers; data whose latents the model couples; a guide that cannot reach where the prior
+    puts mass and the data are possible; data outside the support of their likelihood.
     """
-    model_trace, guide_trace = run_pair(model, guide, args, kwargs)
-    _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)
+    with find_modules():  # those that are called and that nothing in the programs' reach refers to
+        model_trace, guide_trace = run_pair(model, guide, args, kwargs)
+        prior_trace = _prior_trace(model, args, kwargs)
+    _refuse_enumeration(prior_trace, guide_trace)
     _refuse_mismatched_sites(model_trace, guide_trace)
     refuse_point_masses(guide, guide_trace, args, kwargs)
-    _refuse_turns(model_trace, guide_trace)
+    refuse_mass_against_density(model_trace, guide_trace)
+    refuse_turns(model_trace, guide_trace)
     refuse_other_dimensions(model_trace, guide_trace)
     layout = _find_layout(model_trace, guide_trace, plate)
     _refuse_scales(layout, model_trace, guide_trace)
@@ -44,9 +64,25 @@ def inspect_pair(
     num_draws = max(1, min(32, 256 // layout.num_data))
     prior_traces = [trace_program(model, args, kwargs, layout.pinned) for _ in range(num_draws)]
     refuse_impossible_data(model_trace, prior_traces)
-    for prior_trace in prior_traces:
-        _refuse_uncovered_prior(guide, layout, prior_trace, args, kwargs)
+    pair = InspectedPair(model, guide, args, kwargs, layout, model_trace, guide_trace)
+    refuse_other_reruns(pair)
+    if not is_split:
+        refuse_coupled_data(pair)
+    refuse_influence_of_masked(pair)
+    refuse_uncovered(pair, prior_traces)
     return layout, model_trace, guide_trace
+
+
+def _prior_trace(model: Program, args: tuple, kwargs: dict) -> poutine.Trace:
+    """The model run on its own; ValueError for a prior that cannot be drawn from."""
+    try:
+        return trace_program(model, args, kwargs)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the model cannot be run on its own, as a latent of it cannot be drawn ({str(error).partition(chr(10))[0] or type(error).__name__}): an "
+            f"improper prior (ImproperUniform) has no normalised density, and so there is no p(x) to estimate; give each "
+            f"latent a prior with draws, a wide Normal for instance"
+        ) from error
 
 
 def layout_for_training(
@@ -104,21 +140,6 @@ def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Tr
         )
 
 
-def _refuse_turns(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    # The density of an angle is the same after each turn: a guide on the whole line counts it again and again.
-    for name, site in sample_sites(model_trace):
-        if site["is_observed"] or not is_angle_or_direction(site["fn"]):
-            continue
-        proposal = guide_trace.nodes[name]["fn"]
-        bounded = isinstance(getattr(innermost(proposal), "support", None), constraints.interval)
-        if not is_angle_or_direction(proposal) and not bounded:
-            raise ValueError(
-                f"site '{name}' of the model is an angle or a direction ({innermost(site['fn'])}), whose density goes on "
-                f"beyond one turn, and the guide ({innermost(proposal)}) draws from the whole line, so that the same mass "
-                f"would be counted again at each turn: give the guide a distribution of that family, or Uniform(-pi, pi)"
-            )
-
-
 def _plates_of(site: dict) -> dict[str, Any]:
     return {frame.name: frame for frame in site["cond_indep_stack"]}
 
@@ -172,12 +193,15 @@ def _find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: 
                 )
     frames = [plates[plate] for _, plates, _ in sites]
     dims, sizes = {frame.dim for frame in frames}, {frame.size for frame in frames}
+    if -1 in sizes and len(dims) == 1 and None not in dims:  # a plate made without a size
+        inside = (site for trace in (model_trace, guide_trace) for _, site in sample_sites(trace))
+        sizes = sizes - {-1} or {plate_size(frames[0], *inside)}
     if len(dims) > 1 or len(sizes) > 1 or sizes == {-1}:
         raise ValueError(
             f"plate '{plate}' needs one known size and one dim in model and guide, found sizes {sorted(sizes)} and "
             f"dims {sorted(dims, key=str)}: write pyro.plate('{plate}', size, dim=...) alike in both"
         )
-    full_sizes = {frame.full_size for frame in frames if frame.full_size is not None}
+    full_sizes = {frame.full_size for frame in frames if frame.full_size not in (None, -1)}
     return Layout(plate, dims.pop(), sizes.copy().pop(), full_sizes - sizes != set(), nesting, pinned)
 
 
@@ -203,7 +227,7 @@ def _refuse_scales(layout: Layout, *traces: poutine.Trace) -> None:
             expected = 1.0
             if layout.plate is not None:
                 frame = frames[layout.plate]
-                expected = (frame.full_size or frame.size) / frame.size
+                expected = (frame.full_size or frame.size) / frame.size  # 1 if both are -1, of a plate without a size
             scale = float(torch.as_tensor(site["scale"]).max())
             if not abs(scale - expected) <= 1e-6 * expected or torch.as_tensor(site["scale"]).numel() > 1:
                 raise ValueError(
@@ -213,35 +237,20 @@ def _refuse_scales(layout: Layout, *traces: poutine.Trace) -> None:
                 )
 
 
-def _refuse_uncovered_prior(
-    guide: Program, layout: Layout, prior_trace: poutine.Trace, args: tuple, kwargs: dict
-) -> None:
-    # What the guide leaves out counts only where the data are possible there: the posterior of z under x ~ Uniform(0, z)
-    # is narrower than the prior, and its exact form is the best of guides.
-    replayed = trace_program(guide, args, kwargs, layout.pinned, prior_trace)
-    for name, site in sample_sites(replayed):
-        if name not in prior_trace or is_delta(site):
-            continue  # an auxiliary draw; a Delta behind one is a transform onto the whole support
-        possible = is_possible(site)
-        if possible is None or possible.all():
-            continue
-        possible = possible.expand(torch.broadcast_shapes(possible.shape, site["fn"].batch_shape))
-        uncovered = spread(torch.where(possible, 0.0, -torch.inf), site, layout, None) == -torch.inf
-        missed = uncovered & (log_likelihood_of(layout, prior_trace) != -torch.inf)
-        if missed.any():
-            raise ValueError(
-                f"the guide does not cover the prior at site '{name}': {missed.double().mean():.1%} of the prior's draws lie "
-                f"outside the guide's support {site['fn'].support} where the data are possible, and what is never "
-                f"proposed is never counted; give the guide the support of the prior, or of the posterior"
-            )
-
-
 def refuse_impossible_data(model_trace: poutine.Trace, other_traces: Iterable[poutine.Trace]) -> None:
     """Raise ValueError if data lie outside their likelihood's support; `other_traces`: the model at other latents."""
     suspects = {}
     for name, site in sample_sites(model_trace):
-        elements = possible_elements(site) if site["is_observed"] else None
-        if elements is not None and not elements.all():
+        elements = possible_elements(site, nan=True) if site["is_observed"] else None
+        if elements is None:
+            continue
+        if site["value"].isnan().any() and (unknown := site_log_prob(site).isnan()).any():
+            raise ValueError(
+                f"observed site '{name}' has NaN among its data ({int(site['value'].isnan().sum()):,} numbers, in "
+                f"{int(unknown.sum()):,} of its log densities): leave them out by a mask, or give the site a distribution that "
+                f"does so itself (NanMaskedNormal)"
+            )
+        if not elements.all():
             suspects[name] = site, elements
     others = iter(other_traces) if suspects else iter(())
     while suspects and (other := next(others, None)) is not None:
@@ -254,10 +263,14 @@ def refuse_impossible_data(model_trace: poutine.Trace, other_traces: Iterable[po
     for name, (site, elements) in suspects.items():
         distribution = innermost(site["fn"])
         value = site["value"].expand(elements.shape + distribution.event_shape)[~elements][0]
+        binary = isinstance(distribution, dist.Bernoulli)
+        grey = binary and bool(((site["value"] >= 0) & (site["value"] <= 1)).all())
+        advice = "change the data"
+        if binary:
+            advice += " (pyrovae.data.binarize makes grey images in [0, 1] binary)" if grey else " to 0 and 1"
         raise ValueError(
             f"observed site '{name}' has data outside the support of {type(distribution).__name__}: found "
-            f"{value.tolist():{'' if value.ndim else 'g'}}, expected {distribution.support}; change the data "
-            f"(pyrovae.data.binarize makes grey images binary) or the likelihood"
+            f"{value.tolist():{'' if value.ndim else 'g'}}, expected {distribution.support}; {advice} or the likelihood"
         )
 
 

@@ -10,7 +10,16 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from torch.distributions import Independent
 
-__all__ = ["innermost", "is_angle_or_direction", "is_possible", "possible_elements", "supported_elements"]
+__all__ = [
+    "innermost",
+    "is_angle",
+    "is_angle_or_direction",
+    "is_possible",
+    "masks_of",
+    "num_parts",
+    "possible_elements",
+    "supported_elements",
+]
 
 # Their log_prob is the same one turn further on, or along a whole ray.
 _ANGLES_AND_DIRECTIONS = (
@@ -20,6 +29,7 @@ _ANGLES_AND_DIRECTIONS = (
     torch.distributions.VonMises,
     dist.VonMises3D,
 )
+_ANGLES = (torch.distributions.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 # Where a transform, a mixture and a MaskedMixture keep what they are made of.
 _PARTS = ("base_dist", "component_distribution", "component0", "component1")
 _WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
@@ -41,23 +51,35 @@ def is_angle_or_direction(distribution: Any) -> bool:
     )
 
 
-def is_possible(site: dict) -> Tensor | None:
-    """Where the site's value lies in its support, with the batch shape; masked elements do; None: always so."""
-    possible = possible_elements(site)
-    num_parts = _num_parts(site["fn"])
-    return possible.flatten(-num_parts).all(-1) if possible is not None and num_parts else possible
+def is_angle(distribution: Any) -> bool:
+    """Whether a distribution draws angles in [-pi, pi) while its density goes on beyond one turn."""
+    return isinstance(innermost(distribution), _ANGLES)
 
 
-def possible_elements(site: dict) -> Tensor | None:
+def is_possible(site: dict, *, nan: bool = False) -> Tensor | None:
+    """Where the site's value lies in its support, with the batch shape; masked elements do; None: always so.
+
+    nan: let NaN pass, of which some distributions know the log density (`NanMaskedNormal`)
+    """
+    possible = possible_elements(site, nan=nan)
+    parts = num_parts(site["fn"])
+    return possible.flatten(-parts).all(-1) if possible is not None and parts else possible
+
+
+def possible_elements(site: dict, *, nan: bool = False) -> Tensor | None:
     """The same for each element of the value that `to_event` put into one event, and that a mask may leave out."""
     distribution = site["fn"]
     elements = None if site_is_factor(site) else supported_elements(distribution, site["value"])
     if elements is None:
         return None
-    for mask, num_parts in ((site["mask"], _num_parts(distribution)), *_masks(distribution)):
-        if mask is not None:
-            mask = torch.as_tensor(mask, dtype=torch.bool, device=elements.device)
-            elements = elements | ~mask[(...,) + (None,) * num_parts]
+    if nan and site["value"].is_floating_point():
+        unknown = site["value"].isnan()
+        if dims := len(innermost(distribution).event_shape):
+            unknown = unknown.flatten(-dims).any(-1)
+        elements = elements | unknown
+    for mask, parts in masks_of(site):
+        mask = torch.as_tensor(mask, dtype=torch.bool, device=elements.device)
+        elements = elements | ~mask[(...,) + (None,) * parts]
     return elements
 
 
@@ -72,21 +94,23 @@ def supported_elements(distribution: Any, value: Tensor) -> Tensor | None:
     extra = len(base.event_shape) - support.event_dim
     if extra > 0:
         elements = elements.flatten(-extra).all(-1)
-    num_parts = _num_parts(distribution)
-    if num_parts:  # a value of fewer dimensions stands for all parts
-        parts = distribution.batch_shape + distribution.event_shape[:num_parts]
-        elements = elements.expand(torch.broadcast_shapes(elements.shape, parts))
+    if parts := num_parts(distribution):  # a value of fewer dimensions stands for all parts
+        shape = distribution.batch_shape + distribution.event_shape[:parts]
+        elements = elements.expand(torch.broadcast_shapes(elements.shape, shape))
     return elements
 
 
-def _num_parts(distribution: Any) -> int:
+def num_parts(distribution: Any) -> int:
     """How many dimensions `to_event` made part of the event."""
     return len(distribution.event_shape) - len(innermost(distribution).event_shape)
 
 
-def _masks(distribution: Any) -> Iterator[tuple[Any, int]]:
-    """The masks inside a distribution, each with the number of event dimensions that are its batch dimensions' right."""
+def masks_of(site: dict) -> Iterator[tuple[Any, int]]:
+    """The masks of a site and inside its distribution, each with how many of its event dimensions are right of the mask's."""
+    distribution = site["fn"]
+    if site["mask"] is not None:
+        yield site["mask"], num_parts(distribution)
     while isinstance(distribution, _WRAPPERS):
         if isinstance(distribution, MaskedDistribution):
-            yield distribution._mask, _num_parts(distribution)
+            yield distribution._mask, num_parts(distribution)
         distribution = distribution.base_dist

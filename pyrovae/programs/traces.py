@@ -8,23 +8,32 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
+from pyrovae.programs.masks import align_masks
 from pyrovae.programs.modules import checks_values, plain_errors
 from pyrovae.programs.supports import innermost, is_possible, supported_elements
 
 __all__ = [
+    "InspectedPair",
     "Layout",
     "Program",
     "arrange",
+    "as_guide",
+    "latents_of",
+    "log_joint_of",
     "log_likelihood_of",
     "log_weights_of",
     "place",
+    "plate_size",
     "run_pair",
     "sample_sites",
     "select_data",
     "select_particle",
+    "sequential_column",
     "site_log_prob",
     "spread",
     "trace_program",
@@ -34,6 +43,7 @@ __all__ = [
 Program = Callable[..., Any]
 
 _PARTICLES = "_pyrovae_particles"
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class Layout(NamedTuple):
@@ -59,6 +69,22 @@ class Layout(NamedTuple):
         return self.plate is not None and self.dim is None
 
 
+class InspectedPair(NamedTuple):
+    """A model and a guide with their arguments, and one run of each, the model on the guide's draws."""
+
+    model: Program
+    guide: Program
+    args: tuple
+    kwargs: dict
+    layout: Layout
+    model_trace: poutine.Trace
+    guide_trace: poutine.Trace
+
+    def values(self) -> Iterator[Tensor]:
+        """The values of the model's sites."""
+        return (site["value"] for _, site in sample_sites(self.model_trace))
+
+
 def trace_program(program: Program, args: tuple, kwargs: dict, *replayed: poutine.Trace) -> poutine.Trace:
     """Trace of one run without gradients or validation, with the values of the `replayed` traces put in."""
     for trace in replayed:
@@ -74,6 +100,34 @@ def run_pair(
     guide_trace = trace_program(guide, args, kwargs, *replayed)
     model_trace = trace_program(model, args, kwargs, *replayed, guide_trace)
     return model_trace, guide_trace
+
+
+class _KeptPriors(Messenger):
+    """Keeps what a `GuideMessenger` notes of each site, which replaying another trace's values would drop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.priors: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if "prior" in msg["infer"]:
+            self.priors[msg["name"]] = msg["infer"]["prior"]
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.priors:
+            msg["infer"] = {**msg["infer"], "prior": self.priors[msg["name"]]}
+
+
+def as_guide(program: Program) -> Program:
+    """The guide as a program of latents alone: a `GuideMessenger` of Pyro (AutoNormalMessenger, ...) runs the model whole."""
+    if not isinstance(program, GuideMessenger):
+        return program
+
+    def guide(*args: Any, **kwargs: Any) -> Any:
+        with poutine.block(hide_fn=lambda site: site["type"] == "sample" and site["is_observed"]), _KeptPriors():
+            return program(*args, **kwargs)
+
+    return guide
 
 
 def under_particles(program: Program, layout: Layout, num_particles: int) -> Program:
@@ -94,6 +148,11 @@ def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
         yield name, site
 
 
+def latents_of(trace: poutine.Trace) -> dict[str, Tensor]:
+    """The values that were drawn, by site."""
+    return {name: site["value"] for name, site in sample_sites(trace) if not site["is_observed"]}
+
+
 def log_weights_of(
     layout: Layout, model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int | None = None
 ) -> Tensor:
@@ -101,13 +160,14 @@ def log_weights_of(
     latents = {name for name, site in sample_sites(model_trace) if not site["is_observed"]}
     if missing := sorted(latents - set(guide_trace.nodes)):
         raise ValueError(f"the guide left out the model's latent site(s) {missing} in one of its runs")
+    sites = align_masks(dict(sample_sites(model_trace)), dict(sample_sites(guide_trace)))
     terms = {
         (program, name): spread(site_log_prob(site), site, layout, num_particles)
-        for program, trace in (("model", model_trace), ("guide", guide_trace))
-        for name, site in sample_sites(trace)
+        for program, of_program in zip(("model", "guide"), sites, strict=True)
+        for name, site in of_program.items()
     }
     for name in latents if layout.sequential else ():
-        if _sequential_column(model_trace.nodes[name], layout) != _sequential_column(guide_trace.nodes[name], layout):
+        if sequential_column(model_trace.nodes[name], layout) != sequential_column(guide_trace.nodes[name], layout):
             raise ValueError(
                 f"site '{name}' belongs to different data of plate '{layout.plate}' in model and guide: go through the "
                 f"plate in one order in both"
@@ -135,10 +195,16 @@ def log_likelihood_of(layout: Layout, model_trace: poutine.Trace) -> Tensor:
     return reduce(add, terms) if terms else torch.zeros(())
 
 
+def log_joint_of(layout: Layout, model_trace: poutine.Trace) -> Tensor:
+    """Log density (1, N) of all sites, in a trace without a particle plate."""
+    return reduce(add, (spread(site_log_prob(site), site, layout, None) for _, site in sample_sites(model_trace)))
+
+
 def site_log_prob(site: dict) -> Tensor:
     """Log density with the site's batch shape: -inf outside the support, 0 where masked, scales left out."""
     distribution, value, mask = site["fn"], site["value"], site["mask"]
-    possible = is_possible(site)
+    _check_event(site)
+    possible = is_possible(site, nan=True)
     try:
         log_prob = distribution.log_prob(value, *site["args"], **site["kwargs"])
     except ValueError:  # a distribution with validate_args=True refuses what we call -inf, or what is masked
@@ -147,11 +213,39 @@ def site_log_prob(site: dict) -> Tensor:
             raise
         event = (...,) + (None,) * len(innermost(distribution).event_shape)
         log_prob = distribution.log_prob(torch.where(supported[event], value, distribution.sample()))
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the distribution of site '{site['name']}' ({innermost(distribution)}) has no log density of given values "
+            f"({error or type(error).__name__}), as one behind a transform that is no bijection (softmax) has none: take a "
+            f"distribution that has one"
+        ) from error
+    if log_prob.dtype in _HALF:
+        raise ValueError(
+            f"the log density of site '{site['name']}' is in {log_prob.dtype}, whose steps are {_half_step(log_prob.dtype)} "
+            f"nats at 100 nats, so there is no estimate to be made of it: evaluate in float32, by model.float(), "
+            f"guide.float() and x.float()"
+        )
     if possible is not None:
         log_prob = torch.where(possible, log_prob, -torch.inf)
     if mask is not None:
         log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, 0.0)
     return log_prob
+
+
+def _half_step(dtype: torch.dtype) -> float:
+    return 100 * torch.finfo(dtype).eps
+
+
+def _check_event(site: dict) -> None:
+    """Raise ValueError if an event of the value has another shape than the distribution's: it would be broadcast, unseen."""
+    event_shape, shape = site["fn"].event_shape, tuple(site["value"].shape)
+    found = shape[len(shape) - len(event_shape) :]
+    if event_shape and found != tuple(event_shape) and not site_is_factor(site):
+        raise ValueError(
+            f"site '{site['name']}' has values of shape {shape}, whose last {len(event_shape)} dimension(s) {found} are not the "
+            f"event shape {tuple(event_shape)} of its distribution, so that one would be broadcast against the other: give "
+            f"the distribution the shape of its values (expand its parameters), or correct to_event(...)"
+        )
 
 
 def spread(log_prob: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
@@ -165,15 +259,13 @@ def arrange(terms: Tensor, site: dict, layout: Layout, num_particles: int | None
 
     Shapes: (S, N, the rest), or (1, N, the rest) without particles, or of a site that has none.
     """
+    _check_declared(terms.shape[:-1], site)
     depth = layout.max_plate_nesting
     terms = terms.reshape((1,) * (depth + 1 - terms.ndim) + terms.shape)
     if num_particles is None or terms.ndim == depth + 1:
         terms = terms.unsqueeze(0)
-    elif terms.ndim > depth + 2 or len(terms) not in (1, num_particles):
-        raise ValueError(
-            f"site '{site['name']}' has batch shape {tuple(terms.shape[:-1])} under {num_particles} particles and "
-            f"{depth} plates"
-        )
+    else:
+        terms = terms.reshape(terms.shape[terms.ndim - depth - 2 :])  # what lies further left is of size 1
     if layout.dim is not None:
         per_datum = terms.movedim(layout.dim - 1, 1).flatten(2)
         if per_datum.shape[1] != layout.num_data:
@@ -185,14 +277,47 @@ def arrange(terms: Tensor, site: dict, layout: Layout, num_particles: int | None
     if not layout.sequential:
         return joint
     spread = joint.new_zeros(len(joint), layout.num_data, joint.shape[-1])
-    spread[:, _sequential_column(site, layout)] = joint[:, 0]
+    spread[:, sequential_column(site, layout)] = joint[:, 0]
     return spread
+
+
+def _check_declared(batch_shape: torch.Size, site: dict) -> None:
+    """Raise ValueError if a site's log density has a batch dimension that no plate (and no particle) declares."""
+    declared = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.dim is not None}
+    for dim, size in zip(range(-len(batch_shape), 0), batch_shape, strict=True):
+        if size == 1 or declared.get(dim) in (size, -1):
+            continue
+        distribution, name = site["fn"], site["name"]
+        shapes = (
+            f"values of shape {tuple(site['value'].shape)} against a distribution of batch shape "
+            f"{tuple(distribution.batch_shape)} and event shape {tuple(distribution.event_shape)}"
+        )
+        if dim in declared:
+            plate = next(frame.name for frame in site["cond_indep_stack"] if frame.dim == dim)
+            raise ValueError(
+                f"site '{name}' has {size} data where plate '{plate}' has {declared[dim]} ({shapes}): give the site the shape "
+                f"of its plate"
+            )
+        raise ValueError(
+            f"the log density of site '{name}' has shape {tuple(batch_shape)}, and no plate declares its dimension {dim} of size "
+            f"{size} ({shapes}): its elements would all be added up. If they belong to one event, write .to_event(...); "
+            f"if value and parameters differ by a dimension of size 1, as x (N,) and loc (N, 1), remove it; if they are "
+            f"independent data, put the site in a plate"
+        )
+
+
+def plate_size(frame: Any, *sites: dict) -> int:
+    """The size of a plate, taken from the batch shapes of sites inside if the plate was made without one."""
+    if frame.size != -1:
+        return frame.size
+    shapes = (site["fn"].batch_shape for site in sites)
+    return max((shape[frame.dim] for shape in shapes if len(shape) >= -frame.dim), default=1)
 
 
 def place(array: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
     """What an array (S, N), or (1, N) without particles, has for each element of a site's value; broadcasts with it."""
     if layout.sequential:
-        array = array[:, _sequential_column(site, layout)].unsqueeze(1)
+        array = array[:, sequential_column(site, layout)].unsqueeze(1)
     shape = [1] * layout.max_plate_nesting
     if layout.dim is not None:
         shape[layout.dim] = array.shape[1]
@@ -202,7 +327,7 @@ def place(array: Tensor, site: dict, layout: Layout, num_particles: int | None) 
     return placed.reshape(placed.shape[max(0, placed.ndim - site["value"].ndim) :])
 
 
-def _sequential_column(site: dict, layout: Layout) -> int:
+def sequential_column(site: dict, layout: Layout) -> int:
     """Which datum of a sequential plate a site belongs to, by the plate's counter (1, 2, ... and on at a second pass)."""
     counter = next(frame.counter for frame in site["cond_indep_stack"] if frame.name == layout.plate)
     return (counter - 1) % layout.num_data

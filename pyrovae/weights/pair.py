@@ -21,6 +21,7 @@ from pyrovae.programs.modules import check_program, map_tensors, modules_behind
 from pyrovae.programs.traces import (
     Layout,
     Program,
+    as_guide,
     log_weights_of,
     run_pair,
     sample_sites,
@@ -52,7 +53,7 @@ class Pair:
     ):
         check_program("model", model)
         check_program("guide", guide)
-        self.model, self.guide, self.plate = model, guide, plate
+        self.model, self.guide, self.plate = model, as_guide(guide), plate
         self.args, self.kwargs = args, kwargs
         self.split_size: int | None = None
         self.recorded: RecordedDraw | None = None
@@ -107,7 +108,7 @@ class Pair:
             rows = _some(length, head)
             args, kwargs = self.cut(rows)
             guide = self.guide_given(self.encode(args, kwargs))
-            layout, *traces = inspect_pair(self.model, guide, args, kwargs, self.plate)
+            layout, *traces = inspect_pair(self.model, guide, args, kwargs, self.plate, is_split=True)
             # A subsample size that leaves these data whole may cut more of them: min(32, len(x)).
             asked = any(trace.nodes[layout.plate]["fn"].subsample_size for trace in traces if layout.plate in trace)
             if layout.dim is None or layout.subsampled or layout.num_data != head or asked:
@@ -125,6 +126,8 @@ class Pair:
     def _pieces_agree(self, layout: Layout, rows: Tensor, part: Tensor, fewest: int) -> bool:
         """Whether the data at positions `part` of some rows have the weights in small pieces that they have in the whole."""
         pieces = _pieces(part, fewest)
+        if len(pieces) == 1:  # the whole again would show nothing
+            pieces = _pieces(part, 1)
         whole_cut, cuts = self.cut(rows), [self.cut(rows[piece]) for piece in pieces]
         guide = self.guide.outline() if isinstance(self.guide, Guide) else self.guide
 

@@ -1,0 +1,333 @@
+"""Whether a guide reaches what the model holds possible: what is never proposed is never counted, and no weight shows it.
+
+A guide may be narrower than the prior where the data rule the rest out (the posterior of z under x ~ Uniform(0, z)), so that
+a latent value is missed only if q gives it no mass and p(x, z) does. Values are tried from three sources: draws of the prior;
+every value of a discrete latent with few; points of a continuous one between the bounds of the guide's support and the
+prior's. What is missed must be more than a share of 1e-6 of p(x), as far as these values tell.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyrovae.programs.auxiliary import is_delta
+from pyrovae.programs.masks import counted
+from pyrovae.programs.reruns import random_numbers_apart
+from pyrovae.programs.supports import innermost, is_angle, is_angle_or_direction, num_parts
+from pyrovae.programs.traces import (
+    InspectedPair,
+    Layout,
+    latents_of,
+    log_joint_of,
+    log_likelihood_of,
+    log_weights_of,
+    sample_sites,
+    site_log_prob,
+    spread,
+    trace_program,
+)
+
+__all__ = ["refuse_mass_against_density", "refuse_turns", "refuse_uncovered"]
+
+_LOG_SHARE = math.log(1e-6)  # of p(x), that may be missed
+_MOST_VALUES = 64  # of a discrete latent, tried one by one
+_TRIES = 3  # elements of a datum that are tried
+_POINTS = 32  # on either side of a bound
+_TURN = 2 * math.pi
+
+
+def refuse_mass_against_density(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """Raise ValueError if one program gives a latent a mass and the other a density, whose ratio is no weight."""
+    auxiliary = [s for _, s in sample_sites(guide_trace) if s["infer"].get("is_auxiliary") and not is_delta(s)]
+    for name, site in sample_sites(model_trace):
+        if site["is_observed"]:
+            continue
+        proposal = guide_trace.nodes[name]
+        drawn = auxiliary if is_delta(proposal) else [proposal]
+        kinds = {_is_discrete(site["fn"]), *(_is_discrete(draw["fn"]) for draw in drawn)} - {None}
+        if len(kinds) > 1:
+            what = {True: "a mass (discrete)", False: "a density (continuous)"}
+            raise ValueError(
+                f"latent site '{name}' has {what[bool(_is_discrete(site['fn']))]} in the model ({innermost(site['fn'])}) and "
+                f"{what[not _is_discrete(site['fn'])]} in the guide ({innermost(drawn[0]['fn'])}), whose ratio is no importance "
+                f"weight: give the guide a distribution of the model's kind; a relaxed or straight-through guide is for "
+                f"training alone"
+            )
+        if vars(proposal["value"]) and not _knows_its_value(proposal):
+            raise ValueError(
+                f"the guide's {type(innermost(proposal['fn'])).__name__} at site '{name}' gives the density of a number behind "
+                f"the value it draws (straight-through), not of that value, so there is no importance weight: give the "
+                f"guide the distribution without straight-through gradients"
+            )
+
+
+def _is_discrete(distribution: Any) -> bool | None:
+    support = _support_of(distribution)
+    return None if support is None else bool(support.is_discrete)
+
+
+def _knows_its_value(site: dict) -> bool:
+    """Whether the log density of a draw is that of its value, whatever else the tensor carries."""
+    given = site_log_prob(site)
+    plain = site_log_prob({**site, "value": site["value"].detach().clone()})
+    return torch.allclose(given, plain, rtol=1e-3, atol=1e-3)
+
+
+def refuse_turns(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """Raise ValueError for a guide that draws an angle from more than one turn, on which the model's density repeats."""
+    for name, site in sample_sites(model_trace):
+        if site["is_observed"] or not is_angle_or_direction(site["fn"]):
+            continue
+        proposal = innermost(guide_trace.nodes[name]["fn"])
+        if is_angle_or_direction(proposal):
+            continue
+        support = getattr(proposal, "support", None)
+        found = f"{type(proposal).__name__}, from the whole line"
+        if isinstance(support, constraints.interval):
+            width = float((torch.as_tensor(support.upper_bound) - torch.as_tensor(support.lower_bound)).max())
+            if width <= _TURN * (1 + 1e-5):
+                continue
+            found = f"{type(proposal).__name__}, from an interval of {width / _TURN:.3g} turns"
+        raise ValueError(
+            f"site '{name}' of the model is an angle or a direction ({innermost(site['fn'])}), whose density goes on beyond one "
+            f"turn, and the guide draws it by {found}, so that the same mass would be counted again at each turn: give the "
+            f"guide a distribution of that family, or Uniform(-pi, pi)"
+        )
+
+
+def refuse_uncovered(pair: InspectedPair, prior_traces: Sequence[poutine.Trace]) -> None:
+    """Raise ValueError if the guide gives no mass to latents that prior and data allow."""
+    _refuse_uncovered_draws(pair, prior_traces)
+    with random_numbers_apart(*pair.values()):
+        for name, site in sample_sites(pair.model_trace):
+            if site["is_observed"] or is_delta(pair.guide_trace.nodes[name]):
+                continue
+            if _is_discrete(site["fn"]):
+                _refuse_uncovered_values(pair, name)
+            else:
+                _refuse_uncovered_ranges(pair, name)
+
+
+def _refuse_uncovered_draws(pair: InspectedPair, prior_traces: Sequence[poutine.Trace]) -> None:
+    missed: dict[str, Tensor] = {}
+    likelihoods = []
+    for prior_trace in prior_traces:
+        guide_trace = trace_program(pair.guide, pair.args, pair.kwargs, pair.layout.pinned, prior_trace)
+        likelihood = log_likelihood_of(pair.layout, prior_trace).double()
+        likelihoods.append(likelihood)
+        for name, site in sample_sites(guide_trace):
+            if name not in prior_trace or is_delta(site):
+                continue  # an auxiliary draw; a Delta behind one is a transform onto the whole support
+            uncovered = _uncovered(site, pair.layout)
+            if uncovered is not None:
+                mass = torch.where(uncovered, likelihood, -torch.inf)
+                missed[name] = torch.logaddexp(missed[name], mass) if name in missed else mass
+    if not missed:
+        return
+    count = math.log(len(prior_traces))
+    evidence = torch.stack(likelihoods).logsumexp(0) - count
+    drawn = log_weights_of(pair.layout, pair.model_trace, pair.guide_trace).double()
+    evidence = torch.maximum(evidence, drawn)
+    for name, mass in missed.items():
+        if (mass - count > evidence + _LOG_SHARE).any():
+            share = ((mass > -torch.inf) & (evidence > -torch.inf)).double().mean()
+            raise ValueError(
+                f"the guide does not cover the prior at site '{name}': for {share:.0%} of the data, draws of the prior lie where "
+                f"the guide gives no mass (its support: {_support_of(pair.guide_trace.nodes[name]['fn'])}) and the data are "
+                f"possible, and what is never proposed is never counted; give the guide the support of the prior, or of the "
+                f"posterior"
+            )
+
+
+def _uncovered(site: dict, layout: Layout) -> Tensor | None:
+    """For which data the guide cannot draw the value of a site, (1, N); None: it can for all."""
+    log_prob = torch.where(_never_drawn(site), -torch.inf, site_log_prob(site))
+    if (log_prob > -torch.inf).all():
+        return None
+    return spread(torch.where(log_prob == -torch.inf, -torch.inf, 0.0), site, layout, None) == -torch.inf
+
+
+def _never_drawn(site: dict) -> Tensor:
+    """Where a site's value has a density, but is never drawn, with the batch shape.
+
+    torch gives a class of probability 0 the log probability of a rounding error, and an angle beyond one turn that of the
+    angle it stands for.
+    """
+    distribution, value = site["fn"], site["value"]
+    base, parts = innermost(distribution), num_parts(distribution)
+    never = _has_no_mass(base, value)
+    never = never.expand(
+        torch.broadcast_shapes(never.shape, distribution.batch_shape + distribution.event_shape[:parts])
+    )
+    seen = counted(site)
+    never = never if seen is None else never & seen
+    return never.flatten(-parts).any(-1) if parts else never
+
+
+def _has_no_mass(base: Any, value: Tensor) -> Tensor:
+    nowhere = torch.zeros((), dtype=torch.bool, device=value.device)
+    if is_angle(base):
+        beyond = (value.abs() > math.pi * (1 + 1e-6)) & torch.ones(
+            base.batch_shape + base.event_shape, dtype=torch.bool
+        )
+        return beyond.flatten(-len(base.event_shape)).any(-1) if base.event_shape else beyond
+    probs = getattr(base, "probs", None)
+    if not isinstance(probs, Tensor):
+        return nowhere
+    if isinstance(base, torch.distributions.Categorical):
+        index = value.long().clamp(0, probs.shape[-1] - 1)
+        index, probs = torch.broadcast_tensors(index.unsqueeze(-1), probs)
+        return probs.gather(-1, index[..., :1]).squeeze(-1) == 0
+    if isinstance(base, torch.distributions.OneHotCategorical):
+        return ((probs == 0) & (value > 0)).any(-1)
+    if isinstance(base, torch.distributions.Bernoulli | torch.distributions.Binomial):
+        most = getattr(base, "total_count", 1)
+        return ((probs == 0) & (value > 0)) | ((probs == 1) & (value < most))
+    return nowhere
+
+
+def _refuse_uncovered_values(pair: InspectedPair, name: str) -> None:
+    """Try the values of a discrete latent, one element of a datum at a time."""
+    proposal = pair.guide_trace.nodes[name]
+    base, parts = innermost(proposal["fn"]), num_parts(proposal["fn"])
+    shape = proposal["fn"].batch_shape + proposal["fn"].event_shape[:parts]
+    event = (...,) + (None,) * len(base.event_shape)
+    seen = counted(pair.model_trace.nodes[name])
+    for value in _values_of(innermost(pair.model_trace.nodes[name]["fn"]), base):
+        everywhere = value.to(proposal["value"]).expand(shape + base.event_shape)
+        supported = base.support.check(everywhere).expand(shape)
+        tried = torch.where(supported[event], everywhere, proposal["value"])
+        missed = ~supported | _has_no_mass(base, tried) | (base.log_prob(tried) == -torch.inf)
+        if seen is not None and seen.shape == missed.shape:
+            missed = missed & seen
+        if not missed.any():
+            continue
+        for _ in range(_TRIES):
+            here = _one_of_each(missed, parts, pair.layout)
+            other = torch.where(here[event], everywhere, proposal["value"])
+            more = _log_joint(pair, name, other) - _log_joint(pair, name, proposal["value"])
+            if (more > _LOG_SHARE).any():
+                raise ValueError(
+                    f"the guide does not cover the prior at site '{name}': it never draws {value.squeeze().tolist()}, which prior "
+                    f"and data allow, and what is never proposed is never counted; give each value a probability above 0"
+                )
+
+
+def _values_of(prior: Any, proposal: Any) -> Iterator[Tensor]:
+    """Values of a discrete latent: all if they are few, else those just outside the guide's bounds."""
+    try:
+        if prior.has_enumerate_support:
+            yield from prior.enumerate_support(expand=False)[:_MOST_VALUES]
+            return
+    except NotImplementedError:  # totals that differ from element to element
+        return
+    bounds, limits = _bounds(proposal), _bounds(prior)
+    if bounds is None or limits is None:
+        return
+    for step in (1, 2, 4, 8):
+        for value, inside in (
+            (bounds[1] + step, bounds[1] + step <= limits[1]),
+            (bounds[0] - step, bounds[0] - step >= limits[0]),
+        ):
+            if inside.all() and value.isfinite().all() and value.numel() == 1:
+                yield value
+
+
+def _refuse_uncovered_ranges(pair: InspectedPair, name: str) -> None:
+    """Integrate p(x, z) over one element of a continuous latent, within the guide's bounds and outside."""
+    proposal, prior = (innermost(trace.nodes[name]["fn"]) for trace in (pair.guide_trace, pair.model_trace))
+    bounds, limits = _bounds(proposal), _bounds(prior)
+    value = pair.guide_trace.nodes[name]["value"]
+    if bounds is None or limits is None:
+        return
+    lower, upper, least, most = (bound.to(value).expand_as(value) for bound in (*bounds, *limits))
+    width = torch.where(
+        (upper - lower).isfinite(), upper - lower, torch.where(upper.isfinite(), upper, lower).abs().clamp_min(1)
+    )
+    for sign, bound, limit in ((1, upper, most), (-1, lower, least)):
+        narrower = sign * (limit - bound) > 0
+        if not narrower.any():
+            continue
+        event_dims = len(pair.guide_trace.nodes[name]["fn"].event_shape)
+        here = _one_of_each(narrower, event_dims, pair.layout)
+        outside = torch.where(limit.isfinite(), (limit - bound).abs(), 1e3 * width)
+        inside = torch.where((upper - lower).isfinite(), width, 1e3 * width)
+        missed = _log_integral(pair, name, here, bound, sign * outside)
+        found = _log_integral(pair, name, here, bound, -sign * inside)
+        share = (missed - torch.logaddexp(missed, found)).exp().nan_to_num(0.0).max().item()
+        if share > math.exp(_LOG_SHARE):
+            raise ValueError(
+                f"the guide does not cover the prior at site '{name}': its support is {_support_of(proposal)}, the prior's "
+                f"{_support_of(prior)}, and about {share:.2g} of p(x) lies between them, for one datum at least; what is never "
+                f"proposed is never counted, so give the guide the support of the prior, or of the posterior"
+            )
+
+
+def _log_integral(pair: InspectedPair, name: str, here: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    """log of the integral of p(x, z) over one element of a latent, from `start` on over `length`, (1, N).
+
+    By midpoints, close to each other near the start.
+    """
+    value = pair.guide_trace.nodes[name]["value"]
+    edges = torch.cat([torch.zeros(1), torch.logspace(-4, 0, _POINTS)]).to(value)
+    terms = []
+    for near, far in pairwise(edges):
+        other = torch.where(here, start + length * (near + far) / 2, value)
+        size = torch.where(here, length.abs() * (far - near), 0.0)
+        site = pair.model_trace.nodes[name]
+        widths = spread(size.reshape(*size.shape[: len(site["fn"].batch_shape)], -1).sum(-1), site, pair.layout, None)
+        terms.append(_log_joint(pair, name, other) + widths.log())
+    return torch.stack(terms).logsumexp(0)
+
+
+def _log_joint(pair: InspectedPair, name: str, value: Tensor) -> Tensor:
+    """log p(x, z), (1, N), with this value of one latent; -inf if the model makes no number of it."""
+    replayed = poutine.Trace()
+    for latent, drawn in latents_of(pair.model_trace).items():
+        node = pair.model_trace.nodes[latent]
+        replayed.add_node(latent, **{**node, "value": value if latent == name else drawn})
+    trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, replayed)
+    return log_joint_of(pair.layout, trace).double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _one_of_each(marked: Tensor, event_dims: int, layout: Layout) -> Tensor:
+    """One of the marked elements of each datum, by chance; none of a datum without any."""
+    axis = None if layout.dim is None else marked.ndim - event_dims + layout.dim
+    rows = marked.unsqueeze(0) if axis is None else marked.movedim(axis, 0)
+    flat = rows.reshape(len(rows), -1)
+    chosen = torch.where(flat, torch.rand(flat.shape, device=flat.device) + 1, 0.0).argmax(1, keepdim=True)
+    one = torch.zeros_like(flat).scatter(1, chosen, True) & flat
+    one = one.reshape(rows.shape)
+    return one.squeeze(0) if axis is None else one.movedim(0, axis)
+
+
+def _bounds(distribution: Any) -> tuple[Tensor, Tensor] | None:
+    """(lower, upper) of the numbers that a distribution draws; None if its support is of another kind."""
+    if is_angle(distribution):
+        return torch.tensor(-math.pi), torch.tensor(math.pi)
+    support = _support_of(distribution)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is constraints.real:
+        return torch.tensor(-torch.inf), torch.tensor(torch.inf)
+    lower, upper = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    if lower is None and upper is None:
+        return None
+    low, high = (
+        torch.as_tensor(-torch.inf if lower is None else lower),
+        torch.as_tensor(torch.inf if upper is None else upper),
+    )
+    return low, high
+
+
+def _support_of(distribution: Any) -> Any:
+    try:
+        return innermost(distribution).support
+    except (AttributeError, NotImplementedError):
+        return None

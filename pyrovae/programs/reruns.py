@@ -1,0 +1,149 @@
+"""What must not change when a pair of programs is run again: its numbers under one seed, its buffers, and each datum's density
+when the latents of other data change.
+
+Every comparison draws random numbers of its own, so that evaluations draw the same numbers with and without it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyrovae.programs.agreement import agree
+from pyrovae.programs.masks import counted
+from pyrovae.programs.modules import changed_buffers
+from pyrovae.programs.supports import num_parts
+from pyrovae.programs.traces import (
+    InspectedPair,
+    latents_of,
+    log_joint_of,
+    log_weights_of,
+    run_pair,
+    sample_sites,
+    sequential_column,
+    trace_program,
+)
+
+__all__ = ["random_numbers_apart", "refuse_coupled_data", "refuse_influence_of_masked", "refuse_other_reruns"]
+
+_SEED = 20261126
+
+
+@contextmanager
+def random_numbers_apart(*tensors: Tensor) -> Iterator[None]:
+    """Draw from generators seeded alike every time (torch's, NumPy's and Python's), and put them back as they were."""
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    before = pyro.util.get_rng_state()
+    with torch.random.fork_rng(devices):
+        try:
+            pyro.util.set_rng_seed(_SEED)
+            yield
+        finally:
+            pyro.util.set_rng_state(before)
+
+
+def refuse_other_reruns(pair: InspectedPair) -> None:
+    """Raise ValueError for a pair that changes a buffer in evaluation mode, or gives other numbers under the same seed."""
+
+    def run() -> Tensor:
+        with random_numbers_apart(*pair.values()):
+            traces = run_pair(pair.model, pair.guide, pair.args, pair.kwargs, pair.layout.pinned)
+            return log_weights_of(pair.layout, *traces)
+
+    first, second = run(), run()
+    same = torch.equal(first, second) or agree(lambda: (run(), run()))  # on a GPU, sums may differ in their rounding
+    if changed := changed_buffers():
+        raise ValueError(
+            f"running the programs changes buffers in evaluation mode ({', '.join(changed[:3])}), so that an evaluation would "
+            f"change what it measures; they were put back. Update them only if self.training is set, and put modules that "
+            f"the programs do not refer to into eval() yourself"
+        )
+    if not same:
+        raise ValueError(
+            "the programs give other log weights when they are run again under the same seed, so their numbers cannot be "
+            "reproduced: something in them changes from run to run (a counter, a cache, a generator of their own). Keep "
+            "such state out of model and guide, and draw from torch's generator"
+        )
+
+
+def refuse_coupled_data(pair: InspectedPair) -> None:
+    """Raise ValueError if the model's density of a datum changes with the latents of other data.
+
+    Their joint density is then no product over the data, and the sum of per-datum estimates is not log p of them all.
+    """
+    layout = pair.layout
+    if layout.plate is None or layout.num_data < 2:
+        return
+    with random_numbers_apart(*pair.values()):
+        other = trace_program(pair.guide, pair.args, pair.kwargs, layout.pinned)
+        changed = torch.arange(layout.num_data) % 2 == int(torch.randint(2, ()))
+        changed = torch.where(torch.rand(layout.num_data) < 0.3, ~changed, changed)
+        changed[torch.randint(layout.num_data, ())] = True
+        kept = (~changed).nonzero().squeeze(1)
+    if not len(kept):
+        return
+    mixed = _mixed(pair, latents_of(other), changed)
+    if not _same_density(pair, mixed, kept):
+        raise ValueError(
+            f"the model couples the data of plate '{layout.plate}': the log density of a datum changes with the latents of "
+            f"others (a factor over neighbours, attention or batch statistics across the plate), so that per-datum "
+            f"estimates do not add up to log p of the data. Together they are one datum: replace the plate by "
+            f".to_event(1) on its sites, or take the coupling out of the model"
+        )
+
+
+def refuse_influence_of_masked(pair: InspectedPair) -> None:
+    """Raise ValueError if a latent that the model masks, or a masked part of it, changes other terms of the model."""
+    hidden = {}
+    for name, site in sample_sites(pair.model_trace):
+        seen = None if site["is_observed"] else counted(site)
+        if seen is not None and not seen.all():
+            hidden[name] = ~seen
+    if not hidden:
+        return
+    with random_numbers_apart(*pair.values()):
+        other = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, pair.layout.pinned))
+    for name, elements in hidden.items():
+        site = pair.model_trace.nodes[name]
+        inner = len(site["fn"].event_shape) - num_parts(site["fn"])
+        values = {name: torch.where(elements[(...,) + (None,) * inner], other[name], site["value"])}
+        if not _same_density(pair, values, None):
+            raise ValueError(
+                f"the model masks latent site '{name}' (or a part of it), and other sites that are not masked depend on what is "
+                f"masked: without its prior there is no p(x). Mask what depends on it too, or take the mask off"
+            )
+
+
+def _same_density(pair: InspectedPair, values: dict[str, Tensor], data: Tensor | None) -> bool:
+    """Whether the model's log density of some data (all for None) is the same with other values of its latents."""
+    columns = slice(None) if data is None else data
+
+    def both() -> tuple[Tensor, Tensor]:
+        densities = []
+        for changed in ({}, values):
+            replayed = poutine.Trace()
+            for name, site in sample_sites(pair.model_trace):
+                if not site["is_observed"]:
+                    replayed.add_node(name, **{**site, "value": changed.get(name, site["value"])})
+            trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, replayed)
+            densities.append(log_joint_of(pair.layout, trace)[:, columns])
+        return densities[0], densities[1]
+
+    return agree(both)
+
+
+def _mixed(pair: InspectedPair, other: dict[str, Tensor], changed: Tensor) -> dict[str, Tensor]:
+    """Values of the model's latents, those of the data marked in `changed` from another run."""
+    layout, mixed = pair.layout, {}
+    for name, value in latents_of(pair.model_trace).items():
+        site = pair.model_trace.nodes[name]
+        if layout.dim is None:
+            mixed[name] = other[name] if changed[sequential_column(site, layout)] else value
+            continue
+        shape = [1] * value.ndim
+        shape[layout.dim - len(site["fn"].event_shape)] = layout.num_data
+        mixed[name] = torch.where(changed.reshape(shape).to(value.device), other[name], value)
+    return mixed
