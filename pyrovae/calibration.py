@@ -11,7 +11,7 @@ from pyrovae.annealing.simulation import simulate
 from pyrovae.guides.contract import Guide
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.modules import check_count, evaluation_mode, map_tensors
-from pyrovae.programs.traces import Program, sample_sites, trace_program
+from pyrovae.programs.traces import Program, as_guide, sample_sites, trace_program
 from pyrovae.progress import progress_bar
 
 __all__ = ["Calibration", "simulation_based_calibration"]
@@ -143,6 +143,7 @@ def simulation_based_calibration(
         if device is not None:
             args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
         trace, program, args, kwargs = simulate(model, guide, args, kwargs)
+        guide = as_guide(guide)
         layout, _, _ = inspect_pair(program, guide, args, kwargs, plate)
         if layout.dim is None or layout.subsampled:
             raise ValueError(

@@ -11,7 +11,7 @@ from pyro.poutine.util import site_is_factor
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.modules import check_count, evaluation_mode, import_arviz
-from pyrovae.programs.traces import Layout, Program, log_weights_of, run_pair, sample_sites, trace_program
+from pyrovae.programs.traces import Layout, Program, as_guide, log_weights_of, run_pair, sample_sites, trace_program
 from pyrovae.progress import progress_bar
 
 __all__ = ["to_elpd_data", "to_inference_data"]
@@ -135,6 +135,7 @@ def _draws(
     with evaluation_mode(model, guide) as device, progress_bar("draws", num_draws, "draws", progress) as bar:
         if device is not None:
             args = tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
+        guide = as_guide(guide)
         layout, model_trace, _ = inspect_pair(model, guide, args, {}, plate)
         observed = {
             name: _array(layout, site, site["value"], len(site["fn"].event_shape))

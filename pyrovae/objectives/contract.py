@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyrovae.objectives.particles import Run, draw_runs
 from pyrovae.programs.inspection import layout_for_training
 from pyrovae.programs.modules import check_count, checks_values, evaluation_mode, map_tensors
-from pyrovae.programs.traces import Layout, Program, sample_sites
+from pyrovae.programs.traces import Layout, Program, as_guide, sample_sites
 from pyrovae.weights.particles import reason_to_loop
 
 __all__ = ["Objective", "Parts"]
@@ -77,7 +77,7 @@ class Objective(ELBO, ABC):
         The first call for a pair looks at its programs (some runs, without effect on the noise), so it cannot be recorded.
         """
         layout, vectorised = self._look_at(model, guide, args, kwargs)
-        runs = draw_runs(model, guide, args, kwargs, layout, self.num_particles, vectorised, self.cuts)
+        runs = draw_runs(model, as_guide(guide), args, kwargs, layout, self.num_particles, vectorised, self.cuts)
         if not self.scores:
             self._refuse_scores(runs[0])
         return self.estimate(runs)
@@ -120,7 +120,8 @@ class Objective(ELBO, ABC):
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
 
     def _look_at(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple[Layout, bool]:
-        if (model, guide) not in self._looked_at:
+        key, guide = (model, guide), as_guide(guide)
+        if key not in self._looked_at:
             if not checks_values():
                 raise RuntimeError("the objective sees this pair for the first time: run one step eagerly, then record")
             while len(self._looked_at) >= _CAPACITY:
@@ -132,8 +133,8 @@ class Objective(ELBO, ABC):
                 with torch.random.fork_rng(list(cuda)):
                     layout = layout_for_training(model, guide, args, kwargs, self.plate, scales=self.linear)
                     vectorised = self._vectorises(model, guide, args, kwargs, layout)
-            self._looked_at[model, guide] = layout, vectorised
-        return self._looked_at[model, guide]
+            self._looked_at[key] = layout, vectorised
+        return self._looked_at[key]
 
     def _vectorises(self, model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout) -> bool:
         if self.num_particles == 1 or not self.vectorize_particles:

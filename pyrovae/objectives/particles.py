@@ -21,6 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyrovae.programs.masks import align_masks
 from pyrovae.programs.traces import Layout, Program, arrange, place, plate_size, sample_sites, under_particles
 
 __all__ = ["Run", "Terms", "arranged", "draw_runs", "factors", "pull_back", "terms_of"]
@@ -79,6 +80,9 @@ def draw_runs(
             *values, link = _Bridge.apply(paths, *paths.drawn)
             replayed = _with_values(guide_trace, dict(zip(paths.names, values, strict=True)))
         model_trace = poutine.trace(poutine.replay(model, trace=replayed)).get_trace(*args, **kwargs)
+        aligned = align_masks(dict(sample_sites(model_trace)), dict(sample_sites(guide_trace)))
+        for trace, sites in zip((model_trace, guide_trace), aligned, strict=True):
+            trace.nodes.update(sites)
         present, full_size = _present_layout(layout, model_trace)
         runs.append(Run(present, size, full_size, model_trace, guide_trace, paths, link))
     return runs

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -35,6 +36,8 @@ from pyrovae.programs.traces import (
 
 __all__ = ["refuse_mass_against_density", "refuse_turns", "refuse_uncovered"]
 
+# They give mass to all that there is.
+_EVERYWHERE = (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal, dist.Laplace, dist.StudentT)
 _LOG_SHARE = math.log(1e-6)  # of p(x), that may be missed
 _MOST_VALUES = 64  # of a discrete latent, tried one by one
 _TRIES = 3  # elements of a datum that are tried
@@ -147,6 +150,8 @@ def _refuse_uncovered_draws(pair: InspectedPair, prior_traces: Sequence[poutine.
 
 def _uncovered(site: dict, layout: Layout) -> Tensor | None:
     """For which data the guide cannot draw the value of a site, (1, N); None: it can for all."""
+    if isinstance(innermost(site["fn"]), _EVERYWHERE):
+        return None
     log_prob = torch.where(_never_drawn(site), -torch.inf, site_log_prob(site))
     if (log_prob > -torch.inf).all():
         return None
@@ -214,9 +219,13 @@ def _refuse_uncovered_values(pair: InspectedPair, name: str) -> None:
             more = _log_joint(pair, name, other) - _log_joint(pair, name, proposal["value"])
             if (more > _LOG_SHARE).any():
                 raise ValueError(
-                    f"the guide does not cover the prior at site '{name}': it never draws {value.squeeze().tolist()}, which prior "
+                    f"the guide does not cover the prior at site '{name}': it never draws {_first(value, base)}, which prior "
                     f"and data allow, and what is never proposed is never counted; give each value a probability above 0"
                 )
+
+
+def _first(value: Tensor, base: Any) -> Any:
+    return value.reshape(-1, *base.event_shape)[0].tolist()
 
 
 def _values_of(prior: Any, proposal: Any) -> Iterator[Tensor]:
@@ -231,11 +240,8 @@ def _values_of(prior: Any, proposal: Any) -> Iterator[Tensor]:
     if bounds is None or limits is None:
         return
     for step in (1, 2, 4, 8):
-        for value, inside in (
-            (bounds[1] + step, bounds[1] + step <= limits[1]),
-            (bounds[0] - step, bounds[0] - step >= limits[0]),
-        ):
-            if inside.all() and value.isfinite().all() and value.numel() == 1:
+        for value in (bounds[1] + step, bounds[0] - step):
+            if (value.isfinite() & (value >= limits[0]) & (value <= limits[1])).all():
                 yield value
 
 

@@ -93,17 +93,19 @@ def layout_for_training(
     scales: let any scale through, for objectives that are linear in log densities
 
     Raises ValueError for no latent sites, latent sites that only one of the two has, enumerated sites, observed sites in
-    the guide, and no single datum axis.
+    the guide, a mass against a density, no single datum axis, and, without scales, data whose latents the model couples.
     """
     model_trace, guide_trace = run_pair(model, guide, args, kwargs)
     if all(site["is_observed"] for _, site in sample_sites(model_trace)):
         raise ValueError("the model has no latent sites, so there is nothing for a guide to learn")
     _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)
     _refuse_mismatched_sites(model_trace, guide_trace)
+    refuse_mass_against_density(model_trace, guide_trace)
     refuse_other_dimensions(model_trace, guide_trace)
     layout = _find_layout(model_trace, guide_trace, plate)
     if not scales:
         _refuse_scales(layout, model_trace, guide_trace)
+        refuse_coupled_data(InspectedPair(model, guide, args, kwargs, layout, model_trace, guide_trace))
     return layout
 
 

@@ -1,5 +1,6 @@
 """What Pyro programs and PyTorch modules have to do with each other: whose parameters are whose, and in which mode."""
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from pyro.nn import PyroModule
 from pyro.poutine import runtime
@@ -32,11 +34,13 @@ __all__ = [
     "modules_behind",
     "plain_errors",
     "run_network",
+    "warn_once",
     "without_checks",
 ]
 
 _checks_values = True
 _PACKAGE = str(Path(__file__).parent.parent)
+_NOT_THE_USERS = (_PACKAGE, *(str(Path(str(module.__file__)).parent) for module in (torch, pyro)), contextlib.__file__)
 
 
 def import_arviz() -> Any:
@@ -45,6 +49,25 @@ def import_arviz() -> Any:
         warnings.simplefilter("ignore", FutureWarning)
         import arviz
     return arviz
+
+
+_warned: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
+
+
+def warn_once(program: Any, message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of something about a program, once for each program, at the line of the user's code that led here."""
+    holder, key = getattr(program, "__self__", program), getattr(program, "__qualname__", "") + message
+    try:
+        said = _warned.setdefault(holder, set())
+    except TypeError:  # an object that no weak reference or dictionary takes
+        said = set()
+    if key in said:
+        return
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+    said.add(key)
 
 
 def check_program(name: str, program: Any) -> None:

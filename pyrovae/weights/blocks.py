@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from pyrovae.guides.contract import Guide
-from pyrovae.programs.modules import check_count, evaluation_mode, map_tensors, modules_behind
+from pyrovae.programs.modules import check_count, evaluation_mode, map_tensors, modules_behind, warn_once
 from pyrovae.programs.traces import Program
 from pyrovae.progress import progress_bar
 from pyrovae.weights.pair import Pair
+from pyrovae.weights.particles import refuse_more_than_memory
 from pyrovae.weights.recorded import pays_off
 
 __all__ = ["log_weight_blocks", "log_weights", "until_interrupted"]
@@ -86,6 +87,7 @@ def log_weight_blocks(
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
     with evaluation_mode(model, guide) as device:
+        refuse_more_than_memory("num_particles", num_particles, device)
         if device is not None:
             args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
         pair = Pair(model, guide, args, kwargs, plate, data_batch_size)
@@ -97,10 +99,10 @@ def log_weight_blocks(
                     f"the program cannot draw its particles under an outer plate ({reason}); "
                     f"vectorize_particles='auto' draws them one by one"
                 )
-            warnings.warn(
+            warn_once(
+                model,
                 f"particles are drawn one by one, which is slow: under an outer plate the program fails ({reason}); "
                 f"networks that keep leading dimensions (no view(-1, D), no fixed dim=1) allow it",
-                stacklevel=3,
             )
             vectorised = False
         modules = modules_behind(model, guide)

@@ -1,6 +1,7 @@
 """Particles of a model/guide pair: many at once under an outer plate, whether a program allows that, and how many fit."""
 
 import logging
+import os
 
 import torch
 from pyro.poutine import Trace
@@ -16,7 +17,7 @@ from pyrovae.programs.traces import (
     under_particles,
 )
 
-__all__ = ["halved", "reason_to_loop", "run_particles"]
+__all__ = ["halved", "reason_to_loop", "refuse_more_than_memory", "run_particles"]
 
 _logger = logging.getLogger("pyrovae")
 
@@ -49,6 +50,24 @@ def reason_to_loop(model: Program, guide: Program, args: tuple, kwargs: dict, la
         # A program that fails for one particle too has another trouble than the plate, and says so itself.
         log_weights_of(layout, *run_pair(model, guide, args, kwargs, layout.pinned))
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+_BYTES_PER_WEIGHT = 16  # in the programs' precision and in float64
+
+
+def refuse_more_than_memory(name: str, number: int, device: torch.device | None) -> None:
+    """Raise ValueError if so many weights of one datum do not fit into the memory of the device, or of the machine."""
+    if device is not None and device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        memory = 2**40
+    if number * _BYTES_PER_WEIGHT > memory:
+        raise ValueError(
+            f"{name}={number:,} takes {number * _BYTES_PER_WEIGHT / 2**30:,.0f} GiB for the weights of a single datum, and there are "
+            f"{memory / 2**30:,.0f} GiB: take {memory // _BYTES_PER_WEIGHT:,} or fewer"
+        )
 
 
 def halved(num_particles: int | None, num_data: int, error: torch.OutOfMemoryError) -> int:
