@@ -11,7 +11,6 @@ and what its encoder loses.
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ import matplotlib.pyplot as plt
 import pyro
 import torch
 from support.command_line import parser_of, positive
-from support.provenance import command, versions, write_json
+from support.provenance import command, read_json, versions, write_json
 
 import pyrovae as pv
 from pyrovae.over_data import standard_error
@@ -36,7 +35,8 @@ def main() -> None:
     try:
         if not (run / "metrics.json").exists():
             raise ValueError(f"{run} holds no metrics.json: --run takes the folder of a finished run of mnist_svi.py")
-        trained = json.loads((run / "metrics.json").read_text())
+        needed = ("dataset", "likelihood", "binarization", "data_seed", "command", "git_revision", "epochs", "seed")
+        trained = read_json(run / "metrics.json", "mnist_svi.py --resume on that folder makes it again", *needed)
         saved = pv.load(run / "checkpoint.pt")
         data = load_data(trained, options.data_dir)
     except (ValueError, RuntimeError, OSError) as error:

@@ -14,7 +14,6 @@ a quiet machine with as many would take.
 """
 
 import argparse
-import json
 import logging
 import shlex
 import sys
@@ -30,7 +29,7 @@ from support.command_line import parser_of, positive
 from support.density_estimates import anneal, compared, estimate, of_all_images
 from support.density_rows import ROWS, Row
 from support.density_summary import write_table
-from support.provenance import git_revision, versions, write_json
+from support.provenance import git_revision, read_json, versions, write_json
 from support.run_folder import load_data
 
 import pyrovae as pv
@@ -157,7 +156,8 @@ def train(row, options, folder, data, device, clock):
         "data_seed": data.data_seed,
     }
     if done.exists():
-        if (found := json.loads(done.read_text()))["run"] != of_run:
+        remedy = "delete it: it is made again from training.pt beside it"
+        if (found := read_json(done, remedy, "run", "history"))["run"] != of_run:
             raise ValueError(f"{folder} holds a run with {found['run']}, not {of_run}: give another --runs")
         saved = pv.load(checkpoint)
         return saved["model"].to(device), saved["guide"].to(device), found["history"]

@@ -104,11 +104,12 @@ def main(held: ExitStack) -> None:
 
     # Then the figures, and ArviZ's file.
     figures_started = time.perf_counter()
-    write_figures(out, model, guide, data, result, lml, device)
+    figures = write_figures(out, model, guide, data, result, lml, device)
     drawn = data.test[: min(20, len(lml))]
     lml.to_inference_data(model=model, guide=guide, args=(drawn,)).to_netcdf(str(out / "evaluation.nc"))
     seconds["figures and files"] = time.perf_counter() - figures_started
     seconds["total"] = time.perf_counter() - started
+    metrics["files"] = ["checkpoint.pt", "history.csv", *figures, "evaluation.nc"]
     write_json(out / METRICS, metrics)
     print(
         f"Numbers and figures: {out} ({seconds['figures and files']:.0f} s for these, {seconds['total']:.0f} s in all)"
@@ -116,10 +117,14 @@ def main(held: ExitStack) -> None:
 
 
 @torch.no_grad()
-def write_figures(out, model, guide, data, result, lml, device):
+def write_figures(out, model, guide, data, result, lml, device) -> list[str]:
+    """Returns the names of their files."""
+    written = []
+
     def write(name):
         plt.savefig(out / name, dpi=150)
         plt.close()
+        written.append(name)
 
     cmap = "gray" if data.name == "freyfaces" else "gray_r"
     samples = model.generate(128, mean=True).cpu()
@@ -142,6 +147,7 @@ def write_figures(out, model, guide, data, result, lml, device):
         edges = (steps[0].item(), steps[-1].item())
         pv.plots.manifold(model.decode(grid.to(device)).cpu(), extent=(*edges, *edges), cmap=cmap)
         write("manifold.png")
+    return written
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def simulation_based_calibration(
     Source: Talts, Betancourt, Simpson, Vehtari & Gelman, Validating Bayesian Inference Algorithms with Simulation-Based
     Calibration (2018).
     """
-    check_count("num_draws", num_draws)
+    num_draws = check_count("num_draws", num_draws)
     with evaluation_mode(model, guide) as device:
         if device is not None:
             args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))

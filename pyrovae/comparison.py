@@ -92,6 +92,10 @@ def compare(
     """
     if by not in ("log_prob", "elbo"):
         raise ValueError(f"by must be 'log_prob' or 'elbo', found {by!r}")
+    if not isinstance(results, Mapping):
+        raise TypeError(
+            f"compare takes the results under their names, {{'vamp': result, 'normal': other}}; found {type(results).__name__}"
+        )
     for name, result in results.items():
         if not isinstance(result, LogMarginalLikelihood):
             raise TypeError(f"'{name}' is a {type(result).__name__}: pass what log_marginal_likelihood gives")
@@ -113,7 +117,7 @@ def compare(
         elbo_difference, elbo_difference_stderr = _paired(result.elbo, best.elbo)
         rows.append(
             ComparisonRow(
-                name=name,
+                name=str(name),
                 rank=rank,
                 log_prob=result.mean,
                 stderr=result.mean_stderr,

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrovae.data.splits import check_grey_values
+from pyrovae.marginal_likelihood import LogMarginalLikelihood
+
 __all__ = ["Detection", "inverted", "roc", "rotated", "shuffled"]
 
 
@@ -52,11 +55,13 @@ def roc(inside: Any, outside: Any) -> Detection:
 
     1: told apart; 1/2: not at all; below 1/2: outside data have the higher density, as is known to happen (see the module).
 
+    inside, outside: scores, or results of `log_marginal_likelihood`, whose log_prob then is the score
+
     Shapes: inside (N,), outside (M,), in any unit: only their order counts. -inf is a score like others. The standard error
     is that of other draws of data; the bias of the scores is not in it, and it is 0 where all data are told apart, which N and
     M of them cannot show more exactly than to about 3 / min(N, M).
 
-    Raises ValueError for NaN, other shapes, or fewer than 2 scores.
+    Raises ValueError for NaN, other shapes, or fewer than 2 scores; TypeError for what holds no numbers.
 
     Source: Fawcett, An introduction to ROC analysis (2006); the error: DeLong, DeLong & Clarke-Pearson, Comparing the Areas
     under Two or More Correlated Receiver Operating Characteristic Curves (1988). The curve and its area: scikit-learn.
@@ -90,7 +95,15 @@ def roc(inside: Any, outside: Any) -> Detection:
 
 
 def _scores(name: str, scores: Any) -> np.ndarray:
-    array = np.asarray(scores.detach().cpu() if isinstance(scores, Tensor) else scores, dtype=float)
+    if isinstance(scores, LogMarginalLikelihood):
+        scores = scores.log_prob
+    try:
+        array = np.asarray(scores.detach().cpu() if isinstance(scores, Tensor) else scores, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be scores of 2 data or more, numbers of shape (N,), or a result of log_marginal_likelihood; found "
+            f"{type(scores).__name__} ({error})"
+        ) from error
     if array.ndim != 1 or len(array) < 2:
         raise ValueError(f"{name} must be scores of 2 data or more, shape (N,); found shape {array.shape}")
     if np.isnan(array).any():
@@ -99,7 +112,8 @@ def _scores(name: str, scores: Any) -> np.ndarray:
 
 
 def inverted(x: Tensor) -> Tensor:
-    """1 - x: ink for paper. Shapes: any, values in [0, 1]."""
+    """1 - x: ink for paper. Shapes: any, values in [0, 1]; raises ValueError for others."""
+    check_grey_values("inverted: x", x if x.is_floating_point() else x.float())
     return 1 - x
 
 
@@ -112,7 +126,13 @@ def shuffled(x: Tensor) -> Tensor:
     """Each image with its pixels in a random order of its own: the same histogram, and nothing else left.
 
     Shapes: (N, channels, height, width); channels of a pixel stay together. Drawn from torch's generator.
+    Raises ValueError for another number of dimensions.
     """
+    if x.ndim < 4:
+        raise ValueError(
+            f"shuffled: x must be images (N, channels, height, width), found {tuple(x.shape)}: images without channels need "
+            f"an axis for them, x.unsqueeze(1)"
+        )
     flat = x.flatten(2)
     order = torch.rand(len(x), 1, flat.shape[2], device=x.device).argsort(-1).expand_as(flat)
     return flat.gather(2, order).reshape(x.shape)

@@ -119,7 +119,7 @@ def particles_for(
         raise ValueError(f"stderr must be positive, in nats per datum; found {stderr}")
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], found {share}")
-    check_count("num_pilot_particles", num_pilot_particles)
+    num_pilot_particles = check_count("num_pilot_particles", num_pilot_particles)
     if num_pilot_particles < 2:
         raise ValueError("one pilot particle has no standard error: num_pilot_particles must be 2 or more")
     pilot = log_marginal_likelihood(model, guide, *args, num_particles=num_pilot_particles, progress=progress, **kwargs)

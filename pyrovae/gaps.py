@@ -143,9 +143,9 @@ def inference_gaps(
     Source: Cremer, Li & Duvenaud, Inference Suboptimality in Variational Autoencoders (2018).
     """
     check_guide(guide)
-    for name, value in (("max_num_steps", max_num_steps), ("data_batch_size", data_batch_size)):
-        check_count(name, value)
-    check_count("num_particles", num_particles)
+    max_num_steps = check_count("max_num_steps", max_num_steps)
+    data_batch_size = check_count("data_batch_size", data_batch_size)
+    num_particles = check_count("num_particles", num_particles)
     if num_particles < 2:
         raise ValueError("one particle tells no gap: num_particles must be 2 or more")
     if compile not in (True, False, "auto"):

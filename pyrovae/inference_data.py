@@ -61,7 +61,7 @@ def to_inference_data(
     coords = {"datum": np.arange(len(result)), "num_particles": result.curve_particles}
     groups = {}
     if model is not None and guide is not None:
-        check_count("num_draws", num_draws)
+        num_draws = check_count("num_draws", num_draws)
         drawn, log_weight = _draws(model, guide, args, plate, num_draws, predictive, progress)
         groups = {name: xarray.Dataset(variables) for name, variables in drawn.items()}
         stats["log_weight"] = (("chain", "draw", "drawn_datum"), log_weight)

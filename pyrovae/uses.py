@@ -42,7 +42,7 @@ def sample_posterior(guide: Guide, x: Tensor, num_samples: int) -> Tensor:
 
     Raises TypeError/ValueError unless `num_samples` is a whole number of 1 or more.
     """
-    check_count("num_samples", num_samples)
+    num_samples = check_count("num_samples", num_samples)
     return _of_posterior(guide, x, lambda posterior: posterior.sample((num_samples,)), dim=1)
 
 
@@ -79,7 +79,7 @@ def interpolate(
     """
     if a.shape != b.shape:
         raise ValueError(f"a and b must be as many data of one shape, found {tuple(a.shape)} and {tuple(b.shape)}")
-    check_count("num_steps", num_steps)
+    num_steps = check_count("num_steps", num_steps)
     if num_steps < 2:
         raise ValueError(f"num_steps counts both ends and must be 2 or more, found {num_steps}")
     z_a, z_b = embed(guide, a).unsqueeze(1), embed(guide, b).unsqueeze(1)

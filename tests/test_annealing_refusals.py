@@ -143,6 +143,13 @@ def test_nan_names_the_site():
         pv.annealed_importance_sampling(model, torch.zeros(3), **SETTINGS)
 
 
+@pytest.mark.parametrize("run", [pv.annealed_importance_sampling, pv.bidirectional_monte_carlo])
+@pytest.mark.parametrize("number", [10**13, 10**15, 10**19])
+def test_more_chains_than_fit_into_memory(run, number):
+    with pytest.raises(ValueError, match=r"num_chains=1[0,]+ takes"):
+        run(gamma_poisson, torch.ones(2, 3), **(SETTINGS | {"num_chains": number}))
+
+
 @pytest.mark.parametrize(
     ("option", "text"),
     [({"num_chains": 0}, "num_chains"), ({"schedule": "linear"}, "schedule"), ({"num_temperatures": 1.5}, "num_temp")],
@@ -150,15 +157,3 @@ def test_nan_names_the_site():
 def test_options_out_of_range(option, text):
     with pytest.raises((ValueError, TypeError), match=text):
         pv.annealed_importance_sampling(gamma_poisson, torch.ones(2, 3), **(SETTINGS | option))
-
-
-def test_a_program_that_cannot_take_a_plate_is_refused():
-    layer = torch.nn.Linear(1, 2)
-
-    def model(x):
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(layer(z.view(len(x), 1)), 1.0).to_event(1), obs=x)
-
-    with pytest.raises(ValueError, match="outer plate"):
-        pv.annealed_importance_sampling(model, torch.zeros(3, 2), **SETTINGS)

@@ -141,6 +141,43 @@ def test_files_of_the_first_format_go_into_a_given_pair(tmp_path):
         pv.load(tmp_path / "old.pt")
 
 
+def first_format(path):
+    """As the first version wrote it: no digest behind the archive."""
+    model, guide = make()
+    torch.save({"format": 1, "model": model.state_dict(), "guide": guide.state_dict(), "extra": {"epoch": 3}}, path)
+
+
+def test_the_first_format_says_that_it_has_no_digest(tmp_path, caplog):
+    first_format(tmp_path / "old.pt")
+    pv.load(tmp_path / "old.pt", *make(seed=1))
+    assert "old.pt has format 1, which has no digest" in caplog.text
+    assert "pyrovae.save writes it anew" in caplog.text
+    caplog.clear()
+    pv.save(tmp_path / "new.pt", *make())
+    pv.load(tmp_path / "new.pt", *make())
+    assert not caplog.text
+
+
+def test_damage_to_the_first_format_changes_no_number(tmp_path, caplog):
+    """Any byte flipped: noticed by the checksums in the archive, or without effect."""
+    caplog.set_level("ERROR", logger="pyrovae")
+    path = tmp_path / "old.pt"
+    written = {"format": 1, "model": {"w": torch.arange(5.0)}, "guide": {}, "extra": {}}
+    torch.save(written, path)
+    data, noticed = path.read_bytes(), 0
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ (1 + place % 255)]) + data[place + 1 :])
+        try:
+            found = read(path)
+        except ValueError as error:
+            assert "old.pt" in str(error)  # noqa: PT017
+            noticed += 1
+        else:
+            assert found.keys() == written.keys()
+            assert torch.equal(found["model"]["w"], torch.arange(5.0))
+    assert noticed > len(data) / 3
+
+
 # --- files that are not whole, and what is never run ------------------------------------------------------------------
 
 
@@ -271,6 +308,55 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
             pv.fit(*make(), binary(), checkpoint=path, progress=False)
     with pytest.raises(ValueError, match="is a folder, expected a checkpoint"):
         pv.load(tmp_path)
+
+
+# --- symbolic links ---------------------------------------------------------------------------------------------------
+
+
+def link_to(target, link, kind):
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "chain":
+        (link.parent / "middle").symlink_to(target)
+        target = link.parent / "middle"
+    link.symlink_to(os.path.relpath(target, link.parent) if kind == "relative" else target)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative", "chain"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_its_target_is_written(kind, there, tmp_path):
+    target, link = tmp_path / "big disk" / "a.pt", tmp_path / "runs" / "link.pt"
+    if there:
+        pv.save(target, *make())
+    link_to(target, link, kind)
+    options = {"epochs": 2, "batch_size": 20, "checkpoint_every": 0, "progress": False}
+    if there:
+        with pytest.raises(ValueError, match=r"link\.pt is there already"):
+            pv.fit(*make(), binary(), checkpoint=link, **options)
+        target.unlink()
+    pv.fit(*make(), binary(), checkpoint=link, **options)
+    pv.fit(*make(), binary(), checkpoint=target, resume=True, **options)
+    assert link.is_symlink()
+    assert not target.is_symlink()
+    assert len(read(target)["training"]["state"]["history"]) == 2
+    assert earlier(link) == earlier(target) == target.with_name("a.pt.previous")
+    assert sorted(path.name for path in target.parent.iterdir()) == ["a.pt", "a.pt.previous"]
+    assert {path.name for path in link.parent.iterdir()} <= {"link.pt", "middle"}
+    with locked(target), pytest.raises(RuntimeError, match=r"another run is writing to .*link\.pt"), locked(link):
+        pass
+    data = target.read_bytes()
+    target.write_bytes(data[:-1])
+    with pytest.raises(
+        ValueError, match=r"link\.pt is damaged.*is .*big disk/a\.pt\.previous: move it to .*big disk/a\.pt"
+    ):
+        pv.load(link)
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    path = tmp_path / "a.pt"
+    path.symlink_to(path)
+    with pytest.raises(OSError, match=r"cannot write .*a\.pt"):
+        pv.save(path, *make())
+    assert path.is_symlink()
 
 
 # --- locks ------------------------------------------------------------------------------------------------------------

@@ -117,3 +117,25 @@ def test_what_cannot_be_compared_is_refused(double):
         pv.compare({"few": few})
     with pytest.raises(TypeError, match="log_marginal_likelihood gives"):
         pv.compare({"few": few, "other": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "result", "None"])
+def test_results_come_under_their_names(kind):
+    one = result(torch.zeros(4))
+    given = {"list": [one, one], "tuple": (one, one), "result": one, "None": None}[kind]
+    with pytest.raises(TypeError, match=r"takes the results under their names, \{'vamp': result.*; found \w+"):
+        pv.compare(given)
+
+
+def test_names_are_any_keys():
+    table = pv.compare({1: result(torch.zeros(4)), 2: result(torch.ones(4))})
+    assert [row.name for row in table.rows] == ["2", "1"]
+    assert "log p(x)" in repr(table)
+
+
+@pytest.mark.parametrize("other", [1.0, torch.zeros(4), "vamp", [result(torch.zeros(4))]])
+def test_what_is_no_result_is_named(other):
+    with pytest.raises(TypeError, match="'b' is a .*: pass what log_marginal_likelihood gives"):
+        pv.compare({"a": result(torch.zeros(4)), "b": other})
+    with pytest.raises(ValueError, match=r"different numbers of data, \{'a': 4, 'b': 5\}"):
+        pv.compare({"a": result(torch.zeros(4)), "b": result(torch.zeros(5))})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import within
 
-from pyrovae import detection
+from pyrovae import LogMarginalLikelihood, detection
 
 
 def test_area_of_two_normals():
@@ -62,3 +62,26 @@ def test_sets_from_elsewhere():
         for row, image in zip(before, after, strict=True)
     ]
     assert not torch.equal(order[0], order[1])  # an order of its own for each
+
+
+def test_results_are_scored_by_their_log_prob():
+    inside, outside = (LogMarginalLikelihood.from_log_weights(torch.randn(30, num).double()) for num in (20, 15))
+    expected = detection.roc(inside.log_prob, outside.log_prob)
+    for pair in ((inside, outside), (inside, outside.log_prob), (inside.log_prob.numpy(), outside)):
+        assert detection.roc(*pair).auc == expected.auc
+
+
+@pytest.mark.parametrize("scores", [{"a": [1.0, 2.0]}, object(), ["a", "b"], [[1.0], [1.0, 2.0]]])
+def test_what_holds_no_scores(scores):
+    with pytest.raises(TypeError, match="outside must be scores .* or a result of log_marginal_likelihood; found"):
+        detection.roc([1.0, 2.0], scores)
+
+
+def test_sets_from_other_images():
+    """1 - x of bytes wraps around, and images without channels would have their columns shuffled alike."""
+    assert torch.equal(detection.inverted(torch.tensor([0, 1])), torch.tensor([1, 0]))
+    for x in (torch.arange(256).byte(), torch.rand(9) * 255, torch.rand(50) * 2 - 1, torch.full((3,), torch.nan)):
+        with pytest.raises(ValueError, match=r"inverted: x must be values in \[0, 1\]"):
+            detection.inverted(x)
+    with pytest.raises(ValueError, match=r"found \(5, 8, 8\): .*x.unsqueeze\(1\)"):
+        detection.shuffled(torch.rand(5, 8, 8))

@@ -1,9 +1,11 @@
 """The example, run as a user runs it; and the README's commands are what CI and users run."""
 
+import argparse
 import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from pyrovae.checkpoint.locks import locked
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-from support import command_line  # noqa: E402
+from support import command_line, provenance, run_folder  # noqa: E402
 
 FIGURES = ("report.png", "samples.png", "reconstructions.png", "training.png", "tightness.png")
 
@@ -232,6 +234,83 @@ def test_a_run_is_gone_on_with_or_left_alone(digits_runs, tmp_path):
         done = run(*options, "--out", out, "--resume")
     assert done.returncode == 1
     assert f"another run is writing to {out}" in done.stderr
+
+
+@pytest.mark.parametrize("lost", [FIGURES, ("evaluation.nc",), ("manifold.png", "history.csv")])
+def test_a_finished_run_makes_lost_files_again(digits_runs, tmp_path, lost):
+    _, whole = digits_runs[0]
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    files = sorted(path.name for path in out.iterdir())
+    for name in lost:
+        (out / name).unlink()
+    options = ("--dataset", "digits", "--epochs", 3, "--num-particles", 30, "--latent-dim", 2, "--quiet")
+    done = run(*options, "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"lacks {', '.join(name for name in json.loads((whole / 'metrics.json').read_text())['files'] if name in lost)}"
+        in (done.stdout)
+    )
+    assert sorted(path.name for path in out.iterdir()) == files
+    tests = [json.loads((folder / "metrics.json").read_text())["test"] for folder in (out, whole)]
+    assert tests[0] == tests[1]
+    done = run(*options, "--out", out, "--resume")
+    assert "is finished" in done.stdout
+
+
+DAMAGES = {"cut": '{"seed": 0, "data', "no text": b"\xff\xfe\x00", "no dict": "[1, 2]", "lacking": "{}", "empty": ""}
+
+
+def damage(path, how):
+    content = DAMAGES[how]
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_options_are_named_and_kept(how, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "training.pt").write_bytes(b"state")
+    damage(out / "options.json", how)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    options = argparse.Namespace(out=str(out), resume=True, seed=0, dataset="digits", likelihood="bernoulli")
+    with pytest.raises(ValueError, match=r"options\.json is damaged \(.*put back a copy, or give another --out"):
+        run_folder.refuse_other_run(options)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_command_on_damaged_options_ends_in_one_line(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "training.pt").write_bytes(b"state")
+    damage(out / "options.json", "cut")
+    done = run("--dataset", "digits", "--out", out, "--resume")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {out}/options.json is damaged (")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", [*DAMAGES, "other numbers"])
+def test_damaged_metrics_are_named_and_evaluated_again(how, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    if how == "other numbers":
+        (out / "metrics.json").write_text(json.dumps({"seconds": {"total": 1.0}, "test": {"num_particles": 30}}))
+    else:
+        damage(out / "metrics.json", how)
+    run_folder.show_finished_run(argparse.Namespace(out=str(out), resume=True, num_particles=30))  # does not exit
+    assert f"note: {out}/metrics.json is damaged (" in capsys.readouterr().err
+    done = run("--run", out, script="bounds.py")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {out}/metrics.json is damaged (")
+    assert "mnist_svi.py --resume on that folder makes it again" in done.stderr
+
+
+def test_json_is_written_through_a_link(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    provenance.write_json(tmp_path / "link.json", {"a": 1})
+    assert (tmp_path / "link.json").is_symlink()
+    assert provenance.read_json(tmp_path / "target.json", "", "a") == {"a": 1}
 
 
 @pytest.mark.slow

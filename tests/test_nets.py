@@ -1,9 +1,15 @@
 """Convolutional networks: any image size, any leading dimensions, data apart from each other, a sane start."""
 
 import math
+import re
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from conftest import within
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -175,3 +181,172 @@ def test_an_mlp_is_made_again_from_its_file(tmp_path):
         torch.manual_seed(0)
         found.append(pv.log_weights(*pair, x, num_particles=4))
     assert torch.equal(*found)
+
+
+@settings(max_examples=80, deadline=None)
+@given(leading=st.lists(st.integers(0, 4), max_size=3), width=st.integers(1, 6), gated=st.booleans())
+def test_an_mlp_keeps_leading_dimensions(leading, width, gated):
+    """As one row after the other, sizes of 1 and 0 included."""
+    net = nets.MLP(width, [4], 3, gated=gated).double()
+    x = torch.randn(*leading, width, dtype=torch.float64)
+    found = net(x)
+    assert found.shape == (*leading, 3)
+    rows = [net(row) for row in x.reshape(-1, width)]
+    assert all(row.shape == (3,) for row in rows)
+    expected = torch.stack(rows) if rows else torch.zeros(0, 3, dtype=torch.float64)
+    assert torch.allclose(found.reshape(-1, 3), expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    leading=st.lists(st.integers(2, 4), min_size=1, max_size=2),
+    data_shape=st.lists(st.integers(1, 4), min_size=2, max_size=3),
+)
+def test_an_mlp_flattens_data(leading, data_shape):
+    """Each datum as its numbers in a row; the first dimension is never taken for a part of one."""
+    width = math.prod(data_shape)
+    if data_shape[-1] == width:
+        leading, data_shape = [*leading, *data_shape[:-1]], data_shape[-1:]  # the last dimension is the datum
+    elif len(leading) == 2 and data_shape[0] == 1:
+        data_shape = data_shape[1:]
+        if data_shape[-1] == width:
+            return
+    net = nets.MLP(width, [4], 3).double()
+    x = torch.randn(*leading, *data_shape, dtype=torch.float64)
+    assert net(x).shape == (*leading, 3)
+    assert torch.equal(net(x), net(x.reshape(*leading, width)))
+
+
+@pytest.mark.parametrize("num_data", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (28, 28), (3, 4, 2), (1, 1, 5, 1), (6,)], ids=str)
+def test_an_mlp_takes_images_by_the_batch(shape, num_data):
+    assert nets.MLP(math.prod(shape), [4], 3)(torch.rand(num_data, *shape)).shape == (num_data, 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (1, 1, 5), (5,)], ids=str)
+def test_data_with_axes_of_one_reach_the_guide(shape):
+    guide = pv.guides.MeanFieldNormal(nets.MLP(5, [4]), 2)
+    model = pv.GenerativeModel(pv.priors.StandardNormal(2), pv.likelihoods.Normal(nets.MLP(2, [4], 5), shape))
+    x = torch.randn(7, *shape)
+    assert guide.posterior(x).mean.shape == (7, 2)
+    assert pv.log_weights(model, guide, x, num_particles=3).shape == (3, 7)
+
+
+@pytest.mark.parametrize("num_data", [1, 5])
+def test_programs_of_others_run_over_particles_at_once(num_data):
+    """A decoder called with z of shape (S, N, D) in a plain Pyro program: no loop, and the numbers of a loop."""
+    decoder, encoder = nets.MLP(2, [8], 4).double(), nets.MLP(4, [8], 2).double()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=x.dtype), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 0.8).to_event(1))
+
+    x = torch.randn(num_data, 4, dtype=torch.float64)
+    found = pv.log_marginal_likelihood(model, guide, x, num_particles=4000, vectorize_particles=True)
+    looped = pv.log_marginal_likelihood(model, guide, x, num_particles=1000, vectorize_particles=False)
+    for one, other, error in zip(
+        found.log_prob, looped.log_prob, (found.stderr**2 + looped.stderr**2).sqrt(), strict=True
+    ):
+        within(one.item(), other.item(), error.item())
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 3, 8), (0, 9), (12,), ()], ids=str)
+def test_an_mlp_refuses_data_of_another_size(shape):
+    with pytest.raises(ValueError, match=rf"network MLP does not take .* {re.escape(str(shape))} .*in_features are 6"):
+        nets.MLP(6, [4])(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(32, 24, 3), (28, 28, 1), (8, 8, 1), (64, 64, 4), (218, 178, 3), (720, 1280, 3), (5, 9, 3)],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "parameters"])
+def test_channels_last_are_refused(shape, kind):
+    expected = (shape[2], *shape[:2])
+    if kind == "parameters":
+        shape, expected = (2, *shape), (2, *expected)
+    make = (lambda: nets.ConvEncoder(shape)) if kind == "encoder" else (lambda: nets.ResidualDecoder(3, shape))
+    match = (
+        rf"found {re.escape(str(shape))}, which looks like channels last.*movedim\(-1, -3\).*{re.escape(str(expected))}"
+    )
+    with pytest.raises(ValueError, match=match):
+        make()
+    images = torch.zeros(2, *((28, 20, 3)))
+    with pytest.raises(
+        ValueError, match=r"for data \(..., 3, 28, 20\), found \(2, 28, 20, 3\): its channels come last, x.movedim"
+    ):
+        nets.ConvEncoder((3, 28, 20), [4])(images)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 32, 32), (3, 8, 16, 16), (2, 1, 16, 16, 16), (16, 32, 32, 5)], ids=str)
+def test_volumes_are_refused(shape):
+    match = rf"found {re.escape(str(shape))}, which looks like a volume"
+    with pytest.raises(ValueError, match=match):
+        nets.ResidualEncoder(shape)
+    if shape[0] == 1:
+        with pytest.raises(ValueError, match=match):
+            nets.ConvDecoder(3, shape)
+    with pytest.raises(ValueError, match=re.escape(f"found {(2, *shape)}, which looks like a volume")):
+        nets.ConvDecoder(3, (2, *shape))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(16, 8, 3), (1, 4, 3), (3, 4, 4), (6, 128, 3), (64, 1000, 1), (16, 16, 16), (4, 3, 20, 20), (12, 1), (5, 3)],
+    ids=str,
+)
+def test_shapes_that_can_be_images_are_taken(shape):
+    encoder, decoder = nets.ConvEncoder(shape, [4], 6), nets.ConvDecoder(6, (2, *shape), [4])
+    assert decoder(encoder(torch.zeros(3, *shape))).shape == (3, 2, *shape)
+    assert nets.ResidualDecoder(6, (2, 16, 8, 8), [4])(torch.zeros(3, 6)).shape == (3, 2, 16, 8, 8)
+
+
+RUNS = {
+    "ConvEncoder": (lambda: nets.ConvEncoder((3, 16, 16), [4], 6), (2, 3, 16, 16)),
+    "ResidualEncoder": (lambda: nets.ResidualEncoder((3, 16, 16), [4], 6), (2, 3, 16, 16)),
+    "ConvDecoder": (lambda: nets.ConvDecoder(5, (8, 8), [4]), (2, 5)),
+    "ResidualDecoder": (lambda: nets.ResidualDecoder(5, (8, 8), [4]), (2, 5)),
+    "MLP": (lambda: nets.MLP(12, [4]), (2, 12)),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("dtype", "match"),
+    [
+        (torch.uint8, r"torch.uint8 .*x.float\(\) / 255 for images of bytes, x.to\(torch.float32\)"),
+        (torch.int64, r"torch.int64 .*: x.to\(torch.float32\)"),
+        (torch.bool, r"torch.bool .*: x.to\(torch.float32\)"),
+        (
+            torch.float64,
+            r"torch.float64 .*: x.to\(torch.float32\), the dtype of its parameters, or .*.to\(torch.float64\)",
+        ),
+    ],
+)
+def test_other_dtypes_are_told_apart(name, dtype, match):
+    make, shape = RUNS[name]
+    with pytest.raises(ValueError, match=rf"the network {name} does not take .*{match}"):
+        make()(torch.ones(shape).to(dtype))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(1, 4, 3), nn.Linear(8, 4), nn.LayerNorm(8), nn.ConvTranspose2d(1, 2, 3)])
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [(torch.uint8, r"x.float\(\) / 255"), (torch.float64, r"x.to\(torch.float32\)")]
+)
+def test_networks_of_others_too(layer, dtype, remedy):
+    net = nn.Sequential(layer, nn.Flatten())
+    guide = pv.guides.MeanFieldNormal(net, 2, num_features=4)
+    with pytest.raises(ValueError, match=rf"the network Sequential does not take .*{dtype}.*{remedy}"):
+        guide.encode(torch.ones(3, 1, 8, 8).to(dtype))
+
+
+def test_a_decoder_is_given_its_latents():
+    for name in ("ConvDecoder", "ResidualDecoder"):
+        with pytest.raises(ValueError, match=rf"the network {name} .*make it for 4 latents \(in_features=5\)"):
+            RUNS[name][0]()(torch.zeros(2, 4))

@@ -1,13 +1,12 @@
 """Seconds on the wall, and those of the process on its cores, which others on the machine hardly change."""
 
-import json
 import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
-from support.provenance import write_json
+from support.provenance import read_json, write_json
 
 
 def cpu_seconds() -> float:
@@ -25,7 +24,8 @@ class Clock:
 
     def __init__(self, path: Path):
         self.path = path
-        self.seconds = json.loads(path.read_text()) if path.exists() else {}
+        remedy = "delete it to go on; the seconds of earlier sessions are lost"
+        self.seconds = read_json(path, remedy) if path.exists() else {}
 
     @contextmanager
     def __call__(self, name: str):

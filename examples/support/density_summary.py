@@ -1,9 +1,9 @@
 """The table of `density_table.py`, in Markdown, from the results' JSON files."""
 
-import json
 from pathlib import Path
 
 from support.density_rows import ROWS
+from support.provenance import read_json
 
 COLUMNS = (
     "| row | NLL | target | published | too high by | ELBO | gap | k too high | annealing above | active | CPU minutes |",
@@ -44,7 +44,8 @@ validation images.
 
 def write_table(results: Path) -> Path:
     """README.md in the folder of the results; returns its path."""
-    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    remedy = "delete it, and run its row again"
+    found = [read_json(path, remedy) for path in sorted(results.glob("*.json"))]
     found = [result for result in found if result.get("row") in ROWS]
     parts = [ABOUT]
     for binarization in ("dynamic", "static"):

@@ -11,9 +11,23 @@ from pathlib import Path
 
 
 def write_json(path, content) -> None:
+    path = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)  # whole at any moment
+
+
+def read_json(path, remedy: str, *names: str) -> dict:
+    """A dict with these names from a file; ValueError, with the path and what to do, for a file that is cut or no such dict."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it holds a {type(content).__name__}, expected a dict): {remedy}")
+    if missing := [name for name in names if name not in content]:
+        raise ValueError(f"{path} is damaged (it lacks {', '.join(missing)}): {remedy}")
+    return content
 
 
 def command(*more) -> str:

@@ -1,13 +1,12 @@
 """The folder of a run: one run in each, begun or gone on with; and the data that suit its options."""
 
-import json
 import sys
 from datetime import datetime
 from pathlib import Path
 
 from support.command_line import DEFAULTS
 from support.metrics import report
-from support.provenance import command, write_json
+from support.provenance import command, read_json, write_json
 
 import pyrovae as pv
 from pyrovae.checkpoint.locks import locked
@@ -83,7 +82,8 @@ def refuse_other_run(options) -> None:
         raise ValueError(
             f"{out} holds a run without {TRAINING} and {OPTIONS}, which cannot be gone on with: give another --out"
         )
-    for name, there in json.loads((out / OPTIONS).read_text()).items():
+    remedy = "without it nobody knows what the run was: put back a copy, or give another --out"
+    for name, there in read_json(out / OPTIONS, remedy, "dataset", "likelihood", "seed").items():
         here = training_options(options).get(name)
         if here != there:
             option = f"--{name.replace('_', '-')}"
@@ -93,20 +93,33 @@ def refuse_other_run(options) -> None:
 
 
 def show_finished_run(options) -> None:
-    """Exit with the numbers of the run in --out if it is finished, and was evaluated as asked for now."""
+    """Exit with the numbers of the run in --out if it is finished, all its files are there, and it was evaluated as asked for now."""
     if not options.resume:
         return
+    out = Path(options.out)
+    first = pv.distributed.rank() == 0
     try:
-        metrics = json.loads((Path(options.out) / METRICS).read_text())
-    except (OSError, ValueError):  # there is none yet, or it was cut
+        metrics = read_json(out / METRICS, "the run is evaluated again, from its checkpoint", "seconds", "test")
+        # The total is what is written last.
+        if "total" not in metrics["seconds"] or metrics["test"]["num_particles"] != options.num_particles:
+            return
+        shown, files = report(metrics), [out / name for name in metrics.get("files", [])]
+    except OSError:  # there is none yet
         return
-    # The total is what is written last.
-    if "total" in metrics["seconds"] and metrics["test"]["num_particles"] == options.num_particles:
-        if pv.distributed.rank() == 0:
-            print(
-                f"The run in {options.out} is finished; another --num-particles evaluates it again.\n{report(metrics)}"
+    except (ValueError, KeyError, TypeError) as error:
+        if first:
+            named = (
+                error if isinstance(error, ValueError) else f"{out / METRICS} is damaged ({error!r}): evaluating again"
             )
-        sys.exit(0)
+            print(f"note: {named}", file=sys.stderr)
+        return
+    if missing := [path.name for path in files if not path.exists()]:
+        if first:
+            print(f"The run in {out} lacks {', '.join(missing)}: evaluating again, to make them anew")
+        return
+    if first:
+        print(f"The run in {out} is finished; another --num-particles evaluates it again.\n{shown}")
+    sys.exit(0)
 
 
 def how_to_go_on(options, out) -> str:

@@ -10,7 +10,7 @@ import torch
 from pyrovae.annealing.chains import Kernels, num_pilot_kernels, tune
 from pyrovae.annealing.potential import Potential
 from pyrovae.programs.extract import Extracted, all_ours
-from pyrovae.programs.modules import check_count, modules_behind
+from pyrovae.programs.modules import check_count, modules_behind, warn_once
 from pyrovae.progress import progress_bar
 from pyrovae.weights.pair import Pair
 from pyrovae.weights.recorded import pays_off
@@ -34,9 +34,9 @@ class Settings:
 
     def __post_init__(self):
         for name in ("num_chains", "num_temperatures", "num_leapfrog_steps"):
-            check_count(name, getattr(self, name))
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))  # frozen
         if self.data_batch_size not in ("auto", None):
-            check_count("data_batch_size", self.data_batch_size)
+            object.__setattr__(self, "data_batch_size", check_count("data_batch_size", self.data_batch_size))
         if self.schedule not in ("adaptive", "sigmoidal"):
             raise ValueError(f"schedule must be 'adaptive' or 'sigmoidal', found {self.schedule!r}")
         if self.compile not in (True, False, "auto"):
@@ -56,18 +56,21 @@ class TunedBlock(NamedTuple):
 def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) -> Iterator[TunedBlock]:
     """The blocks of a pair's data, in order; each will be gone through `passes` times.
 
-    Raises ValueError for programs that cannot draw chains under an outer plate.
+    Chains run together under an outer plate; one by one, with a warning, if the program takes no such plate.
     """
-    if reason := pair.reason_to_loop(pair.num_data):
-        raise ValueError(
-            f"the program cannot run its chains under an outer plate ({reason}), as annealing needs; networks that keep "
-            f"leading dimensions (no view(-1, D), no fixed dim=1) allow it"
-        )
     num_chains, num_temperatures = settings.num_chains, settings.num_temperatures
     size = pair.num_data
     most = settings.data_batch_size
+    reason = pair.reason_to_loop(most if isinstance(most, int) else size)
+    if reason:
+        warn_once(
+            pair.model,
+            f"chains are run one by one, which is slow: under an outer plate the program fails ({reason}); networks that keep "
+            f"leading dimensions (no view(-1, D), no fixed dim=1) allow it",
+        )
     if pair.split_size is not None and most is not None:
-        most = max(2, pair.rows // num_chains) if most == "auto" else most
+        together = 1 if reason else num_chains
+        most = max(2, pair.rows // together) if most == "auto" else most
         size = math.ceil(size / math.ceil(size / most))  # blocks of nearly one size
     blocks = list(pair.blocks(size))
     modules = modules_behind(pair.model, pair.guide)
@@ -80,9 +83,9 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
     recorded: dict[tuple[int, int], Extracted | None] = {}
 
     def potential_of(start: int, stop: int, num_chains: int) -> Potential:
-        potential = Potential(pair, start, stop, num_chains, from_prior=from_prior)
+        potential = Potential(pair, start, stop, num_chains, from_prior=from_prior, vectorised=not reason)
         sizes = (stop - start, num_chains)
-        if record and stop - start == size:  # a last block of another size is not worth a compilation
+        if record and not reason and stop - start == size:  # a last block of another size is not worth a compilation
             if sizes not in recorded:
                 potential.record(modules, inductor=inductor)
                 recorded[sizes] = potential.recorded

@@ -17,6 +17,7 @@ from pyrovae.programs.modules import evaluation_mode, map_tensors
 from pyrovae.programs.traces import Program, sample_sites
 from pyrovae.weights.blocks import until_interrupted
 from pyrovae.weights.pair import Pair
+from pyrovae.weights.particles import refuse_more_than_memory
 
 __all__ = ["annealed_importance_sampling", "bidirectional_monte_carlo"]
 
@@ -58,15 +59,17 @@ def annealed_importance_sampling(
 
     Raises ValueError, naming the site, for discrete latents, angles and directions (distributions of Pyro on a circle or a
     sphere, in whatever wrappers: they have no coordinates on the line; one of your own has to be kept away by you),
-    densities without a gradient, and whatever `log_marginal_likelihood` refuses; for programs that cannot draw chains
-    under an outer plate. Warns where draws pile up at the edge of their support, as those of Beta(0.05, 0.05) do where
-    float32 cannot tell them from 1: then the bound is not strict.
+    improper priors, distributions whose support is not known, densities without a gradient, and whatever
+    `log_marginal_likelihood` refuses; for a model without latents. Warns if the program takes no outer plate (view(-1, D),
+    BatchNorm1d), so that its chains run one by one, which is slow; and if draws pile up at the edge of their support, as
+    those of Beta(0.05, 0.05) do where float32 cannot tell them from 1: then the bound is not strict.
 
     Source: Neal, Annealed Importance Sampling (2001); Wu, Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of
     Decoder-Based Generative Models (2017).
     """
     settings = Settings(num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress)
     with evaluation_mode(model, guide) as device:
+        refuse_more_than_memory("num_chains", settings.num_chains, device)
         if device is not None:
             args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
         pair = Pair(model, guide or prior_of(model), args, kwargs, plate, data_batch_size)
@@ -111,15 +114,16 @@ def bidirectional_monte_carlo(
     constraint) leaves a width that no number of chains and temperatures closes: backward chains never get there, and the
     upper bound stays too high by minus the log of the share that is left.
 
-    Raises ValueError for `pyro.factor`, masked observations, subsampled plates, programs whose simulation depends on the
-    values of the data passed, a guide that cannot be shown the simulated data, and what `annealed_importance_sampling`
-    refuses.
+    Raises ValueError for `pyro.factor`, masked observations, masked latents with a guide, subsampled plates, programs
+    whose simulation depends on the values of the data passed, a guide that cannot be shown the simulated data, and what
+    `annealed_importance_sampling` refuses.
 
     Source: Grosse, Ghahramani & Adams, Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (2015); Wu,
     Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of Decoder-Based Generative Models (2017).
     """
     settings = Settings(num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress)
     with evaluation_mode(model, guide) as device:
+        refuse_more_than_memory("num_chains", settings.num_chains, device)
         if device is not None:
             args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
         trace, program, args, kwargs = simulate(model, guide, args, kwargs)

@@ -131,7 +131,7 @@ def tune(
     half as `sigmoidal_schedule`.
     """
     draws = torch.cat([potential.draw() for _ in range(math.ceil(64 / potential.num_chains))])
-    potential.coordinates.warn_of_ties(draws)
+    potential.coordinates.warn_of_ties(draws, potential.pair.model)
     start_variance = draws.var(0)
     pilot_temperatures = sigmoidal_schedule(_num_pilot_temperatures(num_temperatures)).to(start_variance)
     first_guess = start_variance.new_full(start_variance.shape[:1], start_variance.shape[-1] ** -0.25)

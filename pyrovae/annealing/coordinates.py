@@ -1,66 +1,91 @@
 """Unconstrained coordinates of a program's latents: its draws as u (chains, data, D), and u put back into its sites."""
 
-import warnings
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.distributions import ImproperUniform
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint
 
+from pyrovae.distributions.flows import support_of_flow
 from pyrovae.programs.auxiliary import is_delta
+from pyrovae.programs.modules import warn_once
 from pyrovae.programs.supports import innermost, is_angle_or_direction
-from pyrovae.programs.traces import Layout, sample_sites
+from pyrovae.programs.traces import Layout, Program, sample_sites
 
-__all__ = ["Coordinates", "Placed", "random_sites", "refuse_without_coordinates", "unconstrained"]
+__all__ = ["Coordinates", "Placed", "ProperPriors", "random_sites", "refuse_without_coordinates", "unconstrained"]
 
 _TIES = 1e-3  # share of draws in one extreme point from which a density cannot describe them
 
 
 class _Site(NamedTuple):
-    shape: torch.Size  # of the unconstrained value: chains, plates, event
-    data_axis: int | None
+    shape: torch.Size  # of one chain's unconstrained value, as the program takes it: plates, event
+    data_axis: int | None  # negative
     width: int  # numbers per datum
 
 
 class Coordinates:
-    """Which columns of u are whose: made from a trace of the start density's program, whose draws are `u`, (S, N, D)."""
+    """Which columns of u are whose: made from a trace of the start density's program, whose draws are `u`, (S, N, D).
 
-    def __init__(self, trace: poutine.Trace, layout: Layout, num_chains: int):
-        self.num_chains, self.num_data = num_chains, layout.num_data
+    num_chains: S of a trace under a plate of chains; None: a trace of one chain without that plate, S = 1
+
+    Raises ValueError, naming the site, for a latent without a bijection from the real numbers; for a trace without latents.
+    """
+
+    def __init__(self, trace: poutine.Trace, layout: Layout, num_chains: int | None):
+        self.num_chains = num_chains
         self.sites: dict[str, _Site] = {}
         refuse_without_coordinates(trace)
         columns = []
         for name, site in random_sites(trace):
-            value = biject_to(site["fn"].support).inv(site["value"])
+            value = _bijection_of(site).inv(site["value"])
             event_dim = value.ndim - len(site["fn"].batch_shape)
-            missing = 1 + layout.max_plate_nesting + event_dim - value.ndim
-            value = value.reshape((1,) * missing + value.shape)
-            value = value.expand(num_chains, *value.shape[1:])
-            axis = None if layout.dim is None else value.ndim - event_dim + layout.dim
+            if num_chains is None:
+                value = value.unsqueeze(0)
+            else:
+                missing = 1 + layout.max_plate_nesting + event_dim - value.ndim
+                value = value.reshape((1,) * missing + value.shape)
+                value = value.expand(num_chains, *value.shape[1:])
+            axis = None if layout.dim is None else layout.dim - event_dim
             flat = flatten(value, axis)
-            self.sites[name] = _Site(value.shape, axis, flat.shape[-1])
+            self.sites[name] = _Site(value.shape[1:], axis, flat.shape[-1])
             columns.append(flat)
+        if not columns:
+            raise ValueError(
+                "the model has no latent sites, so there is nothing to anneal and log p(x) is exact: take "
+                "log_marginal_likelihood with a guide that draws nothing (lambda *args, **kwargs: None)"
+            )
         self.u = torch.cat(columns, -1)
 
     def values(self, u: Tensor) -> dict[str, Tensor]:
-        """The unconstrained value of each site, in its own shape."""
+        """The unconstrained value of each site, in the shape that the program takes: without chains if `num_chains` is None."""
         values, parts = {}, u.split([site.width for site in self.sites.values()], -1)
         for (name, site), part in zip(self.sites.items(), parts, strict=True):
             if site.data_axis is None:
-                values[name] = part.reshape(site.shape)
+                value = part.reshape(len(u), *site.shape)
             else:
-                others = [size for axis, size in enumerate(site.shape) if axis not in (0, site.data_axis)]
-                values[name] = part.reshape(self.num_chains, self.num_data, *others).movedim(1, site.data_axis)
+                others = list(site.shape)
+                others.pop(site.data_axis)
+                value = part.reshape(*u.shape[:2], *others).movedim(1, site.data_axis)
+            values[name] = value.squeeze(0) if self.num_chains is None else value
         return values
 
     def join(self, values: dict[str, Tensor]) -> Tensor:
         """The way back: u (S, N, D)."""
-        return torch.cat([flatten(value, self.sites[name].data_axis) for name, value in values.items()], -1)
+        return torch.cat(
+            [
+                flatten(value.unsqueeze(0) if self.num_chains is None else value, self.sites[name].data_axis)
+                for name, value in values.items()
+            ],
+            -1,
+        )
 
-    def warn_of_ties(self, draws: Tensor) -> None:
+    def warn_of_ties(self, draws: Tensor, program: Program) -> None:
         """Warn where many of the draws (any, N, D) fall on the outermost value that their floating-point numbers reach.
 
         There they have no density in u, so that the kernels do not leave their distribution invariant, and the bounds are
@@ -72,16 +97,16 @@ class Coordinates:
         ties = torch.where(extremes[1] > extremes[0], ties, 0)  # a column that does not vary is another matter
         for name, here in zip(self.sites, ties.split([site.width for site in self.sites.values()]), strict=True):
             if here.max() > max(2, _TIES * len(columns)):
-                warnings.warn(
+                warn_once(
+                    program,
                     f"more than {_TIES:.1%} of the draws of site '{name}' fall on one outermost value, as {draws.dtype} has "
                     f"no finer numbers at the edge of their support, so that the bounds are not strict: take float64 if it "
                     f"is not that yet, or a distribution with less mass at its edge",
-                    stacklevel=2,
                 )
 
 
 def flatten(value: Tensor, data_axis: int | None) -> Tensor:
-    """(S, plates with N among them, event) -> (S, N, D)."""
+    """(S, plates with N among them at a negative axis, event) -> (S, N, D)."""
     flat = value.unsqueeze(1) if data_axis is None else value.movedim(data_axis, 1)
     return flat.reshape(*flat.shape[:2], -1)
 
@@ -110,16 +135,55 @@ def refuse_without_coordinates(trace: poutine.Trace) -> None:
                 f"real line: write an angle as Uniform(-pi, pi) with its log density as a pyro.factor, or take "
                 f"log_marginal_likelihood with a guide on the circle"
             )
-        if distribution.support.is_discrete:
+        support = _support_of(distribution)
+        if support is not None and support.is_discrete:
             raise ValueError(
                 f"site '{name}' is discrete ({distribution}), and Hamiltonian dynamics need a gradient: sum it out in the "
                 f"model, or take log_marginal_likelihood"
             )
 
 
+def _bijection_of(site: dict[str, Any]) -> Any:
+    """The map from the real numbers to a site's support; ValueError, naming the site, if none is known."""
+    support, name = _support_of(site["fn"]), site["name"]
+    if support is None:
+        raise ValueError(
+            f"the distribution of site '{name}' ({type(innermost(site['fn'])).__name__}) does not say what its support is, so "
+            f"annealing has no coordinates for it: give its class a `support` (torch.distributions.constraints.real_vector "
+            f"for all of R^D), or wrap a zuko flow in pyrovae.distributions.flows.FlowDistribution(flow, support=...)"
+        )
+    try:
+        return biject_to(support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"torch knows no bijection from the real numbers to the support of site '{name}' ({support}), so annealing has no "
+            f"coordinates for it: register one with torch.distributions.biject_to, or take log_marginal_likelihood"
+        ) from error
+
+
+def _support_of(distribution: Any) -> Constraint | None:
+    try:
+        return distribution.support
+    except (AttributeError, NotImplementedError, ValueError):  # none declared, or one that depends on what is not known
+        inside, adapter = innermost(distribution), sys.modules.get("pyro.contrib.zuko")  # which takes long to import
+        return support_of_flow(inside.dist) if adapter and isinstance(inside, adapter.ZukoToPyro) else None
+
+
+class ProperPriors(Messenger):
+    """Raise ValueError, naming the site, for a latent that is to be drawn from an improper prior."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["value"] is None and isinstance(innermost(msg["fn"]), ImproperUniform):
+            raise ValueError(
+                f"the prior of site '{msg['name']}' is improper (ImproperUniform): it has no draws to start chains from, and "
+                f"p(x) is defined up to a constant only; give the site a prior with a density that integrates to 1, "
+                f"Normal(0, 10) for instance"
+            )
+
+
 @torch.no_grad()
-def unconstrained(trace: poutine.Trace, layout: Layout, num_chains: int) -> Tensor:
-    """u (S, N, D) of the draws in a guide's trace; single draws are repeated for S chains."""
+def unconstrained(trace: poutine.Trace, layout: Layout, num_chains: int | None) -> Tensor:
+    """u (S, N, D) of the draws in a trace under a plate of S chains; (1, N, D) in a trace without that plate."""
     return Coordinates(trace, layout, num_chains).u
 
 
@@ -135,7 +199,7 @@ class Placed(Messenger):
         u = self.unconstrained.get(msg["name"])
         if u is None:
             return
-        transform = biject_to(msg["fn"].support)
+        transform = _bijection_of(msg)
         msg["value"], msg["done"] = transform(u), True
         log_jacobian = transform.log_abs_det_jacobian(u, msg["value"])
         self.log_jacobians[msg["name"]] = log_jacobian.reshape(

@@ -15,8 +15,16 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyrovae.annealing.coordinates import Coordinates, Placed, random_sites, refuse_without_coordinates, unconstrained
+from pyrovae.annealing.coordinates import (
+    Coordinates,
+    Placed,
+    ProperPriors,
+    random_sites,
+    refuse_without_coordinates,
+    unconstrained,
+)
 from pyrovae.programs.extract import Extracted, extract
+from pyrovae.programs.masks import unmasked
 from pyrovae.programs.modules import checks_values, map_tensors
 from pyrovae.programs.traces import Program, log_weights_of, sample_sites, site_log_prob, spread, under_particles
 from pyrovae.weights.pair import Pair
@@ -36,7 +44,8 @@ def prior_of(model: Program) -> Program:
     """The model's latent draws alone, as a guide."""
 
     def prior(*args, **kwargs):
-        with poutine.block(hide_fn=lambda site: site["type"] == "sample" and site["is_observed"]):
+        observed = poutine.block(hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
+        with observed, ProperPriors():
             model(*args, **kwargs)
 
     return prior
@@ -48,12 +57,16 @@ class Potential:
     pair: a pair that has been looked at; its guide is `prior_of(model)` where `from_prior`
     start, stop: the range of data
     num_chains: S
+    vectorised: whether the chains run together, under an outer plate; else one by one, for programs that take no such plate
 
     Raises ValueError, naming the site, for latents that are discrete, on a circle or sphere, or without a gradient.
     """
 
-    def __init__(self, pair: Pair, start: int, stop: int, num_chains: int, *, from_prior: bool):
+    def __init__(
+        self, pair: Pair, start: int, stop: int, num_chains: int, *, from_prior: bool, vectorised: bool = True
+    ):
         self.pair, self.num_chains, self.from_prior = pair, num_chains, from_prior
+        self.plate_size = num_chains if vectorised else None  # of the outer plate of chains
         self.layout = pair.layout_of(start, stop)
         if self.layout.sequential:
             raise ValueError(
@@ -67,7 +80,7 @@ class Potential:
         with torch.no_grad():
             model_trace, guide_trace = self._run(Placed({}), self.encoded, self.args, self.kwargs)
         refuse_without_coordinates(model_trace)
-        self.coordinates = Coordinates(guide_trace, self.layout, num_chains)
+        self.coordinates = Coordinates(guide_trace, self.layout, self.plate_size)
         self.device = self.coordinates.u.device
         self._refuse_without_gradient(self.coordinates.u)
 
@@ -78,8 +91,9 @@ class Potential:
     @torch.no_grad()
     def draw(self) -> Tensor:
         """Draws u (S, N, D) from the guide."""
-        _, guide_trace = self._run(Placed({}), self.encoded, self.args, self.kwargs)
-        return unconstrained(guide_trace, self.layout, self.num_chains)
+        runs = 1 if self.plate_size is not None else self.num_chains
+        traces = (self._run(Placed({}), self.encoded, self.args, self.kwargs)[1] for _ in range(runs))
+        return torch.cat([unconstrained(trace, self.layout, self.plate_size) for trace in traces])
 
     def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(log q(u), log w(u)), each (S, N); differentiable."""
@@ -120,12 +134,18 @@ class Potential:
         return log_start.detach(), log_weight.detach(), gradient
 
     def _log_densities(self, u: Tensor, encoded: Tensor | None, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
+        together = [u] if self.plate_size is not None else u.split(1)
+        log_start, log_weight = zip(*(self._of_one_run(some, encoded, args, kwargs) for some in together), strict=True)
+        return torch.cat(log_start), torch.cat(log_weight)
+
+    def _of_one_run(self, u: Tensor, encoded: Tensor | None, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
         placed = Placed(self.coordinates.values(u))
         model_trace, guide_trace = self._run(placed, encoded, args, kwargs)
-        terms = {
-            name: spread(site_log_prob(site) + placed.log_jacobians[name], site, self.layout, self.num_chains)
-            for name, site in random_sites(guide_trace)
-        }
+        terms = {}
+        for name, site in random_sites(guide_trace):
+            # Masks do not change what is drawn, and under a density of 0 the masked elements of a chain would walk off.
+            site = {**site, "mask": None, "fn": unmasked(site["fn"])}
+            terms[name] = spread(site_log_prob(site) + placed.log_jacobians[name], site, self.layout, self.plate_size)
         for name, term in terms.items() if checks_values() else ():
             if not (term < torch.inf).all():
                 raise ValueError(
@@ -137,16 +157,15 @@ class Potential:
             for name, _ in random_sites(guide_trace):
                 model_trace.remove_node(name)
             guide_trace = poutine.Trace()
-        return log_start, log_weights_of(self.layout, model_trace, guide_trace, self.num_chains)
+        return log_start, log_weights_of(self.layout, model_trace, guide_trace, self.plate_size)
 
     def _run(
         self, placed: Placed, encoded: Tensor | None, args: tuple, kwargs: dict
     ) -> tuple[poutine.Trace, poutine.Trace]:
-        """(model trace, guide trace) of one run under a plate of chains, with gradients where those are on."""
-        guide, model = (
-            under_particles(program, self.layout, self.num_chains)
-            for program in (self.pair.guide_given(encoded), self.pair.model)
-        )
+        """(model trace, guide trace) of one run, under the plate of chains if there is one; with gradients if those are on."""
+        guide, model = self.pair.guide_given(encoded), self.pair.model
+        if self.plate_size is not None:
+            guide, model = (under_particles(program, self.layout, self.plate_size) for program in (guide, model))
         with pyro.validation_enabled(False), poutine.replay(trace=self.layout.pinned):
             if self.from_prior:
                 with placed:

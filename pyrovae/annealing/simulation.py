@@ -5,8 +5,9 @@ from pyro import poutine
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
-from pyrovae.annealing.coordinates import unconstrained
-from pyrovae.programs.modules import map_tensors
+from pyrovae.annealing.coordinates import ProperPriors, unconstrained
+from pyrovae.programs.modules import check_program, map_tensors
+from pyrovae.programs.supports import masks_of
 from pyrovae.programs.traces import Layout, Program, sample_sites, trace_program
 from pyrovae.weights.pair import Pair
 
@@ -21,7 +22,8 @@ def simulate(
     The simulated data take the place of the arguments that each observed site shows to be its data, where that is
     one-to-one; else the program is conditioned on them, which a guide does not see.
     """
-    free = poutine.uncondition(model)
+    check_program("model", model)
+    free = ProperPriors()(poutine.uncondition(model))
     seed = int(torch.randint(2**62, ()))
     trace = _trace_under(seed, free, args, kwargs)
     observed = {name: site for name, site in sample_sites(trace) if site["infer"].get("was_observed")}
@@ -63,7 +65,7 @@ def _refuse_what_is_not_simulated(site: dict) -> None:
     name, value, data = site["name"], site["value"], site["infer"]["obs"]
     if site_is_factor(site):
         raise ValueError(f"site '{name}' is a factor, which cannot be simulated: write it as an observation")
-    if site["mask"] is not None or getattr(site["fn"], "_mask", None) is not None:
+    if any(True for _ in masks_of(site)):
         raise ValueError(f"observed site '{name}' is masked, so what to simulate is unclear: pass data without gaps")
     if value.shape != data.shape:
         raise ValueError(
@@ -108,6 +110,11 @@ def exact_draws(pair: Pair, trace: poutine.Trace, guide: Program | None, num_cha
     for name, site in sample_sites(trace):
         if not site["infer"].get("was_observed"):
             latents.add_node(name, **site)
+            if guide is not None and any(True for _ in masks_of(site)):
+                raise ValueError(
+                    f"the model masks latent site '{name}', whose masked elements are distributed as the guide draws them, and "
+                    f"not as the model simulates them: start from the prior (guide=None)"
+                )
     if guide is not None:
         replayed = trace_program(guide, pair.args, pair.kwargs, latents)
         if strange := sorted(name for name, _ in sample_sites(replayed) if name not in latents):
@@ -116,7 +123,7 @@ def exact_draws(pair: Pair, trace: poutine.Trace, guide: Program | None, num_cha
                 f"hand: start from the prior (guide=None), or sample the latents directly in the guide"
             )
         latents = replayed
-    return unconstrained(latents, pair.layout_of(0, pair.num_data), num_chains)
+    return unconstrained(latents, pair.layout_of(0, pair.num_data), None).expand(num_chains, -1, -1)
 
 
 def first_data(site: dict, layout: Layout, count: int) -> Tensor:

@@ -4,16 +4,21 @@ A file is what `torch.save` makes of tensors and plain values, and behind it a m
 byte that changed is noticed. `torch.load` reads it too.
 """
 
+import errno
 import hashlib
 import io
+import logging
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["FORMAT", "earlier", "plain", "read", "write"]
+__all__ = ["FORMAT", "earlier", "plain", "read", "target_of", "write"]
+
+_logger = logging.getLogger("pyrovae")
 
 FORMAT = 2
 _MARK = b"\npyrovae sha256 "
@@ -26,14 +31,17 @@ def write(path: str | os.PathLike, content: dict[str, Any], *, keep: bool = Fals
     content: tensors, numbers, strings, None, and lists, tuples and dicts of them
     keep: leave the file before at `earlier(path)`
 
+    A path that is a symbolic link stays one: its target is written, and what else is written lies beside the target.
+
     Raises OSError, naming the path, where it cannot be written.
     """
     path = Path(path)
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target = target_of(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             # Given back at once: Python 3.13 complains of a buffer that is collected before its view, as after an error.
             with buffer.getbuffer() as data, temporary.open("wb") as file:
@@ -41,12 +49,12 @@ def write(path: str | os.PathLike, content: dict[str, Any], *, keep: bool = Fals
                 file.write(_MARK + hashlib.sha256(data).digest())
                 file.flush()
                 os.fsync(file.fileno())
-            if keep and path.exists():
-                _keep(path)
-            temporary.replace(path)
+            if keep and target.exists():
+                _keep(target)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        _sync_folder(target.parent)
     except OSError as error:
         state = "the file written before is whole" if path.exists() else "no file was written before"
         raise type(error)(
@@ -70,8 +78,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     if is_marked and hashlib.sha256(content).digest() != digest:
         raise ValueError(f"{path} is damaged: its bytes are not those that were written{_or_earlier(path)}")
     try:
-        found = torch.load(io.BytesIO(content if is_marked else data), map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises for a damaged file is not one type
+        archive = content if is_marked else _checked_parts(data)
+        found = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch and zipfile raise for a damaged file is not one type
         # Without torch's own words, which advise to run whatever code the file holds.
         raise ValueError(
             f"{path} is damaged or no checkpoint of pyrovae ({type(error).__name__}){_or_earlier(path)}"
@@ -84,13 +93,30 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         )
     if found["format"] > 1 and not is_marked:
         raise ValueError(f"{path} is damaged: it lacks its end{_or_earlier(path)}")
+    if not is_marked:
+        _logger.warning(
+            "%s has format 1, which has no digest of the whole file: only the checksums of its parts were checked; "
+            "pyrovae.save writes it anew, with one",
+            path,
+        )
     return found
 
 
 def earlier(path: str | os.PathLike) -> Path:
-    """Where `write` leaves the file before, with `keep`."""
-    path = Path(path)
+    """Where `write` leaves the file before, with `keep`: beside the file itself if the path is a symbolic link."""
+    path = target_of(path)
     return path.with_name(f"{path.name}.previous")
+
+
+def target_of(path: str | os.PathLike) -> Path:
+    """The path, or that of the file that a symbolic link there leads to, whether or not there is one yet."""
+    path = Path(path)
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return target
 
 
 def plain(name: str, value: Any) -> Any:
@@ -123,6 +149,18 @@ def _keep(path: Path) -> None:
         link.unlink(missing_ok=True)
 
 
+def _checked_parts(data: bytes) -> bytes:
+    """The archive that `torch.save` made, written anew from what its checksums fit: torch does not look at them.
+
+    Raises zipfile.BadZipFile, and more, for one that is damaged.
+    """
+    checked = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as found, zipfile.ZipFile(checked, "w") as again:
+        for name in dict.fromkeys(found.namelist()):
+            again.writestr(name, found.read(name))
+    return checked.getvalue()
+
+
 def _sync_folder(folder: Path) -> None:
     """So that the new name outlives a loss of power, where the system can do that for folders."""
     try:
@@ -138,5 +176,6 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _or_earlier(path: str | os.PathLike) -> str:
-    before = earlier(path)
-    return f"; the one before it is {before}: move it here to take it" if before.exists() else ""
+    before, target = earlier(path), target_of(path)
+    where = "here" if target == Path(path) else f"to {target}"
+    return f"; the one before it is {before}: move it {where} to take it" if before.exists() else ""

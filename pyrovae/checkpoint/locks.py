@@ -10,6 +10,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from pyrovae.checkpoint.files import target_of
+
 __all__ = ["locked"]
 
 
@@ -23,7 +25,8 @@ def locked(path: str | os.PathLike, advice: str = "wait until it has ended, or n
     Raises RuntimeError if another run holds it, OSError where its file cannot be made.
     """
     path = Path(path)
-    file = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    real = target_of(path)  # one lock, whichever link leads to the file
+    file = path / ".lock" if path.is_dir() else real.with_name(f".{real.name}.lock")
     descriptor = _acquire(path, file, advice)
     try:
         yield

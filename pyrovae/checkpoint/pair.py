@@ -8,10 +8,11 @@ import pyro
 import torch
 from torch import nn
 
+from pyrovae.checkpoint.description import Description, describe_module, difference
 from pyrovae.checkpoint.files import plain, read, write
 from pyrovae.checkpoint.specification import NotSpecifiedError, build, specify
 
-__all__ = ["load", "pair_content", "save", "versions"]
+__all__ = ["described_in", "load", "pair_content", "save", "versions"]
 
 
 def save(path: str | os.PathLike, model: nn.Module, guide: nn.Module, **extra: Any) -> None:
@@ -33,7 +34,13 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, guide: nn.Modu
 
     Without a model and a guide, both are made again, as they were saved, and come under "model" and "guide" with the
     extra values; parts that are not this library's cannot be made from a file. With one or both, the file is loaded into
-    them, which must be of the same architecture, and the extra values are returned.
+    them, which must be the same as those saved, and the extra values are returned.
+
+    The same: tensors of the same names, shapes and dtypes, modules of the same classes (an activation, for instance), and
+    the same constants: numbers, text, functions and tensors that a class's constructor sets as attributes and none of its
+    methods changes (the scale of a likelihood). Free to differ are devices and, in classes of your own, paths and numbers of
+    data by their attributes' names (`num_data`, `batch_size`). What only initial values come from is not compared. The code
+    of a `forward` is not compared either.
 
     Raises ValueError for a file that is no checkpoint of this library, is damaged, does not fit the modules (which are
     then as they were) or holds parts of your own where none are given; FileNotFoundError. Only tensors and plain values
@@ -48,6 +55,10 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, guide: nn.Modu
     for name, module in (("model", model), ("guide", guide)):
         if module is not None:
             _check_fit(path, name, module.state_dict(), content[name])
+    if given:
+        for name, described in described_in(content).items():
+            if (module := {"model": model, "guide": guide}.get(name)) is not None:
+                _check_same(path, name, described, module)
     for name, module in (("model", model), ("guide", guide)):
         if module is not None:
             module.load_state_dict(content[name])
@@ -58,10 +69,23 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, guide: nn.Modu
 def pair_content(model: nn.Module, guide: nn.Module) -> dict[str, Any]:
     """What a checkpoint holds of a pair."""
     content = {"versions": versions(), "model": model.state_dict(), "guide": guide.state_dict()}
+    content["description"] = {"model": describe_module(model), "guide": describe_module(guide)}
     try:
         return content | {"specification": specify(model, guide)}
     except NotSpecifiedError as error:
         return content | {"not_specified": str(error)}
+
+
+def described_in(content: dict[str, Any]) -> dict[str, Description]:
+    """What a checkpoint tells of its modules beside their tensors; of an older one, what its specification makes."""
+    if "description" in content or "specification" not in content:
+        return content.get("description", {})
+    with torch.random.fork_rng(devices=[]):
+        try:
+            modules = build(content["specification"])
+        except Exception:  # what a constructor of another version makes of these arguments is not one type
+            return {}
+    return dict(zip(("model", "guide"), map(describe_module, modules), strict=True))
 
 
 def versions() -> dict[str, str]:
@@ -93,11 +117,24 @@ def _built(path: Any, content: dict[str, Any]) -> list[nn.Module]:
 
 
 def _check_fit(path: Any, name: str, expected: dict, found: dict) -> None:
-    shapes = {key: tuple(tensor.shape) for key, tensor in expected.items()}
-    found_shapes = {key: tuple(tensor.shape) for key, tensor in found.items()}
-    for key in sorted(shapes.keys() | found_shapes.keys()):
-        if shapes.get(key) != found_shapes.get(key):
+    there, here = ({key: (tuple(t.shape), t.dtype) for key, t in tensors.items()} for tensors in (found, expected))
+    for key in sorted(here.keys() | there.keys()):
+        (shape, dtype), (own_shape, own_dtype) = (side.get(key, ("none", "none")) for side in (there, here))
+        if shape != own_shape:
             raise ValueError(
-                f"{path} does not fit the {name}: '{key}' has shape {found_shapes.get(key, 'none')} in the file and "
-                f"{shapes.get(key, 'none')} in the module: build it as it was when saved"
+                f"{path} does not fit the {name}: '{key}' has shape {shape} in the file and {own_shape} in the module: "
+                f"build it as it was when saved"
             )
+        if dtype != own_dtype:
+            raise ValueError(
+                f"{path} does not fit the {name}: '{key}' is {dtype} in the file and {own_dtype} in the module: convert "
+                f"the module first, by {name}.to({dtype})"
+            )
+
+
+def _check_same(path: Any, name: str, described: Description, module: nn.Module) -> None:
+    if found := difference(described, describe_module(module)):
+        raise ValueError(
+            f"{path} is of another {name}: {found}: build it as it was when saved; if it computes the same all the same, "
+            f"take the tensors alone: {name}.load_state_dict(torch.load(path)['{name}'])"
+        )

@@ -3,7 +3,6 @@
 import logging
 import os
 import socket
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrovae.data.idx import _check_idx as _check_idx  # tests look for it here
+from pyrovae.data.idx import check_files, check_ready_for_download
 from pyrovae.data.splits import Splits
 
 __all__ = [
@@ -79,8 +80,12 @@ def mnist(
     binarization, data_seed: see `Splits.binarized`
     train_on_all: train on all 60,000 images, without a validation set
 
+    Own images of any number and size can lie there in its place, as bytes in MNIST's four files: the last 10,000 of the
+    training file are the validation set.
+
     Raises DataUnavailableError (a RuntimeError) if it is neither there nor can be downloaded; ValueError, with its
-    name, for a file that is truncated or of the wrong kind.
+    name, for a file that is truncated, of the wrong kind, of another number of data than its labels, or under another name
+    or in another folder; and for too few training images.
 
     Source: LeCun, Bottou, Bengio & Haffner, Gradient-based learning applied to document recognition (1998).
     """
@@ -196,6 +201,12 @@ def _split(
     num_validation: int,
     train_on_all: bool,
 ) -> Splits:
+    kept = 0 if train_on_all else num_validation
+    if len(images) <= kept:
+        raise ValueError(
+            f"{name}: found {len(images):,} training images, and more than {kept:,} are needed, of which {kept:,} are kept for "
+            f"validation: add images" + (", or keep none: train_on_all=True, --train-on-all" if kept else "")
+        )
     if train_on_all:
         return Splits(name, images, None, test, labels, None, test_labels)
     cut = len(images) - num_validation
@@ -218,14 +229,13 @@ def _mnist_family(
         raise DataUnavailableError(missing)
     dataset = getattr(torchvision.datasets, _CLASSES[name])
     raw = folder / _CLASSES[name] / "raw"
-    for part in ("train", "t10k"):
-        for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-            _check_idx(raw / f"{part}-{kind}-ubyte", header)
+    sizes = check_files(raw)
     parts = []
     for train in (True, False):
         try:
             parts.append(dataset(folder, train=train))
         except RuntimeError:  # not there (yet)
+            check_ready_for_download(folder, dataset, sizes)
             parts.append(_download(dataset, folder, name, train))
     (images, labels), (test, test_labels) = ((part.data.unsqueeze(1).float().div(255), part.targets) for part in parts)
     return _split(name, images, labels, test, test_labels, 10_000, train_on_all).binarized(binarization, data_seed)
@@ -245,26 +255,3 @@ def _download(dataset: Any, folder: Path, name: str, train: bool) -> Any:
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-
-
-def _check_idx(path: Path, header_size: int) -> None:
-    """Raise ValueError, naming the file, if an IDX file of bytes is not as long as its header says."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        header = file.read(header_size)
-    num_axes = header_size // 4 - 1
-    magic = 0x0800 + num_axes
-    if len(header) < header_size or struct.unpack(">I", header[:4])[0] != magic:
-        raise ValueError(
-            f"{path} is no IDX file of bytes with {num_axes} axes (magic number {magic:#06x}, found "
-            f"{header[:4].hex() or 'an empty file'}): delete it, and it is downloaded anew"
-        )
-    sizes = struct.unpack(f">{num_axes}I", header[4:])
-    expected = header_size + torch.Size(sizes).numel()
-    found = path.stat().st_size
-    if found != expected:
-        raise ValueError(
-            f"{path} is truncated or damaged: its header promises {expected} bytes, found {found}: delete it, and it is "
-            f"downloaded anew"
-        )

@@ -17,7 +17,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-__all__ = ["FlowDistribution", "import_zuko", "start_near_identity"]
+__all__ = ["FlowDistribution", "import_zuko", "start_near_identity", "support_of_flow"]
 
 _MEAN_DRAWS, _MEAN_ROWS = 128, 2**14
 
@@ -51,6 +51,28 @@ def start_near_identity(flow: nn.Module, factor: float = 0.1) -> None:
             last = module[-1] if kind == "hyper" else module if kind == "phi" else None
             for parameter in () if last is None else last.parameters():
                 parameter *= factor
+
+
+def support_of_flow(flow: Any) -> constraints.Constraint | None:
+    """Where a zuko distribution is positive, which a `NormalizingFlow` of zuko's does not say; None if that is not known.
+
+    A flow maps its support onto that of its noise. If both the noise and the map's codomain are all of R^D, it is the domain.
+    """
+    try:
+        return flow.support
+    except (AttributeError, NotImplementedError):
+        base, transform = getattr(flow, "base", None), getattr(flow, "transform", None)
+    if not isinstance(base, torch.distributions.Distribution) or transform is None:
+        return None
+    domain = getattr(transform, "domain", None)
+    known = _is_real(getattr(base, "support", None)) and _is_real(getattr(transform, "codomain", None))
+    return domain if known and isinstance(domain, constraints.Constraint) else None
+
+
+def _is_real(constraint: Any) -> bool:
+    while isinstance(constraint, torch.distributions.constraints.independent):
+        constraint = constraint.base_constraint
+    return isinstance(constraint, type(constraints.real))
 
 
 class FlowDistribution(dist.TorchDistribution):

@@ -40,7 +40,7 @@ class Guide(Part, ABC):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        check_count("latent_dim", latent_dim)
+        latent_dim = check_count("latent_dim", latent_dim)
         self.latent_dim = latent_dim
 
     @abstractmethod
@@ -142,7 +142,7 @@ def width_of_features(net: nn.Module, num_features: int | None) -> int:
         raise ValueError(
             f"cannot tell how many features {type(net).__name__} gives: it has no `out_features`; pass num_features="
         )
-    check_count("num_features", num_features)
+    num_features = check_count("num_features", num_features)
     return num_features
 
 
@@ -151,6 +151,10 @@ def features_of(net: nn.Module, x: Tensor, num_features: int) -> Tensor:
     features = run_network(
         net, x, "give it data as it was made for, in the dtype of its parameters, or make it for these"
     )
+    if (
+        features.ndim > 2 and features.shape[1:-1].numel() == 1
+    ):  # a network that keeps dimensions keeps the 1 of data (N, 1, D)
+        features = features.flatten(1)
     if features.shape != (len(x), num_features):
         raise ValueError(
             f"the network must give features ({len(x)}, {num_features}), found {tuple(features.shape)}: "

@@ -131,7 +131,7 @@ class NeuralSplineFlow(FlowGuide):
         num_context: int = 64,
         num_features: int | None = None,
     ):
-        check_count("num_bins", num_bins)
+        num_bins = check_count("num_bins", num_bins)
         if num_bins < 2:
             raise ValueError("a spline needs num_bins of 2 or more, found 1")
         spline = {

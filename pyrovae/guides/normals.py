@@ -105,7 +105,7 @@ class LowRankNormal(EncoderGuide):
     """
 
     def __init__(self, encoder_net: nn.Module, latent_dim: int, *, rank: int = 4, num_features: int | None = None):
-        check_count("rank", rank)
+        rank = check_count("rank", rank)
         super().__init__(encoder_net, latent_dim, num_features, num_parameters=(2 + rank) * latent_dim)
         self.rank = rank
         start_informative(self.head, latent_dim)

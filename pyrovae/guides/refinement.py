@@ -69,8 +69,8 @@ class Refined(Guide):
         num_particles: int = 8,
     ):
         check_guide(guide)
-        check_count("num_steps", num_steps)
-        check_count("num_particles", num_particles)
+        num_steps = check_count("num_steps", num_steps)
+        num_particles = check_count("num_particles", num_particles)
         if not learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, found {learning_rate}")
         if not callable(model):

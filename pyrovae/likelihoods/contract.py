@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from numbers import Integral
 
 import pyro.distributions as dist
 import torch
@@ -30,11 +31,11 @@ class Likelihood(Part, ABC):
 
     def __init__(self, decoder_net: nn.Module, data_shape: Sequence[int]):
         super().__init__()
-        data_shape = (data_shape,) if isinstance(data_shape, int) else tuple(data_shape)
-        if not data_shape or min(data_shape) < 1:
-            raise ValueError(f"data_shape must hold sizes of 1 or more, (1, 28, 28) for instance; found {data_shape}")
+        shape = (int(data_shape),) if isinstance(data_shape, Integral) else tuple(int(size) for size in data_shape)
+        if not shape or min(shape) < 1:
+            raise ValueError(f"data_shape must hold sizes of 1 or more, (1, 28, 28) for instance; found {shape}")
         self.decoder_net = decoder_net
-        self.data_shape = torch.Size(data_shape)
+        self.data_shape = torch.Size(shape)
 
     @classmethod
     def num_parameters(cls) -> int:
@@ -82,7 +83,12 @@ class Likelihood(Part, ABC):
         if len(x) == 0:
             raise ValueError(f"expected one datum or more, found none: shape {tuple(x.shape)}")
         if not x.is_floating_point():
-            raise TypeError(f"expected floating-point data, found {x.dtype}: x.float()")
+            remedy = (
+                "x.float() / 255 for images of bytes, x.float() for other data"
+                if x.dtype == torch.uint8
+                else "x.float()"
+            )
+            raise TypeError(f"expected floating-point data, found {x.dtype}: {remedy}")
 
     def initial_mean(self, data_mean: Tensor | None, low: float = -math.inf, high: float = math.inf) -> Tensor | None:
         """`data_mean` in the default dtype, on the CPU; ValueError unless it holds means of pixels within [low, high]."""

@@ -57,7 +57,7 @@ class DiscretizedLogistic(Likelihood):
         data_mean: Tensor | None = None,
     ):
         super().__init__(decoder_net, data_shape)
-        check_count("num_components", num_components)
+        num_components = check_count("num_components", num_components)
         self.num_components, self.num_levels = num_components, _checked_levels(num_levels)
         mean = self.initial_mean(data_mean, 0, 1)
         quantiles = (torch.arange(num_components) + 0.5) / num_components
@@ -156,7 +156,7 @@ def _column(values: Tensor, data_shape: torch.Size) -> Tensor:
 
 
 def _checked_levels(num_levels: int) -> int:
-    check_count("num_levels", num_levels)
+    num_levels = check_count("num_levels", num_levels)
     if num_levels < 2:
         raise ValueError(f"num_levels must be 2 or more, found {num_levels}")
     return num_levels
@@ -169,5 +169,6 @@ def _check_levels(x: Tensor, num_levels: int) -> None:
         raise ValueError(
             f"pixels must be one of {num_levels} grey levels, k / {last} with k = 0 ... {last}; found {found:g} = "
             f"{found * last:g} / {last}: divide bytes by 255 (pyrovae.data with binarization=None gives such images, "
-            f"with their num_levels), set num_levels=, or take a likelihood for real-valued data"
+            f"with their num_levels), set num_levels=, or take a likelihood for real values (LearnedScaleNormal) if these are no "
+            f"grey levels"
         )

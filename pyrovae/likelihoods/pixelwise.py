@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import pyro.distributions as dist
 import torch
@@ -13,6 +14,8 @@ from pyrovae.distributions.pixels import ContinuousBernoulli as ContinuousBernou
 from pyrovae.likelihoods.contract import Likelihood
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "HeteroscedasticNormal", "LearnedScaleNormal", "Normal"]
+
+_FILL_IN = "remove these data, or fill in their values"
 
 
 class Bernoulli(Likelihood):
@@ -43,9 +46,7 @@ class Bernoulli(Likelihood):
     def check(self, x: Tensor) -> None:
         if (x * x - x).any():  # false of 0 and 1 only (infinity gives NaN, which is true), and a fast way to ask
             raise ValueError(
-                f"Bernoulli pixels are 0 or 1, found {x[(x != 0) & (x != 1)][0].item():g}: binarise the data "
-                f"(pyrovae.data.binarize; fit(..., transform=pyrovae.data.binarize) redraws at every use), or take a "
-                f"likelihood for grey values"
+                f"Bernoulli pixels are 0 or 1, found {x[(x != 0) & (x != 1)][0].item():g}: {_remedy_for_binary(x)}"
             )
 
 
@@ -76,9 +77,10 @@ class ContinuousBernoulli(Likelihood):
     def check(self, x: Tensor) -> None:
         inside = (x >= 0) & (x <= 1)
         if not inside.all():
+            found = x[~inside][0]
+            remedy = "scale the data to it (x / 255 for bytes), or take a normal likelihood (LearnedScaleNormal)"
             raise ValueError(
-                f"continuous Bernoulli pixels lie in [0, 1], found {x[~inside][0].item():g}: scale the data to it, or "
-                f"take a normal likelihood"
+                f"continuous Bernoulli pixels lie in [0, 1], found {found.item():g}: {remedy if found.isfinite() else _FILL_IN}"
             )
 
 
@@ -223,11 +225,29 @@ class HeteroscedasticNormal(Likelihood):
 
 def _check_finite(x: Tensor) -> None:
     if not x.isfinite().all():
-        raise ValueError(f"normal pixels are real numbers, found {x[~x.isfinite()][0].item():g}")
+        raise ValueError(f"normal pixels are real numbers, found {x[~x.isfinite()][0].item():g}: {_FILL_IN}")
+
+
+def _remedy_for_binary(x: Tensor) -> str:
+    """How to mend data that are not binary: what their values can be decides it, as no advice for images helps counts."""
+    low, high = x.min().item(), x.max().item()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return _FILL_IN
+    if low >= 0 and high <= 1:
+        return (
+            "binarise the data if they are grey values (pyrovae.data.binarize; fit(..., transform=pyrovae.data.binarize) "
+            "redraws at every use), or take a likelihood for grey values (ContinuousBernoulli, DiscretizedLogistic)"
+        )
+    if low >= 0 and not (x - x.round()).any():
+        return (
+            f"values are whole, up to {high:g}; divide the bytes of images by 255 and binarise them (pyrovae.data.binarize), and "
+            f"for counts take a likelihood of your own (a subclass of pyrovae.likelihoods.Likelihood), or (x > 0).to(x.dtype)"
+        )
+    return f"for data from {low:g} to {high:g} take a likelihood for real values (LearnedScaleNormal)"
 
 
 def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, found {value!r}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, found {value}")

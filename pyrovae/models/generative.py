@@ -68,7 +68,7 @@ class LatentVariableModel(Part, ABC):
 
         Shapes: (num_samples, *data_shape).
         """
-        check_count("num_samples", num_samples)
+        num_samples = check_count("num_samples", num_samples)
         with evaluation_mode(self):
             z = self.latents(lambda _, distribution: distribution.expand((num_samples,)).sample())
             return self._data(z, mean)

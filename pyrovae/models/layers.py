@@ -38,7 +38,7 @@ class ConditionalNormal(Part):
 
     def __init__(self, net: nn.Module, latent_dim: int, *, num_features: int | None = None):
         super().__init__()
-        check_count("latent_dim", latent_dim)
+        latent_dim = check_count("latent_dim", latent_dim)
         self.net = net
         self.latent_dim = latent_dim
         self.num_features = width_of_features(net, num_features)

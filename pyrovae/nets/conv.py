@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrovae.programs.modules import check_count
+from pyrovae.nets.shapes import stages
+from pyrovae.programs.modules import check_count, run_network
 from pyrovae.programs.specification import Part
 
 __all__ = ["ConvDecoder", "ConvEncoder", "ResidualDecoder", "ResidualEncoder"]
@@ -25,14 +26,15 @@ class ConvEncoder(Part):
 
     h_0 = x,   h_l = activation(norm(conv_l(h_(l-1)))),   output = activation(norm(W flatten(h_L) + b))
 
-    data_shape: (height, width) or (channels, height, width), any sizes
+    data_shape: (height, width) or (channels, height, width), any sizes; frames, (frames, channels, height, width) with up to
+        4 channels, are more channels; (height, width, channels) and volumes are refused
     channels: of the stages, each of which halves the image
     out_features: width of the features
     normalize: groups of 8 channels within a datum
 
     Shapes: (..., *data_shape) -> (..., out_features).
 
-    Raises ValueError for a shape that is no image's, or widths below 1.
+    Raises ValueError for a shape that is no image's (a volume, channels last) or widths below 1; when run, for other data.
 
     Source: Radford, Metz & Chintala, Unsupervised Representation Learning with Deep Convolutional GANs (2016); Wu & He,
     Group Normalization (2018).
@@ -55,7 +57,7 @@ class ConvEncoder(Part):
         self.layers = _encoder_layers(data_shape, channels, out_features, 0, activation, normalize)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _encode(self.layers, x, self.data_shape)
+        return _encode(self, x)
 
 
 class ResidualEncoder(Part):
@@ -68,7 +70,7 @@ class ResidualEncoder(Part):
 
     Shapes: (..., *data_shape) -> (..., out_features).
 
-    Raises ValueError for a shape that is no image's, or widths below 1.
+    Raises ValueError for a shape that is no image's (a volume, channels last) or widths below 1; when run, for other data.
 
     Source: He, Zhang, Ren & Sun, Identity Mappings in Deep Residual Networks (2016); in a variational autoencoder: Kingma
     et al., Improved Variational Inference with Inverse Autoregressive Flow (2016).
@@ -88,12 +90,12 @@ class ResidualEncoder(Part):
         normalize: bool = True,
     ):
         super().__init__()
-        check_count("num_blocks", num_blocks)
+        num_blocks = check_count("num_blocks", num_blocks)
         self.data_shape, self.out_features = torch.Size(data_shape), out_features
         self.layers = _encoder_layers(data_shape, channels, out_features, num_blocks, activation, normalize)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _encode(self.layers, x, self.data_shape)
+        return _encode(self, x)
 
 
 class ConvDecoder(Part):
@@ -112,7 +114,7 @@ class ConvDecoder(Part):
 
     Shapes: (..., in_features) -> (..., *out_shape).
 
-    Raises ValueError for a shape that is no image's, or widths below 1.
+    Raises ValueError for a shape that is no image's (a volume, channels last) or widths below 1; when run, for other data.
 
     Source: Radford, Metz & Chintala, Unsupervised Representation Learning with Deep Convolutional GANs (2016); Odena,
     Dumoulin & Olah, Deconvolution and Checkerboard Artifacts (2016).
@@ -135,7 +137,7 @@ class ConvDecoder(Part):
         self.layers = _decoder_layers(in_features, out_shape, channels, 0, activation, normalize)
 
     def forward(self, z: Tensor) -> Tensor:
-        return _decode(self.layers, z, self.out_shape)
+        return _decode(self, z)
 
 
 class ResidualDecoder(Part):
@@ -148,7 +150,7 @@ class ResidualDecoder(Part):
 
     Shapes: (..., in_features) -> (..., *out_shape).
 
-    Raises ValueError for a shape that is no image's, or widths below 1.
+    Raises ValueError for a shape that is no image's (a volume, channels last) or widths below 1; when run, for other data.
 
     Source: He, Zhang, Ren & Sun, Identity Mappings in Deep Residual Networks (2016); in a variational autoencoder: Kingma
     et al., Improved Variational Inference with Inverse Autoregressive Flow (2016).
@@ -168,12 +170,12 @@ class ResidualDecoder(Part):
         normalize: bool = True,
     ):
         super().__init__()
-        check_count("num_blocks", num_blocks)
+        num_blocks = check_count("num_blocks", num_blocks)
         self.in_features, self.out_shape = in_features, torch.Size(out_shape)
         self.layers = _decoder_layers(in_features, out_shape, channels, num_blocks, activation, normalize)
 
     def forward(self, z: Tensor) -> Tensor:
-        return _decode(self.layers, z, self.out_shape)
+        return _decode(self, z)
 
 
 class _ResidualBlock(nn.Module):
@@ -212,8 +214,9 @@ def _encoder_layers(
     activation: Callable[[], nn.Module],
     normalize: bool,
 ) -> nn.Sequential:
-    in_channels, *sizes = _stages(data_shape, channels)
-    check_count("out_features", out_features)
+    channels = [check_count("channels", width) for width in channels]
+    in_channels, *sizes = stages(data_shape, len(channels))
+    out_features = check_count("out_features", out_features)
     layers: list[nn.Module] = []
     for num_channels in channels:
         conv = nn.Conv2d(in_channels, num_channels, 3, stride=2, padding=1)
@@ -235,8 +238,9 @@ def _decoder_layers(
     activation: Callable[[], nn.Module],
     normalize: bool,
 ) -> nn.Sequential:
-    check_count("in_features", in_features)
-    out_channels, *sizes = _stages(out_shape, channels)
+    in_features = check_count("in_features", in_features)
+    channels = [check_count("channels", width) for width in channels]
+    out_channels, *sizes = stages(out_shape, len(channels), has_parameters=len(out_shape) > 3 and out_shape[0] > 1)
     smallest = (channels[0], *sizes[-1])
     linear = _initialized(nn.Linear(in_features, math.prod(smallest)), in_features)
     layers: list[nn.Module] = [linear, nn.Unflatten(1, smallest)]
@@ -249,33 +253,25 @@ def _decoder_layers(
     return nn.Sequential(*layers)
 
 
-def _encode(layers: nn.Sequential, x: Tensor, data_shape: torch.Size) -> Tensor:
-    if x.shape[x.ndim - len(data_shape) :] != data_shape:
-        raise ValueError(f"this encoder is for data (..., {', '.join(map(str, data_shape))}), found {tuple(x.shape)}")
+def _encode(net: ConvEncoder | ResidualEncoder, x: Tensor) -> Tensor:
+    data_shape = net.data_shape
     leading = x.shape[: x.ndim - len(data_shape)]
-    images = x.reshape(-1, math.prod(data_shape[:-2]), *data_shape[-2:])
-    return layers(images).reshape(*leading, -1)
-
-
-def _decode(layers: nn.Sequential, z: Tensor, out_shape: torch.Size) -> Tensor:
-    return layers(z.reshape(-1, z.shape[-1])).reshape(*z.shape[:-1], *out_shape)
-
-
-def _stages(shape: Sequence[int], channels: Sequence[int]) -> list:
-    """[channels of the image, its (height, width), that after one halving, ...]"""
-    if len(shape) < 2 or min(shape) < 1:
+    if x.shape != leading + data_shape:
+        moved = x.ndim > 2 and torch.Size((x.shape[-1], *x.shape[-3:-1])) == data_shape
         raise ValueError(
-            f"a convolutional network is for images, (height, width) or (channels, height, width); found {tuple(shape)}: "
-            f"take an MLP for other data"
+            f"this encoder is for data (..., {', '.join(map(str, data_shape))}), found {tuple(x.shape)}"
+            + (": its channels come last, x.movedim(-1, -3)" if moved else "")
         )
-    if not channels:
-        raise ValueError("channels must name the widths of one stage or more, found none")
-    for width in channels:
-        check_count("channels", width)
-    sizes = [(shape[-2], shape[-1])]
-    for _ in channels:
-        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
-    return [math.prod(shape[:-2]), *sizes]
+    images = x.reshape(-1, math.prod(data_shape[:-2]), *data_shape[-2:])
+    features = run_network(net.layers, images, "give it data as it was made for", type(net).__name__)
+    return features.reshape(*leading, features.shape[-1])
+
+
+def _decode(net: ConvDecoder | ResidualDecoder, z: Tensor) -> Tensor:
+    advice = f"make it for {z.shape[-1]} latents (in_features={net.in_features})"
+    return run_network(net.layers, z.reshape(-1, z.shape[-1]), advice, type(net).__name__).reshape(
+        *z.shape[:-1], *net.out_shape
+    )
 
 
 def _norm(channels: int, normalize: bool) -> list[nn.Module]:

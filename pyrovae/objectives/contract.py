@@ -57,7 +57,7 @@ class Objective(ELBO, ABC):
     cuts: ClassVar[bool] = False  # needs draws that gradients of the guide's density can be told apart at
 
     def __init__(self, num_particles: int, plate: str | None, vectorize_particles: bool | Literal["auto"]):
-        check_count("num_particles", num_particles)
+        num_particles = check_count("num_particles", num_particles)
         if vectorize_particles not in (True, False, "auto"):
             raise ValueError(f"vectorize_particles must be True, False or 'auto', found {vectorize_particles!r}")
         super().__init__(num_particles=num_particles)

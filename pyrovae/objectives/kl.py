@@ -85,7 +85,7 @@ class KLObjective(Objective):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be 0 or more, found {value}")
         if kl_warmup_steps:
-            check_count("kl_warmup_steps", kl_warmup_steps)
+            kl_warmup_steps = check_count("kl_warmup_steps", kl_warmup_steps)
         self.free_bits = float(free_bits)
         self.kl_weight = KLWeight(float(beta), kl_warmup_steps)
         self.modules = [self.kl_weight]

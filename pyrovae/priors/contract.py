@@ -18,7 +18,7 @@ class Prior(Part, ABC):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        check_count("latent_dim", latent_dim)
+        latent_dim = check_count("latent_dim", latent_dim)
         self.latent_dim = latent_dim
 
     @abstractmethod

@@ -84,7 +84,7 @@ class MixtureOfNormals(Prior):
 
     def __init__(self, latent_dim: int, num_components: int):
         super().__init__(latent_dim)
-        check_count("num_components", num_components)
+        num_components = check_count("num_components", num_components)
         self.num_components = num_components
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.locs = nn.Parameter(0.5 * torch.randn(num_components, latent_dim))

@@ -78,7 +78,7 @@ class NeuralSplineFlow(FlowPrior):
         hidden_features: Sequence[int] = (128, 128),
         num_bins: int = 8,
     ):
-        check_count("num_bins", num_bins)
+        num_bins = check_count("num_bins", num_bins)
         if num_bins < 2:
             raise ValueError(f"num_bins must be 2 or more, found {num_bins}")
         super().__init__(latent_dim, num_transforms, hidden_features, num_bins=num_bins)

@@ -20,7 +20,7 @@ from torch.distributions import constraints
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.masks import counted
 from pyrovae.programs.reruns import random_numbers_apart
-from pyrovae.programs.supports import innermost, is_angle, is_angle_or_direction, num_parts
+from pyrovae.programs.supports import innermost, is_angle, is_angle_or_direction, is_possible, num_parts
 from pyrovae.programs.traces import (
     InspectedPair,
     Layout,
@@ -152,7 +152,11 @@ def _uncovered(site: dict, layout: Layout) -> Tensor | None:
     """For which data the guide cannot draw the value of a site, (1, N); None: it can for all."""
     if isinstance(innermost(site["fn"]), _EVERYWHERE):
         return None
-    log_prob = torch.where(_never_drawn(site), -torch.inf, site_log_prob(site))
+    try:
+        log_prob = torch.where(_never_drawn(site), -torch.inf, site_log_prob(site))
+    except Exception:  # planar flows and others know the density of their own draws alone
+        possible = is_possible(site)
+        log_prob = torch.zeros(()) if possible is None else torch.where(possible, 0.0, -torch.inf)
     if (log_prob > -torch.inf).all():
         return None
     return spread(torch.where(log_prob == -torch.inf, -torch.inf, 0.0), site, layout, None) == -torch.inf
@@ -198,30 +202,42 @@ def _has_no_mass(base: Any, value: Tensor) -> Tensor:
 
 
 def _refuse_uncovered_values(pair: InspectedPair, name: str) -> None:
-    """Try the values of a discrete latent, one element of a datum at a time."""
+    """Sum p(x, z) over the values of one element of a discrete latent: those that the guide draws, and those it never does."""
     proposal = pair.guide_trace.nodes[name]
     base, parts = innermost(proposal["fn"]), num_parts(proposal["fn"])
     shape = proposal["fn"].batch_shape + proposal["fn"].event_shape[:parts]
     event = (...,) + (None,) * len(base.event_shape)
     seen = counted(pair.model_trace.nodes[name])
+    values, missed = [], []
     for value in _values_of(innermost(pair.model_trace.nodes[name]["fn"]), base):
         everywhere = value.to(proposal["value"]).expand(shape + base.event_shape)
         supported = base.support.check(everywhere).expand(shape)
         tried = torch.where(supported[event], everywhere, proposal["value"])
-        missed = ~supported | _has_no_mass(base, tried) | (base.log_prob(tried) == -torch.inf)
-        if seen is not None and seen.shape == missed.shape:
-            missed = missed & seen
-        if not missed.any():
-            continue
-        for _ in range(_TRIES):
-            here = _one_of_each(missed, parts, pair.layout)
-            other = torch.where(here[event], everywhere, proposal["value"])
-            more = _log_joint(pair, name, other) - _log_joint(pair, name, proposal["value"])
-            if (more > _LOG_SHARE).any():
-                raise ValueError(
-                    f"the guide does not cover the prior at site '{name}': it never draws {_first(value, base)}, which prior "
-                    f"and data allow, and what is never proposed is never counted; give each value a probability above 0"
-                )
+        never = ~supported | _has_no_mass(base, tried) | (base.log_prob(tried) == -torch.inf)
+        values.append(everywhere)
+        missed.append(never & seen if seen is not None and seen.shape == never.shape else never)
+    if not any(never.any() for never in missed):
+        return
+    for _ in range(_TRIES):
+        here = _one_of_each(torch.stack(missed).any(0), parts, pair.layout)
+        mass = [_log_joint(pair, name, torch.where(here[event], value, proposal["value"])) for value in values]
+        lost = [
+            _where_any(never & here, proposal, pair.layout, terms) for never, terms in zip(missed, mass, strict=True)
+        ]
+        share = (torch.stack(lost).logsumexp(0) - torch.stack(mass).logsumexp(0)).nan_to_num(-torch.inf)
+        if (share > _LOG_SHARE).any():
+            worst = max(range(len(values)), key=lambda index: lost[index].max().item())
+            raise ValueError(
+                f"the guide does not cover the prior at site '{name}': it never draws {_first(values[worst], base)}, which prior "
+                f"and data allow, and what is never proposed is never counted; give each value a probability above 0"
+            )
+
+
+def _where_any(elements: Tensor, site: dict, layout: Layout, terms: Tensor) -> Tensor:
+    """The terms (1, N) of data with one of these elements of a site; -inf for others."""
+    dims = elements.ndim - len(site["fn"].batch_shape)
+    marked = elements.flatten(-dims).any(-1) if dims else elements
+    return torch.where(spread(marked.double(), site, layout, None) > 0, terms, -torch.inf)
 
 
 def _first(value: Tensor, base: Any) -> Any:

@@ -50,9 +50,9 @@ def inspect_pair(
     """
     with find_modules():  # those that are called and that nothing in the programs' reach refers to
         model_trace, guide_trace = run_pair(model, guide, args, kwargs)
-        prior_trace = _prior_trace(model, args, kwargs)
+        prior_trace = _prior_trace(model, args, kwargs, model_trace)
     _refuse_enumeration(prior_trace, guide_trace)
-    _refuse_mismatched_sites(model_trace, guide_trace)
+    _refuse_mismatched_sites(model_trace, guide_trace, prior_trace)
     refuse_point_masses(guide, guide_trace, args, kwargs)
     refuse_mass_against_density(model_trace, guide_trace)
     refuse_turns(model_trace, guide_trace)
@@ -73,14 +73,17 @@ def inspect_pair(
     return layout, model_trace, guide_trace
 
 
-def _prior_trace(model: Program, args: tuple, kwargs: dict) -> poutine.Trace:
+def _prior_trace(model: Program, args: tuple, kwargs: dict, model_trace: poutine.Trace) -> poutine.Trace:
     """The model run on its own; ValueError for a prior that cannot be drawn from."""
     try:
         return trace_program(model, args, kwargs)
     except NotImplementedError as error:
+        latents = [(name, site) for name, site in sample_sites(model_trace) if not site["is_observed"]]
+        improper = [name for name, site in latents if isinstance(innermost(site["fn"]), dist.ImproperUniform)]
         raise ValueError(
-            f"the model cannot be run on its own, as a latent of it cannot be drawn ({str(error).partition(chr(10))[0] or type(error).__name__}): an "
-            f"improper prior (ImproperUniform) has no normalised density, and so there is no p(x) to estimate; give each "
+            f"latent site(s) {improper or [name for name, _ in latents]} of the model cannot be drawn from their prior "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): a prior without draws (ImproperUniform, "
+            f"SplitReparam) leaves nothing to check a guide against, and an improper one has no normalised p(x); give each "
             f"latent a prior with draws, a wide Normal for instance"
         ) from error
 
@@ -98,8 +101,9 @@ def layout_for_training(
     model_trace, guide_trace = run_pair(model, guide, args, kwargs)
     if all(site["is_observed"] for _, site in sample_sites(model_trace)):
         raise ValueError("the model has no latent sites, so there is nothing for a guide to learn")
-    _refuse_enumeration(trace_program(model, args, kwargs), guide_trace)
-    _refuse_mismatched_sites(model_trace, guide_trace)
+    prior_trace = _prior_trace(model, args, kwargs, model_trace)
+    _refuse_enumeration(prior_trace, guide_trace)
+    _refuse_mismatched_sites(model_trace, guide_trace, prior_trace)
     refuse_mass_against_density(model_trace, guide_trace)
     refuse_other_dimensions(model_trace, guide_trace)
     layout = _find_layout(model_trace, guide_trace, plate)
@@ -120,7 +124,7 @@ def _refuse_enumeration(prior_trace: poutine.Trace, guide_trace: poutine.Trace) 
                 )
 
 
-def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace, alone: poutine.Trace) -> None:
     model_sites, guide_sites = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
     for name, site in guide_sites.items():
         if site["is_observed"]:
@@ -129,6 +133,11 @@ def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Tr
                 f"site '{name}' of the guide is {kind}, so the guide is no normalised density: give it sample sites only"
             )
     latents = {name for name, site in model_sites.items() if not site["is_observed"]}
+    if marked := sorted(name for name in latents if alone.nodes[name]["infer"].get("is_auxiliary")):
+        raise ValueError(
+            f"latent site(s) {marked} of the model are marked as auxiliary (StructuredReparam marks them so): the model then has "
+            f"the guide's density in it, and its own is not to be told from that; evaluate the model without the reparametrisation"
+        )
     proposed = {name for name, site in guide_sites.items() if not site["infer"].get("is_auxiliary")}
     if missing := sorted(latents - set(guide_sites)):
         raise ValueError(

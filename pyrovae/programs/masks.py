@@ -60,6 +60,11 @@ def align_masks(model: _Sites, guide: _Sites) -> tuple[_Sites, _Sites]:
 
     Raises ValueError for elements of a latent that the guide masks and the model does not.
     """
+    if any(isinstance(innermost(site["fn"]), dist.Delta) for site in model.values()):
+        return (
+            model,
+            guide,
+        )  # reparametrised: the prior of what is masked is in the log_density of a Delta (NeuTraReparam)
     model, guide = dict(model), dict(guide)
     for name, site in list(model.items()):
         if site["is_observed"] or name not in guide:

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -296,16 +297,36 @@ def _values_in_reach(function: types.FunctionType) -> Iterator[Any]:
         codes += (constant for constant in code.co_consts if inspect.iscode(constant))
 
 
-def run_network(net: nn.Module, x: Tensor, advice: str) -> Tensor:
-    """net(x); where it does not take that shape or dtype, ValueError with both and the advice beside torch's words."""
+def run_network(net: nn.Module, x: Tensor, advice: str, name: str | None = None) -> Tensor:
+    """net(x), with an error that says what the network was given if it does not take that.
+
+    Args:
+        net: The network.
+        x: Its input.
+        advice: How to mend another shape.
+        name: What to call the network; by default its class.
+
+    Returns:
+        The network's output.
+
+    Raises:
+        ValueError: The network does not take that shape or dtype; with both, torch's words, and how to mend it.
+    """
     try:
         return net(x)
     except (RuntimeError, IndexError) as error:
-        words = ("shape", "size", "channels", "Dimension", "dtype")
+        of_dtype = ("dtype", "Input type", "scalar type", "not implemented for")
+        words = ("shape", "size", "channels", "Dimension", *of_dtype)
         if not any(word in str(error) for word in words) or "memory" in str(error):
             raise
+        if any(word in str(error) for word in of_dtype):
+            expected = next((p.dtype for p in net.parameters() if p.dtype.is_floating_point), x.dtype)
+            if not x.is_floating_point():
+                advice = f"{'x.float() / 255 for images of bytes, ' if x.dtype == torch.uint8 else ''}x.to({expected})"
+            elif x.dtype != expected:
+                advice = f"x.to({expected}), the dtype of its parameters, or the network's .to({x.dtype})"
         raise ValueError(
-            f"the network {type(net).__name__} does not take what it is given, of shape {tuple(x.shape)} and {x.dtype} "
+            f"the network {name or type(net).__name__} does not take what it is given, of shape {tuple(x.shape)} and {x.dtype} "
             f"({error}): {advice}"
         ) from error
 
@@ -327,12 +348,13 @@ def plain_errors() -> Iterator[None]:
         raise
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise unless `value` is a whole number, `least` or more."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int, if it is a whole number (NumPy's too), `least` or more; raises TypeError or ValueError if not."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, found {value!r}")
     if value < least:
         raise ValueError(f"{name} must be {least} or more, found {value}")
+    return int(value)
 
 
 def checks_values() -> bool:

@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.programs.agreement import agree
+from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.masks import counted
 from pyrovae.programs.modules import changed_buffers
 from pyrovae.programs.supports import num_parts
@@ -30,6 +31,7 @@ from pyrovae.programs.traces import (
 __all__ = ["random_numbers_apart", "refuse_coupled_data", "refuse_influence_of_masked", "refuse_other_reruns"]
 
 _SEED = 20261126
+_BITS = 6  # by which data are told apart
 
 
 @contextmanager
@@ -78,21 +80,22 @@ def refuse_coupled_data(pair: InspectedPair) -> None:
     if layout.plate is None or layout.num_data < 2:
         return
     with random_numbers_apart(*pair.values()):
-        other = trace_program(pair.guide, pair.args, pair.kwargs, layout.pinned)
-        changed = torch.arange(layout.num_data) % 2 == int(torch.randint(2, ()))
-        changed = torch.where(torch.rand(layout.num_data) < 0.3, ~changed, changed)
-        changed[torch.randint(layout.num_data, ())] = True
-        kept = (~changed).nonzero().squeeze(1)
-    if not len(kept):
-        return
-    mixed = _mixed(pair, latents_of(other), changed)
-    if not _same_density(pair, mixed, kept):
-        raise ValueError(
-            f"the model couples the data of plate '{layout.plate}': the log density of a datum changes with the latents of "
-            f"others (a factor over neighbours, attention or batch statistics across the plate), so that per-datum "
-            f"estimates do not add up to log p of the data. Together they are one datum: replace the plate by "
-            f".to_event(1) on its sites, or take the coupling out of the model"
-        )
+        other = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, layout.pinned))
+        # Any two data differ in a bit of their codes (of more than 64 data, nearly all do).
+        codes = torch.randperm(max(layout.num_data, 2**_BITS))[: layout.num_data] % 2**_BITS
+    if layout.num_data <= 2**_BITS:
+        codes = torch.arange(layout.num_data)
+    for bit in range(min(_BITS, (layout.num_data - 1).bit_length())):
+        for side in (0, 1):
+            changed = (codes >> bit) % 2 == side
+            kept = (~changed).nonzero().squeeze(1)
+            if len(kept) and not _same_density(pair, _mixed(pair, other, changed), kept):
+                raise ValueError(
+                    f"the model couples the data of plate '{layout.plate}': the log density of a datum changes with the latents of "
+                    f"others (a factor over neighbours, attention or batch statistics across the plate), so that per-datum "
+                    f"estimates do not add up to log p of the data. Together they are one datum: replace the plate by "
+                    f".to_event(1) on its sites, or take the coupling out of the model"
+                )
 
 
 def refuse_influence_of_masked(pair: InspectedPair) -> None:
@@ -102,7 +105,9 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
         seen = None if site["is_observed"] else counted(site)
         if seen is not None and not seen.all():
             hidden[name] = ~seen
-    if not hidden:
+    # A Delta with the prior of what is masked (NeuTraReparam). In a plate, Pyro would count that prior once for each datum.
+    carried = [site for _, site in sample_sites(pair.model_trace) if is_delta(site)]
+    if not hidden or (carried and not any(site["cond_indep_stack"] for site in carried)):
         return
     with random_numbers_apart(*pair.values()):
         other = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, pair.layout.pinned))
@@ -119,20 +124,16 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
 
 def _same_density(pair: InspectedPair, values: dict[str, Tensor], data: Tensor | None) -> bool:
     """Whether the model's log density of some data (all for None) is the same with other values of its latents."""
-    columns = slice(None) if data is None else data
 
-    def both() -> tuple[Tensor, Tensor]:
-        densities = []
-        for changed in ({}, values):
-            replayed = poutine.Trace()
-            for name, site in sample_sites(pair.model_trace):
-                if not site["is_observed"]:
-                    replayed.add_node(name, **{**site, "value": changed.get(name, site["value"])})
-            trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, replayed)
-            densities.append(log_joint_of(pair.layout, trace)[:, columns])
-        return densities[0], densities[1]
+    def density(changed: dict[str, Tensor]) -> Tensor:
+        replayed = poutine.Trace()
+        for name, site in sample_sites(pair.model_trace):
+            if not site["is_observed"]:
+                replayed.add_node(name, **{**site, "value": changed.get(name, site["value"])})
+        trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, replayed)
+        return log_joint_of(pair.layout, trace)[:, slice(None) if data is None else data]
 
-    return agree(both)
+    return torch.equal(density({}), density(values)) or agree(lambda: (density({}), density(values)))
 
 
 def _mixed(pair: InspectedPair, other: dict[str, Tensor], changed: Tensor) -> dict[str, Tensor]:

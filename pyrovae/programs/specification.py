@@ -1,5 +1,6 @@
 """Parts that remember what they were made with, so that a checkpoint can tell how to make them again."""
 
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ def _kept(value: Any) -> Any:
     if isinstance(value, tuple | list):
         kept = [_kept(item) for item in value]
         return kept if isinstance(value, list) else tuple(kept)
-    if value is None or isinstance(value, bool | int | float | str | Tensor | Part | type):
+    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's numbers as Python's, which a file holds
+        return int(value) if isinstance(value, Integral) else float(value)
+    if value is None or isinstance(value, bool | str | Tensor | Part | type):
         return value
     return Unknown(type(value).__name__)

@@ -25,7 +25,8 @@ from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
 from pyrovae.training.precision import in_precision
 from pyrovae.training.recorded import pays_off
-from pyrovae.training.saving import RunFile, run_file, settings_of
+from pyrovae.training.saving import RunFile, run_file
+from pyrovae.training.settings import settings_of
 from pyrovae.training.state import TrainingState
 from pyrovae.training.steps import Schedule, Steps
 from pyrovae.training.validation import validate
@@ -137,6 +138,8 @@ def fit(
     check_program("model", model)
     check_program("guide", guide)
     check_numbers(epochs, batch_size, max_skipped_steps, learning_rate, clip_norm)
+    epochs, max_skipped_steps = int(epochs), int(max_skipped_steps)  # NumPy's whole numbers too
+    batch_size = None if batch_size is None else int(batch_size)
     if not isinstance(train, DataLoader):
         check_data("train", train)
     if validation is not None:

@@ -2,24 +2,24 @@
 
 import os
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from pyro.infer import ELBO
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.nn.parameter import is_lazy
 
-from pyrovae.checkpoint.files import read, write
+from pyrovae.checkpoint.description import describe_module, difference
+from pyrovae.checkpoint.files import read, target_of, write
 from pyrovae.checkpoint.locks import locked
-from pyrovae.checkpoint.pair import pair_content, versions
+from pyrovae.checkpoint.pair import described_in, pair_content, versions
+from pyrovae.checkpoint.values import same_text
+from pyrovae.programs.modules import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.training.state import TrainingState
 
-__all__ = ["RunFile", "run_file", "settings_of"]
+__all__ = ["RunFile", "run_file"]
 
 
 class RunFile:
@@ -34,6 +34,9 @@ class RunFile:
         self.pair: dict[str, Any] = {"versions": versions(), "model": None}
         if isinstance(model, nn.Module) and isinstance(guide, nn.Module):
             self.modules, self.pair = {"model": model, "guide": guide}, pair_content(model, guide)
+        else:
+            found = enumerate(modules_behind(model, guide))
+            self.pair["description"] = {f"module {i} ({type(m).__name__})": describe_module(m) for i, m in found}
         self.saved_at = -float("inf")
 
     def found(self) -> dict[str, Any] | None:
@@ -48,10 +51,22 @@ class RunFile:
             raise ValueError(f"{self.path} holds a model and a guide, but no run to go on with: give fit another path")
         for name, there in content["training"]["settings"].items():
             here = self.settings.get(name)
-            if here != there:
+            known = (
+                name in self.settings or "." not in name
+            )  # what one version reads of a loss or loader, another may not
+            if known and here != there and not _same(there, here):
                 raise ValueError(
                     f"{self.path} is of a run with {name}={there}, and this one has {name}={here}: call fit as before, or "
                     f"give it another path"
+                )
+        for name, described in described_in(content).items():
+            here = self.pair["description"].get(name)
+            # Tensors of other shapes are named when the state is put back.
+            if here is None or (name in self.modules and not _fits(content[name], self.modules[name])):
+                continue
+            if found := difference(described, here):
+                raise ValueError(
+                    f"{self.path} is of a run of another {name}: {found}: call fit as before, or give it another path"
                 )
         return content["training"]["state"]
 
@@ -85,39 +100,20 @@ def run_file(
             raise ValueError(
                 f"{path} is there already: resume=True goes on with the run in it, another checkpoint= begins a new one"
             )
+        target = target_of(path)
         for kind in ("tmp", "link"):
-            for leftover in path.parent.glob(f".{path.name}.*.{kind}"):  # of runs that were killed as they wrote
+            for leftover in target.parent.glob(f".{target.name}.*.{kind}"):  # of runs that were killed as they wrote
                 leftover.unlink(missing_ok=True)
         yield RunFile(path, every, settings, model, guide)
 
 
-def settings_of(
-    train: Tensor | DataLoader,
-    validation: Tensor | None,
-    loss: ELBO,
-    transform: Callable | None,
-    schedule: Callable | None,
-) -> dict[str, Any]:
-    """What a run must have in common with the one that it goes on with, beside numbers, in plain values."""
-    described = repr(loss)
-    if type(loss).__repr__ is object.__repr__:
-        described = f"{type(loss).__name__}(num_particles={getattr(loss, 'num_particles', 1)})"
-    functions = {"transform": transform, "schedule": schedule}
-    return {
-        "loss": described,
-        **{name: _function_name(function) for name, function in functions.items()},
-        "train": _fingerprint(train),
-        "validation": None if validation is None else _fingerprint(validation),
-    }
+def _same(there: Any, here: Any) -> bool:
+    return isinstance(there, str) and isinstance(here, str) and same_text(there, here)
 
 
-def _function_name(function: Callable | None) -> str | None:
-    function = getattr(function, "func", function)  # of a partial
-    return None if function is None else getattr(function, "__qualname__", type(function).__name__)
-
-
-def _fingerprint(tensor: Tensor | DataLoader) -> str:
-    if isinstance(tensor, DataLoader):
-        return f"DataLoader with {len(tensor)} batches"
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tuple(tensor.shape)} {tensor.dtype} with checksum {zlib.crc32(data.data):08x}"
+def _fits(there: dict[str, Any], module: nn.Module) -> bool:
+    here = module.state_dict()
+    return there.keys() == here.keys() and all(
+        not (is_lazy(tensor) or is_lazy(there[name])) and there[name].shape == tensor.shape
+        for name, tensor in here.items()
+    )

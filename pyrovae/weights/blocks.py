@@ -77,11 +77,11 @@ def log_weight_blocks(
     progress: bool,
 ) -> Iterator[tuple[Tensor, int, int]]:
     """The log weights of `log_weights` in blocks of data, in order: (array (S, B), how many data are done, of how many)."""
-    check_count("num_particles", num_particles)
+    num_particles = check_count("num_particles", num_particles)
     if data_batch_size not in ("auto", None):
-        check_count("data_batch_size", data_batch_size)
+        data_batch_size = check_count("data_batch_size", data_batch_size)
     if particle_batch_size != "auto":
-        check_count("particle_batch_size", particle_batch_size)
+        particle_batch_size = check_count("particle_batch_size", particle_batch_size)
     if vectorize_particles not in (True, False, "auto"):
         raise ValueError(f"vectorize_particles must be True, False or 'auto', found {vectorize_particles!r}")
     if compile not in (True, False, "auto"):

@@ -13,6 +13,7 @@ import pyro
 import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from pyrovae.guides.contract import Guide
 from pyrovae.programs.agreement import agree
@@ -65,9 +66,13 @@ class Pair:
         if data_batch_size is not None and self._find_split(tensors, fewest=1 if data_batch_size == 1 else 2):
             return
         # A program that is refused with a few data is refused here with all of them, which says why.
-        self.layout, model_trace, _ = inspect_pair(
-            model, self.guide_given(self.encode(args, kwargs)), args, kwargs, plate
-        )
+        try:
+            self.layout, model_trace, _ = inspect_pair(
+                model, self.guide_given(self.encode(args, kwargs)), args, kwargs, plate
+            )
+        except (TypeError, AttributeError) as error:
+            _explain(error, (*args, *kwargs.values()))
+            raise
         self.num_data = self.layout.num_data
         self.row_size = _row_size(model_trace, self.layout)
         if data_batch_size not in (None, "auto"):
@@ -272,6 +277,24 @@ class Pair:
     ) -> tuple[Trace, Trace]:
         """One run of the pair: of `num_particles` under an outer plate, or of one without."""
         return run_particles(self.model, self.guide_given(encoded), args, kwargs, layout, num_particles)
+
+
+def _explain(error: Exception, arguments: tuple) -> None:
+    """Raise TypeError if the programs may have failed because they were given something that is no tensor."""
+    for argument in arguments:
+        if isinstance(argument, DataLoader | Dataset):
+            advice = (
+                "evaluate its batches one by one, log_marginal_likelihood(model, guide, batch), and put the results together by "
+                "LogMarginalLikelihood.concatenate"
+            )
+        elif hasattr(argument, "__array__") and not isinstance(argument, Tensor):
+            advice = "make it a tensor of the programs' dtype, torch.as_tensor(x, dtype=torch.float32)"
+        else:
+            continue
+        raise TypeError(
+            f"the programs were called with a {type(argument).__name__} and failed ({type(error).__name__}: {error}); they are "
+            f"called with what is passed, which mostly has to be a tensor: {advice}"
+        ) from error
 
 
 def _some(length: int, count: int) -> Tensor:

@@ -1,0 +1,117 @@
+"""What a run must have in common with the one that it goes on with: loss, functions and data, in plain values."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from pyro.infer import ELBO
+from pyro.util import get_rng_state, set_rng_state
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from pyrovae.checkpoint.attributes import constants_of
+from pyrovae.checkpoint.values import checksum, describe, describe_callable
+
+__all__ = ["settings_of"]
+
+# Where the data sets of torch and torchvision keep lists of what is in memory.
+_LISTS = ("tensors", "targets", "labels", "indices", "datasets")
+_MOST_ITEMS, _MOST_BYTES = 1000, 2**28  # of what is larger, evenly spaced items or rows are read
+
+
+def settings_of(
+    train: Tensor | DataLoader,
+    validation: Tensor | None,
+    loss: ELBO,
+    transform: Callable | None,
+    schedule: Callable | None,
+) -> dict[str, Any]:
+    """What a run must have in common with the one that it goes on with, beside numbers, in plain values.
+
+    Names with a dot, and those "in full", tell what files of earlier versions do not hold.
+    """
+    described = repr(loss)
+    if type(loss).__repr__ is object.__repr__:
+        described = f"{type(loss).__name__}(num_particles={getattr(loss, 'num_particles', 1)})"
+    settings: dict[str, Any] = {"loss": described}
+    settings |= {f"loss.{name}": text for name, value in constants_of(loss).items() if (text := describe(value))}
+    for name, function in (("transform", transform), ("schedule", schedule)):
+        settings[name] = _function_name(function)
+        settings[f"{name} in full"] = None if function is None else describe_callable(function)
+    for name, data in (("train", train), ("validation", validation)):
+        if isinstance(data, DataLoader):
+            settings[name] = f"DataLoader with {len(data)} batches"
+            settings |= {f"{name}.{key}": text for key, text in _of_loader(data).items() if text is not None}
+        elif isinstance(data, Tensor | np.ndarray):
+            settings[name] = checksum(data)
+        else:
+            settings[name] = None if data is None else _checksum_of(data)
+    return settings
+
+
+def _function_name(function: Callable | None) -> str | None:
+    function = getattr(function, "func", function)  # of a partial
+    return None if function is None else getattr(function, "__qualname__", type(function).__name__)
+
+
+def _of_loader(loader: DataLoader) -> dict[str, str | None]:
+    """What decides the batches of a loader, if it can be read without changing them."""
+    dataset: Any = loader.dataset
+    found: dict[str, str | None] = {
+        "drop_last": str(loader.drop_last),
+        "collate_fn": describe_callable(loader.collate_fn),
+        "sampler": type(loader.sampler).__name__,
+        "dataset": _checksum_of(dataset) or type(dataset).__name__,
+    }
+    for name, value in constants_of(loader.sampler).items():
+        if name != "data_source":
+            found[f"sampler.{name}"] = describe(value) or _checksum_of(value)
+    # With workers, a data set may open its files at its first reading, which must be the workers'.
+    if not loader.num_workers and not isinstance(dataset, IterableDataset):
+        found["dataset.items"] = _checksum_of(_items(dataset))
+    return found
+
+
+def _items(dataset: Any) -> list:
+    """The first, a middle and the last item of a data set; none if it does not give the same ones twice."""
+    kept = get_rng_state()
+    try:
+        places = sorted({0, len(dataset) // 2, len(dataset) - 1})
+        once, again = ([dataset[place] for place in places] for _ in range(2))
+        return once if _checksum_of(once) == _checksum_of(again) else []
+    except Exception:  # its items may go by other names than these
+        return []
+    finally:
+        set_rng_state(kept)
+
+
+def _checksum_of(thing: Any) -> str | None:
+    """A checksum of all arrays, numbers and text in lists, tuples, dicts and data sets; None if there are none."""
+    total, count = 0, 0
+    for leaf in _leaves(thing):
+        text = checksum(leaf) if isinstance(leaf, Tensor | np.ndarray) else repr(leaf)
+        total, count = zlib.crc32(text.encode(), total), count + 1
+    return f"checksum {total:08x} of {count} arrays, numbers or texts" if count else None
+
+
+def _leaves(thing: Any) -> Iterator[Any]:
+    if isinstance(thing, Tensor | np.ndarray):
+        every = max(1, thing.nbytes // _MOST_BYTES) if thing.ndim else 1
+        yield thing if every == 1 else thing[::every]
+    elif thing is None or isinstance(thing, bool | int | float | str | bytes):
+        yield thing
+    elif isinstance(thing, dict):
+        for key, value in thing.items():
+            yield str(key)
+            yield from _leaves(value)
+    elif isinstance(thing, list | tuple):
+        are_numbers = len(thing) > 0 and isinstance(thing[0], int | float)
+        for item in thing if are_numbers else thing[:: max(1, len(thing) // _MOST_ITEMS)]:
+            yield from _leaves(item)
+    elif callable(getattr(thing, "tobytes", None)):  # an image of Pillow, a number of NumPy
+        yield thing.tobytes()
+    elif isinstance(thing, Dataset):  # lists of other names may be caches, which fill
+        for name, value in sorted(getattr(thing, "__dict__", {}).items()):
+            if name in _LISTS or isinstance(value, Tensor | np.ndarray | Dataset):
+                yield from _leaves(value)
