@@ -15,13 +15,8 @@ from torch import Tensor
 from pyrovae.guides.contract import Guide, check_guide
 from pyrovae.programs.compiler import import_compiler
 from pyrovae.programs.extract import Extracted, extract
-from pyrovae.programs.modules import (
-    apart_from_handlers,
-    check_count,
-    checks_values,
-    evaluation_mode,
-    modules_behind,
-)
+from pyrovae.programs.modules import apart_from_handlers, check_count, checks_values
+from pyrovae.programs.reach import evaluation_mode, modules_behind
 
 __all__ = ["Refined"]
 

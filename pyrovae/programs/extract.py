@@ -34,7 +34,8 @@ from pyrovae.programs.compiler import (
     remove_damaged_library,
 )
 from pyrovae.programs.frozen import Comparison, refuse_captured_parameters, refuse_reading
-from pyrovae.programs.modules import modules_behind, without_checks
+from pyrovae.programs.modules import without_checks
+from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.signature import Last, kinds
 
 __all__ = ["Extracted", "all_ours", "extract"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrovae.programs.agreement import agree
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.masks import counted
-from pyrovae.programs.modules import changed_buffers
+from pyrovae.programs.reach import changed_buffers
 from pyrovae.programs.supports import num_parts
 from pyrovae.programs.traces import (
     InspectedPair,

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyrovae import distributed
-from pyrovae.programs.modules import check_program, modules_behind, plain_errors
+from pyrovae.programs.modules import check_program, plain_errors
+from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.progress import progress_bar
 from pyrovae.training.arguments import check_functions, check_numbers, checked_loss

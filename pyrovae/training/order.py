@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyrovae.programs.agreement import agree, in_float64
 from pyrovae.programs.auxiliary import is_delta
-from pyrovae.programs.modules import evaluation_mode
+from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.supports import innermost
 from pyrovae.programs.traces import Program, run_pair, sample_sites, site_log_prob
 

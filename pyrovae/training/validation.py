@@ -8,7 +8,7 @@ from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceTMC_ELBO
 from torch import Tensor
 
 from pyrovae.objectives.weighted import WeightObjective
-from pyrovae.programs.modules import evaluation_mode
+from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program
 from pyrovae.training.parts import parts_of
 
