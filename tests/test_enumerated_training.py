@@ -164,7 +164,7 @@ VECTORISED = {"vectorize_particles": True, "max_plate_nesting": 1}
         RenyiELBO(alpha=0.5, num_particles=3, **VECTORISED),
         pv.objectives.ImportanceWeighted(3),
     ],
-    ids=repr,
+    ids=lambda loss: type(loss).__name__,
 )
 @pytest.mark.filterwarnings("ignore:.*ound no sample sites")
 def test_the_elbo_of_other_losses(loss):
