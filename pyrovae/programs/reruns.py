@@ -131,7 +131,8 @@ def _same_density(pair: InspectedPair, values: dict[str, Tensor], data: Tensor |
         for name, site in sample_sites(pair.model_trace):
             if not site["is_observed"]:
                 replayed.add_node(name, **{**site, "value": changed.get(name, site["value"])})
-        trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, replayed)
+        with random_numbers_apart(*pair.values()):  # what the model draws out of sight is the same each time
+            trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, replayed)
         return log_joint_of(pair.layout, trace)[:, slice(None) if data is None else data]
 
     return torch.equal(density({}), density(values)) or agree(lambda: (density({}), density(values)), atol=_NEGLIGIBLE)

@@ -215,7 +215,7 @@ def site_log_prob(site: dict) -> Tensor:
         log_prob = distribution.log_prob(torch.where(supported[event], value, distribution.sample()))
     except NotImplementedError as error:
         raise ValueError(
-            f"the distribution of site '{site['name']}' ({innermost(distribution)}) has no log density of given values "
+            f"the distribution of site '{site['name']}' ({type(innermost(distribution)).__name__}) has no log density of given values "
             f"({error or type(error).__name__}), as one behind a transform that is no bijection (softmax) has none: take a "
             f"distribution that has one"
         ) from error
