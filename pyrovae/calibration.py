@@ -10,7 +10,8 @@ from torch import Tensor
 from pyrovae.annealing.simulation import simulate
 from pyrovae.guides.contract import Guide
 from pyrovae.programs.inspection import inspect_pair
-from pyrovae.programs.modules import check_count, evaluation_mode, map_tensors
+from pyrovae.programs.modules import check_count, map_tensors
+from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program, as_guide, sample_sites, trace_program
 from pyrovae.progress import progress_bar
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pyrovae.guides.contract import Guide
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
-from pyrovae.programs.modules import check_count, evaluation_mode
+from pyrovae.programs.modules import check_count
+from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program
 from pyrovae.progress import progress_bar
 from pyrovae.weights.blocks import log_weight_blocks, until_interrupted

@@ -14,7 +14,8 @@ from pyrovae.guides.contract import Guide, check_guide
 from pyrovae.guides.refinement import Refined
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.over_data import standard_error
-from pyrovae.programs.modules import check_count, evaluation_mode
+from pyrovae.programs.modules import check_count
+from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program
 from pyrovae.progress import progress_bar
 from pyrovae.weights.blocks import log_weights

@@ -10,7 +10,8 @@ from pyro.poutine.util import site_is_factor
 
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.programs.inspection import inspect_pair
-from pyrovae.programs.modules import check_count, evaluation_mode, import_arviz
+from pyrovae.programs.modules import check_count, import_arviz
+from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Layout, Program, as_guide, log_weights_of, run_pair, sample_sites, trace_program
 from pyrovae.progress import progress_bar
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyrovae.guides.contract import Guide
 from pyrovae.models.generative import LatentVariableModel
-from pyrovae.programs.modules import check_count, evaluation_mode
+from pyrovae.programs.modules import check_count
+from pyrovae.programs.reach import evaluation_mode
 
 __all__ = ["attribute_direction", "edit", "embed", "interpolate", "reconstruct", "sample_posterior", "traverse"]
 

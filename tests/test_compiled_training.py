@@ -233,6 +233,7 @@ def test_a_parameter_of_no_module_runs_eagerly(caplog):
     layer = nn.Linear(12, 1)
 
     def guide(x):
+        pyro.module("layer", layer)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(layer(x.flatten(1)).squeeze(-1), 1.0))
 
@@ -249,6 +250,7 @@ def test_draws_without_a_reparameterisation_run_eagerly(caplog):
         has_rsample = False
 
     def guide(x):
+        pyro.module("layer", layer)
         with pyro.plate("data", len(x)):
             pyro.sample("z", Coarse(layer(x.flatten(1)), 1.0).to_event(1))
 

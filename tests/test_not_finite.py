@@ -159,3 +159,37 @@ def test_on_a_gpu(compile, tmp_path):
     with pytest.raises(NotFiniteError, match=r"for train\[17\] \(1 of the batch\)"):
         pv.fit(*bad, marked_data(), epochs=9, compile=compile, checkpoint=tmp_path / "run.pt", **OPTIONS)
     assert all(parameter.isfinite().all() for module in bad for parameter in module.parameters())
+
+
+def a_table(num_columns):
+    model = pv.GenerativeModel(
+        pv.priors.StandardNormal(2),
+        pv.likelihoods.LearnedScaleNormal(pv.nets.MLP(2, [16], num_columns), (num_columns,)),
+    )
+    return model, pv.guides.MeanFieldNormal(pv.nets.MLP(num_columns, [16]), latent_dim=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (lambda: torch.randn(100, 5) * 1e3, r"and standard deviation (9\d\d|1(\.\d+)?e\+03), from"),
+        (lambda: torch.randn(100, 5) + 1e4, r"have mean 1e\+04 and standard deviation"),
+        (lambda: torch.cat([torch.randn(100, 4), 1e5 * torch.rand(100, 1)], 1), r"to (9[\d.]*e\+04|1e\+05): scale"),
+    ],
+)
+def test_the_first_step_is_not_the_learning_rates(data, said):
+    """Data that nobody scaled: nothing was learned yet, so the advice is to scale them, with what was found."""
+    pair = a_table(5)
+    before = parameters(*pair)
+    with pytest.raises(NotFiniteError, match=said) as caught:
+        pv.fit(*pair, data(), epochs=1, progress=False)
+    assert "scale the data, (x - x.mean(0)) / x.std(0)" in str(caught.value)
+    assert "learning rate is not the cause" in str(caught.value)
+    assert "clip_norm" not in str(caught.value)
+    assert same(before, parameters(*pair))
+
+
+def test_once_something_was_learned_it_may_be_the_learning_rate():
+    with pytest.raises(NotFiniteError, match=r"epoch 2.*lower the learning rate \(.* clip gradients") as caught:
+        pv.fit(*pair_with(nan_in_features, 3), marked_data(), epochs=3, **OPTIONS)
+    assert "scale the data" not in str(caught.value)

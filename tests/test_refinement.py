@@ -180,7 +180,7 @@ def test_nothing_else_changes(linear_gaussian):
     )
     assert all(module.training for module in model.modules())
     guide.train()
-    with torch.no_grad(), pv.programs.modules.evaluation_mode(refined):
+    with torch.no_grad(), pv.programs.reach.evaluation_mode(refined):
         encoded = refined.encode(x)
     assert not encoded.requires_grad
     assert torch.equal(torch.get_rng_state(), random_state)

@@ -12,6 +12,7 @@ import torch
 from hidden_programs import Holder, Module, Network, Plain, Slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 import pyrovae as pv
@@ -276,6 +277,38 @@ def test_one_warning_for_each_program_at_the_users_line():
     assert [warning.filename for warning in caught] == [__file__]
     with pytest.warns(UserWarning, match="once"):
         warn_once(Holder(None), "once")
+
+
+@pytest.mark.parametrize("declare", ["pyro.module", "PyroParam", "PyroModule"])
+def test_parameters_of_another_model_are_not_evaluated(declare):
+    """Pyro's store hands a second model of the same names the first one's parameters."""
+
+    class Learned(PyroModule):
+        def __init__(self, value):
+            super().__init__()
+            if declare == "PyroParam":
+                self.loc = PyroParam(torch.tensor(value))
+            else:
+                self.loc = nn.Parameter(torch.tensor(value))
+
+        def forward(self, x):
+            if declare == "pyro.module":
+                pyro.module("learned", self)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(self.loc, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(4)
+    first, second = Learned(0.0), Learned(3.0)
+    expected = pv.log_marginal_likelihood(first, normal_guide, x, num_particles=20_000).mean
+    assert abs(expected - dist.Normal(0.0, 2**0.5).log_prob(x).mean()) < 0.05
+    if declare != "PyroParam":  # plain parameters are not taken from the store
+        found = pv.log_marginal_likelihood(second, normal_guide, x, num_particles=20_000).mean
+        assert abs(found - dist.Normal(3.0, 2**0.5).log_prob(x).mean()) < 0.5
+    else:
+        with pytest.raises(ValueError, match="other parameters than their own"):
+            pv.log_marginal_likelihood(second, normal_guide, x, num_particles=20_000)
+    assert next(second.parameters()).item() == 3.0
 
 
 @pytest.mark.parametrize("number", [10**15, 10**19])

@@ -15,6 +15,7 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.checkpoint.files import read
 from pyrovae.programs.extract import Extracted
+from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam
 from pyrovae.training.steps import Steps
 
@@ -190,14 +191,39 @@ def test_an_infinite_loss_with_finite_gradients_is_not_taken():
             OneAdam.__call__ = original
 
 
-def test_a_data_set_of_one_bad_batch_has_no_numbers():
+@pytest.mark.parametrize(("num_data", "epochs", "at"), [(10, 1, (1, 1)), (10, 5, (2, 1)), (30, 5, (1, 3))])
+def test_a_run_without_a_step_is_no_training(num_data, epochs, at):
+    """One bad step may be an accident: the next epoch is waited for."""
+    x = binary(num_data)
+    x[:, 0, 0, 0] = torch.nan
+    pair = make()
+    before = parameters(*pair)
+    match = (
+        "no step of this run was made, and nothing was trained.*the data themselves are not finite.*fill in what is not"
+    )
+    with pytest.raises(NotFiniteError, match=match) as caught:
+        pv.fit(*pair, x, epochs=epochs, max_skipped_steps=1000, **OPTIONS)
+    assert (caught.value.epoch, caught.value.step) == at
+    assert same(before, parameters(*pair))
+
+
+def test_an_epoch_without_a_step_has_no_numbers():
+    class Lost(Trace_ELBO):
+        calls = 0
+
+        def loss_and_grads(self, *arguments):
+            Lost.calls += 1
+            value = super().loss_and_grads(*arguments)
+            return float("inf") if Lost.calls == 1 else value
+
     x = binary(10)
-    x[2, 0, 0, 0] = torch.nan
-    result = pv.fit(*make(), x, epochs=2, max_skipped_steps=2, **OPTIONS)
-    assert [str(row["objective"]) + str(row["elbo"]) for row in result.history] == ["nannan"] * 2
+    result = pv.fit(*make(), x, epochs=3, max_skipped_steps=2, loss=Lost(), **OPTIONS)
+    assert str(result.history[0]["objective"]) + str(result.history[0]["elbo"]) == "nannan"
+    assert [row["skipped_steps"] for row in result.history] == [1, 0, 0]
     file = io.StringIO()
     writer = csv.DictWriter(file, result.history[0])
     writer.writerows(result.history)
+    x[2, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="0 or 1, found nan"):  # the first step looks at the data
         pv.log_marginal_likelihood(*make(), x, num_particles=2)
 

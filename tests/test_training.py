@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -285,7 +286,23 @@ def test_fit_refuses():
         ({"epochs": 1.5}, TypeError, "epochs must be a whole number"),
         ({"batch_size": -1}, ValueError, "batch_size must be 1 or more"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive"),
+        ({"learning_rate": "1e-3"}, TypeError, "learning_rate must be a number, found '1e-3'"),
+        ({"clip_norm": True}, TypeError, "clip_norm must be a number, found True"),
         ({"loss": "elbo"}, TypeError, "pyro.infer.ELBO"),
+        ({"loss": Trace_ELBO}, TypeError, r"loss must be a pyro.infer.ELBO, Trace_ELBO\(\) for instance"),
+        (
+            {"schedule": "plateau"},
+            TypeError,
+            "schedule must be a function from the fraction .* 'plateau' cannot be called",
+        ),
+        (
+            {"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau},
+            TypeError,
+            "schedule must be a function .* raises TypeError when called with 0.5",
+        ),
+        ({"schedule": lambda done: "half"}, TypeError, "schedule must be a function .* raises ValueError"),
+        ({"transform": "binarize"}, TypeError, "transform must be a function of a batch, or None; found 'binarize'"),
+        ({"device": "gpu"}, ValueError, "device must be 'auto', 'cpu' or 'cuda'.*found 'gpu'"),
         (
             {"loss": JitTrace_ELBO()},
             TypeError,
@@ -302,6 +319,37 @@ def test_fit_refuses():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="finds no GPU"):
             pv.fit(model, guide, x, device="cuda", progress=False)
+
+
+def test_numbers_of_numpy(tmp_path):
+    """They train as Python's do, and a checkpoint holds them as such."""
+    runs = []
+    for number, real in ((lambda n: n, float), (np.int64, np.float64), (np.int32, np.float32)):
+        pyro.set_rng_seed(1)
+        pair = make()
+        options = {"checkpoint": tmp_path / f"{real.__name__}.pt", "progress": False}
+        pv.fit(
+            *pair,
+            binary(),
+            epochs=2,
+            learning_rate=real(0.25),
+            clip_norm=real(2),
+            schedule=lambda done, one=number(1): one,
+            **options,
+        )
+        pv.fit(
+            *make(),
+            binary(),
+            epochs=2,
+            learning_rate=0.25,
+            clip_norm=2.0,
+            schedule=lambda done: 1,
+            resume=True,
+            **options,
+        )
+        runs.append(parameters(*pair))
+    assert same(runs[0], runs[1])
+    assert same(runs[0], runs[2])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():

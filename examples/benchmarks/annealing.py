@@ -70,7 +70,7 @@ def refining(model: str, data, repeats: int, *, compile: bool) -> Callable[[], f
     import torch
 
     from pyrovae.guides import Refined
-    from pyrovae.programs.modules import evaluation_mode
+    from pyrovae.programs.reach import evaluation_mode
 
     program, guide = programs.ours(model, data)
     refined = Refined(guide, program, repeats, num_particles=DRAWS)
@@ -94,7 +94,8 @@ def gradients(model: str, data, repeats: int, inductor: bool | None) -> Callable
     import torch
 
     from pyrovae.annealing.potential import Potential, prior_of
-    from pyrovae.programs.modules import evaluation_mode, modules_behind, without_checks
+    from pyrovae.programs.modules import without_checks
+    from pyrovae.programs.reach import evaluation_mode, modules_behind
     from pyrovae.weights.pair import Pair
 
     program, _ = programs.ours(model, data)

@@ -10,7 +10,8 @@ import torch
 from pyrovae.annealing.chains import Kernels, num_pilot_kernels, tune
 from pyrovae.annealing.potential import Potential
 from pyrovae.programs.extract import Extracted, all_ours
-from pyrovae.programs.modules import check_count, modules_behind, warn_once
+from pyrovae.programs.modules import check_count, warn_once
+from pyrovae.programs.reach import modules_behind
 from pyrovae.progress import progress_bar
 from pyrovae.weights.pair import Pair
 from pyrovae.weights.recorded import pays_off

@@ -13,7 +13,8 @@ from pyrovae.annealing.potential import prior_of
 from pyrovae.annealing.result import BidirectionalMonteCarlo
 from pyrovae.annealing.simulation import exact_draws, first_data, simulate
 from pyrovae.marginal_likelihood import LogMarginalLikelihood
-from pyrovae.programs.modules import evaluation_mode, map_tensors
+from pyrovae.programs.modules import map_tensors
+from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program, sample_sites
 from pyrovae.weights.blocks import until_interrupted
 from pyrovae.weights.pair import Pair

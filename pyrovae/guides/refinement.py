@@ -13,14 +13,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrovae.guides.contract import Guide, check_guide
+from pyrovae.programs.compiler import import_compiler
 from pyrovae.programs.extract import Extracted, extract
-from pyrovae.programs.modules import (
-    apart_from_handlers,
-    check_count,
-    checks_values,
-    evaluation_mode,
-    modules_behind,
-)
+from pyrovae.programs.modules import apart_from_handlers, check_count, checks_values
+from pyrovae.programs.reach import evaluation_mode, modules_behind
 
 __all__ = ["Refined"]
 
@@ -123,6 +119,7 @@ class Refined(Guide):
             repeated = x.clone().repeat(self.num_particles, *(1 for _ in x.shape[1:]))
             gradient = self._gradient_at(parameters, repeated)
             # A short memory: the large gradients of a bad start must not make the later steps small.
+            import_compiler()
             adam = torch.optim.Adam([parameters], lr=self.learning_rate, betas=(0.9, 0.95))
             for step in range(self.num_steps):
                 adam.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.num_steps)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyrovae.likelihoods.contract import Likelihood
 from pyrovae.priors.contract import Prior
-from pyrovae.programs.modules import check_count, checks_values, emit_parameters, evaluation_mode
+from pyrovae.programs.modules import check_count, checks_values, emit_parameters
+from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.specification import Part
 
 __all__ = ["GenerativeModel", "LatentVariableModel", "check_decoder"]

@@ -24,7 +24,7 @@ from pyrovae.models.layers import Chain, ConditionalNormal
 from pyrovae.nets.mlp import MLP
 from pyrovae.priors.contract import Prior
 from pyrovae.priors.densities import StandardNormal
-from pyrovae.programs.modules import evaluation_mode
+from pyrovae.programs.reach import evaluation_mode
 
 __all__ = ["BottomUpGuide", "HierarchicalModel", "TopDownGuide", "two_layer_vae"]
 

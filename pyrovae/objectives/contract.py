@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pyrovae.objectives.particles import Run, draw_runs
 from pyrovae.programs.inspection import layout_for_training
-from pyrovae.programs.modules import check_count, checks_values, evaluation_mode, map_tensors
+from pyrovae.programs.modules import check_count, checks_values, map_tensors
+from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Layout, Program, as_guide, sample_sites
 from pyrovae.weights.particles import reason_to_loop
 

@@ -19,8 +19,8 @@ __all__ = ["agree", "in_float64"]
 _LOW = {torch.float32, torch.float16, torch.bfloat16}
 
 
-def agree(both: Callable[[], tuple[Tensor, Tensor]]) -> bool:
-    """Whether the two log weights that `both()` gives are the same up to rounding."""
+def agree(both: Callable[[], tuple[Tensor, Tensor]], *, atol: float = 0.0) -> bool:
+    """Whether the two log weights that `both()` gives are the same up to rounding, or to `atol` nats if that is more."""
     try:
         with in_float64():
             first, second = both()
@@ -32,7 +32,7 @@ def agree(both: Callable[[], tuple[Tensor, Tensor]]) -> bool:
     scale = max(1.0, finite.abs().max().item()) if len(finite) else 1.0
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (first, second))
     tolerance = scale * (256 * eps if eps > 1e-12 else eps**0.5)
-    return torch.allclose(first.double(), second.double(), rtol=0.0, atol=tolerance)
+    return torch.allclose(first.double(), second.double(), rtol=0.0, atol=max(tolerance, atol))
 
 
 class in_float64(TorchDispatchMode):

@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyrovae.programs.supports import innermost
+from pyrovae.programs.supports import innermost, support_of
 from pyrovae.programs.traces import Layout, Program, sample_sites, site_log_prob, spread, trace_program
 
 __all__ = ["is_delta", "refuse_other_dimensions", "refuse_point_masses", "refuse_wrong_stretches"]
@@ -85,7 +85,8 @@ def refuse_wrong_stretches(
     carried = [name for name, site in sample_sites(guide_trace) if is_delta(site) and name in latents]
     auxiliary = [n for n, s in sample_sites(guide_trace) if s["infer"].get("is_auxiliary") and not is_delta(s)]
     sites = [*map(guide_trace.nodes.__getitem__, auxiliary), *map(latents.__getitem__, carried)]
-    if not carried or any(site["fn"].support.is_discrete for site in sites):
+    supports = [support_of(site["fn"]) for site in sites]
+    if not carried or any(support is None or support.is_discrete for support in supports):
         return
     if layout.dim is None:  # a sequential plate is taken as one datum
         layout = layout._replace(plate=None, num_data=1)
@@ -171,7 +172,7 @@ def _log_stretch(free: Tensor, site: dict, layout: Layout) -> Tensor:
 
 def _dimensions(site: dict) -> int:
     """How many unconstrained numbers a site draws."""
-    support = site["fn"].support
-    if support.is_discrete:
+    support = support_of(site["fn"])
+    if support is None or support.is_discrete:
         return site["value"].numel()
     return math.prod(biject_to(support).inverse_shape(site["value"].shape))

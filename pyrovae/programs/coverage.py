@@ -20,7 +20,7 @@ from torch.distributions import constraints
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.masks import counted
 from pyrovae.programs.reruns import random_numbers_apart
-from pyrovae.programs.supports import innermost, is_angle, is_angle_or_direction, is_possible, num_parts
+from pyrovae.programs.supports import innermost, is_angle, is_angle_or_direction, is_possible, num_parts, support_of
 from pyrovae.programs.traces import (
     InspectedPair,
     Layout,
@@ -71,7 +71,7 @@ def refuse_mass_against_density(model_trace: poutine.Trace, guide_trace: poutine
 
 
 def _is_discrete(distribution: Any) -> bool | None:
-    support = _support_of(distribution)
+    support = support_of(distribution)
     return None if support is None else bool(support.is_discrete)
 
 
@@ -142,7 +142,7 @@ def _refuse_uncovered_draws(pair: InspectedPair, prior_traces: Sequence[poutine.
             share = ((mass > -torch.inf) & (evidence > -torch.inf)).double().mean()
             raise ValueError(
                 f"the guide does not cover the prior at site '{name}': for {share:.0%} of the data, draws of the prior lie where "
-                f"the guide gives no mass (its support: {_support_of(pair.guide_trace.nodes[name]['fn'])}) and the data are "
+                f"the guide gives no mass (its support: {support_of(innermost(pair.guide_trace.nodes[name]['fn']))}) and the data are "
                 f"possible, and what is never proposed is never counted; give the guide the support of the prior, or of the "
                 f"posterior"
             )
@@ -285,8 +285,8 @@ def _refuse_uncovered_ranges(pair: InspectedPair, name: str) -> None:
         share = (missed - torch.logaddexp(missed, found)).exp().nan_to_num(0.0).max().item()
         if share > math.exp(_LOG_SHARE):
             raise ValueError(
-                f"the guide does not cover the prior at site '{name}': its support is {_support_of(proposal)}, the prior's "
-                f"{_support_of(prior)}, and about {share:.2g} of p(x) lies between them, for one datum at least; what is never "
+                f"the guide does not cover the prior at site '{name}': its support is {support_of(proposal)}, the prior's "
+                f"{support_of(prior)}, and about {share:.2g} of p(x) lies between them, for one datum at least; what is never "
                 f"proposed is never counted, so give the guide the support of the prior, or of the posterior"
             )
 
@@ -333,7 +333,7 @@ def _bounds(distribution: Any) -> tuple[Tensor, Tensor] | None:
     """(lower, upper) of the numbers that a distribution draws; None if its support is of another kind."""
     if is_angle(distribution):
         return torch.tensor(-math.pi), torch.tensor(math.pi)
-    support = _support_of(distribution)
+    support = support_of(innermost(distribution))
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     if support is constraints.real:
@@ -346,10 +346,3 @@ def _bounds(distribution: Any) -> tuple[Tensor, Tensor] | None:
         torch.as_tensor(torch.inf if upper is None else upper),
     )
     return low, high
-
-
-def _support_of(distribution: Any) -> Any:
-    try:
-        return innermost(distribution).support
-    except (AttributeError, NotImplementedError):
-        return None

@@ -14,21 +14,28 @@ are left out: whoever records a program runs it eagerly first.
 
 import inspect
 import logging
-import os
-import re
+import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy
 import pyro
 import torch
 from torch import Tensor, nn
 
-from pyrovae.programs.frozen import refuse_captured_parameters, refuse_frozen_values, turned
-from pyrovae.programs.modules import modules_behind, without_checks
+from pyrovae.programs.compiler import (
+    compiled_by_inductor,
+    import_compiler,
+    refuse_unwritable_cache,
+    remove_damaged_library,
+)
+from pyrovae.programs.frozen import Comparison, refuse_captured_parameters, refuse_reading
+from pyrovae.programs.modules import without_checks
+from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.signature import Last, kinds
 
 __all__ = ["Extracted", "all_ours", "extract"]
@@ -75,25 +82,18 @@ def extract(
         try:
             extracted.at(*examples)
         except Exception as error:
-            if not _remove_damaged_library(error):
+            if not (inductor and remove_damaged_library(error)):
                 raise
             extracted.at(*examples)
     except Exception as error:  # whatever stands in the way: the eager program is always there
-        reason = str(error).strip().partition("\n")[0]
-        _logger.warning("runs eagerly: recording and compiling failed (%s: %s)", type(error).__name__, reason)
+        _say_why(error)
         return None
     return extracted
 
 
-def _remove_damaged_library(error: Exception) -> bool:
-    """Whether a library in Inductor's cache was in the way, as a process killed while it compiled leaves one; it is removed."""
-    from torch._inductor.codecache import cache_dir
-
-    found = re.search(rf"{re.escape(cache_dir())}[^\s:]*\.so", str(error))
-    if found is None or not os.path.exists(found[0]):
-        return False
-    os.unlink(found[0])
-    return True
+def _say_why(error: Exception) -> None:
+    reason = str(error).strip().partition("\n")[0]
+    _logger.warning("runs eagerly: recording and compiling failed (%s: %s)", type(error).__name__, reason)
 
 
 class Extracted:
@@ -101,11 +101,11 @@ class Extracted:
 
     Called with tensors, it answers with the outputs and the gradients, in the order of `parameters` (None for a parameter
     that has none; no gradients unless asked for). Another signature (shapes, strides, dtypes, devices, modes) is recorded anew; the
-    last `CAPACITY` recordings are kept.
+    last `CAPACITY` recordings are kept. If that fails, calls with this signature run the function itself, and the log says so.
     """
 
     CAPACITY = 8
-    compiler = staticmethod(lambda graph: _inductor(graph))
+    compiler = staticmethod(compiled_by_inductor)
 
     def __init__(
         self, function: Callable[..., tuple[Tensor, ...]], modules: Sequence[nn.Module], gradients: bool, inductor: bool
@@ -141,11 +141,25 @@ class Extracted:
         signature = self._signature((*tensors, *state.values()))
         run = self._recorded.get(signature)
         if run is None:
-            run = self._recorded[signature] = self._record(tensors, state)
+            try:
+                run = self._record(tensors, state)
+            except Exception as error:
+                if not self.num_recordings:
+                    raise
+                _say_why(error)  # the caller counts on a recording, and is in the middle of its work
+                run = self._run_eagerly
+            self._recorded[signature] = run
             if len(self._recorded) > self.CAPACITY:
                 self._recorded.popitem(last=False)
         self._recorded.move_to_end(signature)
         return Last(self.modules, tensors, run, list(state.values()))
+
+    def _run_eagerly(self, tensors: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+        leaves = self.parameters if self.gradients else []
+        with torch.set_grad_enabled(self.gradients):
+            outputs = self.function(*tensors)
+            gradients = torch.autograd.grad(outputs[0], leaves, allow_unused=True) if leaves else ()
+        return [output.detach() for output in outputs], list(gradients)
 
     def _signature(self, tensors: Sequence[Tensor]) -> tuple:
         modes = tuple(module.training for module in self.modules.modules())
@@ -153,10 +167,12 @@ class Extracted:
         return modes, trained, *kinds(tensors)
 
     def _record(self, tensors: Sequence[Tensor], state: dict[str, Tensor]) -> Callable:
+        import_compiler()
+        if self.inductor:
+            refuse_unwritable_cache()
         from torch.fx.experimental.proxy_tensor import make_fx  # a second to import, so not with the library
 
         names = list(state)
-        parameters = {name for name, parameter in self.modules.named_parameters() if parameter.is_floating_point()}
         trained = {name for name, parameter in self.modules.named_parameters() if parameter.requires_grad}
         has_gradient: list[bool] = []
 
@@ -184,34 +200,19 @@ class Extracted:
             has_gradient[:] = [gradient is not None for gradient in gradients]
             return [*(o.detach() for o in outputs), *(g for g in gradients if g is not None)]
 
-        # Recording is a run: it must not use up random numbers, nor leave its traces in the buffers.
-        values = [tensor.clone() for tensor in state.values()]
-        devices = list({tensor.device for tensor in (*tensors, *values) if tensor.is_cuda})
-        with torch.random.fork_rng(devices), pyro.validation_enabled(False), without_checks(), torch.no_grad():
-            # Each an alias of its own: two arguments that are one tensor now may be two at the next call.
-            graph = make_fx(flat)([tensor.detach() for tensor in tensors], values)
-        refuse_captured_parameters(graph)
-        compiled = self.compiler(graph) if self.inductor else graph
-
-        def apart(program: Callable, noise: int, elsewhere: bool) -> list[Tensor]:
-            """The outputs under noise, or at data and parameters as well, that are not those of the recording."""
-            given = [turned(tensor) for tensor in tensors] if elsewhere else list(tensors)
-            at = [
-                tensor * 1.01 + 0.001 if elsewhere and name in parameters else tensor.clone()
-                for name, tensor in state.items()
-            ]
-            quietly = (pyro.validation_enabled(False), without_checks(), torch.no_grad(), _quiet())
-            with torch.random.fork_rng(devices), ExitStack() as stack:
-                for context in quietly:
-                    stack.enter_context(context)
-                for device in (torch.device("cpu"), *devices):
-                    torch.rand(1000 * noise, device=device)
-                results = program(given, at)
-            return results[: len(results) - sum(has_gradient)]
-
-        # Compiles now, so that it fails here if it must.
-        for elsewhere in (False, True):
-            refuse_frozen_values(apart(compiled, 1, elsewhere), apart(flat, 1, elsewhere), apart(flat, 2, elsewhere))
+        # Each an alias of its own: two arguments that are one tensor now may be two at the next call.
+        given = [tensor.detach() for tensor in tensors]
+        devices = list({tensor.device for tensor in (*tensors, *state.values()) if tensor.is_cuda})
+        with _unseen(devices), Comparison(self._run_eagerly, self.modules, given, state, devices) as comparison:
+            comparison.check_program()
+            with comparison.noise(0), refuse_reading():
+                graph = make_fx(flat)(given, [tensor.clone() for tensor in state.values()])
+            refuse_captured_parameters(graph)
+            comparison.check_recording(graph)
+            compiled: Callable = graph
+            if self.inductor:
+                compiled = self.compiler(graph)
+                comparison.check_compiled(graph, compiled)  # compiles now, so that it fails here if it must
         self.num_recordings += 1
 
         def run(tensors: Sequence[Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -222,19 +223,6 @@ class Extracted:
             return list(results[:num_outputs]), [next(gradients) if there else None for there in has_gradient]
 
         return run
-
-
-def _inductor(graph: torch.fx.GraphModule) -> Callable:
-    # The eager generator, and its draws in the eager order, so that the noise is that of the eager program: in torch 2.11
-    # both passes that reorder operations move draws past each other.
-    options: dict[str, Any] = {
-        "fallback_random": True,
-        "reorder_for_locality": False,
-        "reorder_for_peak_memory": False,
-        # `Extracted` has compared with the recording whatever a guard would look at.
-        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-    }
-    return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
 
 
 class _Caller(nn.Module):
@@ -253,14 +241,26 @@ def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's note that a machine without a GPU has none, and its warnings about its own deprecated parts."""
+def _unseen(devices: list[torch.device]) -> Iterator[None]:
+    """Run programs only to look at them: no checks, no gradients, no random numbers used up, no words of torch's.
+
+    torch notes that a machine without a GPU has none, and warns about its own deprecated parts.
+    """
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
+    of_python, of_numpy = random.getstate(), numpy.random.get_state()  # noqa: NPY002
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with (
+            torch.random.fork_rng(devices),
+            pyro.validation_enabled(False),
+            without_checks(),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        random.setstate(of_python)
+        numpy.random.set_state(of_numpy)  # noqa: NPY002

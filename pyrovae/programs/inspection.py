@@ -17,7 +17,7 @@ from torch.distributions import constraints
 
 from pyrovae.programs.auxiliary import refuse_other_dimensions, refuse_point_masses, refuse_wrong_stretches
 from pyrovae.programs.coverage import refuse_mass_against_density, refuse_turns, refuse_uncovered
-from pyrovae.programs.modules import find_modules
+from pyrovae.programs.reach import find_modules, replaced_parameters
 from pyrovae.programs.reruns import refuse_coupled_data, refuse_influence_of_masked, refuse_other_reruns
 from pyrovae.programs.supports import innermost, possible_elements
 from pyrovae.programs.traces import (
@@ -51,6 +51,12 @@ def inspect_pair(
     with find_modules():  # those that are called and that nothing in the programs' reach refers to
         model_trace, guide_trace = run_pair(model, guide, args, kwargs)
         prior_trace = _prior_trace(model, args, kwargs, model_trace)
+    if replaced := replaced_parameters():
+        raise ValueError(
+            f"running the programs gives modules other parameters than their own ({', '.join(replaced[:3])}), those of an earlier "
+            f"model that Pyro's store has under these names; they were put back. Clear the store, pyro.clear_param_store(), "
+            f"or give the modules names of their own"
+        )
     _refuse_enumeration(prior_trace, guide_trace)
     _refuse_mismatched_sites(model_trace, guide_trace, prior_trace)
     refuse_point_masses(guide, guide_trace, args, kwargs)

@@ -1,4 +1,4 @@
-"""What a recording was made for, and whether modules and arguments are still that."""
+"""What a recording was made for, whether modules and arguments are still that, and how modules are put back."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Last", "kinds"]
+__all__ = ["Kept", "Last", "kinds"]
 
 
 class Last:
@@ -48,3 +48,49 @@ def kinds(tensors: Sequence[Tensor]) -> tuple:
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
     )
     return kinds, torch.get_default_dtype(), autocast
+
+
+class Kept:
+    """The state of modules, to be put back after a program was run only to look at it."""
+
+    def __init__(self, modules: nn.ModuleList):
+        self.modules = modules
+        self.slots = [_keep(held) for module in modules.modules() for held in (module._parameters, module._buffers)]
+        self.others = [_keep(vars(module)) for module in modules.modules()]
+        tensors = (*modules.parameters(), *modules.buffers())
+        self.values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        plain = (value for _, before in self.others for value in before.values() if isinstance(value, Tensor))
+        self.other_values = [(tensor, tensor.detach().clone()) for tensor in plain]
+
+    def put_back_state(self) -> None:
+        """Give parameters and buffers the values they had, and leave everything else as it is."""
+        _put_back(self.slots, self.values)
+
+    def put_back(self) -> None:
+        """Give parameters, buffers and attributes the values they had."""
+        _put_back(self.others, self.other_values)
+        self.put_back_state()
+
+    def attributes(self) -> dict[str, Any]:
+        """The numbers and tensors that modules hold beside parameters and buffers, as they are now."""
+        return {
+            f"{path}.{name}".removeprefix("."): value.detach().clone() if isinstance(value, Tensor) else value
+            for path, module in self.modules.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, bool | int | float | str | Tensor)
+        }
+
+
+def _keep(held: Any) -> tuple[Any, dict[str, Any]]:
+    return held, dict(held.items())
+
+
+@torch.no_grad()
+def _put_back(dictionaries: list[tuple[Any, dict[str, Any]]], values: list[tuple[Tensor, Tensor]]) -> None:
+    for held, before in dictionaries:
+        if [*map(id, held.values())] != [*map(id, before.values())] or list(held) != list(before):
+            held.clear()
+            held.update(before)
+    for tensor, value in values:
+        if not torch.equal(tensor, value):
+            tensor.copy_(value)

@@ -18,6 +18,7 @@ __all__ = [
     "masks_of",
     "num_parts",
     "possible_elements",
+    "support_of",
     "supported_elements",
 ]
 
@@ -49,6 +50,14 @@ def is_angle_or_direction(distribution: Any) -> bool:
     return isinstance(distribution, _ANGLES_AND_DIRECTIONS) or any(
         is_angle_or_direction(part) for part in parts if isinstance(part, torch.distributions.Distribution)
     )
+
+
+def support_of(distribution: Any) -> Any:
+    """The support of a distribution; None if it tells none (`ZukoToPyro`)."""
+    try:
+        return distribution.support
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def is_angle(distribution: Any) -> bool:

@@ -1,16 +1,20 @@
 """Where the batches of an epoch come from: a tensor, held on the device whole, or a `DataLoader`, for more than memory holds."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from pyrovae import distributed
 
 __all__ = ["Batches", "batches_of", "check_data"]
+
+_FEW = 12
+Transform = Callable[[Any], Tensor] | None
 
 
 class Batches(ABC):
@@ -20,6 +24,8 @@ class Batches(ABC):
     full_size: how many of a full batch are this process's
     device: where they are
     name: whose positions are given
+    transform: what is still to be done to a batch at each use
+    in_one_order: whether each datum has the same place in the batch at every step
     """
 
     name: str
@@ -28,6 +34,8 @@ class Batches(ABC):
     full_size: int
     per_epoch: int
     device: torch.device
+    transform: Transform
+    in_one_order: bool
 
     @abstractmethod
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -40,54 +48,84 @@ class Batches(ABC):
 
 def check_data(name: str, data: Any) -> None:
     """Raise ValueError for what is not a tensor of data."""
-    if not isinstance(data, Tensor) or data.ndim < 1 or len(data) == 0:
-        found = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
-        raise ValueError(f"{name} must be a tensor of at least one datum, found {found}")
+    if isinstance(data, Tensor) and data.ndim > 0 and len(data) > 0:
+        return
+    if isinstance(data, Tensor):
+        found, remedy = f"one of shape {tuple(data.shape)}", ""
+    else:
+        found, remedy = (
+            f"a {type(data).__name__}",
+            f": torch.as_tensor({name}, dtype=torch.float32) makes one of an array",
+        )
+        if isinstance(data, Dataset | DataLoader):
+            loader = f", as DataLoader({name}, batch_size=200, shuffle=True)" if name == "train" else ""
+            remedy = f"{' or a DataLoader' * bool(loader)}{loader}"
+        elif isinstance(getattr(data, name, None), Tensor):  # the splits of a data set
+            remedy = f": pass its .{name}"
+        elif hasattr(data, "to_numpy"):
+            remedy = f": torch.as_tensor({name}.to_numpy(), dtype=torch.float32) makes one of a table"
+    raise ValueError(f"{name} must be a tensor of at least one datum, found {found}{remedy}")
 
 
-def batches_of(train: Any, batch_size: int | None, device: torch.device) -> Batches:
+def batches_of(train: Any, batch_size: int | None, transform: Transform, device: torch.device) -> Batches:
     """The batches of a tensor of data, in memory, or of a `DataLoader`.
 
     Raises TypeError for a loader that does not tell its length, ValueError for one without batches, with a batch size beside
     it, or unlike that of another process; and for batches of a tensor too small for the number of processes.
     """
     if isinstance(train, DataLoader):
-        return _Loaded(train, batch_size, device)
-    return _InMemory(train, 200 if batch_size is None else batch_size, device)
+        return _Loaded(train, batch_size, transform, device)
+    return _InMemory(train, 200 if batch_size is None else batch_size, transform, device)
 
 
 class _InMemory(Batches):
     name = "train"
+    in_one_order = False
 
-    def __init__(self, train: Tensor, batch_size: int, device: torch.device):
-        distributed.check_shares(len(train), batch_size)
-        self.train, self.device = train.to(device), device
+    def __init__(self, train: Tensor, batch_size: int, transform: Transform, device: torch.device):
+        self.sizes = _sizes(len(train), batch_size)
+        joined = batch_size > 1 and self.sizes[-1] == batch_size + 1
+        distributed.check_shares(len(train) - joined, batch_size)
+        self.train, self.transform, self.device = train.to(device), transform, device
         self.num_data, self.batch_size = len(train), batch_size
         self.full_size = len(distributed.share(torch.arange(batch_size)))
-        self.per_epoch = -(-len(train) // batch_size)
+        self.per_epoch = len(self.sizes)
 
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         shuffled = torch.randperm(self.num_data, device=self.device)
         distributed.same_everywhere([shuffled])
-        for index in shuffled.split(self.batch_size):
+        for index in shuffled.split(self.sizes):
             yield self.train, distributed.share(index)
 
     def example(self) -> tuple[Tensor, Tensor]:
         return self.train, torch.arange(self.batch_size, device=self.device).clamp_max(self.num_data - 1)
 
 
+def _sizes(num_data: int, batch_size: int) -> list[int]:
+    """Of the batches of an epoch. A single datum left over joins the batch before: BatchNorm needs two to train.
+
+    >>> _sizes(23, 10), _sizes(21, 10), _sizes(1, 10), _sizes(2, 1)
+    ([10, 10, 3], [10, 11], [1], [1, 1])
+    """
+    full, rest = divmod(num_data, batch_size)
+    sizes = [batch_size] * full + [rest] * (rest > 0)
+    if rest == 1 and full:
+        sizes[-2:] = [batch_size + 1]
+    return sizes
+
+
 class _Loaded(Batches):
     name = "batch"
 
-    def __init__(self, loader: DataLoader, batch_size: int | None, device: torch.device):
+    def __init__(self, loader: DataLoader, batch_size: int | None, transform: Transform, device: torch.device):
         if batch_size is not None:
             raise ValueError(f"found batch_size={batch_size} beside a DataLoader, which has its own: leave it out")
         try:
-            self.num_data, self.per_epoch = len(loader.dataset), len(loader)  # type: ignore[arg-type]
+            self.num_data, self.per_epoch = _num_drawn(loader), len(loader)
         except TypeError:
             raise TypeError(
-                "found a DataLoader of a data set without a length: the learning rate's schedule and the ELBO per datum need "
-                "one; give the data set a __len__"
+                "found a DataLoader of a data set or sampler without a length: the learning rate's schedule needs one; give it "
+                "a __len__"
             ) from None
         if not self.per_epoch:
             raise ValueError("train must have at least one batch, found a DataLoader with none")
@@ -98,7 +136,9 @@ class _Loaded(Batches):
                 f"DistributedSampler"
             )
         self.loader, self.device = loader, device
+        self.transform = self.of_items = transform
         self.batch_size = self.full_size = loader.batch_size or -(-self.num_data // self.per_epoch)
+        self.in_one_order = self.per_epoch == 1 and _draws_one_order(loader)
 
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         for item in self.loader:
@@ -108,10 +148,56 @@ class _Loaded(Batches):
         return self._on_device(next(iter(self.loader)))
 
     def _on_device(self, item: Any) -> tuple[Tensor, Tensor]:
-        data = item[0] if isinstance(item, list | tuple) and item else item  # (images, labels)
+        data = item[0] if isinstance(item, list | tuple) and len(item) == 1 else item
+        data = tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), data)
         if not isinstance(data, Tensor):
-            raise TypeError(
-                f"a batch of the DataLoader must be a tensor of data, or begin with one, found {type(data).__name__}"
-            )
-        data = data.to(self.device, non_blocking=True)
+            if self.of_items is None:
+                key = next(iter(data), 0) if isinstance(data, Mapping) else 0
+                raise TypeError(
+                    f"a batch of the DataLoader must be a tensor of data, found {_described(data)}: the programs are called "
+                    f"with one tensor. Say by transform= which, and so what is left out: transform=lambda batch: "
+                    f"batch[{key!r}]"
+                )
+            data = self.of_items(data)
+            self.transform = None  # it is done, for the items of a batch belong together
+            if not isinstance(data, Tensor):
+                raise TypeError(f"transform must make one tensor of a batch, found {_described(data)}")
         return data, torch.arange(len(data), device=self.device)
+
+
+def _draws_one_order(loader: DataLoader) -> bool:
+    """Whether the sampler gives the same batches again and again; no generator is moved on."""
+    if loader.batch_sampler is None:
+        return False
+    generators = {loader.generator, getattr(loader.sampler, "generator", None)} - {None}
+    states = [(generator, generator.get_state()) for generator in generators]
+    with torch.random.fork_rng([]):
+        first = list(loader.batch_sampler)
+        tries = 1 if sum(map(len, first)) > _FEW else 40  # few data come in one order by chance
+        is_one = all(list(loader.batch_sampler) == first for _ in range(tries))
+    for generator, state in states:
+        generator.set_state(state)
+    return is_one
+
+
+def _num_drawn(loader: DataLoader) -> int:
+    """Data of an epoch: what the sampler draws, in full batches with `drop_last`; those of the data set if it is hidden."""
+    batches = loader.batch_sampler
+    drawn: Any = loader.dataset
+    size, drops = loader.batch_size, loader.drop_last
+    if isinstance(batches, BatchSampler) and isinstance(batches.sampler, Sized):
+        size, drops, drawn = batches.batch_size, batches.drop_last, batches.sampler
+    num_data = len(drawn)
+    return num_data // size * size if size and drops else num_data
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} of {list(batch)}"
+    if isinstance(batch, list | tuple):
+        items = (
+            f"{type(item).__name__} {tuple(item.shape)}" if isinstance(item, Tensor) else type(item).__name__
+            for item in batch
+        )
+        return f"{len(batch)} items ({', '.join(items)})"
+    return type(batch).__name__

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyrovae import distributed
-from pyrovae.programs.modules import check_program, modules_behind, plain_errors
+from pyrovae.programs.modules import check_program, plain_errors
+from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.progress import progress_bar
-from pyrovae.training.arguments import check_numbers, checked_loss
+from pyrovae.training.arguments import check_functions, check_numbers, checked_loss
 from pyrovae.training.batches import batches_of, check_data
 from pyrovae.training.numbers import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
@@ -29,7 +30,7 @@ from pyrovae.training.saving import RunFile, run_file
 from pyrovae.training.settings import settings_of
 from pyrovae.training.state import TrainingState
 from pyrovae.training.steps import Schedule, Steps
-from pyrovae.training.validation import validate
+from pyrovae.training.validation import elbo_of, validate
 
 __all__ = ["FitResult", "fit", "pick_device"]
 
@@ -41,8 +42,9 @@ class FitResult:
     history: one dict per epoch: epoch, objective (minus the loss, per training datum), elbo, reconstruction
         (E_q log p(x|z)) and kl (E_q log q(z|x) - log p(z)) of the training data, validation_bound, validation_elbo,
         validation_reconstruction, validation_kl, learning_rate, seconds (since the start), data_per_second. In nats per
-        datum; elbo = reconstruction - kl whatever the objective; NaN where a value is not to be had. skipped_steps: those
-        of the epoch that were not finite (`max_skipped_steps`), whose data do not count.
+        datum; elbo = reconstruction - kl whatever the objective; NaN if a value is unavailable. A loss that sums latents out
+        (`TraceEnum_ELBO`) has no such parts: its elbo is the objective. skipped_steps: those of the epoch that were not
+        finite (`max_skipped_steps`), whose data do not count.
     best_epoch: the epoch whose state the model and guide now have: the best on validation data, else the last
     seconds: wall time, validation included
     num_skipped_steps: those of all epochs
@@ -94,17 +96,20 @@ def fit(
 
     model, guide: any Pyro pair that takes a batch of data; modules train in the mode they are in, in `eval()` without dropout
     train: data (N, ...), moved to the device whole and shuffled; or, for data that memory does not hold, a `DataLoader`
-        whose batches are data, or begin with them (images, labels)
-    batch_size: 200 by default; a loader has its own
-    transform: makes a batch ready, on the device, at every use (`data.binarize`: dynamic binarisation)
+        whose batches are tensors of data
+    batch_size: 200 by default; a loader has its own. A single datum left over at the end joins the batch before
+    transform: makes a batch ready, on the device, at every use (`data.binarize`: dynamic binarisation). Of a loader whose
+        batches have several items it is given all of them: `lambda batch: batch[0]` leaves labels out
     loss: any `pyro.infer.ELBO`; `Trace_ELBO()` by default
     learning_rate, schedule: of Adam; the schedule maps the fraction done to a factor (None: constant)
     validation: data whose ELBO (one particle, the same noise each time) is measured after each epoch, or with an objective of
-        `pyrovae.objectives` on the importance-weighted bound that bound; the best epoch's state is the one kept
+        `pyrovae.objectives` on the importance-weighted bound that bound, with a loss that sums latents out (`TraceEnum_ELBO`)
+        the loss; the best epoch's state is the one kept
     clip_norm: largest global gradient norm
     max_skipped_steps: so many steps of the run whose loss or gradient is NaN or infinite are passed over: they change neither
         parameters nor buffers, their data do not count in the history, and the log (logger "pyrovae") names site and data.
-        One more stops the run. For rare accidents: data that do it every time are left out of training in this way.
+        One more stops the run, and so does an epoch's end if no step was made until then. For rare accidents: data that do
+        it every time are left out of training in this way.
         Among several processes a distribution that refuses its data stops the run
     compile: record the step (see `pyrovae.programs.extract`) and let Inductor compile it: same noise, same numbers up to rounding,
         a quarter faster on a CPU. "auto" does so for model and guide made of parts of this library in a run long enough to win back the
@@ -124,9 +129,15 @@ def fit(
 
     Model and guide are changed in place (and moved to the device); the result tells the history, in nats per datum.
 
+    The first step is looked at before it moves anything. Parameters that the loss goes through and no program declares
+    (a plain module without `pyro.module`; a second model under the names of the first in Pyro's store) would stay as they
+    are, and are refused; the log names declared ones without a gradient. So are a model that observes nothing, and sites
+    whose numbers go by the place of a datum in the batch (a guide with parameters per datum), if the data are shuffled.
+
     Ctrl-C puts back the state of the last finished epoch, where there is a checkpoint to save it in.
 
-    Raises TypeError/ValueError for arguments out of range, and for a checkpoint that is damaged, of another run, or there
+    Raises TypeError/ValueError for arguments out of range, for programs that the first step shows to train nothing, or
+    nothing right, and for a checkpoint that is damaged, of another run, or there
     already and not to be resumed; RuntimeError (`NotFiniteError`) if the loss or a gradient is not finite in more than
     `max_skipped_steps`, with the site, the step and the data that made it, the state of the last finished epoch being put
     back, and saved where there is a checkpoint; RuntimeError if another run has the checkpoint, OSError where it cannot be
@@ -138,8 +149,11 @@ def fit(
     check_program("model", model)
     check_program("guide", guide)
     check_numbers(epochs, batch_size, max_skipped_steps, learning_rate, clip_norm)
-    epochs, max_skipped_steps = int(epochs), int(max_skipped_steps)  # NumPy's whole numbers too
+    epochs, max_skipped_steps = int(epochs), int(max_skipped_steps)  # a checkpoint takes no NumPy numbers
+    learning_rate = float(learning_rate)
     batch_size = None if batch_size is None else int(batch_size)
+    clip_norm = None if clip_norm is None else float(clip_norm)
+    check_functions(schedule, transform)
     if not isinstance(train, DataLoader):
         check_data("train", train)
     if validation is not None:
@@ -149,7 +163,7 @@ def fit(
     loss = checked_loss(loss)
 
     device = pick_device(device)
-    batches = batches_of(train, batch_size, device)
+    batches = batches_of(train, batch_size, transform, device)
     if resume and distributed.num_ranks() > 1:
         raise ValueError(
             f"found resume=True in one of {distributed.num_ranks()} processes: what they draw is not in a checkpoint; go on "
@@ -176,7 +190,7 @@ def fit(
         pays_off(num_steps, batches.batch_size, (model, guide), loss, transform) if compile == "auto" else compile
     )
     programs = in_precision(precision, model, guide)
-    steps = Steps(programs[0], programs[1], loss, optimizer, modules, batches, transform, compiles)
+    steps = Steps(programs[0], programs[1], loss, optimizer, modules, batches, compiles)
     state = TrainingState(loss, optimizer, modules, device)
     with (
         run_file(
@@ -198,25 +212,26 @@ def fit(
         try:
             for epoch in range(len(state.history) + 1, epochs + 1):
                 epoch_start = time.perf_counter()
-                objective, parts = steps.epoch(
+                objective, parts, num_rows = steps.epoch(
                     epoch, epochs, Schedule(learning_rate, schedule), state.full_size, bar.update
                 )
                 state.full_size = parts.full_size
                 seconds = time.perf_counter() - epoch_start
                 checked = validate(model, guide, validation, loss, batches.batch_size)
                 elbo, reconstruction, kl = parts.means()
+                bar.total = epochs * num_rows  # a loader may have told another number
                 state.finish_epoch(
                     {
                         "epoch": epoch,
                         "objective": objective,
-                        "elbo": elbo,
+                        "elbo": elbo_of(loss, elbo, objective),
                         "reconstruction": reconstruction,
                         "kl": kl,
                         **checked,
                         "learning_rate": optimizer.learning_rate,
                         "skipped_steps": int(optimizer.verdicts.num_skipped) - state.num_skipped_steps,
                         "seconds": time.perf_counter() - start,
-                        "data_per_second": batches.num_data / seconds,
+                        "data_per_second": distributed.sums(num_rows)[0] / seconds,
                     }
                 )
                 bar.set_postfix(_shown(state.history[-1], epochs))
@@ -239,7 +254,10 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', or one of torch's; found {device!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch finds no GPU: device='auto' or 'cpu'")
     return device

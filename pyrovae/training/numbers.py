@@ -14,7 +14,7 @@ from torch import Tensor
 from pyrovae.programs.supports import innermost
 from pyrovae.programs.traces import Program
 
-__all__ = ["Culprit", "NotFiniteError", "find_culprit"]
+__all__ = ["Culprit", "NotFiniteError", "find_culprit", "leaves_of"]
 
 _ROWS, _SHOWN = 512, 8  # whose gradients are looked at one by one; how many indices a message holds
 
@@ -123,7 +123,7 @@ def _culprit_of_gradient(value: Tensor, terms: list[tuple[str, str, Tensor]]) ->
 def _has_bad_gradient(term: Any) -> bool:
     if not isinstance(term, Tensor) or not term.requires_grad:
         return False
-    gradients = torch.autograd.grad(term, _leaves(term), retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(term, leaves_of(term), retain_graph=True, allow_unused=True)
     return any(gradient is not None and not gradient.isfinite().all() for gradient in gradients)
 
 
@@ -141,9 +141,13 @@ def _rows(tensor: Tensor, dim: int) -> Tensor:
     return tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1)
 
 
-def _leaves(value: Tensor) -> list[Tensor]:
-    """The parameters a loss depends on."""
-    leaves, seen, queue = [], set(), [value.grad_fn]
+def leaves_of(value: Any, seen: set[Any] | None = None) -> list[Tensor]:
+    """The tensors that a number is computed from and differentiated to; without those behind steps seen before."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return []
+    seen = set() if seen is None else seen
+    queue: list[Any] = [torch.autograd.graph.get_gradient_edge(value).node]
+    leaves = []
     while queue:
         node = queue.pop()
         if node is None or node in seen:

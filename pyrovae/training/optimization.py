@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import distributed
+from pyrovae.programs.compiler import import_compiler
 from pyrovae.training.verdicts import Verdicts
 
 __all__ = ["OneAdam", "cosine_schedule"]
@@ -43,6 +44,7 @@ class OneAdam(pyro.optim.PyroOptim):
     def __init__(
         self, parameters: list[Tensor], learning_rate: float, clip_norm: float | None = None, max_skipped: int = 0
     ):
+        import_compiler()
         super().__init__(torch.optim.Adam, {"lr": learning_rate})
         self.learning_rate, self.clip_norm = learning_rate, clip_norm
         self.order = {parameter: rank for rank, parameter in enumerate(dict.fromkeys(parameters))}
@@ -51,6 +53,11 @@ class OneAdam(pyro.optim.PyroOptim):
         device = parameters[0].device if parameters else None
         self.verdicts = Verdicts(max_skipped, device)
         self._watched = torch.zeros((), device=device)
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether a step was made: one that was passed over is none."""
+        return self.adam is not None and any(state["step"] > 0 for state in self.adam.state.values())
 
     def watch(self, loss: Tensor) -> None:
         """Do not make the next step if this loss is not finite."""

@@ -40,8 +40,9 @@ class ElboParts:
         reconstruction: Tensor | float = 0.0
         kl: Tensor | float = 0.0
         for trace in (model_trace, guide_trace):
-            if any(site["infer"].get("_enumerate_dim") is not None for _, site in sample_sites(trace)):
-                reconstruction = kl = torch.tensor(math.nan)  # tables of log densities, not those of draws
+            # In parallel: tables of log densities, not those of draws. In sequence: a trace per value, each of another weight.
+            if any(site["infer"].keys() & {"_enumerate_dim", "_enum_total"} for _, site in sample_sites(trace)):
+                reconstruction = kl = torch.tensor(math.nan)
         for _, site in sample_sites(model_trace):
             if site["is_observed"]:
                 reconstruction = reconstruction + site["log_prob_sum"].detach()

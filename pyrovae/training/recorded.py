@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pyrovae import data
 from pyrovae.programs.extract import Extracted, all_ours, extract
-from pyrovae.programs.modules import modules_behind
+from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program, sample_sites
 from pyrovae.training.optimization import OneAdam
 

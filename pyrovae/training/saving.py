@@ -15,7 +15,7 @@ from pyrovae.checkpoint.files import read, target_of, write
 from pyrovae.checkpoint.locks import locked
 from pyrovae.checkpoint.pair import described_in, pair_content, versions
 from pyrovae.checkpoint.values import same_text
-from pyrovae.programs.modules import modules_behind
+from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.training.state import TrainingState
 

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from pyrovae import distributed
 from pyrovae.programs.traces import Program
 from pyrovae.training.batches import Batches
+from pyrovae.training.first_step import FirstStep
 from pyrovae.training.numbers import Culprit, NotFiniteError, find_culprit
 from pyrovae.training.optimization import OneAdam
+from pyrovae.training.order import by_position, site_by_position
 from pyrovae.training.parts import ElboParts, parts_of
 from pyrovae.training.recorded import RecordedStep, record_step
 
@@ -23,6 +25,7 @@ __all__ = ["Schedule", "Steps"]
 
 _logger = logging.getLogger("pyrovae")
 
+_LARGE = 5.0  # root mean square of data that are not scaled, or more
 _LOOK_EVERY = 50  # steps, on a GPU: to look at a number there is to wait for it
 
 
@@ -36,7 +39,7 @@ class Schedule(NamedTuple):
     shape: Callable[[float], float] | None
 
     def __call__(self, done: float) -> float:
-        return self.learning_rate * (self.shape(done) if self.shape else 1.0)
+        return self.learning_rate * float(self.shape(done) if self.shape else 1.0)  # NumPy's is none in a checkpoint
 
 
 class _Tried(NamedTuple):
@@ -63,11 +66,12 @@ class Steps:
         optimizer: OneAdam,
         modules: list[nn.Module],
         batches: Batches,
-        transform: Callable[[Tensor], Tensor] | None,
         compiles: bool,
     ):
         self.model, self.guide, self.loss, self.optimizer, self.modules = model, guide, loss, optimizer, modules
-        self.batches, self.transform, self.device = batches, transform, batches.device
+        self.batches, self.device = batches, batches.device
+        self.was_checked = False
+        self.refusal: ValueError | None = None
         self.svi = SVI(model, guide, optimizer, loss=loss)
         self.svi.loss_and_grads = self._watched(self.svi.loss_and_grads)
         self.compiles = compiles
@@ -75,7 +79,7 @@ class Steps:
         self.look_every = _LOOK_EVERY if self.device.type == "cuda" else 1
 
     def get_ready(self) -> None:
-        """Run the loss once, in place of the epochs before: for what it and Pyro's store learn of programs in their first step.
+        """Run the loss once, in place of the epochs before: for what it, Pyro's store and we learn of programs in a first step.
 
         To be called before the state is put back, which undoes everything else that this changes.
         """
@@ -83,16 +87,20 @@ class Steps:
         # Not with data that a step is to be skipped for.
         rows = data.reshape(len(data), -1).isfinite().all(1).nonzero().squeeze(1)
         rows = rows[torch.arange(len(index), device=rows.device) % len(rows)] if len(rows) else index
-        with torch.no_grad():
-            self.loss.loss(self.model, self.guide, self._batch(data, rows))
+        self._first(self.loss.loss_and_grads, self._batch(data, rows))
+        for parameter in chain(
+            nn.ModuleList(self.modules).parameters(), dict(pyro.get_param_store().named_parameters()).values()
+        ):
+            parameter.grad = None
 
     def epoch(
         self, number: int, epochs: int, rate: Schedule, full_size: int | None, progress: Callable[[int], object]
-    ) -> tuple[float, ElboParts]:
-        """(minus the loss per datum, its parts) of one epoch.
+    ) -> tuple[float, ElboParts, int]:
+        """(minus the loss per datum, its parts, how many data this process was given) of one epoch.
 
         A step whose loss or gradient is NaN or infinite changes neither parameters nor buffers, and its data do not count;
-        the log names it. Raises NotFiniteError at the first of these that the optimizer does not skip.
+        the log names it. Raises NotFiniteError at the first of these that the optimizer does not skip, and when all steps of
+        the run have been skipped.
         """
         full, per_epoch = self.batches.full_size, self.batches.per_epoch
         batches = self.batches.epoch()
@@ -100,13 +108,14 @@ class Steps:
         if self.compiles and number > 1 and len(first[1]) == full:
             self.compiles = False
             self.recorded = record_step(
-                *(self.model, self.guide, self.loss, self.optimizer, self.modules), self.transform, *first
+                *(self.model, self.guide, self.loss, self.optimizer, self.modules), self.batches.transform, *first
             )
         objective = torch.zeros((), dtype=torch.float64, device=self.device)
         verdicts = self.optimizer.verdicts
         unseen: list[_Tried] = []
         value: Tensor | float
         num_steps = int(verdicts.num_steps)
+        num_rows = 0
         with parts_of(self.loss, full_size) as parts:
             for step, (data, index) in enumerate(chain([first], batches)):
                 self.optimizer.learning_rate = rate((number - 1 + (step + 0.5) / per_epoch) / epochs)
@@ -121,22 +130,27 @@ class Steps:
                 parts.count(len(index), verdicts.was_made)
                 objective = torch.where(verdicts.was_made, objective - value, objective)
                 unseen[-1] = unseen[-1]._replace(was_made=verdicts.was_made.clone())
+                last = unseen[-1]
                 if len(unseen) == self.look_every or step + 1 == per_epoch:
                     if not verdicts.goes_on:
                         self._stop(number, unseen[int(verdicts.num_steps) - num_steps])
                     self._warn(number, unseen)
                     parts.forget()  # of steps that were looked at again
                     unseen, num_steps = [], int(verdicts.num_steps)
+                num_rows += len(index)
                 progress(len(index))
+        # One bad step may be an accident, even the only one of a first epoch.
+        if verdicts.num_skipped and not self.optimizer.has_moved and (number == epochs or number * per_epoch > 1):
+            self._stop(number, last, none_made=True)
         total, parts.reconstruction, parts.kl, num_data = distributed.sums(
             objective, parts.reconstruction, parts.kl, parts.num_data
         )
         parts.num_data = int(num_data)
-        return total / num_data if num_data else math.nan, parts
+        return total / num_data if num_data else math.nan, parts, num_rows
 
     def _batch(self, data: Tensor, index: Tensor) -> Tensor:
         batch = data[index]
-        return batch if self.transform is None else self.transform(batch)
+        return batch if self.batches.transform is None else self.batches.transform(batch)
 
     def _eager(self, epoch: int, unseen: list[_Tried], validates: bool) -> float:
         try:
@@ -144,6 +158,13 @@ class Steps:
             with pyro.validation_enabled(validates):
                 return self.svi.step(self._batch(unseen[-1].data, unseen[-1].rows))
         except ValueError as error:  # a distribution refuses NaN; other errors come again when the step is run again
+            if error is self.refusal:
+                raise
+            if len(unseen[-1].rows) == 1 and "more than 1 value per channel" in str(error):
+                raise ValueError(
+                    "a batch of a single datum came to BatchNorm, which needs two or more to train: leave it out, "
+                    "DataLoader(..., drop_last=True), or take another batch size"
+                ) from error
             verdicts = self.optimizer.verdicts
             # Other processes wait for this one's gradients.
             if verdicts.num_skipped >= verdicts.max_skipped or distributed.num_ranks() > 1:
@@ -154,15 +175,35 @@ class Steps:
             return math.nan
 
     def _watched(self, loss_and_grads: Callable[..., float]) -> Callable[..., float]:
-        """With the optimizer told of a loss that is not finite, before it makes the step."""
+        """With the optimizer told of a loss that is not finite, before it makes the step; the first one is looked at."""
 
-        def run(*args: Any, **kwargs: Any) -> float:
-            value = loss_and_grads(*args, **kwargs)
+        def run(model: Program, guide: Program, batch: Tensor) -> float:
+            value = loss_and_grads(model, guide, batch) if self.was_checked else self._first(loss_and_grads, batch)
             if not math.isfinite(value):
                 self.optimizer.watch(torch.tensor(value))
             return value
 
         return run
+
+    def _first(self, loss_and_grads: Callable[..., float], batch: Tensor) -> float:
+        """A step's loss, and an error with nothing moved if no step of these programs can train what they are made of."""
+        look, buffers = FirstStep(self.modules), self._buffers()
+        value = look.run(loss_and_grads, self.model, self.guide, batch)
+        if not math.isfinite(value):
+            return value
+        try:
+            look.check(self.loss)
+            if not self.batches.in_one_order:
+                site = site_by_position(self.model, self.guide, batch, list(look.declared.values()), self.modules)
+                if site is not None:
+                    raise ValueError(by_position(site))
+        except ValueError as error:
+            _put_back(buffers)
+            look.drop_gradients()
+            self.refusal = error
+            raise
+        self.was_checked = True
+        return value
 
     def _buffers(self) -> list[tuple[Tensor, Tensor]]:
         """The modules' buffers, each with a copy: running means see the numbers of a step that is then not made."""
@@ -205,8 +246,11 @@ class Steps:
                     *(epoch, step.step, what, where, int(verdicts.num_skipped), verdicts.max_skipped),
                 )
 
-    def _stop(self, epoch: int, tried: _Tried, error: ValueError | None = None) -> None:
-        """Raise NotFiniteError, saying where the numbers of this step went wrong; the `error` it raised if they did not."""
+    def _stop(self, epoch: int, tried: _Tried, error: ValueError | None = None, none_made: bool = False) -> None:
+        """Raise NotFiniteError, saying where the numbers of this step went wrong; the `error` it raised if they did not.
+
+        none_made: it was the last of an epoch, and all steps of the run were passed over
+        """
         culprit, what = self._culprit(tried)
         if culprit is None and error is not None:
             raise error
@@ -214,14 +258,32 @@ class Steps:
         broken = [name for name, p in nn.ModuleList(self.modules).named_parameters() if not p.isfinite().all()]
         verdicts = self.optimizer.verdicts
         num_skipped = min(int(verdicts.num_skipped), verdicts.max_skipped)
+        before = "" if none_made else " before"
         raise NotFiniteError(
-            f"the loss or its gradient is not finite at epoch {epoch}, step {tried.step}: {what}{', for ' if where else ''}{where}"
+            ("no step of this run was made, and nothing was trained: " if none_made else "")
+            + f"the loss or its gradient is not finite at epoch {epoch}, step {tried.step}: {what}{', for ' if where else ''}{where}"
             + (f"; not finite before that step: {', '.join(broken[:3])}" if broken else "")
-            + (f"; {num_skipped} such steps were skipped before (max_skipped_steps)" if num_skipped else "")
-            + f". Look at these data; lower the learning rate ({self.optimizer.learning_rate:g} in that step) or clip gradients "
-            f"(clip_norm=)",
+            + (f"; {num_skipped} such steps were skipped{before} (max_skipped_steps)" if num_skipped else "")
+            + f". {self._advice(tried)}",
             *(culprit.site if culprit else None, epoch, tried.step, index),
         ) from error
+
+    def _advice(self, tried: _Tried) -> str:
+        if self.optimizer.has_moved:
+            return (
+                f"Look at these data; lower the learning rate ({self.optimizer.learning_rate:g} in that step) or clip gradients "
+                f"(clip_norm=)"
+            )
+        numbers = tried.data[tried.rows].double()
+        if not numbers.isfinite().all():
+            return "Leave these data out, or fill in what is not finite in them"
+        if numbers.square().mean().sqrt() <= _LARGE:
+            return "No step was made before it, so the learning rate is not the cause: look at these data and at the parameters"
+        return (
+            f"No step was made before it, so the learning rate is not the cause. The data of that step have mean "
+            f"{numbers.mean():.3g} and standard deviation {numbers.std(correction=0):.3g}, from {numbers.min():.3g} to "
+            f"{numbers.max():.3g}: scale the data, (x - x.mean(0)) / x.std(0) for a table, or x / 255 for bytes"
+        )
 
 
 @torch.no_grad()

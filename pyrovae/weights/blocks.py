@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pyrovae.guides.contract import Guide
-from pyrovae.programs.modules import check_count, evaluation_mode, map_tensors, modules_behind, warn_once
+from pyrovae.programs.modules import check_count, map_tensors, warn_once
+from pyrovae.programs.reach import evaluation_mode, modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.progress import progress_bar
 from pyrovae.weights.pair import Pair

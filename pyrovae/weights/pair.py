@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from pyrovae.guides.contract import Guide
 from pyrovae.programs.agreement import agree
 from pyrovae.programs.inspection import inspect_pair, refuse_impossible_data
-from pyrovae.programs.modules import check_program, map_tensors, modules_behind
+from pyrovae.programs.modules import check_program, map_tensors
+from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import (
     Layout,
     Program,

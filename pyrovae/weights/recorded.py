@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.programs.extract import Extracted, all_ours, extract
-from pyrovae.programs.modules import map_tensors, modules_behind
+from pyrovae.programs.modules import map_tensors
+from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 
 __all__ = ["RecordedDraw", "pays_off", "record_draw"]

@@ -1,0 +1,212 @@
+"""The modules that Pyro programs reach, and the evaluation mode that they are put into.
+
+A program is a module, a method of one, or any function or object that refers to some; what no reference shows is found when it
+is called. Whatever an evaluation changes in a module (its mode, its buffers, which parameters it holds) is noticed here.
+"""
+
+import functools
+import inspect
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["changed_buffers", "evaluation_mode", "find_modules", "modules_behind", "replaced_parameters"]
+
+
+class _Evaluation:
+    """Modules that were put into evaluation mode, with what they were before."""
+
+    def __init__(self) -> None:
+        self.training: dict[nn.Module, bool] = {}
+        self.buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []  # with a copy
+        self.parameters: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+
+    def add(self, module: nn.Module) -> None:
+        if module in self.training:
+            return
+        self.training[module] = module.training
+        self.parameters.append((module, dict(module._parameters)))
+        for name, buffer in module._buffers.items():
+            self.buffers.append((module, name, buffer, None if buffer is None else buffer.detach().clone()))
+        module.training = False
+
+    def leave(self) -> None:
+        for module, training in self.training.items():
+            module.training = training
+
+
+_evaluations: list[_Evaluation] = []  # those that are going on, the innermost last
+_one_at_a_time = threading.RLock()
+
+
+@contextmanager
+def evaluation_mode(*programs: Any) -> Iterator[torch.device | None]:
+    """Put the modules behind Pyro programs into `eval()`, and each back as it was; yields their device.
+
+    A program is an `nn.Module`, a method of one, or a function or object that refers to some. The device is that of the first
+    parameter found, None without one. Evaluations in several threads wait for each other, as Pyro's handlers and the modes of
+    modules are one for all threads.
+    """
+    modules = modules_behind(*programs)
+    parameter = next((tensor for module in modules for tensor in (*module.parameters(), *module.buffers())), None)
+    with _one_at_a_time:
+        evaluation = _Evaluation()
+        _evaluations.append(evaluation)
+        try:
+            for root in modules:
+                for module in root.modules():
+                    evaluation.add(module)
+            yield None if parameter is None else parameter.device
+        finally:
+            _evaluations.remove(evaluation)
+            evaluation.leave()
+
+
+@contextmanager
+def find_modules() -> Iterator[None]:
+    """Put modules that are called inside into evaluation mode too, until the evaluation that is going on ends.
+
+    For programs that reach their modules by ways that `modules_behind` does not follow.
+    """
+    if not _evaluations:
+        yield
+        return
+    evaluation = _evaluations[-1]
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: evaluation.add(module))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # that such hooks run twice there
+            yield
+    finally:
+        hook.remove()
+
+
+def changed_buffers() -> list[str]:
+    """Names of the buffers that changed since the evaluation that is going on began; they are put back."""
+    changed = []
+    for module, name, buffer, before in _evaluations[-1].buffers if _evaluations else ():
+        now = module._buffers.get(name)
+        if now is None and before is None:
+            continue
+        if now is None or before is None or now.shape != before.shape or not _equal(now, before):
+            changed.append(f"{type(module).__name__}.{name}")
+            if buffer is not None and before is not None:
+                with torch.no_grad():
+                    buffer.copy_(before)
+            module._buffers[name] = buffer
+    return changed
+
+
+def replaced_parameters() -> list[str]:
+    """Names of the parameters that other tensors stand in for since the evaluation that is going on began; they are put back.
+
+    Pyro does that: it gives modules the tensors that its store has under their names, which may be another model's.
+    """
+    replaced = []
+    for module, before in _evaluations[-1].parameters if _evaluations else ():
+        for name, parameter in before.items():
+            if module._parameters.get(name) is not parameter:
+                replaced.append(f"{type(module).__name__}.{name}")
+                module._parameters[name] = parameter
+    return replaced
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return bool(((first == second) | ((first != first) & (second != second))).all())
+
+
+def modules_behind(*programs: Any) -> list[nn.Module]:
+    """The modules that Pyro programs are (an `nn.Module`, a method of one) or refer to, each once.
+
+    Followed are closures, globals and default arguments of functions, attributes of objects and of imported modules, and
+    containers; not what belongs to installed packages.
+    """
+    found: dict[nn.Module, None] = {}
+    seen: set[int] = set()
+    for program in programs:
+        _follow(program, found, seen, _DEEPEST)
+    return list(found)
+
+
+_DEEPEST, _LONGEST = 12, 1000  # references followed one behind the other; items of a container that are looked at
+_OF_TORCH = set(vars(nn.Module()))
+
+
+def _follow(value: Any, found: dict[nn.Module, None], seen: set[int], depth: int) -> None:
+    if id(value) in seen or depth == 0 or isinstance(value, Tensor | str | int | float | bytes | None):
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        found[value] = None
+    for reached in _references(value):
+        _follow(reached, found, seen, depth - 1)
+
+
+def _references(value: Any) -> Iterator[Any]:
+    """What a program, or something that it refers to, refers to."""
+    if isinstance(value, list | tuple | set | frozenset | dict):
+        if len(value) <= _LONGEST:
+            yield from value.values() if isinstance(value, dict) else value
+    elif isinstance(value, nn.Module):  # what a module holds and torch does not know of
+        own = (part for part in value.modules() if not _is_installed(type(part).__module__))
+        yield from (held for part in own for name, held in vars(part).items() if name not in _OF_TORCH)
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif inspect.ismethod(value):
+        yield value.__self__
+        yield value.__func__
+    elif inspect.isfunction(value):
+        if not _is_installed(value.__module__):
+            yield from _values_in_reach(value)
+    elif inspect.isclass(value):
+        if not _is_installed(value.__module__):
+            yield from (attribute for attribute in vars(value).values() if not inspect.isroutine(attribute))
+    elif not inspect.ismodule(value) and not _is_installed(type(value).__module__):
+        yield from getattr(value, "__dict__", {}).values()
+        for kind in type(value).__mro__:
+            slots = vars(kind).get("__slots__", ())
+            for slot in (slots,) if isinstance(slots, str) else slots:
+                yield getattr(value, slot, None)
+    elif hasattr(value, "__wrapped__"):  # by functools.cache, for instance
+        yield value.__wrapped__
+
+
+@functools.cache
+def _is_installed(module: str | None) -> bool:
+    """Whether a module belongs to Python or to an installed package, this one apart."""
+    package = (module or "").partition(".")[0]
+    if package in ("pyrovae", "__main__", ""):
+        return False
+    if package in sys.stdlib_module_names or package in sys.builtin_module_names:
+        return True
+    file = getattr(sys.modules.get(package), "__file__", None)
+    return file is not None and "site-packages" in Path(file).parts
+
+
+def _values_in_reach(function: types.FunctionType) -> Iterator[Any]:
+    """What a function's code, with the functions and comprehensions inside, may use: globals, closure, default arguments."""
+    yield from (function.__defaults__ or ())
+    yield from (function.__kwdefaults__ or {}).values()
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not filled yet
+            yield cell.cell_contents
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        names = [name for name in code.co_names if name in function.__globals__]
+        values = [function.__globals__[name] for name in names]
+        while values:
+            value = values.pop()
+            if not inspect.ismodule(value):
+                yield value
+            elif not _is_installed(value.__name__):  # whatever of an imported file the code may name
+                values += (vars(value)[name] for name in code.co_names if name in vars(value))
+        codes += (constant for constant in code.co_consts if inspect.iscode(constant))

@@ -1,0 +1,200 @@
+"""What the first step of a run shows of its programs, looked at before anything is moved.
+
+Pyro trains the parameters that a run declares (`pyro.param`, `pyro.module`, a `PyroModule`), whether or not the loss goes
+through them. The first step tells which do: the tensors behind the log densities of its sites are compared with those declared.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceTMC_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from pyrovae.programs.traces import Program
+from pyrovae.training.numbers import leaves_of
+
+__all__ = ["FirstStep"]
+
+_logger = logging.getLogger("pyrovae")
+_SHOWN = 4  # names in a message
+_OF_MODULES = "$$$"  # in the names that Pyro's store gives the parameters of a module
+
+
+class FirstStep(Messenger):
+    """Sees what the first step declares and uses.
+
+    modules: those behind the programs, as found before the step
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        super().__init__()
+        self.modules = modules
+        self.slots = dict(_slots(modules))
+        self.stored = set(dict(pyro.get_param_store().named_parameters()).values())
+        self.declared: dict[str, Tensor] = {}
+        self.used: list[Tensor] = []
+        self.observed: set[str] = set()
+        self.replayed: set[str] = set()
+        self.enumerated: dict[str, bool] = {}
+        self._seen: set[Any] = set()
+
+    def _pyro_post_param(self, message: dict[str, Any]) -> None:
+        self.declared[message["name"]] = message["value"].unconstrained()
+
+    def _pyro_sample(self, message: dict[str, Any]) -> None:
+        if message["value"] is not None and not message["is_observed"]:
+            self.replayed.add(message["name"])
+
+    def _pyro_post_sample(self, message: dict[str, Any]) -> None:
+        name, infer = message["name"], message["infer"]
+        if site_is_subsample(message) or infer.get("_deterministic"):
+            return
+        if message["is_observed"]:
+            self.observed.add(name)
+        else:
+            self.enumerated[name] = bool(infer.get("enumerate"))
+        if torch.is_grad_enabled():
+            self.used += leaves_of(message["value"], self._seen)
+            with suppress(Exception):  # the loss asks the same, and says what is wrong
+                self.used += leaves_of(message["fn"].log_prob(message["value"]), self._seen)
+
+    def run(
+        self, step: Callable[[Program, Program, Tensor], float], model: Program, guide: Program, batch: Tensor
+    ) -> float:
+        """The loss of the first step, with its gradients left in the parameters; a gradient from before fit is dropped."""
+        self.drop_gradients()
+        leaves_of(batch, self._seen)  # data may have a gradient of their own
+        with self:
+            return step(model, guide, batch)
+
+    def drop_gradients(self) -> None:
+        for parameter in (*self.slots.values(), *self.declared.values()):
+            if parameter is not None:
+                parameter.grad = None
+
+    def check(self, loss: ELBO) -> None:
+        """Raise ValueError for programs that the step cannot train, naming sites or parameters.
+
+        That is: a model that observes nothing; latents marked for enumeration that the loss draws from the prior;
+        parameters that the loss goes through and no program declares; and those that another model has, too.
+        """
+        self._check_sites(loss)
+        if taken := self._taken():
+            names = _some(_name(module, name, self.modules) for module, name in taken)
+            self._give_back(taken)
+            raise ValueError(
+                f"Pyro's store has parameters of another model under the names of this one's, and the programs took those in "
+                f"place of their own: {names}. Training one model would change the other. Call pyro.clear_param_store() before "
+                f"fit, once the other is no longer used; or give each PyroModule a name, super().__init__(name=...)"
+            )
+        if not self.declared:  # the optimizer says so
+            return
+        trained = set(self.declared.values())
+        if left_out := [leaf for leaf in dict.fromkeys(self.used) if leaf not in trained]:
+            raise ValueError(self._not_trained(left_out))
+        still = [name for name, parameter in self.declared.items() if parameter.grad is None]
+        if len(still) == len(self.declared):
+            raise ValueError(
+                f"no parameter gets a gradient, so that training would move nothing: {_some(still)}. Look for detach(), "
+                f"torch.no_grad(), .item() or .numpy() between the parameters and the sample sites"
+            )
+        if still:
+            _logger.warning(
+                "%d of %d parameters get no gradient in the first step, and stay as they are until they do: %s",
+                *(len(still), len(self.declared), _some(name.replace(_OF_MODULES, ".") for name in still)),
+            )
+
+    def _check_sites(self, loss: ELBO) -> None:
+        if not self.observed:
+            raise ValueError(
+                f"the model observes nothing (latent sites: {sorted(self.enumerated) or 'none'}), so there is nothing to learn "
+                f"from: give pyro.sample its data, obs=; it is missing, or None"
+            )
+        drawn = [name for name, marked in self.enumerated.items() if marked and name not in self.replayed]
+        if drawn and not isinstance(loss, TraceEnum_ELBO | TraceTMC_ELBO):
+            raise ValueError(
+                f"site '{drawn[0]}' of the model is marked for enumeration, the guide does not sample it, and "
+                f"{type(loss).__name__} would draw it from the prior, which gives no bound: take "
+                f"loss=TraceEnum_ELBO(max_plate_nesting=...)"
+            )
+
+    def _not_trained(self, left_out: list[Tensor]) -> str:
+        names = {id(slot): _name(*where, self.modules) for where, slot in _slots(self.modules).items()}
+        known = [names[number] for number in names if number in {id(leaf) for leaf in left_out}]
+        unknown = [f"a tensor of shape {tuple(leaf.shape)}" for leaf in left_out if id(leaf) not in names]
+        shown = _some(known + unknown)
+        shapes = {leaf.shape for leaf in left_out}
+        strangers = [
+            name
+            for name, parameter in self.declared.items()
+            if parameter.grad is None and parameter in self.stored and parameter.shape in shapes
+        ]
+        said = f"the loss goes through {len(left_out)} parameters that training would not move: {shown}. "
+        if strangers:
+            return said + (
+                f"Pyro's store has those of another model under their names ({_some(strangers)}): call pyro.clear_param_store() "
+                f"before fit, or give the modules of each model names of their own"
+            )
+        return said + (
+            "No program declares them: call pyro.module(name, module) in the model or the guide, or requires_grad_(False) on "
+            "what is to stay as it is"
+        )
+
+    def _taken(self) -> list[tuple[nn.Module, str]]:
+        """The modules' parameters that were in Pyro's store before, not theirs, and are another living module's."""
+        before = {id(slot) for slot in self.slots.values()}
+        return [
+            where
+            for where, slot in _slots(self.modules).items()
+            if slot is not None and id(slot) not in before and slot in self.stored and self._is_elsewhere(slot)
+        ]
+
+    def _is_elsewhere(self, parameter: Tensor) -> bool:
+        gc.collect()
+        ours = {id(module._parameters) for root in self.modules for module in root.modules()}
+        for slots in gc.get_referrers(parameter):
+            if isinstance(slots, dict) and id(slots) not in ours:
+                for holder in gc.get_referrers(slots):
+                    attributes = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+                    if attributes.get("_parameters") is slots:
+                        return True
+        return False
+
+    def _give_back(self, taken: list[tuple[nn.Module, str]]) -> None:
+        """Put the modules' own parameters back, a copy if they had none yet."""
+        for module, name in taken:
+            own = self.slots.get((module, name))
+            there = module._parameters[name]
+            assert there is not None
+            module._parameters[name] = nn.Parameter(there.detach().clone()) if own is None else own
+
+
+def _slots(modules: Sequence[nn.Module]) -> dict[tuple[nn.Module, str], nn.Parameter | None]:
+    return {
+        (module, name): slot
+        for root in modules
+        for module in root.modules()
+        for name, slot in module._parameters.items()
+    }
+
+
+def _name(module: nn.Module, name: str, modules: Sequence[nn.Module]) -> str:
+    """As `VAE.decoder.weight`."""
+    for root in modules:
+        for path, part in root.named_modules():
+            if part is module:
+                return ".".join(word for word in (type(root).__name__, path, name) if word)
+    return name
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
