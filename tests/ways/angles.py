@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoNormal
 from ways import Pair, on_grid, proposal, way
 
 ANGLES = "angles and directions"
+UNCOVERED = "does not cover the prior at site 'a'"
 TURNS = "site 'a'.*(angle|turn)"
 
 
@@ -78,7 +79,9 @@ def directions_on_a_sphere():
     )
 
 
-way(ANGLES, name="uniform on one turn from 0")(lambda: angle_pair(uniform(0, 2)))
+way(ANGLES, UNCOVERED, name="uniform on one turn from 0, half of which the prior draws a turn earlier")(
+    lambda: angle_pair(uniform(0, 2))
+)
 
 
 @way(ANGLES, TURNS)

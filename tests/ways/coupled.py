@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 
-from ways import Pair, normal_data, normal_evidence, way, wide_guide
+from ways import Pair, normal_data, normal_evidence, normal_model, way, wide_guide
 
 COUPLED = "latents that the model couples"
 COUPLES = r"couple|depend|influence"

@@ -14,9 +14,11 @@ from pyro.nn import AutoRegressiveNN
 from ways import Pair, normal_evidence, way
 
 FLOWS = "flows"
+# Those that can score only what they have just drawn are run one particle at a time.
+FEW = {"num_particles": 1500}
 
 
-def plane_pair(make_guide, model=None, exact=None):
+def plane_pair(make_guide, model=None, exact=None, **options):
     """z ~ N(0, I) in two dimensions, x_d ~ N(z_d, 1)."""
     x = torch.tensor([[0.5, -0.2], [-0.8, 0.4], [0.3, 0.6]])
 
@@ -26,7 +28,7 @@ def plane_pair(make_guide, model=None, exact=None):
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
     exact = normal_evidence(x).sum(-1) if exact is None else exact(x)
-    return Pair(model or standard, make_guide(), (x,), exact)
+    return Pair(model or standard, make_guide(), (x,), exact, options=options)
 
 
 def base(x):
@@ -89,9 +91,9 @@ def polynomial():
 # Those whose parameters, made small, would not be near the identity.
 UNTOUCHED = {"batch normalisation": lambda: [T.batchnorm(2)], "polynomial": lambda: [polynomial()]}
 for _name, _make in UNTOUCHED.items():
-    way(FLOWS, name=_name)(lambda make=_make: plane_pair(lambda: flow_guide(*make())))
+    way(FLOWS, name=_name)(lambda make=_make: plane_pair(lambda: flow_guide(*make()), **FEW))
 for _name, _make in UNCONDITIONAL.items():
-    way(FLOWS, name=_name)(lambda make=_make: plane_pair(lambda: flow_guide(*small(*make()))))
+    way(FLOWS, name=_name)(lambda make=_make: plane_pair(lambda: flow_guide(*small(*make())), **FEW))
 
 CONDITIONAL = {
     "conditional planar": lambda: T.conditional_planar(2, 2, hidden_dims=[8]),
@@ -105,7 +107,9 @@ CONDITIONAL = {
     "conditional matrix exponential": lambda: T.conditional_matrix_exponential(2, 2, hidden_dims=[8]),
 }
 for _name, _make in CONDITIONAL.items():
-    way(FLOWS, name=_name)(lambda make=_make: plane_pair(lambda: flow_guide(*small(make()), context=lambda x: x)))
+    way(FLOWS, name=_name)(
+        lambda make=_make: plane_pair(lambda: flow_guide(*small(make()), context=lambda x: x), **FEW)
+    )
 
 
 def zuko_guide(flow, context=True):

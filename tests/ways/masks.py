@@ -265,19 +265,17 @@ def with_a_guide_for_the_rest():
     return pair(partly_observed, guide, masked_evidence)
 
 
-def _automatic(make_guide, exact):
-    guide = make_guide(partly_observed)
-    return pair(partly_observed, guide, exact, num_particles=1000)
+def _automatic(make_guide, together=False):
+    """Two data, the second unknown; z and x_unobserved together are wider than either."""
+    x, mask = torch.tensor([0.5, 0.0]), torch.tensor([True, False])
+    exact = masked_evidence(x, mask)
+    guide = make_guide(partly_observed, init_scale=1.7)
+    return Pair(partly_observed, guide, (x, mask), exact.sum() if together else exact)
 
 
-@way("obs_mask=")
-def with_auto_normal():
-    return _automatic(lambda model: AutoNormal(model, init_scale=1.0), masked_evidence)
-
-
-@way("obs_mask=")
-def with_auto_multivariate_normal():
-    return _automatic(lambda m: AutoMultivariateNormal(m, init_scale=1.0), lambda x, m: masked_evidence(x, m).sum())
+way("obs_mask=", name="with AutoNormal")(lambda: _automatic(AutoNormal))
+way("obs_mask=", name="with AutoMultivariateNormal")(lambda: _automatic(AutoMultivariateNormal, together=True))
+way("obs_mask=", name="with AutoNormalMessenger")(lambda: _automatic(AutoNormalMessenger))
 
 
 @way("obs_mask=")
@@ -293,7 +291,7 @@ def of_elements_of_an_event_with_auto_normal():
 
     both = dist.MultivariateNormal(torch.zeros(2), torch.eye(2) + 1).log_prob(x[1])
     exact = torch.stack([normal_evidence(x[0, 0]), both, torch.tensor(0.0)])
-    return Pair(model, AutoNormal(model, init_scale=1.0), (x, mask), exact)
+    return Pair(model, AutoNormal(model, init_scale=2.0), (x, mask), exact)
 
 
 @way(MASKS)

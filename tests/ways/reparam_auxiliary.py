@@ -22,8 +22,8 @@ from pyro.infer.reparam import (
 )
 
 from ways import Pair, normal_data, normal_evidence, normal_model, on_grid, proposal, way
-from ways.guides import regression
-from ways.reparam import KIND, USED, reparam
+from ways.guides import local, regression
+from ways.reparam import KIND, reparam
 
 
 def stable_guide(*names):
@@ -170,19 +170,23 @@ def GumbelSoftmaxReparam_of_two_classes():
 # --- by a guide ---
 
 
-@way(KIND, "masks latent site 'w_shared_latent'")
-def NeuTraReparam_by_a_normal():
-    """The posterior of the weights becomes nearly standard normal in the guide's own coordinates."""
-    target = regression()
+def neutra(target, name):
+    """A model in the coordinates of a guide, in which its posterior is nearly standard normal."""
     inner = AutoMultivariateNormal(target.model, init_loc_fn=init_to_value(values=target.means), init_scale=0.5)
     inner(*target.args)
-    USED.add("NeuTraReparam")
     model = NeuTraReparam(inner.requires_grad_(False)).reparam(target.model)
 
-    def guide(features, y):
-        pyro.sample("w_shared_latent", dist.Normal(torch.zeros(2), 1.1).to_event(1))
+    def guide(*args):
+        pyro.sample(name, dist.Normal(torch.zeros(inner.latent_dim), 1.1).to_event(1))
 
     return Pair(model, guide, target.args, target.exact)
+
+
+way(KIND, name="NeuTraReparam")(lambda: neutra(regression(), "w_shared_latent"))
+# There Pyro adds the stretch of all data to each datum.
+way(KIND, "masks latent site 'z_shared_latent'", name="NeuTraReparam of latents in a plate")(
+    lambda: neutra(local(), "z_shared_latent")
+)
 
 
 @way(KIND, "'z_aux'")
@@ -193,7 +197,6 @@ def StructuredReparam_by_a_guide():
     )
     inner(x)
     structured = StructuredReparam(inner)  # counts the noise and the stretch of space the wrong way round
-    USED.add("StructuredReparam")
     model = structured.reparam(normal_model)
     return Pair(
         model, AutoDiagonalNormal(model, init_scale=0.8), (x,), normal_evidence(x).sum(), options={"num_particles": 500}

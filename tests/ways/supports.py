@@ -220,7 +220,7 @@ def ordered():
     return Pair(model, guide, (x,), exact)
 
 
-@way(CONSTRAINED, "improper prior")
+@way(CONSTRAINED, "ImproperUniform")
 def improper_prior():
     """A flat prior cannot be drawn from, and so its coverage not be looked at."""
 
@@ -277,7 +277,7 @@ def a_short_uniform_for_a_gamma():
             t = pyro.sample("t", dist.Gamma(2.0, 100.0))
             pyro.sample("x", dist.Poisson(t), obs=x)
 
-    guide = proposal(("t", lambda x: dist.Uniform(torch.zeros(len(x)), 0.2)))
+    guide = proposal(("t", lambda x: dist.Uniform(torch.zeros(len(x)), 0.08)))
     return Pair(model, guide, (torch.tensor([0.0, 1.0]),))
 
 
