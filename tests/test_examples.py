@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 
 import pyrovae as pv
-from pyrovae import registry
-from pyrovae.checkpoint.locks import locked
+from pyrovae.training.locks import locked
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-from support import command_line, provenance, run_folder  # noqa: E402
+from support import command_line, provenance, registry, run_folder  # noqa: E402
 
 FIGURES = ("report.png", "samples.png", "reconstructions.png", "training.png", "tightness.png")
 

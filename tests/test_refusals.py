@@ -105,7 +105,7 @@ def test_no_data():
 def test_an_importance_weighted_objective_has_no_kl_to_weigh():
     for weights in ({"beta": 2.0}, {"kl_warmup_steps": 5}, {"free_bits": 0.1}):
         with pytest.raises(ValueError, match="objective 'iwae' has no KL to weigh"):
-            pv.registry.make_objective("iwae", 5, **weights)
+            registry.make_objective("iwae", 5, **weights)
 
 
 def test_entropy_of_binary_images():

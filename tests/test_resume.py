@@ -12,9 +12,9 @@ from test_training import binary, make, parameters, same
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.checkpoint.files import read, write
-from pyrovae.programs.extract import Extracted
+from pyrovae.compiled.record import Extracted
 from pyrovae.training import saving
+from pyrovae.training.checkpoint_file import read, write
 from pyrovae.training.steps import Steps
 
 
