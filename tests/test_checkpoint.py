@@ -12,13 +12,13 @@ import pyro
 import pytest
 import torch
 from parts import LIKELIHOODS
-from pyrovae.checkpoint import files
 from test_parts import build, combinations
 from test_training import binary, make
 from torch import nn
 
 import pyrovae as pv
 from pyrovae.objectives import MonteCarloKL
+from pyrovae.training import checkpoint_file
 from pyrovae.training.checkpoint_file import earlier, read, write
 from pyrovae.training.locks import locked
 from pyrovae.training.specification import build as build_from
@@ -247,7 +247,7 @@ def write_signed(content, path):
     """With a valid digest: that a file is whole says nothing about what is in it."""
     torch.save(content, path)
     data = path.read_bytes()
-    path.write_bytes(data + files._MARK + hashlib.sha256(data).digest())
+    path.write_bytes(data + checkpoint_file._MARK + hashlib.sha256(data).digest())
 
 
 @pytest.mark.parametrize("failing", ["write", "fsync", "replace", "link"])
@@ -260,7 +260,7 @@ def test_a_write_that_fails_leaves_the_file_whole(tmp_path, monkeypatch, failing
         raise OSError(error, os.strerror(error))
 
     if failing == "write":
-        original = files.Path.open
+        original = checkpoint_file.Path.open
 
         def opened(self, *arguments, **options):
             file = original(self, *arguments, **options)
@@ -270,14 +270,14 @@ def test_a_write_that_fails_leaves_the_file_whole(tmp_path, monkeypatch, failing
                 fail()
             return file
 
-        monkeypatch.setattr(files.Path, "open", opened)
+        monkeypatch.setattr(checkpoint_file.Path, "open", opened)
     elif failing == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
     elif failing == "replace":
-        monkeypatch.setattr(files.Path, "replace", fail)
+        monkeypatch.setattr(checkpoint_file.Path, "replace", fail)
     else:
         monkeypatch.setattr(os, "link", fail)
-        monkeypatch.setattr(files.shutil, "copyfile", fail)
+        monkeypatch.setattr(checkpoint_file.shutil, "copyfile", fail)
     with pytest.raises(OSError, match=r"cannot write .*a\.pt .*the file written before is whole") as caught:
         write(path, {"model": None}, keep=True)
     assert caught.value.errno == error

@@ -17,7 +17,7 @@ from torch import nn
 import pyrovae as pv
 from pyrovae import objectives
 from pyrovae.compiled.record import extract
-from pyrovae.objectives import particles
+from pyrovae.objectives import runs
 from pyrovae.training.elbo_parts import parts_of
 from pyrovae.training.recorded_step import _surrogate
 
@@ -360,7 +360,7 @@ def test_fit_reads_the_parts_off_the_surrogate():
 def test_a_step_leaves_nothing_behind(name, monkeypatch):
     """No circle of references through autograd's graph, whose tensors would wait for the garbage collector."""
     draws = []
-    original = particles.draw_runs
+    original = runs.draw_runs
 
     def draw_runs(*arguments):
         runs = original(*arguments)

@@ -6,11 +6,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyrovae.weights import pair as pairs
 from test_training import binary, make
 
 import pyrovae as pv
 from pyrovae.compiled.record import Extracted
+from pyrovae.programs import pair as pairs
 
 NUM_DATA, NUM_PARTICLES = 6, 50
 
