@@ -22,11 +22,12 @@ matplotlib.use("Agg")  # figures go to files
 import matplotlib.pyplot as plt
 import pyro
 import torch
+from support import registry
 from support.command_line import parser_of, positive
 from support.provenance import command, read_json, versions, write_json
 
 import pyrovae as pv
-from pyrovae.over_data import standard_error
+from pyrovae.estimators.standard_error import standard_error
 
 
 def main() -> None:
@@ -154,7 +155,7 @@ def over_data(values) -> tuple[float, float]:
 
 def load_data(trained, folder):
     data = pv.data.load(trained["dataset"], folder, binarization=None)
-    images = pv.registry.LIKELIHOODS[trained["likelihood"]].images
+    images = registry.LIKELIHOODS[trained["likelihood"]].images
     if images == "binary":
         return data.binarized(trained["binarization"], trained["data_seed"])
     return data.dequantized(trained["data_seed"]) if images == "continuous" else data

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyro
 import torch
+from support import registry
 from support.command_line import parser_of, positive
 from support.provenance import command, versions, write_json
 
@@ -26,10 +27,10 @@ def main() -> None:
     options = parse_options()
     data = pv.data.load(options.dataset, options.data_dir)
     test = data.test[: options.num_test]
-    network = pv.registry.NETWORKS["mlp"]
+    network = registry.NETWORKS["mlp"]
 
     def make_guide(name):
-        return pv.registry.GUIDES[name](network.encoder(data.data_shape, HIDDEN), LATENT_DIM)
+        return registry.GUIDES[name](network.encoder(data.data_shape, HIDDEN), LATENT_DIM)
 
     seconds = {}
 
@@ -65,7 +66,7 @@ def main() -> None:
         guide = make_guide("mean-field")
         decoder = network.decoder(LATENT_DIM, data.data_shape, HIDDEN)
         likelihood = pv.likelihoods.Bernoulli(decoder, data.data_shape, data_mean=data.train.mean(0))
-        model = pv.GenerativeModel(pv.registry.PRIORS[name](LATENT_DIM, guide, data.train), likelihood)
+        model = pv.GenerativeModel(registry.PRIORS[name](LATENT_DIM, guide, data.train), likelihood)
         by_prior[name] = train_and_evaluate(f"prior {name}", model, guide)
         if name == "standard-normal":
             frozen = model
@@ -108,14 +109,14 @@ def parse_options() -> argparse.Namespace:
         "--priors",
         nargs="+",
         default=["standard-normal", "vamp", "realnvp"],
-        choices=pv.registry.PRIORS,
+        choices=registry.PRIORS,
         help="standard-normal among them: its model is the one that is frozen",
     )
     add(
         "--guides",
         nargs="*",
-        default=list(pv.registry.GUIDES),
-        choices=pv.registry.GUIDES,
+        default=list(registry.GUIDES),
+        choices=registry.GUIDES,
         help="for the frozen model; none given: priors only (default: all)",
     )
     add("--epochs", type=positive(int), default=15, help="of each training (default: 15)")

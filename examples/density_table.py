@@ -24,6 +24,7 @@ from pathlib import Path
 import pyro
 import torch
 from benchmarks.turns import processor
+from support import registry
 from support.clock import Clock
 from support.command_line import parser_of, positive
 from support.density_estimates import anneal, compared, estimate, of_all_images
@@ -33,7 +34,7 @@ from support.provenance import git_revision, read_json, versions, write_json
 from support.run_folder import load_data
 
 import pyrovae as pv
-from pyrovae.checkpoint.locks import locked
+from pyrovae.training.locks import locked
 
 ORDER_SEED = 0  # of the test images
 AFTER_SEED = 1000  # not the noise again that the first part of a training in two parts had
@@ -166,7 +167,7 @@ def train(row, options, folder, data, device, clock):
             model, guide, _ = train(ROWS[row.after], options, before, data, device, Clock(before / "seconds.json"))
         pyro.set_rng_seed(options.seed + AFTER_SEED)
     steps_per_epoch = -(-len(data.train) // settings["batch_size"])
-    objective = pv.registry.make_objective(
+    objective = registry.make_objective(
         row.objective, row.particles, kl_warmup_steps=min(row.kl_warmup, settings["epochs"]) * steps_per_epoch
     )
     with clock("training"):

@@ -23,6 +23,7 @@ matplotlib.use("Agg")  # figures go to files
 import matplotlib.pyplot as plt
 import pyro
 import torch
+from support import registry
 from support.command_line import parse_options
 from support.metrics import metrics_of, parts_of, report
 from support.provenance import write_json
@@ -43,17 +44,17 @@ def main(held: ExitStack) -> None:
     latent_dim, hidden = options.latent_dim, options.hidden
 
     # The model p(z) p(x|z) and the guide q(z|x): two Pyro programs made of exchangeable parts, here by their names.
-    network = pv.registry.NETWORKS[options.network]
-    guide = pv.registry.GUIDES[options.guide](network.encoder(data.data_shape, hidden), latent_dim)
-    prior = pv.registry.PRIORS[options.prior](latent_dim, guide, data.train)
-    make_likelihood = pv.registry.LIKELIHOODS[options.likelihood]
+    network = registry.NETWORKS[options.network]
+    guide = registry.GUIDES[options.guide](network.encoder(data.data_shape, hidden), latent_dim)
+    prior = registry.PRIORS[options.prior](latent_dim, guide, data.train)
+    make_likelihood = registry.LIKELIHOODS[options.likelihood]
     likelihood = make_likelihood(
         lambda out_shape: network.decoder(latent_dim, out_shape, hidden), data, options.scale or 1.0
     )
     model = pv.GenerativeModel(prior, likelihood)
 
     # The objective: the ELBO, unless another is asked for. Evaluation reports the real ELBO whatever it is.
-    objective = pv.registry.make_objective(
+    objective = registry.make_objective(
         options.objective,
         options.objective_particles,
         beta=options.beta,

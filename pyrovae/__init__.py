@@ -2,8 +2,6 @@
 
 from pyrovae import (
     data,
-    detection,
-    distributed,
     estimators,
     guides,
     likelihoods,
@@ -11,23 +9,24 @@ from pyrovae import (
     objectives,
     plots,
     priors,
-    registry,
-    uses,
 )
+from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo
 from pyrovae.annealing.bounds import annealed_importance_sampling, bidirectional_monte_carlo
-from pyrovae.annealing.result import BidirectionalMonteCarlo
-from pyrovae.calibration import Calibration, simulation_based_calibration
-from pyrovae.checkpoint import load, save
-from pyrovae.comparison import Comparison, compare
-from pyrovae.evaluation import active_units, log_marginal_likelihood, particles_for
-from pyrovae.gaps import InferenceGaps, inference_gaps
-from pyrovae.inference_data import to_elpd_data, to_inference_data
-from pyrovae.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.common import distributed
+from pyrovae.evaluation import detection
+from pyrovae.evaluation.arviz_export import to_elpd_data, to_inference_data
+from pyrovae.evaluation.calibration import Calibration, simulation_based_calibration
+from pyrovae.evaluation.comparison import Comparison, compare
+from pyrovae.evaluation.importance_sampling import active_units, log_marginal_likelihood, particles_for
+from pyrovae.evaluation.inference_gaps import InferenceGaps, inference_gaps
+from pyrovae.evaluation.log_weights import log_weights
+from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.models import uses
 from pyrovae.models.generative import GenerativeModel
 from pyrovae.models.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
 from pyrovae.models.layers import ConditionalNormal
 from pyrovae.training.loop import FitResult, fit, pick_device
-from pyrovae.weights.blocks import log_weights
+from pyrovae.training.saved_pair import load, save
 
 __version__ = "0.1.0"
 
@@ -64,7 +63,6 @@ __all__ = [
     "pick_device",
     "plots",
     "priors",
-    "registry",
     "save",
     "simulation_based_calibration",
     "to_elpd_data",

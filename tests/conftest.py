@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pyrovae.annealing import chains
-from pyrovae.programs.extract import Extracted
-from pyrovae.weights.recorded import RecordedDraw
+from pyrovae.compiled.draws import RecordedDraw
+from pyrovae.compiled.record import Extracted
 
 matplotlib.use("Agg")
 

@@ -97,7 +97,7 @@ ESTIMATORS = [
     ),
     Mutation(
         "bias estimate: its sign",
-        "marginal_likelihood.py",
+        "evaluation/marginal_likelihood.py",
         "(self.jackknife - self.log_prob).mean()",
         "(self.log_prob - self.jackknife).mean()",
         in_file("files", "result_over_data"),
@@ -111,7 +111,7 @@ ESTIMATORS = [
     ),
     Mutation(
         "error of the approximation gap: shared draws taken for independent",
-        "gaps.py",
+        "evaluation/inference_gaps.py",
         "- 2 * share * covariance",
         "- 0 * share * covariance",
         in_file("gaps", "the_error_of_what_shares_its_draws"),
@@ -149,14 +149,14 @@ PARTS = [
     ),
     Mutation(
         "flow: the log-determinant subtracted in the density of a value",
-        "distributions/flows.py",
+        "distributions/zuko_adapter.py",
         "        return self.flow.log_prob(\n",
         "        noise = self.flow.base.log_prob(self.flow.transform(value))\n        return 2 * noise - self.flow.log_prob(\n",
         in_file("priors", "density_integrates_to_one_and_draws_follow_it"),
     ),
     Mutation(
         "flow: the log-determinant subtracted in the density of a draw",
-        "distributions/flows.py",
+        "distributions/zuko_adapter.py",
         "value, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))\n",
         "value, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))\n"
         "        log_prob = 2 * self.flow.base.log_prob(self.flow.transform(value)) - log_prob\n",
@@ -286,14 +286,14 @@ TRAINING = [
     ),
     Mutation(
         "history: the ELBO of the data as their sum of reconstruction and KL",
-        "training/parts.py",
+        "training/elbo_parts.py",
         "return reconstruction - kl, reconstruction, kl",
         "return reconstruction + kl, reconstruction, kl",
         in_file("training", "history_is_the_real_elbo_whatever_the_objective"),
     ),
     Mutation(
         "skipped steps: one more than allowed",
-        "training/verdicts.py",
+        "training/step_guard.py",
         "self.num_skipped <= self.max_skipped",
         "self.num_skipped <= self.max_skipped + 1",
         in_file("skipped_steps", "one_more_stops_the_run_and_a_higher_limit_lets_it_go_on", "in_a_hand_written_svi"),

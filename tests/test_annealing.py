@@ -14,7 +14,7 @@ import pyrovae as pv
 from pyrovae.annealing import bounds, chains
 from pyrovae.annealing.chains import Annealed, anneal, anneal_back, sigmoidal_schedule, tune
 from pyrovae.annealing.potential import Potential, prior_of
-from pyrovae.weights.pair import Pair
+from pyrovae.programs.pair import Pair
 
 
 @pytest.fixture(autouse=True)

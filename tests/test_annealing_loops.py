@@ -15,7 +15,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.annealing.potential import Potential, prior_of
-from pyrovae.weights.pair import Pair
+from pyrovae.programs.pair import Pair
 
 SETTINGS = {"num_chains": 4, "num_temperatures": 10, "num_leapfrog_steps": 4}
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

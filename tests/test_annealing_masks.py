@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoNormal
 import pyrovae as pv
 from pyrovae.annealing.chains import anneal, tune
 from pyrovae.annealing.potential import Potential, prior_of
-from pyrovae.weights.pair import Pair
+from pyrovae.programs.pair import Pair
 
 LOC, SCALE = 0.4, 0.8  # of the guides
 SETTINGS = {"plate": "data", "num_chains": 4, "num_temperatures": 10, "num_leapfrog_steps": 4}

@@ -12,8 +12,8 @@ from test_annealing import gamma_poisson, potential_of
 import pyrovae as pv
 from pyrovae.annealing.blocks import Settings, tuned_blocks
 from pyrovae.annealing.potential import prior_of
-from pyrovae.programs.modules import without_checks
-from pyrovae.weights.pair import Pair
+from pyrovae.common.arguments import without_checks
+from pyrovae.programs.pair import Pair
 
 
 @pytest.fixture(autouse=True)

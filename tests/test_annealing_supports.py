@@ -14,8 +14,8 @@ from torch.distributions import biject_to
 
 import pyrovae as pv
 from pyrovae.annealing.potential import Potential, prior_of
-from pyrovae.distributions.flows import FlowDistribution, import_zuko, support_of_flow
-from pyrovae.weights.pair import Pair
+from pyrovae.distributions.zuko_adapter import FlowDistribution, import_zuko, support_of_flow
+from pyrovae.programs.pair import Pair
 
 zuko = import_zuko()
 SETTINGS = {"num_chains": 4, "num_temperatures": 10, "num_leapfrog_steps": 4}

@@ -23,9 +23,9 @@ from torch.utils.data import (
 )
 
 import pyrovae as pv
-from pyrovae.programs.extract import Extracted
+from pyrovae.compiled.record import Extracted
 from pyrovae.training.batches import batches_of
-from pyrovae.training.numbers import NotFiniteError
+from pyrovae.training.non_finite import NotFiniteError
 
 
 class AsFit(Sampler):

@@ -17,11 +17,11 @@ from test_training import binary, make
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.checkpoint import files
-from pyrovae.checkpoint.files import earlier, read, write
-from pyrovae.checkpoint.locks import locked
-from pyrovae.checkpoint.specification import build as build_from
 from pyrovae.objectives import MonteCarloKL
+from pyrovae.training import checkpoint_file
+from pyrovae.training.checkpoint_file import earlier, read, write
+from pyrovae.training.locks import locked
+from pyrovae.training.specification import build as build_from
 
 # --- made again from the file alone -----------------------------------------------------------------------------------
 
@@ -247,7 +247,7 @@ def write_signed(content, path):
     """With a valid digest: that a file is whole says nothing about what is in it."""
     torch.save(content, path)
     data = path.read_bytes()
-    path.write_bytes(data + files._MARK + hashlib.sha256(data).digest())
+    path.write_bytes(data + checkpoint_file._MARK + hashlib.sha256(data).digest())
 
 
 @pytest.mark.parametrize("failing", ["write", "fsync", "replace", "link"])
@@ -260,7 +260,7 @@ def test_a_write_that_fails_leaves_the_file_whole(tmp_path, monkeypatch, failing
         raise OSError(error, os.strerror(error))
 
     if failing == "write":
-        original = files.Path.open
+        original = checkpoint_file.Path.open
 
         def opened(self, *arguments, **options):
             file = original(self, *arguments, **options)
@@ -270,14 +270,14 @@ def test_a_write_that_fails_leaves_the_file_whole(tmp_path, monkeypatch, failing
                 fail()
             return file
 
-        monkeypatch.setattr(files.Path, "open", opened)
+        monkeypatch.setattr(checkpoint_file.Path, "open", opened)
     elif failing == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
     elif failing == "replace":
-        monkeypatch.setattr(files.Path, "replace", fail)
+        monkeypatch.setattr(checkpoint_file.Path, "replace", fail)
     else:
         monkeypatch.setattr(os, "link", fail)
-        monkeypatch.setattr(files.shutil, "copyfile", fail)
+        monkeypatch.setattr(checkpoint_file.shutil, "copyfile", fail)
     with pytest.raises(OSError, match=r"cannot write .*a\.pt .*the file written before is whole") as caught:
         write(path, {"model": None}, keep=True)
     assert caught.value.errno == error
@@ -377,7 +377,7 @@ def test_one_lock_at_a_time(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX locks")
 def test_a_killed_process_leaves_no_lock(tmp_path):
     code = (
-        "import os, sys; from pyrovae.checkpoint.locks import locked\nwith locked(sys.argv[1]): os.kill(os.getpid(), 9)"
+        "import os, sys; from pyrovae.training.locks import locked\nwith locked(sys.argv[1]): os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt")], check=False)
     assert done.returncode == -9

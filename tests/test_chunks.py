@@ -68,7 +68,7 @@ def test_replayed_latents_give_the_same_bits(double, monkeypatch, particle_batch
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", Tape(table, columns))
 
-    from pyrovae.weights.pair import Pair
+    from pyrovae.programs.pair import Pair
 
     original = Pair.block
 

@@ -16,9 +16,9 @@ from test_training import binary, make, parameters
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.programs.extract import Extracted, extract
+from pyrovae.compiled.record import Extracted, extract
 from pyrovae.training.optimization import OneAdam
-from pyrovae.training.recorded import pays_off, record_step
+from pyrovae.training.recorded_step import pays_off, record_step
 
 
 def eager_step(model, guide, batch, loss=None):
@@ -109,7 +109,7 @@ def test_fit_gives_the_same_numbers_compiled(caplog):
 def test_a_library_that_a_killed_process_left_unfinished_is_compiled_again(tmp_path, monkeypatch, caplog):
     program = """
 import logging, sys, torch
-from pyrovae.programs.extract import extract
+from pyrovae.compiled.record import extract
 logging.basicConfig()
 layer = torch.nn.Linear(3, 2)
 found = extract(lambda x: (layer(x).sin().exp().sum(),), [layer], (torch.ones(5, 3),))

@@ -17,8 +17,8 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.annealing.potential import prior_of
-from pyrovae.programs.extract import Extracted, all_ours, extract
-from pyrovae.programs.frozen import turned
+from pyrovae.compiled.frozen import turned
+from pyrovae.compiled.record import Extracted, all_ours, extract
 
 
 @pytest.fixture(autouse=True)

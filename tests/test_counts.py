@@ -6,7 +6,7 @@ import torch
 from test_training import binary
 
 import pyrovae as pv
-from pyrovae.programs.modules import check_count
+from pyrovae.common.arguments import check_count
 
 KINDS = [np.int64, np.int32, np.uint8]
 NOT_WHOLE = [True, np.bool_(True), 2.0, np.float64(2), "2", None, torch.tensor(2), [2]]

@@ -11,7 +11,7 @@ import torch
 from pyro.infer import Trace_ELBO
 
 import pyrovae as pv
-from pyrovae.over_data import standard_error
+from pyrovae.estimators.standard_error import standard_error
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FIELDS = {

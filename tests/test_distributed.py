@@ -54,7 +54,7 @@ class Model(torch.nn.Module):
             pyro.sample("x", dist.Normal(self.layer(z), 0.5).to_event(1), obs=x[:, :6])
 """
 TRAIN = """
-from pyrovae.programs.extract import Extracted
+from pyrovae.compiled.record import Extracted
 Extracted.compiler = staticmethod(lambda graph: graph)
 with pv.distributed.joined() as rank:
     torch.manual_seed(0)

@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 
 import pyrovae as pv
-from pyrovae import registry
-from pyrovae.checkpoint.locks import locked
+from pyrovae.training.locks import locked
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-from support import command_line, provenance, run_folder  # noqa: E402
+from support import command_line, provenance, registry, run_folder  # noqa: E402
 
 FIGURES = ("report.png", "samples.png", "reconstructions.png", "training.png", "tightness.png")
 
@@ -405,3 +404,9 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     code = code.replace("epochs=30", "epochs=1, progress=False").replace("num_particles=1000", "num_particles=20")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_an_importance_weighted_objective_has_no_kl_to_weigh():
+    for weights in ({"beta": 2.0}, {"kl_warmup_steps": 5}, {"free_bits": 0.1}):
+        with pytest.raises(ValueError, match="objective 'iwae' has no KL to weigh"):
+            registry.make_objective("iwae", 5, **weights)

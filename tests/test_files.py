@@ -88,7 +88,7 @@ def groups_of(data):
 
 @pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")  # ArviZ 0.23's own figures
 def test_inference_data_round_trip(tmp_path):
-    from pyrovae.programs.modules import import_arviz
+    from pyrovae.common.reporting import import_arviz
 
     arviz = import_arviz()
     model, guide = make()

@@ -11,15 +11,15 @@ from conftest import within
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
-from pyrovae.distributions.flows import FlowDistribution, _spread_points, import_zuko, start_near_identity
-from pyrovae.programs.extract import extract
+from pyrovae.compiled.record import extract
+from pyrovae.distributions.zuko_adapter import FlowDistribution, _spread_points, import_zuko, start_near_identity
 
 IMPORT = """
 import torch, pyro
 Distribution = torch.distributions.Distribution
 before = Distribution._validate_args, Distribution.__dict__["arg_constraints"]
 assert before[0] is {validation}
-from pyrovae.distributions.flows import import_zuko, FlowDistribution
+from pyrovae.distributions.zuko_adapter import import_zuko, FlowDistribution
 zuko = import_zuko()
 assert import_zuko() is zuko
 assert (Distribution._validate_args, Distribution.__dict__["arg_constraints"]) == before
@@ -266,7 +266,7 @@ def test_points_of_the_mean_are_spread_evenly():
 def test_in_many_pieces_the_mean_is_the_same(double, monkeypatch):
     q = distribution(make(), torch.randn(5, 4))
     whole = q.mean
-    monkeypatch.setattr("pyrovae.distributions.flows._MEAN_ROWS", 35)  # 7 points at a time, and 2
+    monkeypatch.setattr("pyrovae.distributions.zuko_adapter._MEAN_ROWS", 35)  # 7 points at a time, and 2
     assert torch.allclose(q.mean, whole)
 
 

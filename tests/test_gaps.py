@@ -8,7 +8,8 @@ from conftest import LinearGaussian, within
 from torch import nn
 
 import pyrovae as pv
-from pyrovae import gaps, guides, priors
+from pyrovae import guides, priors
+from pyrovae.evaluation import inference_gaps
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_gain_uses_the_same_noise(linear_gaussian):
     """Of parameters against themselves: exactly nothing."""
     x = linear_gaussian.data(7)
     guide = exact_mean_field(linear_gaussian)
-    steps = gaps._Steps(linear_gaussian.model, guide, 0.05, 100, 0.05, 7, False)
+    steps = inference_gaps._Steps(linear_gaussian.model, guide, 0.05, 100, 0.05, 7, False)
     parameters = guide.encode(x).detach()
     assert torch.equal(steps._gain(x, parameters, parameters), torch.zeros(7))
     worse = parameters + 0.3
@@ -215,7 +216,7 @@ def test_compiled_and_in_batches(double, uncompiled):
     x = model.generate(11)
     found = {}
     for compile in (False, True):
-        steps = gaps._Steps(model, guide, 0.02, 400, 0.05, 4, compile)
+        steps = inference_gaps._Steps(model, guide, 0.02, 400, 0.05, 4, compile)
         settled = []
         pyro.set_rng_seed(8)
         found[compile] = *steps.best(x, settled.append), sum(settled)
@@ -239,13 +240,18 @@ def test_programs_of_known_parameters_can_be_recorded(double, uncompiled, monkey
         pyro.set_rng_seed(8)
         results.append(
             pv.log_weights(
-                *gaps._known(model, guide), x, parameters, num_particles=20, particle_batch_size=4, compile=compile
+                *inference_gaps._known(model, guide),
+                x,
+                parameters,
+                num_particles=20,
+                particle_batch_size=4,
+                compile=compile,
             )
         )
     assert len(chunks) == 4
     assert torch.allclose(*results, rtol=1e-10)
     monkeypatch.setattr(guide, "encode", None)  # not asked again
-    pv.log_weights(*gaps._known(model, guide), x, parameters, num_particles=3)
+    pv.log_weights(*inference_gaps._known(model, guide), x, parameters, num_particles=3)
 
 
 def test_an_encoding_that_is_a_view_of_a_parameter(linear_gaussian):
@@ -270,9 +276,9 @@ def test_an_encoding_that_is_a_view_of_a_parameter(linear_gaussian):
 
 
 def test_an_interrupted_evaluation_gives_the_first_data(linear_gaussian, monkeypatch):
-    original, lengths = gaps.log_marginal_likelihood, iter([4, 3])
+    original, lengths = inference_gaps.log_marginal_likelihood, iter([4, 3])
     monkeypatch.setattr(
-        gaps, "log_marginal_likelihood", lambda *args, **options: original(*args, **options)[: next(lengths)]
+        inference_gaps, "log_marginal_likelihood", lambda *args, **options: original(*args, **options)[: next(lengths)]
     )
     x = linear_gaussian.data(6)
     annealed = pv.LogMarginalLikelihood.from_annealed(torch.randn(9, 6), torch.full((6,), 0.65))

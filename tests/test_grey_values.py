@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_training import binary
 
 import pyrovae as pv
+from pyrovae.common.arguments import without_checks
 from pyrovae.data import Splits, binarize, dequantize
-from pyrovae.programs.modules import without_checks
 
 DRAWS = {"binarize": binarize, "dequantize": dequantize}
 

@@ -14,9 +14,9 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import guides, likelihoods, nets, priors
-from pyrovae.distributions.flows import import_zuko
-from pyrovae.programs.extract import extract
-from pyrovae.training.recorded import _surrogate
+from pyrovae.compiled.record import extract
+from pyrovae.distributions.zuko_adapter import import_zuko
+from pyrovae.training.recorded_step import _surrogate
 
 FLOWS = ["InverseAutoregressiveFlow", "NeuralSplineFlow"]
 

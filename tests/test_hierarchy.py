@@ -16,8 +16,8 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import guides, likelihoods, nets, priors
+from pyrovae.compiled.record import Extracted
 from pyrovae.models.layers import Chain, ConditionalNormal
-from pyrovae.programs.extract import Extracted
 
 SHAPE = (1, 4, 3)
 

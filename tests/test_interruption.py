@@ -9,7 +9,7 @@ import torch
 from conftest import within
 
 import pyrovae as pv
-from pyrovae.weights.pair import Pair
+from pyrovae.programs.pair import Pair
 
 
 @pytest.fixture(autouse=True)

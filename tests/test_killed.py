@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from pyrovae.checkpoint.files import earlier, read
+from pyrovae.training.checkpoint_file import earlier, read
 
 NUM_KILLS = int(os.environ.get("PYROVAE_KILLS", "5"))
 

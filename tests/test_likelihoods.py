@@ -16,9 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyrovae as pv
 from pyrovae import likelihoods, nets, priors
+from pyrovae.common.arguments import without_checks
+from pyrovae.compiled.record import extract
 from pyrovae.distributions.pixels import CategoricalLevels, ContinuousBernoulli, LogisticLevels
-from pyrovae.programs.extract import extract
-from pyrovae.programs.modules import without_checks
 
 SHAPE = (1, 2, 2)
 

@@ -8,9 +8,9 @@ from test_training import binary, make, parameters, same
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.checkpoint.files import read
-from pyrovae.programs.extract import Extracted
-from pyrovae.training.numbers import NotFiniteError
+from pyrovae.compiled.record import Extracted
+from pyrovae.training.checkpoint_file import read
+from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.steps import Steps
 
 

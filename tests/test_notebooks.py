@@ -120,9 +120,9 @@ def test_faults_are_found():
     assert [any(word in fault for fault in found) for word in ("number 2", "a warning", "/tmp/", "broke")] == [True] * 4
     assert private_names("import pyrovae as pv\npv.fit(pv.nets.MLP(1, [2]).layers)") == []
     for code in (
-        "from pyrovae.weights.pair import Pair",
-        "import pyrovae.weights.pair",
-        "pv.weights.pair.Pair",
+        "from pyrovae.programs.pair import Pair",
+        "import pyrovae.programs.pair",
+        "pv.programs.pair.Pair",
         "pv.nets.mlp",
         "pv.estimators.reducers.elbo(x)",
     ):

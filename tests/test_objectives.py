@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyrovae as pv
-from pyrovae.distributions.flows import FlowDistribution, import_zuko
+from pyrovae.distributions.zuko_adapter import FlowDistribution, import_zuko
 from pyrovae.objectives import (
     VIMCO,
     AnalyticKL,

@@ -16,10 +16,10 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import objectives
-from pyrovae.objectives import particles
-from pyrovae.programs.extract import extract
-from pyrovae.training.parts import parts_of
-from pyrovae.training.recorded import _surrogate
+from pyrovae.compiled.record import extract
+from pyrovae.objectives import runs
+from pyrovae.training.elbo_parts import parts_of
+from pyrovae.training.recorded_step import _surrogate
 
 # name -> make(): every objective, with what it can be asked for
 OBJECTIVES = {
@@ -40,13 +40,13 @@ class Codes(nn.Module):
         self.decoder, self.encoder = nn.Linear(3, 12), nn.Linear(12, 3)
 
     def model(self, x):
-        pv.programs.modules.emit_parameters(self, "codes")
+        pv.programs.parameters.emit_parameters(self, "codes")
         with pyro.plate("data", len(x)):
             b = pyro.sample("b", dist.Bernoulli(logits=torch.zeros(3)).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=self.decoder(b)).to_event(1), obs=x.flatten(1))
 
     def guide(self, x):
-        pv.programs.modules.emit_parameters(self, "codes")
+        pv.programs.parameters.emit_parameters(self, "codes")
         with pyro.plate("data", len(x)):
             pyro.sample("b", dist.Bernoulli(logits=self.encoder(x.flatten(1))).to_event(1))
 
@@ -333,7 +333,7 @@ def test_history_of_pyros_enumeration_claims_no_parts():
 
     @pyro.infer.config_enumerate
     def guide(x):
-        pv.programs.modules.emit_parameters(codes, "codes")
+        pv.programs.parameters.emit_parameters(codes, "codes")
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("b", dist.Bernoulli(logits=codes.encoder(x).sum(-1)))
 
@@ -360,7 +360,7 @@ def test_fit_reads_the_parts_off_the_surrogate():
 def test_a_step_leaves_nothing_behind(name, monkeypatch):
     """No circle of references through autograd's graph, whose tensors would wait for the garbage collector."""
     draws = []
-    original = particles.draw_runs
+    original = runs.draw_runs
 
     def draw_runs(*arguments):
         runs = original(*arguments)
@@ -368,7 +368,7 @@ def test_a_step_leaves_nothing_behind(name, monkeypatch):
         draws.extend(weakref.ref(run.paths.drawn[0]) for run in runs if run.paths is not None)
         return runs
 
-    monkeypatch.setattr("pyrovae.objectives.contract.draw_runs", draw_runs)
+    monkeypatch.setattr("pyrovae.objectives.base.draw_runs", draw_runs)
     objective, (model, guide) = OBJECTIVES[name](), make()
     gc.collect()
     gc.disable()

@@ -9,8 +9,8 @@ import torch
 from test_training import binary, make
 
 import pyrovae as pv
-from pyrovae.programs.extract import Extracted
-from pyrovae.weights import pair as pairs
+from pyrovae.compiled.record import Extracted
+from pyrovae.programs import pair as pairs
 
 NUM_DATA, NUM_PARTICLES = 6, 50
 

@@ -15,9 +15,9 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import guides, likelihoods, nets, priors
-from pyrovae.distributions.flows import FlowDistribution, import_zuko, start_near_identity
+from pyrovae.compiled.record import extract
 from pyrovae.distributions.mixtures import Mixture
-from pyrovae.programs.extract import extract
+from pyrovae.distributions.zuko_adapter import FlowDistribution, import_zuko, start_near_identity
 
 LEARNED = {
     "DiagonalNormal": priors.DiagonalNormal,

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import pyrovae as pv
-from pyrovae.programs.extract import extract
+from pyrovae.compiled.record import extract
 
 # --- a function of data whose values go through Python ----------------------------------------------------------------
 

@@ -117,7 +117,7 @@ def test_k_is_unknown_if_the_dtype_cannot_tell_the_large_weights_apart(dtype, le
     assert estimators.chi_square_bound(log_weights).isnan().all()
     bound = estimators.importance_weighted_bound(log_weights)
     assert torch.equal(estimators.pareto_smoothed_bound(log_weights), bound)
-    lml = pv.marginal_likelihood.LogMarginalLikelihood.from_log_weights(log_weights)
+    lml = pv.evaluation.marginal_likelihood.LogMarginalLikelihood.from_log_weights(log_weights)
     assert math.isnan(lml.share_of_bad_k())
     assert "Pareto k" not in lml.summary()
     assert "+-" in lml.summary()

@@ -102,12 +102,6 @@ def test_no_data():
         pair()[0].likelihood.check_shape(torch.ones(0, 6))
 
 
-def test_an_importance_weighted_objective_has_no_kl_to_weigh():
-    for weights in ({"beta": 2.0}, {"kl_warmup_steps": 5}, {"free_bits": 0.1}):
-        with pytest.raises(ValueError, match="objective 'iwae' has no KL to weigh"):
-            pv.registry.make_objective("iwae", 5, **weights)
-
-
 def test_entropy_of_binary_images():
     logits = torch.randn(3, 2, 4)
     pixels = dist.Bernoulli(logits=logits).to_event(2)

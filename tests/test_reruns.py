@@ -17,7 +17,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import objectives
-from pyrovae.programs.modules import warn_once
+from pyrovae.common.reporting import warn_once
 
 X = torch.randn(9, 3)
 

@@ -12,9 +12,9 @@ from test_training import binary, make, parameters, same
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.checkpoint.files import read, write
-from pyrovae.programs.extract import Extracted
-from pyrovae.training import saving
+from pyrovae.compiled.record import Extracted
+from pyrovae.training import run_file
+from pyrovae.training.checkpoint_file import read, write
 from pyrovae.training.steps import Steps
 
 
@@ -226,8 +226,8 @@ def test_what_is_not_the_same_run_is_refused(tmp_path):
 
 def test_saving_costs_no_random_numbers_and_keeps_to_its_seconds(tmp_path, monkeypatch):
     runs, writes = [], []
-    original = saving.write
-    monkeypatch.setattr(saving, "write", lambda *a, **k: writes.append(1) or original(*a, **k))
+    original = run_file.write
+    monkeypatch.setattr(run_file, "write", lambda *a, **k: writes.append(1) or original(*a, **k))
     for path, every in ((None, 0), (tmp_path / "a.pt", 0), (tmp_path / "b.pt", 1000.0)):
         writes.clear()
         pyro.set_rng_seed(5)
@@ -241,7 +241,7 @@ def test_saving_costs_no_random_numbers_and_keeps_to_its_seconds(tmp_path, monke
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_state(tmp_path, monkeypatch):
-    original, writes, path = saving.write, [], tmp_path / "run.pt"
+    original, writes, path = run_file.write, [], tmp_path / "run.pt"
 
     def full(*arguments, **options):
         writes.append(1)
@@ -255,7 +255,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_state(tmp_path, monkeypatc
     pv.fit(*whole, binary(), **{**options, "checkpoint": None})
     stopped = make()
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "write", full)
+        patch.setattr(run_file, "write", full)
         with pytest.raises(OSError, match="No space left"):
             pv.fit(*stopped, binary(), **options)
     assert len(read(path)["training"]["state"]["history"]) == 2

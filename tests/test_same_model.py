@@ -16,8 +16,8 @@ from test_training import make
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.checkpoint.description import describe_module, difference
-from pyrovae.checkpoint.files import read, write
+from pyrovae.training.checkpoint_file import read, write
+from pyrovae.training.description import describe_module, difference
 
 
 def mlp(activation=nn.SiLU, **options):

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 
 import pyrovae as pv
-from pyrovae.checkpoint.files import read, write
-from pyrovae.checkpoint.values import checksum, describe_callable, same_text
+from pyrovae.training.checkpoint_file import read, write
+from pyrovae.training.values import checksum, describe_callable, same_text
 
 
 def add(batch, amount=0.0):

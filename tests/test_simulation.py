@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoNormal
 from test_annealing import two_sites
 
 import pyrovae as pv
-from pyrovae.annealing.simulation import simulate
+from pyrovae.programs.simulation import simulate
 
 SETTINGS = {"num_chains": 2, "num_temperatures": 5, "num_leapfrog_steps": 1}
 

@@ -13,9 +13,9 @@ from test_training import binary, make, parameters, same
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.checkpoint.files import read
-from pyrovae.programs.extract import Extracted
-from pyrovae.training.numbers import NotFiniteError
+from pyrovae.compiled.record import Extracted
+from pyrovae.training.checkpoint_file import read
+from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.optimization import OneAdam
 from pyrovae.training.steps import Steps
 
@@ -81,10 +81,10 @@ def test_one_more_stops_the_run_and_a_higher_limit_lets_it_go_on(way, tmp_path):
     match = (
         r"not finite at epoch 4, step \d: .*for train\[17\].*; 2 such steps were skipped before \(max_skipped_steps\)"
     )
-    with pytest.raises(pv.training.numbers.NotFiniteError, match=match):
+    with pytest.raises(pv.training.non_finite.NotFiniteError, match=match):
         pv.fit(model, guide, marked_data(), epochs=5, max_skipped_steps=2, checkpoint=path, **way)
     assert [row["skipped_steps"] for row in read(path)["training"]["state"]["history"]] == [0, 1, 1]
-    with pytest.raises(pv.training.numbers.NotFiniteError, match="at epoch 5"):  # the count goes on where it was
+    with pytest.raises(pv.training.non_finite.NotFiniteError, match="at epoch 5"):  # the count goes on where it was
         pv.fit(model, guide, marked_data(), epochs=5, max_skipped_steps=3, checkpoint=path, resume=True, **way)
     result = pv.fit(model, guide, marked_data(), epochs=5, max_skipped_steps=4, checkpoint=path, resume=True, **way)
     assert result.num_skipped_steps == 4
@@ -149,7 +149,7 @@ def test_running_means_do_not_see_a_skipped_step():
     x = binary(30)
     x[4, 0, 0, 0] = torch.nan
     for check in (True, False):
-        with pv.programs.modules.without_checks() if not check else pyro.validation_enabled(True):
+        with pv.common.arguments.without_checks() if not check else pyro.validation_enabled(True):
             norm, result = train(x, max_skipped_steps=2)
         assert result.num_skipped_steps == 2
         assert norm.running_mean.isfinite().all()
@@ -184,7 +184,7 @@ def test_an_infinite_loss_with_finite_gradients_is_not_taken():
                 result = pv.fit(model, guide, binary(), epochs=1, loss=Lost(), max_skipped_steps=limit, **OPTIONS)
                 assert (result.num_skipped_steps, moved) == (1, [True, True, False, True])
             else:
-                with pytest.raises(pv.training.numbers.NotFiniteError, match="epoch 1, step 3"):
+                with pytest.raises(pv.training.non_finite.NotFiniteError, match="epoch 1, step 3"):
                     pv.fit(model, guide, binary(), epochs=1, loss=Lost(), schedule=None, **OPTIONS)
                 assert moved == [True, True, False]
         finally:

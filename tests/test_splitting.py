@@ -12,8 +12,8 @@ from pyro.infer import autoguide
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.programs.agreement import agree, in_float64
-from pyrovae.weights.pair import Pair
+from pyrovae.programs.equivalence import equivalent, in_float64
+from pyrovae.programs.pair import Pair
 
 
 @pytest.fixture(autouse=True)
@@ -114,12 +114,12 @@ def test_honest_float32_programs_are_cut_and_vectorised(kind, scale):
 def test_how_sharply_two_ways_are_compared():
     weights = -1000 * torch.rand(3, 5)
     for change, same in ((0.0, True), (1e-6, True), (1e-3, False)):
-        assert agree(lambda change=change: (weights + 0, weights + change)) is same
-    assert not agree(lambda: (weights, weights[:2]))
+        assert equivalent(lambda change=change: (weights + 0, weights + change)) is same
+    assert not equivalent(lambda: (weights, weights[:2]))
     impossible = weights.clone()
     impossible[0, 0] = -torch.inf
-    assert agree(lambda: (impossible, impossible.clone()))
-    assert not agree(lambda: (impossible, weights))
+    assert equivalent(lambda: (impossible, impossible.clone()))
+    assert not equivalent(lambda: (impossible, weights))
     with in_float64():
         low = torch.randn(3, dtype=torch.float32)
         assert (low + 1).dtype == (low @ torch.ones(3)).dtype == torch.float64

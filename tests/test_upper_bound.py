@@ -8,7 +8,7 @@ import torch
 from conftest import within
 
 from pyrovae import estimators
-from pyrovae.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 
 
 def log_normal(scale):

@@ -94,9 +94,9 @@ def gradients(model: str, data, repeats: int, inductor: bool | None) -> Callable
     import torch
 
     from pyrovae.annealing.potential import Potential, prior_of
-    from pyrovae.programs.modules import without_checks
+    from pyrovae.common.arguments import without_checks
+    from pyrovae.programs.pair import Pair
     from pyrovae.programs.reach import evaluation_mode, modules_behind
-    from pyrovae.weights.pair import Pair
 
     program, _ = programs.ours(model, data)
     with evaluation_mode(program):

@@ -3,6 +3,8 @@
 import argparse
 import math
 
+from support import registry
+
 import pyrovae as pv
 
 # Settings that suit the size of the data; each has its option.
@@ -23,12 +25,12 @@ def parser_of(description) -> argparse.ArgumentParser:
 def parse_options(description) -> argparse.Namespace:
     parser = parser_of(description)
     add = parser.add_argument
-    add("--prior", default="standard-normal", choices=pv.registry.PRIORS, help="p(z) (default: standard-normal)")
-    add("--guide", default="mean-field", choices=pv.registry.GUIDES, help="q(z|x) (default: mean-field)")
-    add("--likelihood", default="bernoulli", choices=pv.registry.LIKELIHOODS, help="p(x|z) (default: bernoulli)")
+    add("--prior", default="standard-normal", choices=registry.PRIORS, help="p(z) (default: standard-normal)")
+    add("--guide", default="mean-field", choices=registry.GUIDES, help="q(z|x) (default: mean-field)")
+    add("--likelihood", default="bernoulli", choices=registry.LIKELIHOODS, help="p(x|z) (default: bernoulli)")
     add("--scale", type=positive(float), help="standard deviation of --likelihood normal (default: 1)")
-    add("--network", default="mlp", choices=pv.registry.NETWORKS, help="of encoder and decoder (default: mlp)")
-    add("--objective", default="elbo", choices=pv.registry.OBJECTIVES, help="what training maximises (default: elbo)")
+    add("--network", default="mlp", choices=registry.NETWORKS, help="of encoder and decoder (default: mlp)")
+    add("--objective", default="elbo", choices=registry.OBJECTIVES, help="what training maximises (default: elbo)")
     add("--objective-particles", type=positive(int), default=1, help="particles per image in training (default: 1)")
     add("--beta", type=not_negative(float), default=1.0, help="weight of the KL in training (default: 1)")
     add(

@@ -8,7 +8,7 @@ import pyro
 import torch
 
 import pyrovae as pv
-from pyrovae.over_data import standard_error
+from pyrovae.estimators.standard_error import standard_error
 
 IMAGES_PER_PIECE = 2000  # of the evaluation, each saved as it is done
 BOUND_PARTICLES = 20  # for the ELBO of every test image

@@ -2,6 +2,8 @@
 
 from functools import partial
 
+from support import registry
+
 import pyrovae as pv
 
 
@@ -17,15 +19,15 @@ def mlp(
 
 
 def images(data, *, network, latent_dim, prior, guide="mean-field"):
-    """One layer of latents; networks for images, by their name in `pv.registry.NETWORKS`."""
-    nets = pv.registry.NETWORKS[network]
+    """One layer of latents; networks for images, by their name in `registry.NETWORKS`."""
+    nets = registry.NETWORKS[network]
     encoder = nets.encoder(data.data_shape, ())
     return one_layer(data, encoder, nets.decoder(latent_dim, data.data_shape, ()), latent_dim, prior, guide)
 
 
 def one_layer(data, encoder, decoder, latent_dim, prior, guide):
-    guide = pv.registry.GUIDES[guide](encoder, latent_dim)
-    prior = pv.registry.PRIORS[prior](latent_dim, guide, data.train)
+    guide = registry.GUIDES[guide](encoder, latent_dim)
+    prior = registry.PRIORS[prior](latent_dim, guide, data.train)
     return pv.GenerativeModel(prior, bernoulli(decoder, data)), guide
 
 

@@ -20,7 +20,7 @@ class Row:
 
     name, title: on the command line, and in the table
     pair: data -> (model, guide)
-    objective, particles: of training, by their name in `pv.registry.OBJECTIVES`
+    objective, particles: of training, by their name in `registry.OBJECTIVES`
     epochs, batch_size, learning_rate, clip_norm: of `pv.fit`; the rate falls by half a cosine, so the epochs have to be
         known beforehand. No weight decay anywhere
     kl_warmup: epochs over which the weight of the KL grows from 0 to 1

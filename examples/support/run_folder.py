@@ -4,12 +4,13 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+from support import registry
 from support.command_line import DEFAULTS
 from support.metrics import report
 from support.provenance import command, read_json, write_json
 
 import pyrovae as pv
-from pyrovae.checkpoint.locks import locked
+from pyrovae.training.locks import locked
 
 # What a run goes on from, and its results.
 TRAINING, OPTIONS, METRICS = "training.pt", "options.json", "metrics.json"
@@ -31,7 +32,7 @@ def begin(options, held):
     for name, value in defaults.items():  # only now: what was typed is what a resumed run is compared with
         setattr(options, name, getattr(options, name, None) or value)
     if pv.distributed.rank() == 0:
-        images = pv.registry.LIKELIHOODS[options.likelihood].images
+        images = registry.LIKELIHOODS[options.likelihood].images
         kind = f"{data.num_levels} grey levels" if images == "levels" else images
         held_out = "no" if data.validation is None else f"{len(data.validation):,}"
         print(
@@ -47,7 +48,7 @@ def load_data(options):
     Binary pixels are redrawn from the grey values of the training images at every use (dynamic); the test images are drawn
     once, from a seed of their own.
     """
-    images = pv.registry.LIKELIHOODS[options.likelihood].images
+    images = registry.LIKELIHOODS[options.likelihood].images
     data = pv.data.load(options.dataset, options.data_dir, binarization=None, train_on_all=options.train_on_all)
     if images == "binary":
         return data.binarized(options.binarization or "dynamic", options.data_seed)

@@ -9,12 +9,13 @@ import torch
 
 from pyrovae.annealing.chains import Kernels, num_pilot_kernels, tune
 from pyrovae.annealing.potential import Potential
-from pyrovae.programs.extract import Extracted, all_ours
-from pyrovae.programs.modules import check_count, warn_once
+from pyrovae.common.arguments import check_count
+from pyrovae.common.progress import progress_bar
+from pyrovae.common.reporting import warn_once
+from pyrovae.compiled.draws import pays_off
+from pyrovae.compiled.record import Extracted, all_ours
+from pyrovae.programs.pair import Pair
 from pyrovae.programs.reach import modules_behind
-from pyrovae.progress import progress_bar
-from pyrovae.weights.pair import Pair
-from pyrovae.weights.recorded import pays_off
 
 __all__ = ["Settings", "TunedBlock", "tuned_blocks"]
 

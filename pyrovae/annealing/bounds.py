@@ -4,21 +4,24 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyrovae import estimators
+from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo
 from pyrovae.annealing.blocks import Settings, tuned_blocks
 from pyrovae.annealing.chains import anneal, anneal_back
+from pyrovae.annealing.coordinates import unconstrained
 from pyrovae.annealing.potential import prior_of
-from pyrovae.annealing.result import BidirectionalMonteCarlo
-from pyrovae.annealing.simulation import exact_draws, first_data, simulate
-from pyrovae.marginal_likelihood import LogMarginalLikelihood
-from pyrovae.programs.modules import map_tensors
+from pyrovae.common.arguments import map_tensors
+from pyrovae.evaluation.log_weights import until_interrupted
+from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.programs.pair import Pair
+from pyrovae.programs.particles import refuse_more_than_memory
 from pyrovae.programs.reach import evaluation_mode
-from pyrovae.programs.traces import Program, sample_sites
-from pyrovae.weights.blocks import until_interrupted
-from pyrovae.weights.pair import Pair
-from pyrovae.weights.particles import refuse_more_than_memory
+from pyrovae.programs.simulation import first_data, simulate
+from pyrovae.programs.supports import masks_of
+from pyrovae.programs.traces import Program, sample_sites, trace_program
 
 __all__ = ["annealed_importance_sampling", "bidirectional_monte_carlo"]
 
@@ -131,7 +134,7 @@ def bidirectional_monte_carlo(
         pair = Pair(program, guide or prior_of(program), args, kwargs, plate, data_batch_size)
         if pair.layout.subsampled:
             raise ValueError(f"plate '{pair.layout.plate}' is subsampled: simulate with the whole plate")
-        exact = exact_draws(pair, trace, guide, settings.num_chains)
+        exact = _exact_draws(pair, trace, guide, settings.num_chains)
         parts = until_interrupted(_sandwiched(pair, exact, settings, guide is None))
     lower, lower_stderr, upper, upper_stderr, acceptance = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     observed: dict[str, Tensor] = {}
@@ -167,3 +170,25 @@ def _sandwiched(
             (forward.acceptance + back.acceptance).double() / 2,
         )
         yield sandwich, block.stop, pair.num_data
+
+
+def _exact_draws(pair: Pair, trace: poutine.Trace, guide: Program | None, num_chains: int) -> Tensor:
+    """The simulated latents as u (S, N, D), the same for all chains."""
+    latents = poutine.Trace()
+    for name, site in sample_sites(trace):
+        if not site["infer"].get("was_observed"):
+            latents.add_node(name, **site)
+            if guide is not None and any(True for _ in masks_of(site)):
+                raise ValueError(
+                    f"the model masks latent site '{name}', whose masked elements are distributed as the guide draws them, and "
+                    f"not as the model simulates them: start from the prior (guide=None)"
+                )
+    if guide is not None:
+        replayed = trace_program(guide, pair.args, pair.kwargs, latents)
+        if strange := sorted(name for name, _ in sample_sites(replayed) if name not in latents):
+            raise ValueError(
+                f"the guide draws auxiliary site(s) {strange}, whose values belonging to a simulated latent are not at "
+                f"hand: start from the prior (guide=None), or sample the latents directly in the guide"
+            )
+        latents = replayed
+    return unconstrained(latents, pair.layout_of(0, pair.num_data), None).expand(num_chains, -1, -1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.annealing.potential import Potential
-from pyrovae.programs.modules import without_checks
+from pyrovae.common.arguments import without_checks
 
 __all__ = ["Annealed", "Kernels", "anneal", "anneal_back", "num_pilot_kernels", "sigmoidal_schedule", "tune"]
 

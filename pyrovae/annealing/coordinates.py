@@ -6,19 +6,18 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions import ImproperUniform
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
-from pyrovae.distributions.flows import support_of_flow
+from pyrovae.common.reporting import warn_once
+from pyrovae.distributions.zuko_adapter import support_of_flow
 from pyrovae.programs.auxiliary import is_delta
-from pyrovae.programs.modules import warn_once
 from pyrovae.programs.supports import innermost, is_angle_or_direction
 from pyrovae.programs.traces import Layout, Program, sample_sites
 
-__all__ = ["Coordinates", "Placed", "ProperPriors", "random_sites", "refuse_without_coordinates", "unconstrained"]
+__all__ = ["Coordinates", "Placed", "random_sites", "refuse_without_coordinates", "unconstrained"]
 
 _TIES = 1e-3  # share of draws in one extreme point from which a density cannot describe them
 
@@ -150,7 +149,7 @@ def _bijection_of(site: dict[str, Any]) -> Any:
         raise ValueError(
             f"the distribution of site '{name}' ({type(innermost(site['fn'])).__name__}) does not say what its support is, so "
             f"annealing has no coordinates for it: give its class a `support` (torch.distributions.constraints.real_vector "
-            f"for all of R^D), or wrap a zuko flow in pyrovae.distributions.flows.FlowDistribution(flow, support=...)"
+            f"for all of R^D), or wrap a zuko flow in pyrovae.distributions.zuko_adapter.FlowDistribution(flow, support=...)"
         )
     try:
         return biject_to(support)
@@ -167,18 +166,6 @@ def _support_of(distribution: Any) -> Constraint | None:
     except (AttributeError, NotImplementedError, ValueError):  # none declared, or one that depends on what is not known
         inside, adapter = innermost(distribution), sys.modules.get("pyro.contrib.zuko")  # which takes long to import
         return support_of_flow(inside.dist) if adapter and isinstance(inside, adapter.ZukoToPyro) else None
-
-
-class ProperPriors(Messenger):
-    """Raise ValueError, naming the site, for a latent that is to be drawn from an improper prior."""
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["value"] is None and isinstance(innermost(msg["fn"]), ImproperUniform):
-            raise ValueError(
-                f"the prior of site '{msg['name']}' is improper (ImproperUniform): it has no draws to start chains from, and "
-                f"p(x) is defined up to a constant only; give the site a prior with a density that integrates to 1, "
-                f"Normal(0, 10) for instance"
-            )
 
 
 @torch.no_grad()

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from pyrovae.annealing.coordinates import (
     Coordinates,
     Placed,
-    ProperPriors,
     random_sites,
     refuse_without_coordinates,
     unconstrained,
 )
-from pyrovae.programs.extract import Extracted, extract
+from pyrovae.common.arguments import checks_values, map_tensors
+from pyrovae.compiled.record import Extracted, extract
 from pyrovae.programs.masks import unmasked
-from pyrovae.programs.modules import checks_values, map_tensors
+from pyrovae.programs.pair import Pair
+from pyrovae.programs.simulation import ProperPriors
 from pyrovae.programs.traces import Program, log_weights_of, sample_sites, site_log_prob, spread, under_particles
-from pyrovae.weights.pair import Pair
 
 __all__ = ["Energy", "Potential", "prior_of"]
 

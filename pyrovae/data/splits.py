@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyrovae.programs.modules import check_count, checks_values
+from pyrovae.common.arguments import check_count, checks_values
 
 __all__ = ["Splits", "binarize", "check_grey_values", "dequantize"]
 

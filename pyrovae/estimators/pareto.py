@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyrovae.programs.modules import import_arviz
+from pyrovae.common.reporting import import_arviz
 
 if TYPE_CHECKING:
     import numpy

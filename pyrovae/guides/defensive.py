@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyrovae.guides.contract import Guide, check_guide
+from pyrovae.guides.base import Guide, check_guide
 
 __all__ = ["DefensiveMixture"]
 

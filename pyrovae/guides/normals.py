@@ -4,8 +4,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrovae.guides.contract import EncoderGuide, start_informative
-from pyrovae.programs.modules import check_count
+from pyrovae.common.arguments import check_count
+from pyrovae.guides.base import EncoderGuide, start_informative
 
 __all__ = ["FullRankNormal", "LowRankNormal", "MeanFieldNormal"]
 

@@ -12,10 +12,11 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyrovae.guides.contract import Guide, check_guide
-from pyrovae.programs.compiler import import_compiler
-from pyrovae.programs.extract import Extracted, extract
-from pyrovae.programs.modules import apart_from_handlers, check_count, checks_values
+from pyrovae.common.arguments import check_count, checks_values
+from pyrovae.compiled.compiler import import_compiler
+from pyrovae.compiled.record import Extracted, extract
+from pyrovae.guides.base import Guide, check_guide
+from pyrovae.programs.parameters import apart_from_handlers
 from pyrovae.programs.reach import evaluation_mode, modules_behind
 
 __all__ = ["Refined"]

@@ -10,7 +10,7 @@ bound with any model sure enough of a level: draw such data evenly within their 
 E log p(x) - D ln 256 is a lower bound of the log mass (Theis, van den Oord & Bethge 2016).
 """
 
-from pyrovae.likelihoods.contract import Likelihood
+from pyrovae.likelihoods.base import Likelihood
 from pyrovae.likelihoods.levels import Categorical, DiscretizedLogistic
 from pyrovae.likelihoods.pixelwise import (
     Bernoulli,

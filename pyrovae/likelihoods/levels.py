@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyrovae.common.arguments import check_count
 from pyrovae.distributions.pixels import CategoricalLevels, GreyLevels, LogisticLevels
-from pyrovae.likelihoods.contract import Likelihood
-from pyrovae.programs.modules import check_count
+from pyrovae.likelihoods.base import Likelihood
 
 __all__ = ["Categorical", "DiscretizedLogistic"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyrovae.distributions.binary import BinaryImages
 from pyrovae.distributions.pixels import ContinuousBernoulli as ContinuousBernoulliPixel
-from pyrovae.likelihoods.contract import Likelihood
+from pyrovae.likelihoods.base import Likelihood
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "HeteroscedasticNormal", "LearnedScaleNormal", "Normal"]
 

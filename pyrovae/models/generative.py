@@ -9,16 +9,17 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrovae.likelihoods.contract import Likelihood
-from pyrovae.priors.contract import Prior
-from pyrovae.programs.modules import check_count, checks_values, emit_parameters
+from pyrovae.common.arguments import check_count, checks_values
+from pyrovae.common.component import Component
+from pyrovae.likelihoods.base import Likelihood
+from pyrovae.priors.base import Prior
+from pyrovae.programs.parameters import emit_parameters
 from pyrovae.programs.reach import evaluation_mode
-from pyrovae.programs.specification import Part
 
 __all__ = ["GenerativeModel", "LatentVariableModel", "check_decoder"]
 
 
-class LatentVariableModel(Part, ABC):
+class LatentVariableModel(Component, ABC):
     """Contract of a model p(x, z) = p(z) p(x|z), where z is all of its latents side by side.
 
     As a Pyro program, `model(x)` has plate "data" (dim -1), the latent sites of the subclass, and site "x" (observed).

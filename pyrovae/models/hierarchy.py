@@ -15,14 +15,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrovae.guides.contract import Guide, features_of, width_of_features
+from pyrovae.guides.base import Guide, features_of, width_of_features
 from pyrovae.guides.normals import MeanFieldNormal
-from pyrovae.likelihoods.contract import Likelihood
+from pyrovae.likelihoods.base import Likelihood
 from pyrovae.likelihoods.pixelwise import Bernoulli
 from pyrovae.models.generative import LatentVariableModel, check_decoder
 from pyrovae.models.layers import Chain, ConditionalNormal
 from pyrovae.nets.mlp import MLP
-from pyrovae.priors.contract import Prior
+from pyrovae.priors.base import Prior
 from pyrovae.priors.densities import StandardNormal
 from pyrovae.programs.reach import evaluation_mode
 

@@ -8,14 +8,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrovae.guides.contract import features_of, width_of_features
-from pyrovae.programs.modules import check_count
-from pyrovae.programs.specification import Part
+from pyrovae.common.arguments import check_count
+from pyrovae.common.component import Component
+from pyrovae.guides.base import features_of, width_of_features
 
 __all__ = ["Chain", "ConditionalNormal"]
 
 
-class ConditionalNormal(Part):
+class ConditionalNormal(Component):
     """Normal with a diagonal covariance, given the layer before it, and whatever else.
 
     p(z|c) = N(z; mu(c), diag sigma(c)^2),   (mu, log sigma) = head(net(c)),   c all that is given, side by side

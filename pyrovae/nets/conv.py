@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyrovae.common.arguments import check_count, run_network
+from pyrovae.common.component import Component
 from pyrovae.nets.shapes import stages
-from pyrovae.programs.modules import check_count, run_network
-from pyrovae.programs.specification import Part
 
 __all__ = ["ConvDecoder", "ConvEncoder", "ResidualDecoder", "ResidualEncoder"]
 
 _CHANNELS_PER_GROUP = 8
 
 
-class ConvEncoder(Part):
+class ConvEncoder(Component):
     """Convolutional encoder: 3x3 convolutions of stride 2, then one fully connected layer.
 
     h_0 = x,   h_l = activation(norm(conv_l(h_(l-1)))),   output = activation(norm(W flatten(h_L) + b))
@@ -60,7 +60,7 @@ class ConvEncoder(Part):
         return _encode(self, x)
 
 
-class ResidualEncoder(Part):
+class ResidualEncoder(Component):
     """Residual encoder: as `ConvEncoder`, with residual blocks after each halving.
 
     h <- conv_l(h), of stride 2;   h <- h + conv(activation(norm(conv(activation(norm(h)))))), num_blocks times
@@ -98,7 +98,7 @@ class ResidualEncoder(Part):
         return _encode(self, x)
 
 
-class ConvDecoder(Part):
+class ConvDecoder(Component):
     """Convolutional decoder: one fully connected layer, then 4x4 transposed convolutions of stride 2.
 
     h_0 = activation(norm(W z + b)),   h_l = activation(norm(conv_l(h_(l-1)))),   output = conv_L(h_(L-1))
@@ -140,7 +140,7 @@ class ConvDecoder(Part):
         return _decode(self, z)
 
 
-class ResidualDecoder(Part):
+class ResidualDecoder(Component):
     """Residual decoder: as `ConvDecoder`, with residual blocks before each doubling.
 
     h <- h + conv(activation(norm(conv(activation(norm(h)))))), num_blocks times;   h <- conv_l(activation(norm(h)))

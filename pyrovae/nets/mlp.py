@@ -8,13 +8,13 @@ from operator import index
 import torch
 from torch import Tensor, nn
 
-from pyrovae.programs.modules import run_network
-from pyrovae.programs.specification import Part
+from pyrovae.common.arguments import run_network
+from pyrovae.common.component import Component
 
 __all__ = ["MLP"]
 
 
-class MLP(Part):
+class MLP(Component):
     """Multilayer perceptron: fully connected layers, each hidden one followed by its activation.
 
     h_0 = x,   h_l = activation(W_l h_(l-1) + b_l),   output = W h_L + b, or h_L itself without `out_features`

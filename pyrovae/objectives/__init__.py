@@ -3,7 +3,7 @@
 A new objective is one class: subclass `Objective` (or `KLObjective`), turn the log densities of the particles into a loss.
 """
 
-from pyrovae.objectives.contract import Objective, Parts
+from pyrovae.objectives.base import Objective, Parts
 from pyrovae.objectives.kl import AnalyticKL, KLObjective, MonteCarloKL, StickingTheLanding
 from pyrovae.objectives.weighted import VIMCO, DoublyReparameterised, ImportanceWeighted, WeightObjective
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyrovae.objectives.contract import Objective, Parts
-from pyrovae.objectives.particles import Run, Terms, arranged, factors, pull_back, terms_of
-from pyrovae.programs.modules import check_count
+from pyrovae.common.arguments import check_count
+from pyrovae.objectives.base import Objective, Parts
+from pyrovae.objectives.runs import Run, Terms, arranged, factors, pull_back, terms_of
 from pyrovae.programs.traces import sample_sites
 
 __all__ = ["AnalyticKL", "KLObjective", "MonteCarloKL", "StickingTheLanding"]

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyrovae.objectives.contract import Objective, Parts
-from pyrovae.objectives.particles import Run, Terms, pull_back, terms_of
+from pyrovae.objectives.base import Objective, Parts
+from pyrovae.objectives.runs import Run, Terms, pull_back, terms_of
 
 __all__ = ["VIMCO", "DoublyReparameterised", "ImportanceWeighted", "WeightObjective"]
 

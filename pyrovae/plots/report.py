@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from pyrovae.plots.bounds import tightness
-from pyrovae.plots.gaps import gap_decomposition, gap_histogram, k_against_gap
+from pyrovae.plots.gap_plots import gap_decomposition, gap_histogram, k_against_gap
 from pyrovae.plots.history import training
 from pyrovae.plots.images import image_grid, reconstructions
+from pyrovae.plots.tightness_plots import tightness
 
 __all__ = ["report"]
 
@@ -48,7 +48,7 @@ def report(
             "draw the annealed log_prob beside it by bound_curve(..., annealed=)"
         )
     if (originals is None) != (means is None):
-        raise ValueError("originals and means come together: images, and pyrovae.uses.reconstruct of them")
+        raise ValueError("originals and means come together: images, and pyrovae.models.uses.reconstruct of them")
     pictures = [images is not None for images in (samples, means)]
     heights = [3.2] * (history is not None) + [4.2, 4.2] + [2.3] * any(pictures)
     figure = plt.figure(figsize=(_WIDTH, sum(heights) + 0.7), layout="constrained")

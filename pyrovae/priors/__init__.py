@@ -4,9 +4,9 @@ A new prior is one class here: subclass `Prior`, give `latent_dim` to its constr
 are flows have their own file.
 """
 
-from pyrovae.priors.contract import Prior
+from pyrovae.priors.base import Prior
 from pyrovae.priors.densities import DiagonalNormal, MixtureOfNormals, StandardNormal, VampPrior
-from pyrovae.priors.flows import FlowPrior, MaskedAutoregressiveFlow, NeuralSplineFlow, RealNVP
+from pyrovae.priors.flow_priors import FlowPrior, MaskedAutoregressiveFlow, NeuralSplineFlow, RealNVP
 
 __all__ = [
     "DiagonalNormal",

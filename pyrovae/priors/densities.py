@@ -6,9 +6,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyrovae.common.arguments import check_count
 from pyrovae.distributions.mixtures import Mixture
-from pyrovae.priors.contract import Prior
-from pyrovae.programs.modules import check_count
+from pyrovae.priors.base import Prior
 
 __all__ = ["DiagonalNormal", "MixtureOfNormals", "StandardNormal", "VampPrior"]
 

@@ -19,7 +19,7 @@ from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyrovae.programs.modules import checks_values
+from pyrovae.common.arguments import checks_values
 from pyrovae.programs.supports import innermost, masks_of, num_parts
 
 __all__ = ["align_masks", "counted", "unmasked"]

@@ -12,8 +12,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.programs.agreement import agree
 from pyrovae.programs.auxiliary import is_delta
+from pyrovae.programs.equivalence import equivalent
 from pyrovae.programs.masks import counted
 from pyrovae.programs.reach import changed_buffers
 from pyrovae.programs.supports import num_parts
@@ -57,7 +57,9 @@ def refuse_other_reruns(pair: InspectedPair) -> None:
             return log_weights_of(pair.layout, *traces)
 
     first, second = run(), run()
-    same = torch.equal(first, second) or agree(lambda: (run(), run()))  # on a GPU, sums may differ in their rounding
+    same = torch.equal(first, second) or equivalent(
+        lambda: (run(), run())
+    )  # on a GPU, sums may differ in their rounding
     if changed := changed_buffers():
         raise ValueError(
             f"running the programs changes buffers in evaluation mode ({', '.join(changed[:3])}), so that an evaluation would "
@@ -135,7 +137,9 @@ def _same_density(pair: InspectedPair, values: dict[str, Tensor], data: Tensor |
             trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, replayed)
         return log_joint_of(pair.layout, trace)[:, slice(None) if data is None else data]
 
-    return torch.equal(density({}), density(values)) or agree(lambda: (density({}), density(values)), atol=_NEGLIGIBLE)
+    return torch.equal(density({}), density(values)) or equivalent(
+        lambda: (density({}), density(values)), atol=_NEGLIGIBLE
+    )
 
 
 def _mixed(pair: InspectedPair, other: dict[str, Tensor], changed: Tensor) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
+from pyrovae.common.arguments import checks_values
+from pyrovae.common.reporting import plain_errors
 from pyrovae.programs.masks import align_masks
-from pyrovae.programs.modules import checks_values, plain_errors
 from pyrovae.programs.supports import innermost, is_possible, supported_elements
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from pyrovae import distributed
+from pyrovae.common import distributed
 
 __all__ = ["Batches", "batches_of", "check_data"]
 

@@ -18,7 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyrovae.programs.traces import Program
-from pyrovae.training.numbers import leaves_of
+from pyrovae.training.non_finite import leaves_of
 
 __all__ = ["FirstStep"]
 

@@ -15,18 +15,19 @@ from pyro.infer import ELBO
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pyrovae import distributed
-from pyrovae.programs.modules import check_program, plain_errors
+from pyrovae.common import distributed
+from pyrovae.common.progress import progress_bar
+from pyrovae.common.reporting import plain_errors
+from pyrovae.programs.parameters import check_program
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
-from pyrovae.progress import progress_bar
-from pyrovae.training.arguments import check_functions, check_numbers, checked_loss
 from pyrovae.training.batches import batches_of, check_data
-from pyrovae.training.numbers import NotFiniteError
+from pyrovae.training.fit_arguments import check_functions, check_numbers, checked_loss
+from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
 from pyrovae.training.precision import in_precision
-from pyrovae.training.recorded import pays_off
-from pyrovae.training.saving import RunFile, run_file
+from pyrovae.training.recorded_step import pays_off
+from pyrovae.training.run_file import RunFile, run_file
 from pyrovae.training.settings import settings_of
 from pyrovae.training.state import TrainingState
 from pyrovae.training.steps import Schedule, Steps
@@ -111,7 +112,7 @@ def fit(
         One more stops the run, and so does an epoch's end if no step was made until then. For rare accidents: data that do
         it every time are left out of training in this way.
         Among several processes a distribution that refuses its data stops the run
-    compile: record the step (see `pyrovae.programs.extract`) and let Inductor compile it: same noise, same numbers up to rounding,
+    compile: record the step (see `pyrovae.compiled.record`) and let Inductor compile it: same noise, same numbers up to rounding,
         a quarter faster on a CPU. "auto" does so for model and guide made of parts of this library in a run long enough to win back the
         compilation. The first epoch is run eagerly, with every check
     precision: "bf16" computes linear and convolutional layers in bfloat16 while training, which pays on hardware that has
@@ -123,7 +124,7 @@ def fit(
         of a run never stopped, with the same versions and number of threads
     device: "auto" takes CUDA where there is one
 
-    Where `torchrun` started several processes (`pyrovae.distributed.joined`), each trains on its share of every batch (with a
+    Where `torchrun` started several processes (`pyrovae.common.distributed.joined`), each trains on its share of every batch (with a
     loader: on the batches of its own, of a `DistributedSampler`), with noise of its own, and the numbers reported are those
     of all. The first writes the checkpoint, which cannot be resumed by several.
 

@@ -7,9 +7,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyrovae import distributed
-from pyrovae.programs.compiler import import_compiler
-from pyrovae.training.verdicts import Verdicts
+from pyrovae.common import distributed
+from pyrovae.compiled.compiler import import_compiler
+from pyrovae.training.step_guard import StepGuard
 
 __all__ = ["OneAdam", "cosine_schedule"]
 
@@ -51,7 +51,7 @@ class OneAdam(pyro.optim.PyroOptim):
         self.adam: torch.optim.Adam | None = None
         self.parameters: list[Tensor] = []
         device = parameters[0].device if parameters else None
-        self.verdicts = Verdicts(max_skipped, device)
+        self.verdicts = StepGuard(max_skipped, device)
         self._watched = torch.zeros((), device=device)
 
     @property

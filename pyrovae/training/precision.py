@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyrovae.programs.modules import map_tensors
+from pyrovae.common.arguments import map_tensors
 from pyrovae.programs.traces import Program
 
 __all__ = ["PRECISIONS", "in_precision"]

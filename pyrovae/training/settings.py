@@ -10,8 +10,8 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from pyrovae.checkpoint.attributes import constants_of
-from pyrovae.checkpoint.values import checksum, describe, describe_callable
+from pyrovae.training.attributes import constants_of
+from pyrovae.training.values import checksum, describe, describe_callable
 
 __all__ = ["settings_of"]
 

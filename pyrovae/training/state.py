@@ -10,7 +10,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyrovae.programs.modules import map_tensors
+from pyrovae.common.arguments import map_tensors
 from pyrovae.training.optimization import OneAdam
 from pyrovae.training.validation import bounds_otherwise
 

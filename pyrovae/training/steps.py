@@ -11,15 +11,15 @@ import torch
 from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
 
-from pyrovae import distributed
+from pyrovae.common import distributed
 from pyrovae.programs.traces import Program
 from pyrovae.training.batches import Batches
+from pyrovae.training.data_order import by_position, site_by_position
+from pyrovae.training.elbo_parts import ElboParts, parts_of
 from pyrovae.training.first_step import FirstStep
-from pyrovae.training.numbers import Culprit, NotFiniteError, find_culprit
+from pyrovae.training.non_finite import NonFiniteSource, NotFiniteError, find_non_finite
 from pyrovae.training.optimization import OneAdam
-from pyrovae.training.order import by_position, site_by_position
-from pyrovae.training.parts import ElboParts, parts_of
-from pyrovae.training.recorded import RecordedStep, record_step
+from pyrovae.training.recorded_step import RecordedStep, record_step
 
 __all__ = ["Schedule", "Steps"]
 
@@ -213,7 +213,7 @@ class Steps:
         on_gpu = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         return [torch.get_rng_state(), *on_gpu]
 
-    def _culprit(self, tried: _Tried) -> tuple[Culprit | None, str]:
+    def _culprit(self, tried: _Tried) -> tuple[NonFiniteSource | None, str]:
         """What a step's numbers go wrong at as it is run again, in words too; nothing is changed by it."""
         devices = [self.device] if self.device.type == "cuda" else []
         buffers = self._buffers()
@@ -222,7 +222,7 @@ class Steps:
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(tried.random[1], self.device)
             try:
-                culprit = find_culprit(self.model, self.guide, self.loss, self._batch(tried.data, tried.rows))
+                culprit = find_non_finite(self.model, self.guide, self.loss, self._batch(tried.data, tried.rows))
             except Exception as again:  # what a program makes of NaN is not one type
                 return None, f"running that step again raises {type(again).__name__}: {again}"
             finally:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyrovae.objectives.weighted import WeightObjective
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program
-from pyrovae.training.parts import parts_of
+from pyrovae.training.elbo_parts import parts_of
 
 __all__ = ["bounds_otherwise", "elbo_of", "validate"]
 

@@ -1,0 +1,1 @@
+"""Helpers that many folders need: checks of arguments, progress, warnings, several processes."""

@@ -1,0 +1,83 @@
+"""Checks of what users pass, and tensors in nested arguments."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["check_count", "checks_values", "map_tensors", "run_network", "without_checks"]
+
+_checks_values = True
+
+
+def run_network(net: nn.Module, x: Tensor, advice: str, name: str | None = None) -> Tensor:
+    """net(x), with an error that says what the network was given if it does not take that.
+
+    Args:
+        net: The network.
+        x: Its input.
+        advice: How to mend another shape.
+        name: What to call the network; by default its class.
+
+    Returns:
+        The network's output.
+
+    Raises:
+        ValueError: The network does not take that shape or dtype; with both, torch's words, and how to mend it.
+    """
+    try:
+        return net(x)
+    except (RuntimeError, IndexError) as error:
+        of_dtype = ("dtype", "Input type", "scalar type", "not implemented for")
+        words = ("shape", "size", "channels", "Dimension", *of_dtype)
+        if not any(word in str(error) for word in words) or "memory" in str(error):
+            raise
+        if any(word in str(error) for word in of_dtype):
+            expected = next((p.dtype for p in net.parameters() if p.dtype.is_floating_point), x.dtype)
+            if not x.is_floating_point():
+                advice = f"{'x.float() / 255 for images of bytes, ' if x.dtype == torch.uint8 else ''}x.to({expected})"
+            elif x.dtype != expected:
+                advice = f"x.to({expected}), the dtype of its parameters, or the network's .to({x.dtype})"
+        raise ValueError(
+            f"the network {name or type(net).__name__} does not take what it is given, of shape {tuple(x.shape)} and {x.dtype} "
+            f"({error}): {advice}"
+        ) from error
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int, if it is a whole number (NumPy's too), `least` or more; raises TypeError or ValueError if not."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, found {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, found {value}")
+    return int(value)
+
+
+def checks_values() -> bool:
+    """Whether a part looks at the values of its data, as it does but in a recording (see `pyrovae.compiled.record`)."""
+    return _checks_values
+
+
+@contextmanager
+def without_checks() -> Iterator[None]:
+    """No look at values inside: a recorded program cannot branch on them. For data that were checked before."""
+    global _checks_values
+    before, _checks_values = _checks_values, False
+    try:
+        yield
+    finally:
+        _checks_values = before
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Apply `function` to the tensors in nested tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(map_tensors(function, value) for value in tree)
+    return tree

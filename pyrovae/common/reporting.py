@@ -1,0 +1,63 @@
+"""Warnings and errors as users see them, and optional libraries that have something to say of their own."""
+
+import contextlib
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+
+__all__ = ["import_arviz", "plain_errors", "warn_once"]
+
+_PACKAGE = str(Path(__file__).parent.parent)
+
+_NOT_THE_USERS = (_PACKAGE, *(str(Path(str(module.__file__)).parent) for module in (torch, pyro)), contextlib.__file__)
+
+
+def import_arviz() -> Any:
+    """ArviZ, without the notice about its next version that 0.x gives on its first import of the day."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    return arviz
+
+
+_warned: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
+
+
+def warn_once(program: Any, message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of something about a program, once for each program, at the line of the user's code that led here."""
+    holder, key = getattr(program, "__self__", program), getattr(program, "__qualname__", "") + message
+    try:
+        said = _warned.setdefault(holder, set())
+    except TypeError:  # an object that no weak reference or dictionary takes
+        said = set()
+    if key in said:
+        return
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+    said.add(key)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors of this library as they are: without the table of sites that Pyro adds to what a traced program raises."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        first: BaseException = error
+        while (cause := first.__cause__) is not None and str(first).startswith(f"{cause}\n"):
+            first = cause
+        trace = first.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        if first is not error and trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+            raise first from first.__cause__
+        raise

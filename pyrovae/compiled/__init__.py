@@ -1,0 +1,1 @@
+"""A program recorded as a pure tensor function, and compiled."""

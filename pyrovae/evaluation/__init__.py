@@ -1,0 +1,1 @@
+"""Estimates of log p(x) and what is made of them."""

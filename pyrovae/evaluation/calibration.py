@@ -1,0 +1,183 @@
+"""Whether a guide's spread is that of the posterior, from data simulated together with their latents."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrovae.common.arguments import check_count, map_tensors
+from pyrovae.common.progress import progress_bar
+from pyrovae.guides.base import Guide
+from pyrovae.programs.inspection import inspect_pair
+from pyrovae.programs.reach import evaluation_mode
+from pyrovae.programs.simulation import simulate
+from pyrovae.programs.traces import Program, as_guide, sample_sites, trace_program
+
+__all__ = ["Calibration", "simulation_based_calibration"]
+
+_MOST_BINS, _FEWEST_PER_BIN = 20, 5
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration:
+    """Ranks of exact posterior draws among a guide's draws, for N simulated data and D latent numbers.
+
+    num_draws: L, of the guide for each datum
+    names: of the D latent numbers, by site: "z[0]", ...
+    ranks: (N, D) of 0 ... L, uniform where the guide is the posterior
+    """
+
+    num_draws: int
+    names: list[str]
+    ranks: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def num_bins(self) -> int:
+        """B: 20 at most, no more than there are ranks, and 5 data or more for each; one fewer or so if they are then equal."""
+        most = max(1, min(_MOST_BINS, len(self) // _FEWEST_PER_BIN, self.num_draws + 1))
+        equal = max(bins for bins in range(1, most + 1) if (self.num_draws + 1) % bins == 0)
+        return equal if equal > most / 2 else most
+
+    @property
+    def bin_shares(self) -> Tensor:
+        """Shares of the L + 1 ranks that the bins hold (B,): 1/B each, or as near to it as whole ranks allow."""
+        return torch.bincount(self._bin_of(torch.arange(self.num_draws + 1))).double() / (self.num_draws + 1)
+
+    def _bin_of(self, ranks: Tensor) -> Tensor:
+        return ranks * self.num_bins // (self.num_draws + 1)
+
+    @property
+    def counts(self) -> Tensor:
+        """Data in each bin of ranks (D, B)."""
+        return torch.nn.functional.one_hot(self._bin_of(self.ranks), self.num_bins).sum(0)
+
+    @property
+    def statistic(self) -> Tensor:
+        """sum_b (count_b - N share_b)^2 / (N share_b), (D,): about B - 1 where the ranks are uniform."""
+        expected = len(self) * self.bin_shares
+        return ((self.counts - expected).square() / expected).sum(1)
+
+    @property
+    def p_value(self) -> Tensor:
+        """Of the chi-square test of uniform ranks (D,); NaN with too few data for two bins."""
+        if self.num_bins < 2:
+            return torch.full((len(self.names),), math.nan, dtype=torch.float64)
+        freedom = torch.tensor((self.num_bins - 1) / 2, dtype=torch.float64)
+        return torch.special.gammaincc(freedom, self.statistic / 2)
+
+    @property
+    def overall_p_value(self) -> float:
+        """Of all latents together: D times the smallest (Bonferroni), 1 at most; NaN with too few data for two bins."""
+        return (self.p_value.min() * len(self.names)).clamp_max(1.0).item()
+
+    @property
+    def offset(self) -> Tensor:
+        """Mean of (rank + 1/2) / (L + 1), less 1/2 (D,): above 0 where the guide lies too low."""
+        return ((self.ranks + 0.5) / (self.num_draws + 1)).double().mean(0) - 0.5
+
+    @property
+    def spread(self) -> Tensor:
+        """Variance of the ranks around their middle over that of uniform ones (D,): above 1 where the guide is too narrow."""
+        middle = self.ranks.double() - self.num_draws / 2
+        return middle.square().mean(0) * 12 / (self.num_draws * (self.num_draws + 2))
+
+    def summary(self) -> str:
+        """A few lines to print."""
+        low = self.p_value < 0.05 / len(self.names)
+        lines = [
+            f"calibration of a guide: {len(self):,} simulated data, {self.num_draws} draws of the guide for each",
+            f"  uniform ranks   p = {self.overall_p_value:.2g} for all {len(self.names)} latent numbers together",
+            f"  spread of ranks {self.spread.mean():8.3f}   1 is right; above: the guide is too narrow; below: too wide",
+        ]
+        if low.any():
+            worst = int(self.statistic.argmax())
+            lines.append(
+                f"  {int(low.sum())} of {len(self.names)} are not uniform (p < 0.05 / {len(self.names)}), the least "
+                f"'{self.names[worst]}': spread {self.spread[worst]:.2f}, offset {self.offset[worst]:+.2f}"
+            )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return (
+            f"Calibration({len(self)} simulated data, {len(self.names)} latent numbers, {self.num_draws} draws: "
+            f"p = {self.overall_p_value:.2g})"
+        )
+
+
+def simulation_based_calibration(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_draws: int = 99,
+    plate: str | None = None,
+    progress: bool = False,
+    **kwargs: Any,
+) -> Calibration:
+    """Simulation-based calibration of a guide: is the latent behind simulated data like a draw of q(z|x)?
+
+    (x_n, z_n) ~ p(x, z),   z_nl ~ q(. | x_n),   rank_nd = #{ l : z_nl < z_nd, dimension d },   l = 1 ... L
+
+    z_n is an exact draw of p(z | x_n). Where q is the posterior the ranks are uniform on 0 ... L in every dimension; where
+    it is too narrow they crowd at both ends, where it is too wide in the middle, where it lies too low or high at one end.
+    Uniform ranks are necessary, not sufficient: the prior as a guide gives uniform ranks too, as any q that is right on
+    average over the data does, and each dimension is looked at alone.
+
+    model, guide, plate: as in `log_marginal_likelihood`; the arguments give shapes only, their data are simulated
+    num_draws: L; with 99 there are 100 ranks, which divide into 20 bins
+    progress: show a bar
+
+    Ties (discrete latents) are ranked at random.
+
+    Raises ValueError for what `bidirectional_monte_carlo` refuses to simulate, for sequential plates, subsampled plates, and
+    programs without a datum plate.
+
+    Source: Talts, Betancourt, Simpson, Vehtari & Gelman, Validating Bayesian Inference Algorithms with Simulation-Based
+    Calibration (2018).
+    """
+    num_draws = check_count("num_draws", num_draws)
+    with evaluation_mode(model, guide) as device:
+        if device is not None:
+            args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
+        trace, program, args, kwargs = simulate(model, guide, args, kwargs)
+        guide = as_guide(guide)
+        layout, _, _ = inspect_pair(program, guide, args, kwargs, plate)
+        if layout.dim is None or layout.subsampled:
+            raise ValueError(
+                f"ranks are taken over data of a plate that holds them all at once; found "
+                f"{'no datum plate' if layout.plate is None else f'plate {layout.plate!r}, sequential or subsampled'}"
+            )
+        exact = {
+            name: site["value"]
+            for name, site in sample_sites(trace)
+            if not site["infer"].get("was_observed") and not site["is_observed"]
+        }
+        if isinstance(guide, Guide) and type(guide).forward is Guide.forward:
+            with torch.no_grad():
+                guide = guide.given(guide.encode(*args, **kwargs))
+        below = {name: torch.zeros_like(value, dtype=torch.long) for name, value in exact.items()}
+        ties = {name: torch.zeros_like(count) for name, count in below.items()}
+        with progress_bar("calibration", num_draws, "draws", progress) as bar:
+            for _ in range(num_draws):
+                drawn = trace_program(guide, args, kwargs)
+                for name, value in exact.items():
+                    found = drawn.nodes[name]["value"]
+                    below[name] += (found < value).long()
+                    ties[name] += (found == value).long()
+                bar.update()
+    names, ranks = [], []
+    for name in exact:
+        rank = below[name] + (torch.rand(ties[name].shape, device=ties[name].device) * (ties[name] + 1)).long()
+        flat = _by_datum(rank, layout.dim, len(trace.nodes[name]["fn"].event_shape))
+        names += [name if flat.shape[1] == 1 else f"{name}[{index}]" for index in range(flat.shape[1])]
+        ranks.append(flat.cpu())
+    return Calibration(num_draws, names, torch.cat(ranks, 1))
+
+
+def _by_datum(values: Tensor, dim: int, event_dim: int) -> Tensor:
+    """Values of a site (*batch_shape, *event_shape) as (N, numbers of one datum)."""
+    return values.movedim(dim - event_dim, 0).flatten(1) if values.ndim > 1 else values.unsqueeze(1)

@@ -1,0 +1,165 @@
+"""Fitted pairs against each other on the same data: paired differences of log p(x) and of the ELBO."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from pyrovae.estimators.standard_error import standard_error
+from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
+
+__all__ = ["Comparison", "ComparisonRow", "compare"]
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One pair in a comparison, in nats per datum.
+
+    rank: by log_prob or elbo, as asked, 0 the best; a mean that is NaN comes last
+    log_prob, stderr: mean over the data, with its standard error as an estimate for new data
+    difference, difference_stderr: log_prob minus that of the best, and the standard error of this paired difference
+    bias_estimate: how much log_prob is too low, at least
+    elbo, elbo_difference, elbo_difference_stderr: of the ELBO, against the same pair; NaN for annealed results
+    gap: log_prob - elbo, at least KL(q(z|x) || p(z|x)); NaN with one particle
+    bad_k: share of data whose Pareto k is above its limit
+    """
+
+    name: str
+    rank: int
+    log_prob: float
+    stderr: float
+    difference: float
+    difference_stderr: float
+    bias_estimate: float
+    elbo: float
+    elbo_difference: float
+    elbo_difference_stderr: float
+    gap: float
+    bad_k: float
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """What `compare` gives: `rows` from best to worst, `num_data`, and `notes` on how to read them."""
+
+    rows: list[ComparisonRow]
+    num_data: int
+    notes: list[str]
+
+    def to_dataframe(self) -> Any:
+        """The table as a pandas DataFrame indexed by name, as `arviz.compare` gives it."""
+        import pandas
+
+        return pandas.DataFrame([asdict(row) for row in self.rows]).set_index("name")
+
+    def __repr__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        head = (
+            f"{'':{width}}  rank  log p(x)      se    diff    dse    bias     ELBO   ELBO diff    dse     gap   bad k"
+        )
+        lines = [
+            f"{row.name:{width}}  {row.rank:4d}  {row.log_prob:8.2f}  {row.stderr:6.2f}  {row.difference:6.2f} "
+            f"{row.difference_stderr:6.2f}  {row.bias_estimate:6.2f} {row.elbo:8.2f}   {row.elbo_difference:9.2f} "
+            f"{row.elbo_difference_stderr:6.2f}  {row.gap:6.2f}  {row.bad_k:6.1%}"
+            for row in self.rows
+        ]
+        title = f"{len(self.rows)} model/guide pairs on {self.num_data:,} data; nats per datum, differences paired"
+        return "\n".join([title, head, *lines, *self.notes])
+
+
+def compare(
+    results: Mapping[str, LogMarginalLikelihood], *, by: Literal["log_prob", "elbo"] = "log_prob"
+) -> Comparison:
+    """Compare fitted pairs on the same data.
+
+    difference_k = mean_n( log p_k(x_n) - log p_best(x_n) ),   standard error sd_n / sqrt(N)
+
+    results: what `log_marginal_likelihood` (or `annealed_importance_sampling`) gave for each pair, all for the same data in
+        the same order
+    by: what ranks them. "elbo" suits guides of one model, whose log p(x) is one number: the differences of the ELBO are
+        those of the gaps
+
+    The standard errors are those of a draw of new data, Monte Carlo noise included. They contain neither the bias of each
+    estimate (unequal tightness looks like a difference between models: see `bias_estimate`) nor what another training seed
+    would change.
+
+    Raises ValueError for fewer than two results, another `by`, or results of different numbers of data; TypeError for other things.
+
+    Source: Vehtari, Gelman & Gabry, Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and WAIC
+    (2017), section 5, for paired differences.
+    """
+    if by not in ("log_prob", "elbo"):
+        raise ValueError(f"by must be 'log_prob' or 'elbo', found {by!r}")
+    if not isinstance(results, Mapping):
+        raise TypeError(
+            f"compare takes the results under their names, {{'vamp': result, 'normal': other}}; found {type(results).__name__}"
+        )
+    for name, result in results.items():
+        if not isinstance(result, LogMarginalLikelihood):
+            raise TypeError(f"'{name}' is a {type(result).__name__}: pass what log_marginal_likelihood gives")
+    if len(results) < 2:
+        raise ValueError(f"a comparison needs two results or more, found {len(results)}")
+    lengths = {name: len(result) for name, result in results.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"the results are for different numbers of data, {lengths}: evaluate all pairs on the same data"
+        )
+    num_data = len(next(iter(results.values())))
+    means = {name: getattr(result, by).mean().item() for name, result in results.items()}
+    order = sorted(results, key=lambda name: (math.isnan(means[name]), -means[name]))
+    best = results[order[0]]
+    rows = []
+    for rank, name in enumerate(order):
+        result = results[name]
+        difference, difference_stderr = _paired(result.log_prob, best.log_prob)
+        elbo_difference, elbo_difference_stderr = _paired(result.elbo, best.elbo)
+        rows.append(
+            ComparisonRow(
+                name=str(name),
+                rank=rank,
+                log_prob=result.mean,
+                stderr=result.mean_stderr,
+                difference=difference,
+                difference_stderr=difference_stderr if rank else 0.0,
+                bias_estimate=result.bias_estimate,
+                elbo=result.elbo.mean().item(),
+                elbo_difference=elbo_difference,
+                elbo_difference_stderr=elbo_difference_stderr if rank else 0.0,
+                gap=result.gap.mean().item() if result.num_particles > 1 else math.nan,
+                bad_k=result.share_of_bad_k(),
+            )
+        )
+    return Comparison(rows, num_data, _notes(rows))
+
+
+def _paired(first: Tensor, second: Tensor) -> tuple[float, float]:
+    difference = first - second
+    return difference.mean().item(), standard_error(difference)
+
+
+def _notes(rows: list[ComparisonRow]) -> list[str]:
+    notes = []
+    with_elbo = [row for row in rows if not math.isnan(row.elbo)]
+    if with_elbo and len(with_elbo) == len(rows):
+        tightest, likeliest = max(rows, key=lambda row: row.elbo), max(rows, key=lambda row: row.log_prob)
+        if tightest is not likeliest:
+            notes.append(
+                f"The best ELBO is that of '{tightest.name}', the best log p(x) that of '{likeliest.name}': the ELBO also "
+                f"rewards a guide that fits."
+            )
+    for row in rows:
+        if math.isnan(row.log_prob):
+            notes.append(f"The mean log p(x) of '{row.name}' is NaN: it is ranked last, and compares with nothing.")
+        elif not math.isfinite(row.bias_estimate):
+            notes.append(f"The bias of '{row.name}' is not known: take more particles.")
+    for row in rows[1:]:
+        unequal = abs(row.bias_estimate - rows[0].bias_estimate)
+        if math.isfinite(unequal) and unequal > abs(row.difference):
+            notes.append(
+                f"The bias estimates of '{row.name}' and '{rows[0].name}' differ by {unequal:.2f} nats, their log p(x) by "
+                f"{abs(row.difference):.2f}: take more particles before you say which is better."
+            )
+    notes.append("Standard errors are for new data; they do not contain what another training seed would change.")
+    return notes

@@ -1,0 +1,281 @@
+"""Where the gap between ELBO and log p(x) comes from: the guide's family, and the encoder's share."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyrovae.common.arguments import check_count
+from pyrovae.common.progress import progress_bar
+from pyrovae.compiled.draws import pays_off
+from pyrovae.estimators.standard_error import standard_error
+from pyrovae.evaluation.importance_sampling import log_marginal_likelihood
+from pyrovae.evaluation.log_weights import log_weights
+from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.guides.base import Guide, check_guide
+from pyrovae.guides.refinement import Refined
+from pyrovae.programs.reach import evaluation_mode
+from pyrovae.programs.traces import Program
+
+__all__ = ["InferenceGaps", "inference_gaps"]
+
+_FIRST_STEPS = 100  # of refinement, doubled until the gain is small
+_DRAWS = 8  # per datum and step
+_PILOT_PARTICLES = 100  # that tell the gain
+
+
+@dataclass(frozen=True, repr=False)
+class InferenceGaps:
+    """The parts of log p(x) - ELBO per datum: tensors (N,) on the CPU, in nats.
+
+    log_prob, stderr: estimate of log p(x), a lower bound on average, with its Monte Carlo standard error
+    elbo, elbo_stderr: of the guide as it is
+    best_elbo, best_elbo_stderr: of the best member of its family that was found for the datum
+    approximation, approximation_stderr: log_prob - best_elbo, what the family cannot follow; too small by as much as log_prob
+        is, too large by what refinement left, about the tolerance
+    amortization, amortization_stderr: best_elbo - elbo, what the encoder loses against the best member
+    pareto_k: of the importance weights from the best member
+    num_steps, converged: steps of refinement, and whether twice as many gained less than the tolerance (bool)
+    """
+
+    num_particles: int
+    log_prob: Tensor
+    stderr: Tensor
+    elbo: Tensor
+    elbo_stderr: Tensor
+    best_elbo: Tensor
+    best_elbo_stderr: Tensor
+    approximation: Tensor
+    approximation_stderr: Tensor
+    amortization: Tensor
+    amortization_stderr: Tensor
+    pareto_k: Tensor
+    num_steps: Tensor
+    converged: Tensor
+
+    def __len__(self) -> int:
+        return len(self.log_prob)
+
+    @property
+    def total(self) -> Tensor:
+        """log_prob - elbo (N,): KL(q(z|x) || p(z|x)), at least."""
+        return self.log_prob - self.elbo
+
+    def summary(self) -> str:
+        """A few lines to print."""
+        num_data = len(self)
+
+        def line(name: str, values: Tensor, stderr: Tensor, remark: str) -> str:
+            monte_carlo = stderr.square().sum().sqrt().item() / num_data
+            return f"  {name:17}{values.mean():9.3f}   +- {standard_error(values):.3f} over data, +- {monte_carlo:.3f} Monte Carlo; {remark}"
+
+        count = f"{num_data:,} {'datum' if num_data == 1 else 'data'}"
+        lines = [
+            f"gaps between log p(x) and ELBO: {count}, {self.num_particles:,} particles; nats per datum",
+            line("log p(x)", self.log_prob, self.stderr, "a lower bound"),
+            line("approximation gap", self.approximation, self.approximation_stderr, "the guide's family"),
+            line("amortization gap", self.amortization, self.amortization_stderr, "the encoder's share"),
+            line("ELBO", self.elbo, self.elbo_stderr, "of the guide as it is"),
+        ]
+        open_end = int((~self.converged).sum())
+        if open_end:
+            lines.append(
+                f"  {open_end:,} of {count} had not settled after {int(self.num_steps.max()):,} steps: their amortization gap may be "
+                f"larger and their approximation gap smaller than this; raise max_num_steps, or lower learning_rate"
+            )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return (
+            f"InferenceGaps({len(self)} data, {self.num_particles} particles: approximation {self.approximation.mean():.3f}, "
+            f"amortization {self.amortization.mean():.3f})"
+        )
+
+
+def inference_gaps(
+    model: Program,
+    guide: Guide,
+    x: Tensor,
+    *,
+    num_particles: int = 1000,
+    annealed: LogMarginalLikelihood | None = None,
+    tolerance: float = 0.05,
+    max_num_steps: int = 1600,
+    learning_rate: float = 0.05,
+    data_batch_size: int = 100,
+    compile: bool | Literal["auto"] = "auto",
+    progress: bool = False,
+) -> InferenceGaps:
+    """Split log p(x) - ELBO into what the guide's family cannot follow and what its encoder loses, per datum.
+
+    log p(x) - ELBO(x; lambda(x)) = [ log p(x) - ELBO(x; lambda*) ] + [ ELBO(x; lambda*) - ELBO(x; lambda(x)) ],
+    lambda(x) = guide.encode(x),   lambda* = the best parameters found for x, starting from lambda(x)
+
+    The family is what `guide.distribution` makes of its parameters: all normals with a diagonal covariance; for a flow,
+    and for the upper layers of a hierarchy, what the context reaches while the weights stay. lambda* is a local optimum:
+    `Refined` with 100, 200, 400 ... steps, until twice as many gain less than `tolerance`; what it falls short of the best is
+    counted as approximation gap. Each ELBO is evaluated with draws that had no part in finding lambda*.
+
+    log p(x) is importance-sampled from the best member. With annealed weights of the same data, the two estimates of p(x)
+    are averaged, log p(x) ~ logaddexp(importance, annealed) - log 2: a lower bound on average like either, 0.69 nats or less
+    below the better one. (The larger of the two for each datum would be biased upwards.)
+
+    model: Pyro program of x with the latent sites of the guide
+    guide: a guide with reparameterised draws
+    num_particles: for each ELBO and for log p(x)
+    annealed: `annealed_importance_sampling(model, x)`, for data where importance sampling cannot be trusted
+    tolerance: in nats per datum
+    max_num_steps: at which refinement ends, converged or not
+    learning_rate: see `Refined`
+    data_batch_size: data refined at once
+    compile: whether the gradients of full batches are recorded and compiled; "auto": where that is won back, and model and
+        guide are parts of this library
+    progress: show bars: of the refinement, and of each ELBO
+
+    Shapes: x (N, *data_shape) -> (N,) each, in nats.
+
+    Raises ValueError for settings out of range, annealed weights of another number of data, a guide without reparameterised draws, and
+    what `log_marginal_likelihood` refuses; TypeError for a guide that is no `pyrovae.guides.Guide`.
+
+    Source: Cremer, Li & Duvenaud, Inference Suboptimality in Variational Autoencoders (2018).
+    """
+    check_guide(guide)
+    max_num_steps = check_count("max_num_steps", max_num_steps)
+    data_batch_size = check_count("data_batch_size", data_batch_size)
+    num_particles = check_count("num_particles", num_particles)
+    if num_particles < 2:
+        raise ValueError("one particle tells no gap: num_particles must be 2 or more")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, in nats per datum; found {tolerance}")
+    if annealed is not None and (not isinstance(annealed, LogMarginalLikelihood) or len(annealed) != len(x)):
+        raise ValueError(
+            f"annealed must be the result of annealed_importance_sampling for the same {len(x):,} data, found {annealed!r}"
+        )
+    with evaluation_mode(guide, model) as device:
+        x = x if device is None else x.to(device)
+        if compile == "auto":
+            # At least so many steps, where there is more than a first round; a gradient is about three weights' work.
+            num_gradients = len(x) * _DRAWS * min(3 * _FIRST_STEPS, max_num_steps)
+            compile = pays_off(3 * num_gradients, model, guide)
+        steps = _Steps(model, guide, tolerance, max_num_steps, learning_rate, min(data_batch_size, len(x)), compile)
+        with progress_bar("refining", len(x), "data", progress) as bar:
+            parameters, num_steps, converged = steps.best(x, bar.update)
+    start = log_marginal_likelihood(model, guide, x, num_particles=num_particles, progress=progress)
+    # An evaluation that was interrupted has the first data only.
+    x, parameters = x[: len(start)], parameters[: len(start)]
+    best = log_marginal_likelihood(*_known(model, guide), x, parameters, num_particles=num_particles, progress=progress)
+    start, num_steps, converged = start[: len(best)], num_steps[: len(best)], converged[: len(best)]
+    log_prob, stderr, share = best.log_prob, best.stderr, torch.ones_like(best.log_prob)
+    if annealed is not None:
+        annealed = annealed[: len(best)]
+        both = torch.stack([best.log_prob, annealed.log_prob])
+        log_prob = both.logsumexp(0) - math.log(2)
+        share = both.softmax(0)[0]
+        stderr = ((share * best.stderr).square() + ((1 - share) * annealed.stderr).square()).sqrt()
+    return InferenceGaps(
+        num_particles=num_particles,
+        log_prob=log_prob,
+        stderr=stderr,
+        elbo=start.elbo,
+        elbo_stderr=start.elbo_stderr,
+        best_elbo=best.elbo,
+        best_elbo_stderr=best.elbo_stderr,
+        approximation=log_prob - best.elbo,
+        approximation_stderr=_approximation_stderr(best, stderr, share),
+        amortization=best.elbo - start.elbo,
+        amortization_stderr=(best.elbo_stderr.square() + start.elbo_stderr.square()).sqrt(),
+        pareto_k=best.pareto_k,
+        num_steps=num_steps.cpu(),
+        converged=converged.cpu(),
+    )
+
+
+def _approximation_stderr(best: LogMarginalLikelihood, stderr: Tensor, share: Tensor) -> Tensor:
+    """Of log_prob - best.elbo, which share the draws of the importance weights.
+
+    share: of the importance weights in log_prob, 1 without annealed ones
+    """
+    bound, elbo = best.stderr.square(), best.elbo_stderr.square()
+    covariance = (bound + elbo - best.gap_stderr.square()) / 2
+    return (stderr.square() + elbo - 2 * share * covariance).clamp_min(0).sqrt()
+
+
+class _Steps:
+    """How the best parameters are looked for."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Guide,
+        tolerance: float,
+        max_num_steps: int,
+        learning_rate: float,
+        batch_size: int,
+        compile: bool,
+    ):
+        self.model, self.guide, self.tolerance, self.max_num_steps = model, guide, tolerance, max_num_steps
+        self.refined = Refined(guide, model, num_particles=_DRAWS, learning_rate=learning_rate)
+        self.compiled = self.refined.compiled(batch_size) if compile else self.refined
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def best(self, x: Tensor, settle: Callable[[int], Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """(parameters (N, P), steps (N,), whether converged (N,)); `settle` hears of data that are done."""
+        parameters = torch.cat([self.guide.encode(batch) for batch in x.split(self.batch_size)])
+        num_steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        open_rows = torch.arange(len(x), device=x.device)
+        steps = min(_FIRST_STEPS, self.max_num_steps)
+        while len(open_rows) and steps <= self.max_num_steps:
+            left = []
+            for some in open_rows.split(self.batch_size):
+                rows = x[some]
+                refined = self._refine(rows, steps)
+                gain = self._gain(rows, parameters[some], refined)
+                # A worse end is not taken, so that the encoder's own parameters are the least there is.
+                parameters[some] = torch.where((gain > 0).unsqueeze(1), refined, parameters[some])
+                num_steps[some] = steps
+                # A loss is no convergence: steps that are too large end below where they began.
+                settled = gain.abs() < self.tolerance if steps > _FIRST_STEPS else torch.zeros_like(gain).bool()
+                converged[some[settled]] = True
+                left.append(some[~settled])
+                settle(len(some) - len(left[-1]))
+            open_rows = torch.cat(left)
+            steps *= 2
+        settle(len(open_rows))
+        return parameters, num_steps, converged
+
+    def _refine(self, x: Tensor, num_steps: int) -> Tensor:
+        refined = self.compiled if len(x) == self.batch_size else self.refined
+        refined.num_steps = num_steps
+        return refined.encode(x)
+
+    def _gain(self, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """ELBO of some parameters (N, P) over that of others, (N,), under the same noise."""
+        seed = int(torch.randint(2**62, ()))
+        elbos = []
+        for parameters in (before, after):
+            with torch.random.fork_rng([x.device] if x.is_cuda else []):
+                torch.manual_seed(seed)
+                drawn = log_weights(*_known(self.model, self.guide), x, parameters, num_particles=_PILOT_PARTICLES)
+            elbos.append(drawn.double().mean(0))
+        return (elbos[1] - elbos[0]).nan_to_num(nan=-math.inf)
+
+
+def _known(model: Program, guide: Guide) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Model and guide as programs of data and of the guide's parameters for them, which are cut into blocks together."""
+    return functools.partial(_model_alone, model), functools.partial(_guide_given, guide)
+
+
+def _model_alone(model: Program, x: Tensor, parameters: Tensor) -> Any:
+    return model(x)
+
+
+def _guide_given(guide: Guide, x: Tensor, parameters: Tensor) -> Tensor:
+    return guide.given(parameters)(x)

@@ -1,0 +1,89 @@
+"""Particles of a model/guide pair: many at once under an outer plate, whether a program allows that, and how many fit."""
+
+import logging
+import os
+
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyrovae.programs.equivalence import equivalent
+from pyrovae.programs.traces import (
+    Layout,
+    Program,
+    log_weights_of,
+    run_pair,
+    select_particle,
+    under_particles,
+)
+
+__all__ = ["halved", "reason_to_loop", "refuse_more_than_memory", "run_particles"]
+
+_logger = logging.getLogger("pyrovae")
+
+
+def run_particles(
+    model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None
+) -> tuple[Trace, Trace]:
+    """One run of a pair: of so many particles under an outer plate, or of one without (None)."""
+    if num_particles is not None:
+        model, guide = (under_particles(program, layout, num_particles) for program in (model, guide))
+    return run_pair(model, guide, args, kwargs, layout.pinned)
+
+
+@torch.no_grad()
+def reason_to_loop(model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout) -> str | None:
+    """Why a pair must draw its particles one by one; None where two drawn together are the same two drawn apart."""
+
+    def both() -> tuple[Tensor, Tensor]:
+        model_trace, guide_trace = run_particles(model, guide, args, kwargs, layout, 2)
+        together = log_weights_of(layout, model_trace, guide_trace, 2)
+        apart = []
+        for particle in range(2):
+            replayed = select_particle(guide_trace, layout, particle)
+            apart.append(log_weights_of(layout, *run_pair(model, guide, args, kwargs, layout.pinned, replayed)))
+        return together, torch.cat(apart)
+
+    try:
+        return None if equivalent(both) else "two particles drawn together differ from the same two drawn apart"
+    except Exception as error:
+        # A program that fails for one particle too has another trouble than the plate, and says so itself.
+        log_weights_of(layout, *run_pair(model, guide, args, kwargs, layout.pinned))
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+_BYTES_PER_WEIGHT = 16  # in the programs' precision and in float64
+
+
+def refuse_more_than_memory(name: str, number: int, device: torch.device | None) -> None:
+    """Raise ValueError if so many weights of one datum do not fit into the memory of the device, or of the machine."""
+    if device is not None and device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        memory = 2**40
+    if number * _BYTES_PER_WEIGHT > memory:
+        raise ValueError(
+            f"{name}={number:,} takes {number * _BYTES_PER_WEIGHT / 2**30:,.0f} GiB for the weights of a single datum, and there are "
+            f"{memory / 2**30:,.0f} GiB: take {memory // _BYTES_PER_WEIGHT:,} or fewer"
+        )
+
+
+def halved(num_particles: int | None, num_data: int, error: torch.OutOfMemoryError) -> int:
+    """Half of as many particles as the device's memory did not hold; the log says so.
+
+    Raises RuntimeError where there was one alone.
+    """
+    if num_particles is None or num_particles == 1:
+        raise RuntimeError(
+            f"one particle of {num_data:,} data together does not fit into the device's memory: data_batch_size= takes fewer "
+            f"data at once"
+        ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    _logger.warning(
+        "out of memory with %d particles of %d data at once: going on with %d",
+        *(num_particles, num_data, num_particles // 2),
+    )
+    return num_particles // 2

@@ -1,0 +1,169 @@
+"""Whether a datum's numbers go by its place in the batch, which shuffling changes at every step.
+
+Parameters per datum do it (an automatic guide of local latents has one for each place), and data that the programs hold
+instead of being given them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from pyrovae.programs.auxiliary import is_delta
+from pyrovae.programs.equivalence import equivalent, in_float64
+from pyrovae.programs.reach import evaluation_mode
+from pyrovae.programs.supports import innermost
+from pyrovae.programs.traces import Program, run_pair, sample_sites, site_log_prob
+
+__all__ = ["by_position", "site_by_position"]
+
+_FEW = 32  # rows that tell as much as all, where a program takes so few
+
+
+def by_position(site: str) -> str:
+    """What is said of such a site."""
+    return (
+        f"the numbers of site '{site}' go by the place of a datum in the batch, and fit shuffles the data, so that each place "
+        f"gets other data at every step. If the guide has parameters per datum (an automatic guide of local latents does), take "
+        f"a guide that computes them from the datum, by a network; if a program holds data of its own, pass them with the rest. "
+        f"Or keep the order, with all data in one batch: DataLoader(TensorDataset(x), batch_size=len(x)) in place of x"
+    )
+
+
+def site_by_position(
+    model: Program, guide: Program, batch: Tensor, parameters: Sequence[Tensor], modules: Sequence[nn.Module]
+) -> str | None:
+    """The name of a site in the datum plate whose numbers go by the place in the batch, not by the datum.
+
+    The programs are run on some rows and on the same rows in another order, with the latents carried along. Parameters are
+    turned a little meanwhile, since those of all places may start alike. Random numbers, parameters and buffers are as
+    before afterwards.
+
+    Returns None if all numbers move with their data, and for programs that cannot be judged: without a plate of the data, with
+    randomness outside of sample sites, or of another form from run to run.
+    """
+    if batch.ndim < 1 or len(batch) < 2:
+        return None
+    devices = [batch.device] if batch.is_cuda else []
+    with evaluation_mode(*modules), torch.random.fork_rng(devices), _turned(parameters, modules):
+        for rows in dict.fromkeys((min(len(batch), _FEW), len(batch))):
+            for precision in (in_float64, nullcontext):
+                try:
+                    with precision():
+                        return _look(model, guide, batch[:rows].detach())
+                except Exception:  # a program for whole batches, or one that minds float64
+                    continue
+    return None
+
+
+def _look(model: Program, guide: Program, batch: Tensor) -> str | None:
+    rows = len(batch)
+    order = torch.arange(rows, device=batch.device).roll(1)
+    traces, others = (run_pair(model, guide, (batch,), {}) for _ in range(2))
+    # A subsample that the program draws itself stays what it was; one that it is given comes with the data.
+    given = {name for name, site in traces[0].nodes.items() if _is_same_subsample(site, others[0].nodes.get(name))}
+    latents = [site for _, site in sample_sites(traces[0]) if not site["is_observed"]]
+    found = None
+    plates = _plates(traces[0], rows)
+    if not plates:
+        raise ValueError(f"no plate of {rows} rows")
+    for plate in plates:
+        outside = [site["value"].numel() for site in latents if plate not in _dims(site, rows)]
+        # Data that no plate declares, which cannot be carried along.
+        if len(outside) >= rows or any(numel > 1 and numel % rows == 0 for numel in outside):
+            return None
+        carried = [_carried(trace, plate, order, given) for trace in traces]
+        other = run_pair(model, guide, (batch[order],), {}, *carried)
+        # The last run tells whether the programs go by more than what they are given: a count of their runs, other randomness.
+        again = run_pair(
+            model, guide, (batch,), {}, *(_carried(trace, plate, order.sort().values, given) for trace in traces)
+        )
+        found = _first_apart(traces, again, other, plate, order)
+        if found is None:
+            return None
+    return found
+
+
+def _first_apart(
+    traces: Sequence[poutine.Trace],
+    again: Sequence[poutine.Trace],
+    other: Sequence[poutine.Trace],
+    plate: str,
+    order: Tensor,
+) -> str | None:
+    """The first site whose numbers in the other order are not those of its data, though they are the same when run again."""
+    for first, second, moved in zip(traces, again, other, strict=True):
+        for name, site in sample_sites(first):
+            dim = _dims(site, len(order)).get(plate)
+            if dim is None:
+                continue
+            numbers, repeated, there = (
+                _per_datum(trace.nodes[name], dim, len(order)) for trace in (first, second, moved)
+            )
+            if _close(numbers, repeated) and not _close(numbers[order], there):
+                return name.removesuffix("_unconstrained")  # an automatic guide's name for the draw behind a site
+    return None
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    return equivalent(lambda: (first, second))
+
+
+def _per_datum(site: dict, dim: int, rows: int) -> Tensor:
+    """Numbers (rows, any) of a site: its log density, or the point of a Delta; 0 for what is not finite."""
+    numbers = site_log_prob(site)
+    if is_delta(site):
+        numbers, dim = innermost(site["fn"]).v, dim - len(site["fn"].event_shape)
+    shape = [1] * max(numbers.ndim, -dim)
+    shape[dim] = rows
+    numbers = numbers.expand(torch.broadcast_shapes(numbers.shape, shape)).movedim(dim, 0).reshape(rows, -1)
+    return torch.where(numbers.isfinite(), numbers, 0.0)
+
+
+def _plates(trace: poutine.Trace, rows: int) -> list[str]:
+    """The plates that may be the data's, by their size."""
+    return list(dict.fromkeys(plate for _, site in sample_sites(trace) for plate in _dims(site, rows)))
+
+
+def _dims(site: dict, rows: int) -> dict[str, int]:
+    return {frame.name: frame.dim for frame in site["cond_indep_stack"] if frame.dim is not None and frame.size == rows}
+
+
+def _is_same_subsample(site: dict, other: dict | None) -> bool:
+    is_subsample = site["type"] == "sample" and site_is_subsample(site)
+    return is_subsample and other is not None and torch.equal(site["value"], other["value"])
+
+
+def _carried(trace: poutine.Trace, plate: str, order: Tensor, left_out: set[str]) -> poutine.Trace:
+    """A trace to be replayed, with the values of a plate in another order."""
+    carried = poutine.Trace()
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site["is_observed"] or name in left_out:
+            continue
+        dim = _dims(site, len(order)).get(plate)
+        value = site["value"]
+        if dim is not None:
+            dim -= len(site["fn"].event_shape)
+            if value.ndim >= -dim and value.shape[dim] == len(order):
+                value = value.index_select(dim, order)
+        carried.add_node(name, **{**site, "value": value})
+    return carried
+
+
+@contextmanager
+@torch.no_grad()
+def _turned(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Parameters a little off, each number by a tenth of itself at most, so that it keeps its sign; put back afterwards."""
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    kept = [(tensor, tensor.detach().clone()) for tensor in (*parameters, *buffers)]
+    try:
+        for parameter in parameters:
+            noise = torch.rand_like(parameter) * 0.2 - 0.1
+            parameter += torch.where(parameter == 0, noise, noise * parameter)
+        yield
+    finally:
+        for tensor, before in kept:
+            tensor.copy_(before)

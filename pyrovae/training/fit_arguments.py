@@ -1,0 +1,77 @@
+"""What `fit` refuses to be told, apart from programs and data."""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceTailAdaptive_ELBO,
+)
+
+from pyrovae.common.arguments import check_count
+
+__all__ = ["check_functions", "check_numbers", "checked_loss"]
+
+_JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
+
+
+def check_numbers(
+    epochs: int, batch_size: int | None, max_skipped_steps: int, learning_rate: float, clip_norm: float | None
+) -> None:
+    """Raise TypeError or ValueError for a number that makes no training."""
+    check_count("epochs", epochs)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    check_count("max_skipped_steps", max_skipped_steps, least=0)
+    for name, number in (("learning_rate", learning_rate), ("clip_norm", 1.0 if clip_norm is None else clip_norm)):
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise TypeError(f"{name} must be a number, found {number!r}")
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} must be positive and finite, found {number}")
+
+
+def check_functions(schedule: Callable[[float], float] | None, transform: Callable | None) -> None:
+    """Raise TypeError for what is no schedule of the learning rate, or no function of a batch."""
+    if transform is not None and not callable(transform):
+        raise TypeError(f"transform must be a function of a batch, or None; found {transform!r}")
+    if schedule is None:
+        return
+    problem: Any = "cannot be called"
+    if callable(schedule):
+        try:
+            float(schedule(0.5))
+            return
+        except Exception as error:  # a scheduler of torch is called with an optimizer
+            problem = f"raises {type(error).__name__} when called with 0.5: {error}"
+    raise TypeError(
+        f"schedule must be a function from the fraction of the training done, 0 to 1, to a factor of the learning rate (by "
+        f"default pyrovae.training.optimization.cosine_schedule), or None for a constant rate; {schedule!r} {problem}"
+    )
+
+
+def checked_loss(loss: ELBO | None) -> ELBO:
+    """The loss, `Trace_ELBO()` for None; TypeError for what is none, or does not see the modules' parameters."""
+    loss = Trace_ELBO() if loss is None else loss
+    if not isinstance(loss, ELBO):
+        raise TypeError(f"loss must be a pyro.infer.ELBO, Trace_ELBO() for instance; found {loss!r}")
+    if isinstance(loss, _JIT):
+        name = type(loss).__name__
+        raise TypeError(
+            f"loss={name}() reads its parameters from Pyro's global store, where those of modules are not: take "
+            f"{name.removeprefix('Jit')}(), with compile=True to have the step recorded and compiled"
+        )
+    if isinstance(loss, ReweightedWakeSleep | TraceTailAdaptive_ELBO):
+        gives = "two losses" if isinstance(loss, ReweightedWakeSleep) else "gradients without a loss"
+        raise TypeError(
+            f"loss={type(loss).__name__}() gives {gives}, and fit reports one and stops where it is not finite: take "
+            f"RenyiELBO or an objective of pyrovae.objectives, or train by pyro.infer.SVI"
+        )
+    return loss

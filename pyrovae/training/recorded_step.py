@@ -1,0 +1,101 @@
+"""One step of SVI as a recorded tensor function, behind the calls of the eager one."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor, nn
+
+from pyrovae import data
+from pyrovae.compiled.record import Extracted, all_ours, extract
+from pyrovae.programs.reach import modules_behind
+from pyrovae.programs.traces import Program, sample_sites
+from pyrovae.training.optimization import OneAdam
+
+__all__ = ["RecordedStep", "pays_off", "record_step"]
+
+# What recording saves per step on two cores, in seconds: handlers and constructors, and a share of the arithmetic; and
+# how much has to be saved for it. Constants, not timings: the same run must take the same path every time.
+_SAVED_PER_STEP, _SAVED_PER_PRODUCT, _WORTH = 2e-3, 1e-11, 15.0
+
+
+def pays_off(
+    num_steps: int, batch_size: int, programs: Sequence[Program], loss: ELBO, transform: Callable | None
+) -> bool:
+    """Whether `compile="auto"` compiles: parts of this library alone, in a run that wins the compilation back."""
+    size = sum(parameter.numel() for module in modules_behind(*programs) for parameter in module.parameters())
+    saved = num_steps * (_SAVED_PER_STEP + _SAVED_PER_PRODUCT * batch_size * size)
+    drawing = getattr(transform, "func", transform)  # of a partial
+    known = drawing in (None, data.binarize, data.dequantize)
+    return saved > _WORTH and all_ours(*programs) and _has_surrogate(loss) and known
+
+
+def record_step(
+    model: Program,
+    guide: Program,
+    loss: ELBO,
+    optimizer: OneAdam,
+    modules: Sequence[nn.Module],
+    transform: Callable[[Tensor], Tensor] | None,
+    train: Tensor,
+    index: Tensor,
+) -> "RecordedStep | None":
+    """The step of `SVI(model, guide, optimizer, loss)` on transform(train[index]); None where it cannot be recorded."""
+
+    def objective(train: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        batch = train[index] if transform is None else transform(train[index])
+        return _surrogate(loss, model, guide, batch)
+
+    # An objective that changes with the steps (KL warm-up) keeps what changes in buffers of modules of its own.
+    extracted = extract(objective, [*modules, *getattr(loss, "modules", ())], (train, index), gradients=True)
+    return None if extracted is None else RecordedStep(extracted, optimizer, getattr(loss, "advance", None))
+
+
+class RecordedStep:
+    """Gradients from a recording, then the optimizer's step on the parameters it has, as `SVI.step` does.
+
+    advance: tells the objective that a step was made
+    """
+
+    def __init__(self, extracted: Extracted, optimizer: OneAdam, advance: Callable[[], None] | None):
+        self.extracted, self.optimizer, self.advance = extracted, optimizer, advance
+        self.parameters = extracted.parameters
+
+    def __call__(self, train: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, reconstruction, kl), summed over the batch."""
+        (value, reconstruction, kl), gradients = self.extracted(train, index)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.watch(value)
+        self.optimizer(self.optimizer.parameters)
+        if self.advance is not None:
+            self.advance()
+        return value, reconstruction, kl
+
+
+def _has_surrogate(loss: ELBO) -> bool:
+    return type(loss) is Trace_ELBO or hasattr(loss, "surrogate")
+
+
+def _surrogate(loss: ELBO, model: Program, guide: Program, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, reconstruction, kl) of `Trace_ELBO` without its host synchronisations, where all draws are reparameterised."""
+    if hasattr(loss, "surrogate"):
+        value, parts = loss.surrogate(model, guide, batch)
+        return value, parts.reconstruction, parts.kl
+    if type(loss) is not Trace_ELBO:
+        raise TypeError(f"{type(loss).__name__} has no surrogate to record; Trace_ELBO and pyrovae.objectives have")
+    reconstruction = kl = torch.zeros((), dtype=batch.dtype, device=batch.device)
+    for model_trace, guide_trace in loss._get_traces(model, guide, (batch,), {}):
+        for name, site in sample_sites(guide_trace):
+            if not site["fn"].has_rsample:
+                raise ValueError(
+                    f"guide site '{name}' ({site['fn']}) is not reparameterised: its gradient needs the eager loss"
+                )
+            kl = kl + site["log_prob_sum"] / loss.num_particles
+        for _, site in sample_sites(model_trace):
+            term = site["log_prob_sum"] / loss.num_particles
+            if site["is_observed"]:
+                reconstruction = reconstruction + term
+            else:
+                kl = kl - term
+    return kl - reconstruction, reconstruction, kl

@@ -1,0 +1,119 @@
+"""The file of a run: where its state is saved while it goes on, and found when it is resumed."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from pyrovae.programs.reach import modules_behind
+from pyrovae.programs.traces import Program
+from pyrovae.training.checkpoint_file import read, target_of, write
+from pyrovae.training.description import describe_module, difference
+from pyrovae.training.locks import locked
+from pyrovae.training.saved_pair import described_in, pair_content, versions
+from pyrovae.training.state import TrainingState
+from pyrovae.training.values import same_text
+
+__all__ = ["RunFile", "run_file"]
+
+
+class RunFile:
+    """Where the state of a run is saved: at most every so many seconds, and when told to.
+
+    settings: what must be the same when the run is resumed
+    """
+
+    def __init__(self, path: Path, every: float, settings: dict[str, Any], model: Program, guide: Program):
+        self.path, self.every, self.settings = path, every, settings
+        self.modules: dict[str, nn.Module] = {}
+        self.pair: dict[str, Any] = {"versions": versions(), "model": None}
+        if isinstance(model, nn.Module) and isinstance(guide, nn.Module):
+            self.modules, self.pair = {"model": model, "guide": guide}, pair_content(model, guide)
+        else:
+            found = enumerate(modules_behind(model, guide))
+            self.pair["description"] = {f"module {i} ({type(m).__name__})": describe_module(m) for i, m in found}
+        self.saved_at = -float("inf")
+
+    def found(self) -> dict[str, Any] | None:
+        """The state that was saved there, None where there is no file.
+
+        Raises ValueError for a file that is damaged, is no run's, or that of a run with other settings.
+        """
+        if not self.path.exists():
+            return None
+        content = read(self.path)
+        if "training" not in content:
+            raise ValueError(f"{self.path} holds a model and a guide, but no run to go on with: give fit another path")
+        for name, there in content["training"]["settings"].items():
+            here = self.settings.get(name)
+            known = (
+                name in self.settings or "." not in name
+            )  # what one version reads of a loss or loader, another may not
+            if known and here != there and not _same(there, here):
+                raise ValueError(
+                    f"{self.path} is of a run with {name}={there}, and this one has {name}={here}: call fit as before, or "
+                    f"give it another path"
+                )
+        for name, described in described_in(content).items():
+            here = self.pair["description"].get(name)
+            # Tensors of other shapes are named when the state is put back.
+            if here is None or (name in self.modules and not _fits(content[name], self.modules[name])):
+                continue
+            if found := difference(described, here):
+                raise ValueError(
+                    f"{self.path} is of a run of another {name}: {found}: call fit as before, or give it another path"
+                )
+        return content["training"]["state"]
+
+    def save(self, state: TrainingState, captured: dict[str, Any]) -> None:
+        """Write what was captured of the state as it is now, the file before being kept."""
+        content = {**self.pair, "training": {"settings": self.settings, "state": captured}}
+        for name, module in self.modules.items():
+            content[name] = state.best_of(module.state_dict(keep_vars=True))
+        write(self.path, content, keep=True)
+        self.saved_at = time.monotonic()
+
+    def save_when_due(self, state: TrainingState, captured: dict[str, Any], *, is_last: bool) -> None:
+        if is_last or time.monotonic() - self.saved_at >= self.every:
+            self.save(state, captured)
+
+
+@contextmanager
+def run_file(
+    path: str | os.PathLike | None, resume: bool, every: float, settings: dict[str, Any], model: Program, guide: Program
+) -> Iterator[RunFile | None]:
+    """The file of a run, locked; None without a path.
+
+    Raises ValueError where one is there already and is not to be resumed, RuntimeError if another run has it.
+    """
+    if path is None:
+        yield None
+        return
+    path = Path(path)
+    with locked(path):
+        if path.exists() and not resume:
+            raise ValueError(
+                f"{path} is there already: resume=True goes on with the run in it, another checkpoint= begins a new one"
+            )
+        target = target_of(path)
+        for kind in ("tmp", "link"):
+            for leftover in target.parent.glob(f".{target.name}.*.{kind}"):  # of runs that were killed as they wrote
+                leftover.unlink(missing_ok=True)
+        yield RunFile(path, every, settings, model, guide)
+
+
+def _same(there: Any, here: Any) -> bool:
+    return isinstance(there, str) and isinstance(here, str) and same_text(there, here)
+
+
+def _fits(there: dict[str, Any], module: nn.Module) -> bool:
+    here = module.state_dict()
+    return there.keys() == here.keys() and all(
+        not (is_lazy(tensor) or is_lazy(there[name])) and there[name].shape == tensor.shape
+        for name, tensor in here.items()
+    )

@@ -1,1 +1,0 @@
-"""Log importance weights of any Pyro model/guide pair."""
