@@ -33,6 +33,7 @@ RUN_BY = {
     "examples/density_table.py": "test_density_table.py::test_a_row_and_its_table",
     "examples/time_to_quality.py": "test_time_to_quality.py::test_all_of_it",
     "tests/mutations.py": "test_mutations.py::test_it_can_be_planted",
+    "ways": "test_pyro_ways.py::test_a_way_of_pyro",
     "torchrun": "test_distributed.py::test_torchrun_of_the_example",
     "pyrovae.docs": "test_docs.py::test_reference_builds",
 }
@@ -131,7 +132,6 @@ def test_printed_table_is_the_examples():
         assert f'"{label.strip()}"' in (ROOT / "examples/support/metrics.py").read_text(), label
 
 
-@pytest.mark.xfail(strict=True, reason="the folders move with the layout of issue 19; then remove this mark")
 def test_architecture_names_the_folders():
     table = TEXT["pyrovae/docs/architecture.md"].partition("| in `pyrovae/` |")[2].partition("\n\n")[0]
     cells = "\n".join(row.split("|")[1] for row in table.splitlines()[2:])

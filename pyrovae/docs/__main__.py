@@ -110,7 +110,8 @@ def _escaped(text: str) -> str:
 
 
 def _public_modules() -> list[str]:
-    return [f"pyrovae.{name}" for name in pyrovae.__all__ if isinstance(getattr(pyrovae, name), ModuleType)]
+    public = (getattr(pyrovae, name) for name in pyrovae.__all__)
+    return [value.__name__ for value in public if isinstance(value, ModuleType)]
 
 
 def _undocumented(module: ModuleType) -> list[str]:
