@@ -37,7 +37,7 @@ OTHERS = {
     "log counts": (
         lambda x: (x * 30).log1p(),
         ValueError,
-        "data that are no grey images need a likelihood for real values",
+        "data that are not grey images need a likelihood for real values",
     ),
     "NaN": (
         lambda x: x.masked_fill(x == 1, torch.nan),
@@ -112,7 +112,7 @@ def test_every_level_is_drawn_within(num_levels, dtype, seed):
     [
         (torch.arange(256) / 256, 256, r"grey levels k / 255, found 0.5 = 127.5 / 255: .*divided by 255, not 256"),
         (torch.arange(17) / 16, 256, r"k / 255, found .*set num_levels="),
-        (torch.rand(1000), 256, "k / 255, found .*continuous already"),
+        (torch.rand(1000), 256, "k / 255, found .*already continuous"),
         (torch.tensor([0.0, 0.3, 1.0]), 2, "k / 1, found 0.3 = 0.3 / 1"),
     ],
 )
