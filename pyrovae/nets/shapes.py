@@ -53,7 +53,8 @@ def _is_channels_last(shape: Sequence[int]) -> bool:
 
     Signals are also images of width 1 to 4 and are accepted: (6 sensors, 128 times, 3 directions), (64 electrodes, 1000
     times, 1), (16 channels, 8, 3). Their first two axes usually differ more than the sides of an image. Therefore the
-    longer side of an image is assumed to be less than twice the shorter one."""
+    longer side of an image is assumed to be less than twice the shorter one.
+    """
     if len(shape) < 3 or shape[-1] not in (1, 3, _MOST_COLOURS):
         return False
     shorter, longer = sorted(shape[-3:-1])
