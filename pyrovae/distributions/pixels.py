@@ -82,9 +82,8 @@ class ContinuousBernoulli(TorchDistribution):
             shape = self._extended_shape(sample_shape)
             uniform = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
             width = self.logits.abs().clamp(min=1e-6)  # for smaller logits the draw is uniform, up to rounding
-            distance = (-torch.log1p(uniform * torch.expm1(-width)) / width).clamp(
-                max=1.0
-            )  # from the end with the higher density
+            # The distance from the end with the higher density.
+            distance = (-torch.log1p(uniform * torch.expm1(-width)) / width).clamp(max=1.0)
             return torch.where(self.logits < 0, distance, 1 - distance)
 
     def _near_and_far(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,9 +49,7 @@ def start_near_identity(flow: nn.Module, factor: float = 0.1) -> None:
     """
     with torch.no_grad():
         for name, module in flow.named_modules():
-            kind = name.rpartition(".")[
-                2
-            ]  # zuko's names: hyper is a network, phi the constants of a transform without a network
+            kind = name.rpartition(".")[2]  # zuko's names: `hyper` is a network, `phi` are constants in place of one
             last = module[-1] if kind == "hyper" else module if kind == "phi" else None
             for parameter in () if last is None else last.parameters():
                 parameter *= factor
