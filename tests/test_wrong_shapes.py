@@ -92,7 +92,7 @@ WRONG = {
     ),
     "a decoder that does not say what it takes": (
         lambda: (pv.GenerativeModel(NORMAL(2), likelihood(net=nn.Sequential(nn.Linear(3, 12)))), guide()),
-        r"the network Sequential does not take input of shape \(20, 2\) .*make the decoder for as many latents",
+        r"the network Sequential does not take input of shape \(20, 2\) .*make the decoder for the prior's number of latents",
     ),
     "an encoder for other images": (
         lambda: (pv.GenerativeModel(NORMAL(2), likelihood()), pv.guides.MeanFieldNormal(pv.nets.MLP(784, [8]), 2)),
