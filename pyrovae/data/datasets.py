@@ -217,7 +217,7 @@ def data_dir(root: str | os.PathLike | None = None) -> Path:
 
 
 def _missing_folder(root: str | os.PathLike | None) -> str | None:
-    """The error for a folder that the user named and that does not exist (a misspelt name is not created), else None."""
+    """The error for a folder that the user named and that does not exist, else None. A misspelt name is not created."""
     folder = data_dir(root)
     if root is None and not os.environ.get("PYROVAE_DATA"):
         return None

@@ -85,7 +85,7 @@ class FlowDistribution(dist.TorchDistribution):
 
     The density of a draw is computed together with the draw. `log_prob` reuses it if it gets that very tensor, as it
     does in Pyro. Therefore an autoregressive flow whose draws are fast need not be inverted, which would take D passes.
-    The density is computed anew
+    The density is computed anew:
 
     - for any other tensor, even with equal values;
     - if a gradient is wanted, but the value was drawn without one (by `sample`, so that it is a constant);
