@@ -4,7 +4,7 @@ when the latents of other data change.
 Every comparison draws random numbers of its own, so that evaluations draw the same numbers with and without it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pyro
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.equivalence import equivalent
-from pyrovae.programs.masks import counted
+from pyrovae.programs.masks import SHARED, counted
 from pyrovae.programs.reach import changed_buffers
-from pyrovae.programs.supports import num_parts
+from pyrovae.programs.supports import innermost, num_parts
 from pyrovae.programs.traces import (
     InspectedPair,
     latents_of,
@@ -74,24 +74,31 @@ def refuse_other_reruns(pair: InspectedPair) -> None:
         )
 
 
-def refuse_coupled_data(pair: InspectedPair) -> None:
+def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *, is_split: bool = False) -> None:
     """Raise ValueError if the model's density of a datum changes with the latents of other data.
 
     Their joint density is then no product over the data, and the sum of per-datum estimates is not log p of them all.
+
+    priors: runs of the model on its own, whose latents are tried too
+    is_split: try fewer, since pieces of the data are compared with the whole as well
     """
     layout = pair.layout
     if layout.plate is None or layout.num_data < 2:
         return
     with random_numbers_apart(*pair.values()):
-        other = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, layout.pinned))
+        others = [latents_of(trace_program(pair.guide, pair.args, pair.kwargs, layout.pinned))]
+        others += [{name: trace.nodes[name]["value"] for name in others[0] if name in trace} for trace in priors]
+        others.append(_shaken(pair))
         # Any two data differ in a bit of their codes (of more than 64 data, nearly all do).
         codes = torch.randperm(max(layout.num_data, 2**_BITS))[: layout.num_data] % 2**_BITS
-    if layout.num_data <= 2**_BITS:
+    if layout.num_data <= 2**_BITS and not is_split:
         codes = torch.arange(layout.num_data)
-    for bit in range(min(_BITS, (layout.num_data - 1).bit_length())):
-        for side in (0, 1):
-            changed = (codes >> bit) % 2 == side
-            kept = (~changed).nonzero().squeeze(1)
+    bits = min(_BITS, (layout.num_data - 1).bit_length())
+    trials = [(bit, side) for bit in range(min(bits, 2) if is_split else bits) for side in (0, 1)]
+    for number, (bit, side) in enumerate(trials):
+        changed = (codes >> bit) % 2 == side
+        kept = (~changed).nonzero().squeeze(1)
+        for other in others[number % len(others) :][:1] if is_split else others[:4]:
             if len(kept) and not _same_density(pair, _mixed(pair, other, changed), kept):
                 raise ValueError(
                     f"the model couples the data of plate '{layout.plate}': the log density of a datum changes with the latents of "
@@ -110,7 +117,8 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
             hidden[name] = ~seen
     # A Delta with the prior of what is masked (NeuTraReparam). In a plate, Pyro would count that prior once for each datum.
     carried = [site for _, site in sample_sites(pair.model_trace) if is_delta(site)]
-    if not hidden or (carried and not any(site["cond_indep_stack"] for site in carried)):
+    reparametrised = carried and any(name.endswith(SHARED) for name in hidden)
+    if not hidden or (reparametrised and not any(site["cond_indep_stack"] for site in carried)):
         return
     with random_numbers_apart(*pair.values()):
         other = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, pair.layout.pinned))
@@ -123,6 +131,21 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
                 f"the model masks latent site '{name}' (or a part of it), and other sites that are not masked depend on what is "
                 f"masked: without its prior there is no p(x). Mask what depends on it too, or take the mask off"
             )
+
+
+def _shaken(pair: InspectedPair) -> dict[str, Tensor]:
+    """Values of the model's latents by chance, all those of a discrete one alike, whatever their probability."""
+    values = latents_of(pair.model_trace)
+    for name, value in values.items():
+        base = innermost(pair.model_trace.nodes[name]["fn"])
+        try:
+            support = base.enumerate_support(expand=False) if base.has_enumerate_support else None
+        except NotImplementedError:  # totals that differ from element to element
+            support = None
+        if support is not None:
+            shape = value.shape[: value.ndim - len(base.event_shape)]
+            values[name] = support.reshape(-1, *base.event_shape)[torch.randint(len(support), shape)].to(value)
+    return values
 
 
 def _same_density(pair: InspectedPair, values: dict[str, Tensor], data: Tensor | None) -> bool:
