@@ -2,12 +2,12 @@
 
     python examples/mnist_svi.py
 
-trains on MNIST, estimates log p(x) of the test images by importance sampling, and writes numbers and figures to a
+This trains on MNIST, estimates log p(x) of the test images by importance sampling, and writes numbers and figures to a
 folder under runs/. If MNIST is unavailable and cannot be downloaded, it uses the 8x8 digits of scikit-learn.
 
     torchrun --nproc-per-node=2 examples/mnist_svi.py
 
-splits each batch and the evaluation among several processes, for example one per GPU.
+This splits each batch and the evaluation among several processes, for example one per GPU.
 """
 
 import csv

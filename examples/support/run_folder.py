@@ -27,11 +27,7 @@ def begin(options, held):
         if options.kl_warmup > (epochs := options.epochs or defaults["epochs"]):
             raise ValueError(f"--kl-warmup {options.kl_warmup} is longer than the run: {epochs} epochs")
         out = claim_folder(options, data, held)
-    except (
-        ValueError,
-        RuntimeError,
-        OSError,
-    ) as error:  # a missing, damaged or locked file; the message says what to do
+    except (ValueError, RuntimeError, OSError) as error:  # a missing, damaged or locked file
         sys.exit(f"error: {error}")
     for name, value in defaults.items():  # last, because a resumed run is compared by the options as typed
         setattr(options, name, getattr(options, name, None) or value)
