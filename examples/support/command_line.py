@@ -60,7 +60,7 @@ def parse_options(description) -> argparse.Namespace:
     add(
         "--binarization",
         choices=["dynamic", "static"],
-        help="for --likelihood bernoulli: draw binary training pixels anew at every use (dynamic, the default), or once (static)",
+        help="for --likelihood bernoulli: redraw binary training pixels at every use (dynamic, the default), or once (static)",
     )
     add(
         "--train-on-all",
@@ -100,7 +100,7 @@ def parse_options(description) -> argparse.Namespace:
         "--data-seed",
         type=int,
         default=0,
-        help="seed of the binary or dequantised pixels of validation and test images, independent of --seed (default: 0)",
+        help="seed of the binary or dequantised validation and test images, independent of --seed (default: 0)",
     )
     add("--out", help="output folder for numbers and figures (default: a new folder under runs/)")
     add("--resume", action="store_true", help="resume the run in --out, or start it if there is none")
