@@ -117,8 +117,8 @@ def bidirectional_monte_carlo(
 ) -> BidirectionalMonteCarlo:
     """Bound log p(x) from both sides on simulated data, to measure the error of annealed importance sampling.
 
-        E[lower] <= log p(x) <= E[upper],   upper = -log 1/S sum_s 1 / w_s along chains that run back from (x, z) ~ p(x,
-        z)
+        E[lower] <= log p(x) <= E[upper],
+        upper = -log 1/S sum_s 1 / w_s along chains that run back from (x, z) ~ p(x, z)
 
     The arguments give shapes only. Observed sites are simulated together with their latents, which are exact draws of
     the posterior; the chains of the upper bound start there. Both directions use the same kernels, tuned in pilot runs

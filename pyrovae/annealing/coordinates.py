@@ -67,9 +67,7 @@ class Coordinates:
         self.u = torch.cat(columns, -1)
 
     def values(self, u: Tensor) -> dict[str, Tensor]:
-        """Return each site's unconstrained value in the shape that the program takes; without chains if `num_chains` is
-        None.
-        """
+        """Return each site's unconstrained value in the program's shape; without chains if `num_chains` is None."""
         values, parts = {}, u.split([site.width for site in self.sites.values()], -1)
         for (name, site), part in zip(self.sites.items(), parts, strict=True):
             if site.data_axis is None:

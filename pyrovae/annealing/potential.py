@@ -167,9 +167,7 @@ class Potential:
     def _run(
         self, placed: Placed, encoded: Tensor | None, args: tuple, kwargs: dict
     ) -> tuple[poutine.Trace, poutine.Trace]:
-        """Return (model trace, guide trace) of one run, under the plate of chains if there is one; with gradients if
-        enabled.
-        """
+        """Run both programs, under the plate of chains if there is one, and return (model trace, guide trace)."""
         guide, model = self.pair.guide_given(encoded), self.pair.model
         if self.plate_size is not None:
             guide, model = (under_particles(program, self.layout, self.plate_size) for program in (guide, model))

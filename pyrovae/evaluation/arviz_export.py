@@ -216,9 +216,7 @@ def _chosen(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def _array(layout: Layout, site: dict, value: torch.Tensor, event_dim: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return (dimension names, values) of a tensor that belongs to a site: the datum axis first, the others named by
-    site and number.
-    """
+    """Return (dimension names, values) of a site's tensor: the datum axis first, the others named by site and number."""
     value = value.detach().cpu()
     names = []
     if layout.dim is not None:

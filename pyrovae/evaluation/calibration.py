@@ -80,9 +80,7 @@ class Calibration:
 
     @property
     def overall_p_value(self) -> float:
-        """p-value of all latents together: D times the smallest (Bonferroni), at most 1; NaN if there are too few data
-        for two bins.
-        """
+        """p-value of all latents together: D times the smallest (Bonferroni), at most 1; NaN if `p_value` is."""
         return (self.p_value.min() * len(self.names)).clamp_max(1.0).item()
 
     @property
@@ -92,7 +90,7 @@ class Calibration:
 
     @property
     def spread(self) -> Tensor:
-        """Variance of the ranks around their middle, divided by that of uniform ranks (D,): above 1 if the guide is too
+        """Variance of the ranks around their middle, relative to uniform ranks (D,): above 1 if the guide is too
         narrow.
         """
         middle = self.ranks.double() - self.num_draws / 2

@@ -82,9 +82,7 @@ def log_weight_blocks(
     compile: bool | Literal["auto"],
     progress: bool,
 ) -> Iterator[tuple[Tensor, int, int]]:
-    """Yield the log weights of `log_weights` in blocks of data, in order: (array (S, B), number of data done, number of
-    data in all).
-    """
+    """Yield the log weights in blocks of data, in order: (array (S, B), number of data done, number of data in all)."""
     num_particles = check_count("num_particles", num_particles)
     if data_batch_size not in ("auto", None):
         data_batch_size = check_count("data_batch_size", data_batch_size)

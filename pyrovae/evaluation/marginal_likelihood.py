@@ -153,9 +153,7 @@ class LogMarginalLikelihood:
 
     @property
     def mean_mc_stderr(self) -> float:
-        """Monte Carlo part of the error of `mean`, sqrt(sum stderr^2) / N: its variation over repeated draws for the
-        same data.
-        """
+        """Monte Carlo error of `mean`, sqrt(sum stderr^2) / N: its variation over repeated draws for the same data."""
         return self.stderr.square().sum().sqrt().item() / len(self)
 
     @property

@@ -2,8 +2,7 @@
 
     model       p(zL) p(z(L-1) | zL) ... p(z1 | z2) p(x | z1)
     bottom-up   q(z1 | x) q(z2 | z1) ... q(zL | z(L-1))            guide of Burda et al. (2016)
-    top-down    q(zL | x) q(z(L-1) | zL, x) ... q(z1 | z2, x)      guide of Tomczak & Welling (2018), for a VampPrior on
-    top
+    top-down    q(zL | x) q(z(L-1) | zL, x) ... q(z1 | z2, x)      guide of Tomczak & Welling (2018), for a VampPrior
 
 If one tensor z holds all layers (`decode`, `posterior`), they lie side by side, z1 first.
 """
@@ -226,8 +225,8 @@ def two_layer_vae(
 ) -> tuple[HierarchicalModel, BottomUpGuide]:
     """Return the model of two stochastic layers of Burda et al. and its guide, for binary data.
 
-        p(z2) p(z1|z2) p(x|z1),  q(z1|x) q(z2|z1):  x 784 - 200 - 200 - z1 100 - 100 - 100 - z2 50, and the same way
-        back
+        p(z2) p(z1|z2) p(x|z1),  q(z1|x) q(z2|z1),
+        x 784 - 200 - 200 - z1 100 - 100 - 100 - z2 50, and the same way back
 
     Sizes and activations are the paper's; the initial weights are this library's.
 

@@ -89,8 +89,8 @@ def interpolate(
     """Return images on the way from one datum to another, through the space of codes.
 
         x(t) = E[x | z(t)],   t = 0 ... 1 in num_steps steps,   z_a, z_b the codes of a and b,
-        z(t) = (1 - t) z_a + t z_b,   or with `spherical`  [ sin((1 - t) w) z_a + sin(t w) z_b ] / sin w,  w the angle
-        between
+        z(t) = (1 - t) z_a + t z_b,   or with `spherical`
+        z(t) = [ sin((1 - t) w) z_a + sin(t w) z_b ] / sin w,   w the angle between z_a and z_b
 
     The straight line is the default, because it assumes nothing about the prior. Between draws from a standard normal
     of many dimensions, it passes closer to 0 than any draw lies; the arc does not. Under a learned prior, and for codes

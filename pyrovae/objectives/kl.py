@@ -20,8 +20,8 @@ __all__ = ["AnalyticKL", "KLObjective", "MonteCarloKL", "StickingTheLanding"]
 
 
 class KLWeight(nn.Module):
-    """Weight of the KL as a tensor, beta * min(1, num_steps / warmup_steps); its buffers are read on every replay of a
-    recording.
+    """Weight of the KL as a tensor, beta * min(1, num_steps / warmup_steps); a recording reads its buffers at every
+    step.
     """
 
     beta: Tensor
@@ -58,8 +58,8 @@ class Piece(NamedTuple):
 class KLObjective(Objective):
     """Contract of an objective on the ELBO with a weighted KL.
 
-        loss = - [ E_q log p(x|z) - beta_t sum_j max( KL_j, N free_bits d_j ) ],   beta_t = beta min(1, t /
-        kl_warmup_steps)
+        loss = - [ E_q log p(x|z) - beta_t sum_j max( KL_j, N free_bits d_j ) ],
+        beta_t = beta min(1, t / kl_warmup_steps)
 
     `last` and `fit` report the unweighted ELBO whatever the weights; `loss` is the weighted objective. The step t is
     the objective's state: it counts `differentiable_loss` and `SVI.step`, and continues through further calls of `fit`.

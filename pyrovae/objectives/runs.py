@@ -119,9 +119,7 @@ def _with_values(trace: poutine.Trace, values: dict[str, Tensor]) -> poutine.Tra
 
 
 class _Cut(Messenger):
-    """Replaces every draw that carries a gradient by a leaf; enter it outside the trace, so that the trace records the
-    leaf.
-    """
+    """Replaces every draw that carries a gradient by a leaf; enter it outside the trace, which then records the leaf."""
 
     def __init__(self, cut: bool):
         super().__init__()
@@ -272,9 +270,7 @@ def _log_prob(site: dict, by_dimension: bool) -> Tensor:
 
 
 def factors(distribution: Any) -> tuple[Any, int]:
-    """Return the distribution of single dimensions and how many axes they span; `distribution` itself and 0 if it is no
-    such product.
-    """
+    """Return the distribution of single dimensions and its number of axes; `distribution` and 0 if it is no product."""
     inner, depth = distribution, 0
     while isinstance(inner, Independent):
         inner, depth = inner.base_dist, depth + inner.reinterpreted_batch_ndims

@@ -1,5 +1,6 @@
-"""Figures from arrays and results, never from models. Each takes `ax=` (or makes a figure) and returns the axes;
-`report` makes a page.
+"""Figures from arrays and results, never from models.
+
+Each takes `ax=` (or makes a figure) and returns the axes; `report` makes a page.
 """
 
 from pyrovae.plots.comparisons import comparison, rank_histograms, roc
