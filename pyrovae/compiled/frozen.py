@@ -41,7 +41,7 @@ class refuse_reading(TorchFunctionMode):
             mode = get_proxy_mode()
             if mode is not None and has_proxy_slot(args[0], mode.tracer):
                 raise ValueError(
-                    f"Python or NumPy reads values of data, parameters or draws (Tensor.{func.__name__}), which were "
+                    f"values of data, parameters or draws are read by Python or NumPy (Tensor.{func.__name__}) and were "
                     f"frozen in the recording"
                 )
         return func(*args, **(kwargs or {}))
