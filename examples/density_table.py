@@ -7,7 +7,7 @@
 
 log p(x) of the test images, drawn once from a data seed of their own, is importance sampled, and annealed on some of
 them, to say how loose importance sampling is. A run that was stopped goes on where it was when the same command is given
-again: training from its checkpoint, evaluation from the images that are done. `--table` writes README.md beside the results.
+again: training from its checkpoint, evaluation from the images that are done. `--table` writes density.md beside the results.
 
 A clock on the wall tells little on a machine that others share: seconds are also those of the process on its cores, about what
 a quiet machine with as many would take.
@@ -218,7 +218,7 @@ def parse_options() -> argparse.Namespace:
     add("--all", action="store_true", help="every row; those for a GPU only where there is one")
     add("--ablations", action="store_true", help="every row that shows what one change does")
     add("--list", action="store_true", help="the rows' names")
-    add("--table", action="store_true", help="write README.md in --results, from the results there")
+    add("--table", action="store_true", help="write density.md in --results, from the results there")
     add("--dataset", default="mnist", choices=pv.data.NAMES, help="mnist, unless something is tried out")
     add("--data-dir", help="folder of the data (default: $PYROVAE_DATA, else a cache folder)")
     add("--data-seed", type=int, default=0, help="of the test and validation images' pixels (default: 0)")

@@ -73,12 +73,12 @@ def test_a_row_and_its_table(run, short_pilots, table, tmp_path, capsys):
     assert result["seconds"]["training_cpu"] > 0
     assert str(tmp_path) not in json.dumps(result)  # no machine's paths
     run("mlp300-standard", "--seed", "1", "--ais-images", "0", "--table")
-    written = (tmp_path / "results/README.md").read_text()
+    written = (tmp_path / "results/density.md").read_text()
     row = "| MLP 300-300, standard normal prior (digits, 40 images, 30 particles, 1 epochs) |"
-    assert f"{row} {result['nll']:.2f} +- {result['nll_stderr']:.2f} +- " in written
+    assert f"{row} {result['nll']:.2f} ± {result['nll_stderr']:.2f} ± " in written
     assert "(seed 1, digits, 40 images, 30 particles, 1 epochs)" in written
     assert (
-        "| residual, NSF prior and guide (`resnet-nsf-nsf`) | 79.00 | 79.63 | needs a GPU: none was at hand |"
+        "| residual, NSF prior and guide (`resnet-nsf-nsf`) | 79.00 | 79.63 | needs a GPU; none was available |"
         in written
     )
     assert "(`mlp300-standard`)" not in written  # run, so not among those that were not
@@ -171,7 +171,7 @@ def test_a_training_in_two_parts(run, table, tmp_path):
     assert result["training"]["after"] == "burda1-vae"
     assert (
         "(digits, 40 images, 30 particles, 1 epochs, after those of `burda1-vae`)"
-        in (tmp_path / "results/README.md").read_text()
+        in (tmp_path / "results/density.md").read_text()
     )
     vae = pv.load(tmp_path / "results-runs/burda1-vae/training.pt")
     iwae = pv.load(tmp_path / "results-runs/burda1-iwae5/training.pt")
@@ -286,4 +286,4 @@ def test_a_variant_is_compared_with_what_was_measured_alike(table):
     results = [result("short-mlp300", 0, 90.0), result("short-mlp300", 1, 88.5), result("short-mlp300-gated", 0, 89.0)]
     lines = ablations(results)
     assert len(lines) == 3
-    assert "| gated units (60 epochs, 1,000 particles) | 89.00 +- 0.05 | +1.00 |" in lines[2]
+    assert "| gated units (60 epochs, 1,000 particles) | 89.00 ± 0.05 | +1.00 |" in lines[2]

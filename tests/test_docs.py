@@ -53,6 +53,10 @@ def test_own_likelihood_has_its_mean_and_refuses(own_parts):
         model(torch.full((4, 3), 0.5))
 
 
+def test_every_page_is_in_the_reference():
+    assert sorted(docs.PAGES) == sorted(page.name for page in PAGES.glob("*.md"))
+
+
 def test_reference_builds(tmp_path):
     build(tmp_path)
     for name in ("index.html", "pyrovae.html", "pyrovae/guides.html", "pyrovae/docs.html"):
@@ -61,6 +65,10 @@ def test_reference_builds(tmp_path):
     assert "which is which" in pages
     assert "what the same seed gives" in pages
     assert "NegativeBinomial" in pages
+    assert "Benchmarks: how fast, and how measured" in pages
+    assert "Against other libraries" in pages
+    assert "Architecture: where things are" in pages
+    assert 'src="data:image/png;base64' in pages  # figures are part of the page, not links to the source tree
     assert "log_marginal_likelihood" in (tmp_path / "pyrovae.html").read_text()
 
 

@@ -1,4 +1,4 @@
-"""What the README tells a reader to type is there: every command with its options, every path, and what runs it."""
+"""What README and pages tell a reader to type exists: every command with its options, every path, and a test that runs it."""
 
 import re
 import shlex
@@ -11,9 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / ".github").glob("*.md")),
+    *sorted((ROOT / "examples/results").glob("*.md")),
+    *sorted((ROOT / "pyrovae/docs").glob("*.md")),
+    ROOT / "tests/README.md",
+]
+TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXT["README.md"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-# what a command begins with -> the test that runs it (small, where it is long)
+# what a command begins with -> the test that runs it (on little data, if it takes long)
 RUN_BY = {
     "examples/mnist_svi.py": "test_examples.py::test_digits_end_in_a_result",
     "examples/bounds.py": "test_examples.py::test_bounds",
@@ -23,18 +32,24 @@ RUN_BY = {
     "examples/benchmarks/annealing.py": "test_benchmarks.py::test_benchmark_runs",
     "examples/density_table.py": "test_density_table.py::test_a_row_and_its_table",
     "examples/time_to_quality.py": "test_time_to_quality.py::test_all_of_it",
+    "tests/mutations.py": "test_mutations.py::test_it_can_be_planted",
+    "ways": "test_pyro_ways.py::test_a_way_of_pyro",
     "torchrun": "test_distributed.py::test_torchrun_of_the_example",
     "pyrovae.docs": "test_docs.py::test_reference_builds",
 }
 
 
-def commands():
-    """Of blocks of shell and of code in the text, one for each `&&`."""
-    shell = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+def commands_in(text):
+    """The commands in blocks of shell and in code within the text, one for each `&&`, without comments."""
+    shell = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     inline = [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", prose)]
-    said = [part.strip() for line in shell + inline for part in line.split("&&")]
-    return sorted({command for command in said if re.match(r"(python|pip|torchrun|ruff|mypy)\b", command)})
+    parts = [part.strip() for line in shell + inline for part in re.sub(r"\s#.*", "", line).split("&&")]
+    parts = [re.sub(r"^(\w+=\S+ )+", "", part) for part in parts]  # variables of the environment
+    return {part for part in parts if re.match(r"(python|pip|torchrun) \S|(ruff|mypy)\b", part)}
+
+
+COMMANDS = sorted(set().union(*map(commands_in, TEXT.values())))
 
 
 @cache
@@ -43,34 +58,46 @@ def help_of(script):
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-def test_there_are_commands():
-    assert len(commands()) > 10
-    assert any(command.startswith("torchrun") for command in commands())
+@pytest.mark.parametrize(
+    ("page", "some"),
+    [
+        ("README.md", "torchrun --nproc-per-node=2 examples/mnist_svi.py"),
+        ("pyrovae/docs/benchmarks.md", "python examples/benchmarks/evaluation.py --tables memory"),
+        ("pyrovae/docs/bounds.md", "python -m pytest tests/test_mnist_grid.py -s"),
+        ("examples/results/README.md", "python examples/compare_parts.py --dataset mnist --epochs 30"),
+        ("examples/results/density.md", "python examples/density_table.py --table"),
+        ("tests/README.md", "python -m pytest tests/test_killed.py -s"),
+        (".github/CONTRIBUTING.md", "ruff check ."),
+    ],
+)
+def test_commands_are_found(page, some):
+    assert some in commands_in(TEXT[page])
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", COMMANDS)
 def test_command(command):
     words = shlex.split(command)
     options = [word for word in words if word.startswith("--")]
-    script = next((word for word in words if word.endswith(".py") and word.startswith("examples/")), None)
+    script = next((word for word in words if word.endswith(".py") and "pytest" not in words), None)
     if script is not None:
         own = words[words.index(script) :]
-        assert all(option in help_of(script) for option in own if option.startswith("--")), command
+        if any(option in own for option in options):
+            assert all(option in help_of(script) for option in own if option.startswith("--")), command
         ran = "torchrun" if words[0] == "torchrun" else script
     elif "pytest" in words:
-        paths = [word for word in words if word.startswith("tests/")]
+        paths = [word for word in words if "/" in word]
         for path in paths:
-            assert (ROOT / path).is_file(), path
+            assert (ROOT / path).exists(), path
         if "-k" in words:
             pattern = words[words.index("-k") + 1]
             assert any(re.search(rf"def test_\w*{pattern}", (ROOT / path).read_text()) for path in paths), command
         return
     elif "pip" in words:
-        place, _, extra = words[-1].partition("[")
-        assert place == "."
-        assert "-e" in words
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        assert not extra or extra.rstrip("]") in extras, command
+        for word in words[words.index("install") + 1 :]:
+            place, _, extra = word.partition("[")
+            if place == ".":
+                assert "-e" in words
+                assert not extra or extra.rstrip("]") in PROJECT["optional-dependencies"], command
         return
     elif words[0] in ("ruff", "mypy"):
         assert command.replace("format .", "format --check .") in (ROOT / ".ci/run").read_text(), command
@@ -80,20 +107,43 @@ def test_command(command):
         ran = words[2]
         assert not options
     file, test = RUN_BY[ran].split("::")
-    assert f"def {test}(" in (ROOT / "tests" / file).read_text()
+    (path,) = (ROOT / "tests").rglob(file)
+    assert f"def {test}(" in path.read_text()
 
 
-def test_paths_are_there():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for path in re.findall(r"`((?:examples|tests|pyrovae)/[\w./]+)`", README):
+@pytest.mark.parametrize("page", TEXT)
+def test_paths_exist(page):
+    prose = re.sub(r"```.*?```", "", TEXT[page], flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", prose):
+        assert ((ROOT / page).parent / target).exists(), target
+    for path in re.findall(r"`((?:examples|tests|pyrovae)/[\w./]+)`", prose):
         assert (ROOT / path).exists(), path
-    table = README.partition("| in `pyrovae/` |")[2].partition("\n\n")[0]
-    for path in re.findall(r"`([a-z_]+(?:/|\.py))`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:])):
-        assert (ROOT / "pyrovae" / path).exists(), path
+
+
+def test_front_page_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_printed_table_is_the_examples():
+    block = README.partition("```text\n")[2].partition("```")[0]
+    labels = re.findall(r"^  (\S.{22}) ", block, re.MULTILINE)
+    assert len(labels) >= 6
+    for label in labels:
+        assert f'"{label.strip()}"' in (ROOT / "examples/support/metrics.py").read_text(), label
+
+
+def test_architecture_names_the_folders():
+    table = TEXT["pyrovae/docs/architecture.md"].partition("| in `pyrovae/` |")[2].partition("\n\n")[0]
+    cells = "\n".join(row.split("|")[1] for row in table.splitlines()[2:])
+    for folder in re.findall(r"`(\w+)/`", cells):
+        assert (ROOT / "pyrovae" / folder).is_dir(), folder
 
 
 def test_versions_are_those_of_the_package():
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert f"version = {{{version}}}" in README
-    assert f"this is version {version}" in README
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {PROJECT['version']}\n" in citation
+    assert f"license: {PROJECT['license']}\n" in citation
+    assert f"this is version {PROJECT['version']}" in README
+    minors = [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if "Python :: 3." in name]
+    assert f"Python {minors[0]} to {minors[-1]}" in README
+    assert f"Python {', '.join(minors[:-1])} and {minors[-1]} are supported" in TEXT[".github/CONTRIBUTING.md"]

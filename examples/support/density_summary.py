@@ -11,39 +11,45 @@ COLUMNS = (
 )
 
 ABOUT = """\
-# Density estimation on binarised MNIST
+# Density estimation on binarised MNIST: all rows
 
-Made by `python examples/density_table.py --table` from the JSON files beside it, each of which holds the row's command, seeds,
-versions, settings and seconds. Test NLL in nats per image, lower is better: importance sampling with the guide, which is too
-high rather than too low; "+-" is the standard error over test images (were others drawn), then that against the mean over all
-10,000 where fewer were importance sampled (mean ELBO of all + mean gap of those: the gap differs little between images), then
-that of Monte Carlo. *Too high by*: the bias
-estimate, "at least". *Gap*: KL(q || posterior), "at least". *k too high*: share of images whose weights' tail is too heavy to
-trust their Monte Carlo error. *Annealing above*: log p(x) by annealed importance sampling from the prior minus that by
-importance sampling, on the same images (how many: in brackets). *CPU minutes*: of the process, training and estimates, on one thread unless the
-JSON says otherwise; on a machine shared with other work they tell what a quiet core takes, and minutes on the wall are more.
+Written by `python examples/density_table.py --table` from the JSON files in this folder; edit those or the script, not this page. Each JSON file
+holds the row's command, seeds, versions, settings and seconds. What the numbers say is discussed in `README.md` beside this page.
 
-The test set is drawn once from a seed of its own; the published rows redraw it or use another draw (static: another file
-altogether). Targets are our own, most of them a little below the published number. Training: 50,000 images, the state with the
-best bound on 10,000 others (the ELBO; where the importance-weighted bound is trained, that one); rows marked * train on all 60,000
-and keep the last state. Rows that go on "after" another take its trained pair: their CPU minutes come on top of that row's.
+- **NLL**: test negative log-likelihood in nats per image, lower is better; importance sampled with the guide, so rather too high than too low.
+  The first ± is the standard error over test images. The second is the error against the mean over all 10,000, if fewer were importance
+  sampled (mean ELBO of all + mean gap of those; the gap differs little between images). The third is the Monte Carlo error.
+- **Too high by**: the bias estimate, a lower bound.
+- **Gap**: KL(q || posterior), a lower bound.
+- **k too high**: share of images whose weights have a tail too heavy to trust their Monte Carlo error.
+- **Annealing above**: log p(x) by annealed importance sampling from the prior minus that by importance sampling, on the same images (their
+  number in brackets).
+- **CPU minutes**: CPU time of the process for training and estimates, on one thread unless the JSON file says otherwise. On a machine shared
+  with other work this is about the time on a quiet core; the elapsed time is longer.
+
+The test set is drawn once from a seed of its own; the published rows redraw it or use another draw (static: another file). Targets are our
+own, most of them a little below the published number. Training: 50,000 images, the state with the best bound on 10,000 others (the ELBO; if
+the importance-weighted bound is trained, that one). Rows marked * train on all 60,000 and keep the last state. Rows "after" another start
+from its trained pair: their CPU minutes come on top of that row's.
 """
 
 ABOUT_ABLATIONS = """\
 ## What helps
 
-What each changes in the first line (those that name a row of the table above: in that row), one training each, the seeds being the same;
-those with 1,000 particles: 1,000 images; *better by*: nats of NLL. "+-" is against the mean over all test images; what
-another training seed would change is not in it. *Too high by*: the bias estimate, "at least"; some of what makes the gap smaller may be that.
-*Overfitting*: ELBO of the training images, as it was during the epoch kept (of units thinned by dropout, where there is any), minus that of the
-validation images.
+What each change does, against the first row (rows that name a row of the table above: against that row); one training each, same seeds. Rows
+with 1,000 particles use 1,000 images.
+
+- **Better by**: nats of NLL. ± is the error against the mean over all test images; it does not contain what another training seed would change.
+- **Too high by**: the bias estimate, a lower bound; part of a smaller gap may be this.
+- **Overfitting**: ELBO of the training images during the epoch that was kept (with dropout active, if there is any), minus that of the
+  validation images.
 
 | change | NLL | better by | too high by | gap | validation ELBO | overfitting | active | CPU minutes of training |
 |---|---|---|---|---|---|---|---|---|"""
 
 
 def write_table(results: Path) -> Path:
-    """README.md in the folder of the results; returns its path."""
+    """Write density.md in the folder of the results; returns its path."""
     remedy = "delete it, and run its row again"
     found = [read_json(path, remedy) for path in sorted(results.glob("*.json"))]
     found = [result for result in found if result.get("row") in ROWS]
@@ -58,8 +64,8 @@ def write_table(results: Path) -> Path:
     parts.append(
         "\n".join(["## Not run\n", "| row | target | published | why |", "|---|---|---|---|", *map(absent, missing)])
     )
-    path = results / "README.md"
-    path.write_text("\n".join(parts) + "\n")
+    path = results / "density.md"
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
     return path
 
 
@@ -79,7 +85,7 @@ def ablations(found: list[dict]) -> list[str]:
         better = f"{base['nll'] - result['nll']:+.2f}" if base not in (None, result) else ""
         cells = (
             f"{row.title} ({training['epochs']} epochs, {result['particles']:,} particles)",
-            f"{result['nll']:.2f} +- {result['sample_stderr']:.2f}",
+            f"{result['nll']:.2f} ± {result['sample_stderr']:.2f}",
             better,
             f"{result['bias_estimate']:.2f}",
             f"{result['gap']:.2f}",
@@ -105,7 +111,7 @@ def line(result: dict) -> str:
     ]
     cells = (
         f"{result['title']}{marks} ({', '.join(notes)})",
-        f"{result['nll']:.2f} +- {result['nll_stderr']:.2f} +- {result['sample_stderr']:.3f} +- {result['mc_stderr']:.3f}",
+        f"{result['nll']:.2f} ± {result['nll_stderr']:.2f} ± {result['sample_stderr']:.3f} ± {result['mc_stderr']:.3f}",
         number(result["target"]) + missed(result),
         number(result["published"]),
         f"{result['bias_estimate']:.2f}",
@@ -129,12 +135,12 @@ def missed(result: dict) -> str:
 def annealed(ais: dict | None) -> str:
     if ais is None:
         return "-"
-    stderr = "" if ais["its_stderr"] is None else f" +- {ais['its_stderr']:.2f}"
+    stderr = "" if ais["its_stderr"] is None else f" ± {ais['its_stderr']:.2f}"
     return f"{ais['annealed_above_importance_sampled']:+.2f}{stderr} ({ais['images']})"
 
 
 def absent(row) -> str:
-    why = "needs a GPU: none was at hand" if row.device == "cuda" else "not yet"
+    why = "needs a GPU; none was available" if row.device == "cuda" else "not yet"
     return f"| {row.title} (`{row.name}`) | {number(row.target)} | {number(row.published)} | {why} |"
 
 

@@ -67,13 +67,13 @@ def report(metrics) -> str:
         ("ELBO", f"{test['elbo']:.2f} nats"),
         (
             "log p(x)",
-            f"{test['log_marginal_likelihood']:.2f} +- {test['log_marginal_likelihood_stderr']:.2f} nats over images "
-            f"({'one particle: the ELBO' if one else '+- {:.3f} Monte Carlo'.format(test['log_marginal_likelihood_mc_stderr'])})",
+            f"{test['log_marginal_likelihood']:.2f} ± {test['log_marginal_likelihood_stderr']:.2f} nats over images "
+            f"({'one particle: the ELBO' if one else '± {:.3f} Monte Carlo'.format(test['log_marginal_likelihood_mc_stderr'])})",
         ),
-        ("gap, KL(q || posterior)", "unknown with one particle" if one else f"{test['gap']:.2f} nats or more"),
+        ("gap, KL(q || posterior)", "unknown with one particle" if one else f">= {test['gap']:.2f} nats"),
         (
-            "bias of log p(x)",
-            "unknown with one particle" if one else f"{test['bias_estimate']:.3f} nats too low or more",
+            "log p(x) is too low by",
+            "unknown with one particle" if one else f">= {test['bias_estimate']:.3f} nats",
         ),
         ("bits per pixel", f"{test['bits_per_pixel']:.4f}"),
         ("median ESS", f"{test['median_ess']:.1f} of {test['num_particles']}"),
@@ -84,15 +84,15 @@ def report(metrics) -> str:
     table = "\n".join(f"  {name:24} {value}" for name, value in rows)
     binarization = f", {metrics['binarization']} binarisation" if metrics["binarization"] else ""
     meaning = (
-        "With one particle log p(x) is not told from the ELBO: --num-particles 1000 shows the gap between them."
+        "With one particle the estimate of log p(x) is the ELBO: --num-particles 1000 shows the gap between them."
         if one
-        else f"The ELBO lies {test['gap']:.2f} nats or more below log p(x): that gap is KL(q(z|x) || p(z|x)), what the guide "
-        f"misses of the true posterior."
+        else f"The ELBO lies at least {test['gap']:.2f} nats below log p(x). This gap is KL(q(z|x) || p(z|x)): how far the guide is "
+        f"from the true posterior."
     )
     if test["share_pareto_k_above_limit"] > 0.5:  # not so where it is NaN
         meaning += (
-            "\nFor most images the weights' tail is too heavy to trust log p(x): it lies higher, and the gap is wider. More "
-            "particles, a better guide, or annealing (examples/bounds.py --run FOLDER) tell by how much."
+            "\nFor most images the tail of the weights is too heavy to trust log p(x): the true value is higher, and the gap wider. "
+            "More particles, a better guide, or annealing (examples/bounds.py --run FOLDER) show by how much."
         )
     return (
         f"\n{metrics['dataset']}{binarization}: {metrics['prior']} prior, "
@@ -108,4 +108,4 @@ def pareto_row(test) -> str:
     if math.isnan(bad):
         return "unknown below 25 particles"
     strict = f" (> 0.70: {worse:.1%})" if limit < 0.7 else ""
-    return f"{bad:.1%} of the images > {limit:.2f}{strict}: not to be trusted" if bad else f"no image > {limit:.2f}"
+    return f"{bad:.1%} of the images > {limit:.2f}{strict}: do not trust these" if bad else f"no image > {limit:.2f}"

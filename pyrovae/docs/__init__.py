@@ -1,9 +1,17 @@
-"""Pages on the bounds, reproducibility, parts of your own and what is written by hand; `python -m pyrovae.docs FOLDER` builds them in."""
+"""Pages on bounds, reproducibility, parts of your own, benchmarks, other libraries, the architecture, and what is written by hand."""
 
 from pathlib import Path
 
 __all__: list[str] = []
 
-PAGES = ("bounds.md", "reproducibility.md", "own_parts.md", "by_hand.md")
+PAGES = (
+    "bounds.md",
+    "reproducibility.md",
+    "own_parts.md",
+    "benchmarks.md",
+    "comparison.md",
+    "architecture.md",
+    "by_hand.md",
+)
 
 __doc__ = "\n\n".join((Path(__file__).parent / page).read_text(encoding="utf-8") for page in PAGES)

@@ -28,6 +28,7 @@ def build(folder: Path) -> None:
     Raises UserWarning for what pdoc warns of, and RuntimeError for a public name without a docstring.
     """
     import pdoc
+    import pdoc.docstrings
     import pdoc.render
     from jinja2 import pass_context
     from jinja2.runtime import Context
@@ -45,10 +46,12 @@ def build(folder: Path) -> None:
             return ""
         name = context["module"].fullname
         if name == "pyrovae" and docstring == pyrovae.__doc__:
-            docstring += (
-                "\n\nThe bounds explained, what a seed promises, and how to write parts of your own: `pyrovae.docs`."
-            )
-        return docstring if name == "pyrovae.docs" else to_markdown(docstring)
+            docstring += "\n\nThe bounds explained, what a seed promises, parts of your own, benchmarks and more: `pyrovae.docs`."
+        if name == "pyrovae.docs":
+            return pdoc.docstrings.convert(
+                docstring, "markdown", context["module"].source_file
+            )  # puts figures into the page
+        return to_markdown(docstring)
 
     filters = pdoc.render.env.filters
     assert filters["to_markdown"] is to_markdown_with_context, "pdoc names the filter otherwise"
@@ -107,7 +110,8 @@ def _escaped(text: str) -> str:
 
 
 def _public_modules() -> list[str]:
-    return [f"pyrovae.{name}" for name in pyrovae.__all__ if isinstance(getattr(pyrovae, name), ModuleType)]
+    public = (getattr(pyrovae, name) for name in pyrovae.__all__)
+    return [value.__name__ for value in public if isinstance(value, ModuleType)]
 
 
 def _undocumented(module: ModuleType) -> list[str]:
