@@ -41,8 +41,8 @@ class refuse_reading(TorchFunctionMode):
             mode = get_proxy_mode()
             if mode is not None and has_proxy_slot(args[0], mode.tracer):
                 raise ValueError(
-                    f"values of data, parameters or draws are read by Python or NumPy (Tensor.{func.__name__}) and were "
-                    f"frozen in the recording"
+                    f"values of data, parameters or draws are read by Python or NumPy (Tensor.{func.__name__}) and "
+                    f"were frozen in the recording"
                 )
         return func(*args, **(kwargs or {}))
 

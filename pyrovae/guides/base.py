@@ -37,8 +37,8 @@ class Guide(Component, ABC):
         super().__init_subclass__(**options)
         if "posterior" in vars(cls) and "forward" not in vars(cls):
             raise TypeError(
-                f"{cls.__name__} overrides posterior, but draws from distribution(encode(x)): override `distribution` or "
-                f"`encode` instead, or `forward` as well"
+                f"{cls.__name__} overrides posterior, but draws from distribution(encode(x)): override `distribution` "
+                f"or `encode` instead, or `forward` as well"
             )
 
     def __init__(self, latent_dim: int):
@@ -84,8 +84,8 @@ class Guide(Component, ABC):
         if found != expected:
             raise ValueError(
                 f"{type(self).__name__}.distribution must give batch shape {tuple(expected[0])} and event shape "
-                f"{expected[1]}, its latent_dim; found {tuple(found[0])} and {tuple(found[1])}: a diagonal normal ends with "
-                f".to_event(1)"
+                f"{expected[1]}, its latent_dim; found {tuple(found[0])} and {tuple(found[1])}: a diagonal normal ends "
+                f"with .to_event(1)"
             )
         return visit("z", distribution)
 
@@ -212,5 +212,6 @@ def check_guide(guide: Any) -> None:
     """Raise TypeError unless `guide` is a `Guide`, with an `encode` and a `distribution`."""
     if not isinstance(guide, Guide):
         raise TypeError(
-            f"guide must be a pyrovae.guides.Guide, whose encode and distribution are used; found {type(guide).__name__}"
+            f"guide must be a pyrovae.guides.Guide, whose encode and distribution are used; found "
+            f"{type(guide).__name__}"
         )

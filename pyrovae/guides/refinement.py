@@ -134,8 +134,8 @@ class Refined(Guide):
                 adam.step()
         if not parameters.isfinite().all():
             raise RuntimeError(
-                f"refinement ended at parameters that are not finite: lower learning_rate ({self.learning_rate:g}), and "
-                f"check the data for NaN"
+                f"refinement ended at parameters that are not finite: lower learning_rate ({self.learning_rate:g}), "
+                f"and check the data for NaN"
             )
         return parameters.detach()
 

@@ -69,8 +69,8 @@ def refuse_other_dimensions(model_trace: poutine.Trace, guide_trace: poutine.Tra
     if proposed < needed:
         points = [site["name"] for site in drawn if is_delta(site)]
         raise ValueError(
-            f"the guide draws {proposed} numbers (auxiliary sites {names}) for {needed} latent ones, so its Delta sites "
-            f"{points} put all mass on a surface, which has no density (for example a 'delta' conditional of "
+            f"the guide draws {proposed} numbers (auxiliary sites {names}) for {needed} latent ones, so its Delta "
+            f"sites {points} put all mass on a surface, which has no density (for example a 'delta' conditional of "
             f"AutoStructured): draw as many numbers as the latents have"
         )
 

@@ -205,7 +205,7 @@ class Pair:
         return block, min(chunk, num_particles)
 
     def blocks(self, size: int) -> Iterator[tuple[int, int]]:
-        """Ranges of `size` data. A single row left over joins the last range: a program may squeeze() it out of shape."""
+        """Ranges of `size` data. A single row left over joins the last range: squeeze() in a program would drop it."""
         starts = list(range(0, self.num_data, size))
         if len(starts) > 1 and size > 1 and self.num_data - starts[-1] == 1:
             starts.pop()

@@ -38,8 +38,8 @@ def simulate(
     if shown is None and guide is not None:
         raise ValueError(
             f"cannot tell which arguments are the observed values of site(s) {sorted(observed)}, so the guide cannot "
-            f"be given simulated ones: pass the data of each site as a separate tensor, and tensors that differ in value "
-            f"(torch.zeros for one site, torch.ones for another), or start from the prior (guide=None)"
+            f"be given simulated ones: pass the data of each site as a separate tensor, and tensors that differ in "
+            f"value (torch.zeros for one site, torch.ones for another), or start from the prior (guide=None)"
         )
     # The simulated values must not depend on the data passed: run with other data and the same random numbers.
     others = shown or map_tensors(lambda tensor: tensor.flatten().flip(0).reshape(tensor.shape), (args, kwargs))
@@ -69,9 +69,7 @@ def _refuse_what_is_not_simulated(site: dict) -> None:
     if site_is_factor(site):
         raise ValueError(f"site '{name}' is a factor, which cannot be simulated: replace it by an observed site")
     if any(True for _ in masks_of(site)):
-        raise ValueError(
-            f"observed site '{name}' is masked, and masked data cannot be simulated: pass data without gaps"
-        )
+        raise ValueError(f"observed site '{name}' is masked, so it is unclear what to simulate: pass data without gaps")
     if value.shape != data.shape:
         raise ValueError(
             f"observed site '{name}' simulates values of shape {tuple(value.shape)} for data of shape "
