@@ -104,7 +104,7 @@ def test_plate_named_differently_in_the_guide_is_refused(double):
         with pyro.plate("batch", len(x)):
             pyro.sample("z", dist.Normal(x / 2, 1.0))
 
-    refused("one name in both", guide=guide)
+    refused("the same name in both", guide=guide)
     refused("outside plate 'data'", guide=guide, plate="data")
     refused("outside plate 'nonsense'", plate="nonsense")
 
@@ -132,7 +132,7 @@ def test_a_plate_in_one_of_the_two_alone(double):
         with pyro.plate("data", 4):
             model(x)
 
-    message = r"site 'z' of the model has batch shape \(4,\) and is in no plate, while the guide's sites are all in plate 'data'"
+    message = r"site 'z' of the model has batch shape \(4,\) and is in no plate, while all sites of the guide are in plate 'data'"
     refused(message + r": write 'with pyro.plate\('data', 4, dim=-1\)'", model, guide, x)
     with pytest.raises(ValueError, match=message):
         pv.objectives.MonteCarloKL().loss(model, guide, x)

@@ -57,8 +57,8 @@ def test_halves_and_goes_on(room, caplog, double):
     assert drawn.shape == (NUM_PARTICLES, NUM_DATA)
     assert torch.allclose(drawn, exact.expand_as(drawn))
     assert caplog.messages == [
-        "out of memory with 50 particles of 3 data at once: going on with 25",
-        "out of memory with 25 particles of 3 data at once: going on with 12",
+        "out of memory with 50 particles of 3 data at once: continuing with 25",
+        "out of memory with 25 particles of 3 data at once: continuing with 12",
     ]
     assert [size for size in asked if size in (50, 25)] == [50, 25], "and what is known is not tried again"
 
@@ -73,7 +73,7 @@ def test_recorded_draws_too(room, caplog, monkeypatch):
     room(4 * 9)
     with caplog.at_level(logging.WARNING, logger="pyrovae"):
         drawn = pv.log_weights(*vae, binary(4), **options)
-    assert "out of memory with 10 particles of 4 data at once: going on with 5" in caplog.messages
+    assert "out of memory with 10 particles of 4 data at once: continuing with 5" in caplog.messages
     assert drawn.shape == expected.shape
     assert drawn.isfinite().all()
 

@@ -390,7 +390,7 @@ def test_a_module_with_a_state_takes_the_eager_steps(double, caplog, kind):
         (PlainTensor, "every run changes the attribute '0.mean'"),
         (OfPython, "run twice with the same data"),
         (FrozenGradient, "the recording gives other numbers than the program"),
-        (DetachedParameter, "values of data, parameters or draws go to Python or numpy (Tensor.numpy)"),
+        (DetachedParameter, "values of data, parameters or draws are read by Python or NumPy (Tensor.numpy)"),
     ],
 )
 def test_the_log_says_what_stands_in_the_way(double, caplog, kind, words):

@@ -69,7 +69,7 @@ WRONG = {
     "guide with one row for all": (
         lambda: (pv.GenerativeModel(NORMAL(2), likelihood()), OneRowForAll(2)),
         r"OneRowForAll.encode must give parameters \(N, P\) for N data, one row for each; found \(1, 2\) for 20 data"
-        r"|site 'x' has 20 data where plate 'data' has 1",
+        r"|site 'x' has 20 data, but plate 'data' has 1",
     ),
     "likelihood without an event": (
         lambda: (pv.GenerativeModel(NORMAL(2), PixelsAsBatch(pv.nets.MLP(2, [8], 12), (1, 4, 3))), guide()),

@@ -1,1 +1,1 @@
-"""A program recorded as a pure tensor function, and compiled."""
+"""Recording a Pyro program as a pure tensor function, and compiling it."""

@@ -1,4 +1,4 @@
-"""torch's compiler as it is called here, and what can be in its way: a cache that cannot be written, or a damaged one."""
+"""How this package calls torch's compiler, and what to do if its cache is damaged or cannot be written."""
 
 import importlib
 import os
@@ -16,23 +16,24 @@ _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def compiled_by_inductor(graph: torch.fx.GraphModule) -> Callable:
-    # The eager generator, and its draws in the eager order, so that the noise is that of the eager program: in torch 2.11
-    # both passes that reorder operations move draws past each other.
+    # Draw the same noise as the eager program: use the eager generator, and keep the order of the draws. In torch 2.11
+    # both passes that reorder operations can swap two draws.
     options: dict[str, Any] = {
         "fallback_random": True,
         "reorder_for_locality": False,
         "reorder_for_peak_memory": False,
-        # `Extracted` has compared with the recording whatever a guard would look at.
+        # No guards: `Extracted` has already checked everything that a guard would check.
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
     }
     return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
 
 
 def import_compiler() -> None:
-    """Import `torch._dynamo`, as torch's optimizers do, also if the folder of Inductor's cache cannot be made.
+    """Import `torch._dynamo` even if Inductor's cache folder cannot be created.
 
-    torch makes that folder during the import. If it fails, the module stays half imported, and no optimizer can be made in
-    this process any more. So the import is given a folder that exists; nothing is written into it.
+    torch creates that folder during the import, which its optimizers trigger. If that fails, the module stays half
+    imported, and no optimizer can be created in this process. So the import gets a folder that exists; nothing is
+    written to it.
     """
     if "torch._dynamo" in sys.modules:
         return
@@ -51,7 +52,7 @@ def import_compiler() -> None:
 
 
 def refuse_unwritable_cache() -> None:
-    """Raise OSError if Inductor cannot write what it compiles."""
+    """Raise OSError if Inductor cannot write to its cache."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     with tempfile.TemporaryFile(dir=cache_dir()):
@@ -59,7 +60,10 @@ def refuse_unwritable_cache() -> None:
 
 
 def remove_damaged_library(error: Exception) -> bool:
-    """Whether a library in Inductor's cache was in the way, as a process killed while it compiled leaves one; it is removed."""
+    """Remove the damaged library in Inductor's cache that caused an error; return False if there is none.
+
+    A process that is killed while it compiles leaves such a library.
+    """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     found = re.search(rf"{re.escape(cache_dir())}[^\s:]*\.so", str(error))

@@ -1,4 +1,4 @@
-"""One chunk of log weights by a recorded program: the drawing of `pyrovae.weights`, without Pyro's share of the time."""
+"""Drawing a chunk of log weights with a recorded program, without Pyro's overhead."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,15 +13,15 @@ from pyrovae.programs.traces import Program
 
 __all__ = ["RecordedDraw", "pays_off", "record_draw"]
 
-# Weights times parameters from which on a compilation is won back on two cores. A constant, not a timing: the same call
-# must take the same path every time.
+# Weights times parameters above which compiling saves time on two cores. This is a constant and not measured at run
+# time, so that the same call always takes the same path.
 _WORTH = 1.5e12
 
 Draw = Callable[[Tensor | None, tuple, dict], Tensor]
 
 
 def pays_off(num_weights: int, model: Program, guide: Program) -> bool:
-    """Whether `compile="auto"` compiles: parts of this library alone, and enough work to win the compilation back."""
+    """Whether `compile="auto"` compiles: only known components, and enough work to make up for the compilation."""
     size = sum(parameter.numel() for module in modules_behind(model) for parameter in module.parameters())
     return num_weights * size > _WORTH and all_ours(model, guide)
 
@@ -29,7 +29,7 @@ def pays_off(num_weights: int, model: Program, guide: Program) -> bool:
 def record_draw(
     draw: Draw, modules: Sequence[nn.Module], encoded: Tensor | None, args: tuple, kwargs: dict
 ) -> "RecordedDraw | None":
-    """Record draw(encoded, args, kwargs) -> log weights (S, N); None where that cannot be done, and the log says why."""
+    """Record draw(encoded, args, kwargs) -> log weights (S, N); return None and log the reason if that fails."""
 
     def flat(*tensors: Tensor) -> tuple[Tensor]:
         rest = iter(tensors)
@@ -41,13 +41,13 @@ def record_draw(
 
 
 class RecordedDraw:
-    """Draws as the recorded program does; where a weight comes out NaN or +inf, once more eagerly, which names the site."""
+    """Draws by the recorded program, and again eagerly if a weight is NaN or +inf, so that the error names the site."""
 
     def __init__(self, draw: Draw, extracted: Extracted):
         self.draw, self.extracted = draw, extracted
 
     def given(self, encoded: Tensor | None, args: tuple, kwargs: dict) -> Callable[[], Tensor]:
-        """The drawing for these data, chunk after chunk."""
+        """Return a function that draws the next chunk for these data."""
         tensors = _flatten(encoded, args, kwargs)
         devices = {tensor.device for tensor in (*tensors, *self.extracted.modules.parameters()) if tensor.is_cuda}
         run = self.extracted.at(*tensors)

@@ -1,9 +1,9 @@
-"""Whether a recording gives what its program gives: nothing frozen, no change of the modules lost, nothing miscompiled.
+"""Checks that a recording gives what its program gives: no frozen values, no lost module updates, no miscompilation.
 
-A recording as `make_fx` made it calls the program's own operations in the program's order. Given the same random numbers, it
-must give the same numbers, gradients and buffers at any data and parameters; a difference beyond rounding means that something
-was frozen. Inductor's code rounds differently, which may decide a draw differently (rand() < p), so compiled code is allowed
-to differ from the recording by more.
+A recording by `make_fx` calls the program's own operations in the program's order. With the same random numbers it must
+give the same outputs, gradients and buffers for any data and parameters; a difference beyond rounding means that a
+value was frozen. Compiled code rounds differently, which can change a draw (rand() < p), so a larger difference is
+allowed there.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +18,15 @@ from pyrovae.compiled.signature import Kept
 
 __all__ = ["Comparison", "refuse_captured_parameters", "refuse_reading", "turned"]
 
-# In units of eps times the largest number. The same operations give the same numbers on a CPU; on a GPU some of them add in
-# no fixed order.
+# In units of eps times the largest number. On a CPU the same operations give the same numbers; on a GPU some operations
+# add in no fixed order.
 _CPU_ROUNDING, _GPU_ROUNDING = 16.0, 1024.0
 
 
 class refuse_reading(TorchFunctionMode):
-    """Inside, ValueError for a value of traced tensors that Python or NumPy gets: the recording would hold it for ever.
+    """Context that raises ValueError if Python or NumPy reads values of traced tensors, which would freeze them.
 
-    Comparing numbers does not find all of these: whatever is counted or sorted may be the same at the few places looked at.
+    Comparing outputs does not find every such read: a count or a rank may be equal at the few inputs compared.
     (`make_fx` itself refuses item(), float() and bool().)
     """
 
@@ -41,14 +41,14 @@ class refuse_reading(TorchFunctionMode):
             mode = get_proxy_mode()
             if mode is not None and has_proxy_slot(args[0], mode.tracer):
                 raise ValueError(
-                    f"values of data, parameters or draws go to Python or numpy (Tensor.{func.__name__}) and were frozen in the "
-                    f"recording"
+                    f"values of data, parameters or draws are read by Python or NumPy (Tensor.{func.__name__}) and "
+                    f"were frozen in the recording"
                 )
         return func(*args, **(kwargs or {}))
 
 
 class _Place(NamedTuple):
-    """Where a program is run: arguments, values of parameters and buffers, and which random numbers it draws."""
+    """The inputs of a run: arguments, values of parameters and buffers, and the number of its random stream."""
 
     tensors: list[Tensor]
     state: list[Tensor]
@@ -56,7 +56,7 @@ class _Place(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """What a run gives, and the parameters and buffers after it."""
+    """The results of a run: outputs, gradients, and the parameters and buffers after it."""
 
     outputs: list[Tensor]
     gradients: list[Tensor]
@@ -64,21 +64,21 @@ class _Run(NamedTuple):
 
 
 def refuse_captured_parameters(graph: torch.fx.GraphModule) -> None:
-    """Raise ValueError for a parameter that is not of the modules (pyro.param in a function): it would get no gradient."""
+    """Raise ValueError for a parameter of no module (pyro.param in a function): it would get no gradient."""
     for node in graph.graph.nodes:
         if node.op == "get_attr" and getattr(getattr(graph, node.target, None), "requires_grad", False):
             raise ValueError("the program uses a parameter that belongs to none of its modules")
 
 
 class Comparison:
-    """Runs of a program and of its recording, which must give the same. As a context, it puts the modules back at its end.
+    """Compares runs of a program with runs of its recording. A context manager: restores the modules on exit.
 
     Args:
         program: Runs the function on the modules as they are: (tensors, values) -> (outputs, gradients).
         modules: The modules whose parameters and buffers the program uses.
         tensors: The program's arguments.
         state: The parameters and buffers by name.
-        devices: The GPUs that random numbers are drawn on.
+        devices: The GPUs on which the program may draw random numbers.
     """
 
     def __init__(
@@ -101,26 +101,28 @@ class Comparison:
         self.kept.put_back()
 
     def check_program(self) -> None:
-        """Raise ValueError if the program is no function of its arguments, parameters, buffers and torch's random numbers."""
+        """Raise ValueError if the results depend on more than arguments, parameters, buffers and torch's generator."""
         self.expected, before = self._run_program(self.given), self.kept.attributes()
         again, after = self._run_program(self.given), self.kept.attributes()
         for name in sorted(before.keys() | after.keys()):
             if not _same_value(before.get(name), after.get(name)):
                 raise ValueError(
-                    f"every run changes the attribute '{name}' of a module, which a recording cannot: keep it in a buffer "
-                    f"(register_buffer) and change that in place"
+                    f"every run changes the attribute '{name}' of a module, and a recording cannot do that: keep it in "
+                    f"a buffer (register_buffer) and change the buffer in place"
                 )
         if any(map(_differ, again, self.expected)):
             raise ValueError(
-                "run twice with the same data, parameters and torch seed, the program gives different numbers: it draws from "
-                "a generator that is not torch's, or changes something that it reads later (a counter, an attribute, a global)"
+                "run twice with the same data, parameters and torch seed, the program gives different numbers: it "
+                "draws from another generator than torch's, or changes something that it reads later (a counter, an "
+                "attribute, a global)"
             )
 
     def check_recording(self, graph: Callable) -> None:
-        """Raise ValueError if the recording gives other numbers, gradients or buffers than the program, here or elsewhere.
+        """Raise ValueError if the recording gives other outputs, gradients or buffers than the program.
 
-        A program may read anything from its data: a mean does not see their order, a largest value not their number. So it is
-        run with all rows alike, too, and with every number changed and moved. One of the two may be no data for the program.
+        Compared on the data given and on two variants: all rows equal, and all values changed and reordered. Both are
+        needed, because a frozen mean does not depend on the order of the data, nor a frozen maximum on their number.
+        The program may reject one of the variants as invalid data.
         """
         self._check_same(self._run_recording(graph, self.given), self.expected)
         failed: list[Exception] = []
@@ -138,10 +140,10 @@ class Comparison:
             raise failed[0]
 
     def check_compiled(self, graph: Callable, compiled: Callable) -> None:
-        """Raise ValueError if compiled code misses the recording by more than rounding and by a tenth of what noise changes."""
+        """Raise ValueError if compiled code differs from the recording by more than rounding and 0.1 of the noise."""
         found, expected = (self._run_recording(program, self.elsewhere) for program in (compiled, graph))
         other = self._run_recording(graph, self.elsewhere._replace(noise=3))
-        # A gradient may be zero because large numbers cancel, and those round differently.
+        # Compare with the largest gradient: a gradient may be zero because large terms cancel, which round differently.
         largest = max((_size(gradient) for gradient in expected.gradients), default=0.0)
         for part, least in (("outputs", 1.0), ("gradients", largest), ("state", 1.0)):
             for left, right, noisy in zip(*(getattr(run, part) for run in (found, expected, other)), strict=True):
@@ -153,18 +155,18 @@ class Comparison:
     def _check_same(self, found: _Run, expected: _Run) -> None:
         if _differ(found.outputs, expected.outputs) or _differ(found.gradients, expected.gradients):
             raise ValueError(
-                "the recording gives other numbers than the program: some of its values go through numpy or Python, and were "
+                "the recording gives other numbers than the program: some values pass through NumPy or Python and were "
                 "frozen"
             )
         for name, left, right in zip(self.names, found.state, expected.state, strict=True):
             if _differ([left], [right]):
                 raise ValueError(
                     f"the program changes '{name}', and the recording does not: change it in place "
-                    f"(self.{name.rpartition('.')[2]}.copy_(...)) where another tensor is assigned to it"
+                    f"(self.{name.rpartition('.')[2]}.copy_(...)) instead of assigning another tensor to it"
                 )
 
     def _run_program(self, place: _Place) -> _Run:
-        """A run on the modules themselves, which also shows what is assigned to an attribute."""
+        """Run the program on the modules themselves, so that assignments to attributes are seen too."""
         named = dict(self.modules.named_parameters()) | dict(self.modules.named_buffers())
         try:
             if place.state is not self.given.state:
@@ -173,7 +175,7 @@ class Comparison:
             with self.noise(place.noise):
                 outputs, gradients = self.program(place.tensors, [])
             after = dict(self.modules.named_parameters()) | dict(self.modules.named_buffers())
-            # Copies: an output may be a buffer.
+            # Clone, because an output may be a buffer.
             return _Run(
                 [output.clone() for output in outputs],
                 [gradient for gradient in gradients if gradient is not None],
@@ -191,7 +193,7 @@ class Comparison:
 
     @contextmanager
     def noise(self, number: int) -> Iterator[None]:
-        """The same random numbers for every run with this number; none of them are used up."""
+        """Draw the same random numbers in every run with this number, and restore the generators afterwards."""
         with torch.random.fork_rng(self.devices):
             for device in (torch.device("cpu"), *self.devices):
                 torch.rand(1000 * number, device=device)
@@ -199,15 +201,15 @@ class Comparison:
 
 
 def turned(tensor: Tensor) -> Tensor:
-    """Other values of the same kind: numbers in the opposite order, rows of whole numbers (they may be indices).
+    """Return the values in reversed order; integers, which may be indices, are reversed by rows only.
 
-    They lie in memory as the tensor does, since a compiled recording does not look how.
+    The memory layout stays the same, because a compiled recording relies on it.
     """
     return _like(tensor, _flipped)
 
 
 def _changed(tensor: Tensor) -> Tensor:
-    """In the opposite order and, if they are no whole numbers, with other values."""
+    """Reverse the order and, for floating point, change the values."""
     return _like(turned(tensor), _smaller)
 
 
@@ -216,14 +218,14 @@ def _shrunk(tensor: Tensor) -> Tensor:
 
 
 def _repeated(tensor: Tensor) -> Tensor:
-    """The last row in every row. Whole numbers that are all the same become others, and a mask loses elements."""
+    """Repeat the last row in every row; change integers that are all equal, and drop elements of a mask."""
 
     def change(values: Tensor) -> Tensor:
         if values.dtype == torch.bool:
             every_other = torch.arange(values.numel(), device=values.device).reshape(values.shape) % 2 == 0
             return values & every_other if values.any() else every_other
         if not values.is_floating_point() and values.numel() and (values == values.flatten()[0]).all():
-            # They may be indices, and one out of range ends the process on a GPU, where it is an error on a CPU.
+            # They may be indices: out of range is an error on a CPU, but kills the process on a GPU.
             return torch.where(values == 0, 0 if values.is_cuda else 1, 0)
         return values[-1:].expand(values.shape) if values.ndim else values
 
@@ -235,12 +237,12 @@ def _flipped(values: Tensor) -> Tensor:
 
 
 def _smaller(values: Tensor) -> Tensor:
-    """By a tenth; what is in [0, 1] or positive stays so, and an index kept as a floating-point number does not grow."""
+    """Shrink by a tenth: values in [0, 1] and positive values stay so, and an index stored as a float does not grow."""
     return values * 0.9 + 0.01 if values.is_floating_point() else values
 
 
 def _like(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """A tensor with other values that lies in memory as this one does."""
+    """Return a tensor with other values and the same memory layout."""
     base = tensor[tuple(slice(0, 1 if stride == 0 else None) for stride in tensor.stride())]
     other = torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device=base.device)
     return other.copy_(change(base)).as_strided(tensor.shape, tensor.stride())
@@ -270,7 +272,7 @@ def _differ(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 
 def _size(tensor: Tensor) -> float:
-    """The largest absolute value of those that are finite."""
+    """The largest absolute value of the finite elements."""
     return tensor.double().nan_to_num(0.0, 0.0, 0.0).abs().max().item() if tensor.numel() else 0.0
 
 

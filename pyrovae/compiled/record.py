@@ -1,15 +1,15 @@
-"""A Pyro program as a pure tensor function: recorded once with `make_fx`, compiled by Inductor.
+"""Records a Pyro program once with `make_fx` as a pure tensor function, and compiles it with Inductor.
 
-Pyro's handlers, distributions' constructors and module calls are Python that runs again at every step, a third of it
-on a CPU. Recording runs them once; what remains is a few hundred tensor operations of parameters, buffers, arguments and
-fresh randomness, which Inductor fuses (`torch.compile` put on the Pyro program itself breaks at every handler and makes
-it slower).
+Pyro's handlers, constructors of distributions and module calls are Python code that runs again at every step; on a CPU
+they take a third of its time. Recording runs them once. What remains is a few hundred tensor operations on parameters,
+buffers, arguments and new random numbers, which Inductor fuses. (`torch.compile` on the Pyro program itself breaks the
+graph at every handler and makes it slower.)
 
-A recording freezes what Python saw: numbers, attributes, lengths, which branch was taken, tensors that are neither
-parameters, buffers nor arguments by identity (their values may change in place). It is made again when the shape, dtype or
-device of an argument, parameter or buffer changes, or a module's train/eval mode. New noise is drawn at every call, from
-torch's generator in the order of the eager program, so that both give the same numbers up to rounding. Checks of values
-are left out: whoever records a program runs it eagerly first.
+A recording freezes what Python sees: numbers, attributes, lengths, the branch taken, and tensors that are neither
+parameters, buffers nor arguments (frozen by identity: their values may change in place). A new recording is made if the
+shape, dtype or device of an argument, parameter or buffer changes, or the train/eval mode of a module. Each call draws
+new noise from torch's generator in the order of the eager program, so both give the same numbers up to rounding. Checks
+of values are left out: run a program eagerly before you record it.
 """
 
 import inspect
@@ -45,8 +45,7 @@ _OURS = {"pyrovae", "torch", "zuko"}
 
 
 def all_ours(*programs: Any) -> bool:
-    """Whether programs are modules, each part of which is of this library, torch or zuko: no Python of a stranger that a
-    recording would freeze."""
+    """Whether programs are modules of pyrovae, torch and zuko only: recording third-party code may freeze values."""
     parts = {type(part) for module in modules_behind(*programs) for part in module.modules()}
     return all(map(_is_ours, programs)) and all(part.__module__.partition(".")[0] in _OURS for part in parts)
 
@@ -54,7 +53,7 @@ def all_ours(*programs: Any) -> bool:
 def _is_ours(program: Any) -> bool:
     if inspect.ismethod(program):
         return _is_ours(program.__self__)
-    # A function of this library runs a program that is asked about beside it (annealing's prior of a model).
+    # A function of this library wraps a program that is checked on its own (annealing's prior of a model).
     return isinstance(program, nn.Module) or getattr(program, "__module__", "").partition(".")[0] == "pyrovae"
 
 
@@ -68,14 +67,17 @@ def extract(
 ) -> "Extracted | None":
     """Record and compile a function of tensors and of the modules it refers to.
 
-    function: tensors -> tuple of tensors
-    modules: whose parameters and buffers it uses
-    examples: tensors as it will be called with
-    gradients: also give d(first output) / d(parameter) for each of `parameters`
-    inductor: compile what was recorded (seconds, to be won back); else run it as it is, without Pyro's share of the time
+    Args:
+        function: Tensors -> tuple of tensors.
+        modules: The modules whose parameters and buffers it uses.
+        examples: Tensors like those it will be called with.
+        gradients: Also return d(first output) / d(parameter) for each of `Extracted.parameters`.
+        inductor: Compile the recording, which takes seconds. If False, run the recorded operations as they are, which
+            already saves Pyro's overhead.
 
-    Returns None where that cannot be done (control flow that depends on values, no C++ compiler); one line of the log
-    says why, and the caller runs its eager program.
+    Returns:
+        The recording, or None if that fails (control flow that depends on values, no C++ compiler). One line of the log
+        gives the reason, and the caller runs its eager program.
     """
     extracted = Extracted(function, modules, gradients, inductor)
     try:
@@ -85,7 +87,7 @@ def extract(
             if not (inductor and remove_damaged_library(error)):
                 raise
             extracted.at(*examples)
-    except Exception as error:  # whatever stands in the way: the eager program is always there
+    except Exception as error:  # any failure: the caller can always run its eager program
         _say_why(error)
         return None
     return extracted
@@ -97,11 +99,12 @@ def _say_why(error: Exception) -> None:
 
 
 class Extracted:
-    """What `extract` gives. Each call sees the present values of parameters and buffers, and draws new noise.
+    """A recorded function. Each call uses the current values of parameters and buffers, and draws new noise.
 
-    Called with tensors, it answers with the outputs and the gradients, in the order of `parameters` (None for a parameter
-    that has none; no gradients unless asked for). Another signature (shapes, strides, dtypes, devices, modes) is recorded anew; the
-    last `CAPACITY` recordings are kept. If that fails, calls with this signature run the function itself, and the log says so.
+    A call with tensors returns the outputs and the gradients in the order of `parameters` (None for a parameter without
+    one; an empty list if gradients were not requested). Each new signature (shapes, strides, dtypes, devices, modes) is
+    recorded; the last `CAPACITY` recordings are kept. If recording fails, calls with that signature run the function
+    itself, and the log says so.
     """
 
     CAPACITY = 8
@@ -120,16 +123,17 @@ class Extracted:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that gradients are for, each once."""
+        """The trainable parameters, each once: gradients come in this order."""
         return [parameter for parameter in self.modules.parameters() if parameter.requires_grad]
 
     def __call__(self, *tensors: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
         return self.at(*tensors)()
 
     def at(self, *tensors: Tensor) -> Callable[[], tuple[list[Tensor], list[Tensor | None]]]:
-        """The recording for these tensors, made if need be: to be called again and again while nothing but values changes.
+        """Return the recording for these tensors, recorded now if necessary.
 
-        It does not look whether modules were changed meanwhile, as `__call__` does each time.
+        Call the result as often as you like while only values change. Unlike `__call__`, it does not check whether the
+        modules have changed.
         """
         if self._last is None or not self._last.holds(tensors):
             self._last = self._look_up(tensors)
@@ -146,7 +150,7 @@ class Extracted:
             except Exception as error:
                 if not self.num_recordings:
                     raise
-                _say_why(error)  # the caller counts on a recording, and is in the middle of its work
+                _say_why(error)  # do not raise: the caller has worked with an earlier recording already
                 run = self._run_eagerly
             self._recorded[signature] = run
             if len(self._recorded) > self.CAPACITY:
@@ -170,7 +174,7 @@ class Extracted:
         import_compiler()
         if self.inductor:
             refuse_unwritable_cache()
-        from torch.fx.experimental.proxy_tensor import make_fx  # a second to import, so not with the library
+        from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
 
         names = list(state)
         trained = {name for name, parameter in self.modules.named_parameters() if parameter.requires_grad}
@@ -185,7 +189,7 @@ class Extracted:
                     id(slot): given[name]
                     for name, slot in (*self.modules.named_parameters(), *self.modules.named_buffers())
                 }
-                # Each slot once: a module reached by two paths would be put back wrongly, as a clone.
+                # List each slot once: functional_call would restore a module reached by two paths wrongly, as a clone.
                 placed = {
                     f"{path}.{name}" if path else name: by_id[id(slot)]
                     for path, module in self.modules.named_modules()
@@ -200,7 +204,7 @@ class Extracted:
             has_gradient[:] = [gradient is not None for gradient in gradients]
             return [*(o.detach() for o in outputs), *(g for g in gradients if g is not None)]
 
-        # Each an alias of its own: two arguments that are one tensor now may be two at the next call.
+        # Give each argument its own alias: one tensor passed twice now may be two tensors at the next call.
         given = [tensor.detach() for tensor in tensors]
         devices = list({tensor.device for tensor in (*tensors, *state.values()) if tensor.is_cuda})
         with _unseen(devices), Comparison(self._run_eagerly, self.modules, given, state, devices) as comparison:
@@ -212,7 +216,7 @@ class Extracted:
             compiled: Callable = graph
             if self.inductor:
                 compiled = self.compiler(graph)
-                comparison.check_compiled(graph, compiled)  # compiles now, so that it fails here if it must
+                comparison.check_compiled(graph, compiled)  # compiles now, so that a failure shows here
         self.num_recordings += 1
 
         def run(tensors: Sequence[Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -226,7 +230,7 @@ class Extracted:
 
 
 class _Caller(nn.Module):
-    """Gives `functional_call` a module whose forward is any function."""
+    """A module whose forward calls any function, as `functional_call` needs."""
 
     def __init__(self, modules: nn.ModuleList):
         super().__init__()
@@ -242,9 +246,9 @@ def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _unseen(devices: list[torch.device]) -> Iterator[None]:
-    """Run programs only to look at them: no checks, no gradients, no random numbers used up, no words of torch's.
+    """Run programs for inspection: no checks, no gradients, generators restored, messages of torch silenced.
 
-    torch notes that a machine without a GPU has none, and warns about its own deprecated parts.
+    torch logs that the machine has no GPU, and warns about its own deprecated functions.
     """
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level

@@ -1,4 +1,4 @@
-"""What a recording was made for, whether modules and arguments are still that, and how modules are put back."""
+"""The signature of a recording: detecting changes of modules and arguments, and restoring modules."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ __all__ = ["Kept", "Last", "kinds"]
 
 
 class Last:
-    """The call before: to see, faster than by its signature, that modules and arguments are as they were.
+    """The previous call: a check, faster than the signature, that modules and arguments have not changed.
 
-    A parameter is where it was if its slot holds the same tensor with the same memory; its values may have changed.
+    A parameter has not changed if its slot holds the same tensor with the same memory; its values may differ.
     """
 
     def __init__(self, modules: nn.ModuleList, tensors: Sequence[Tensor], run: Callable, values: list[Tensor]):
@@ -42,7 +42,7 @@ class Last:
 
 
 def kinds(tensors: Sequence[Tensor]) -> tuple:
-    """What of tensors, and of torch's settings, a recording is for."""
+    """The properties of tensors and the torch settings for which a recording is valid."""
     kinds = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
     autocast = tuple(
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
@@ -51,7 +51,7 @@ def kinds(tensors: Sequence[Tensor]) -> tuple:
 
 
 class Kept:
-    """The state of modules, to be put back after a program was run only to look at it."""
+    """The state of modules, to be restored after a program was run for inspection only."""
 
     def __init__(self, modules: nn.ModuleList):
         self.modules = modules
@@ -63,16 +63,16 @@ class Kept:
         self.other_values = [(tensor, tensor.detach().clone()) for tensor in plain]
 
     def put_back_state(self) -> None:
-        """Give parameters and buffers the values they had, and leave everything else as it is."""
+        """Restore the values of parameters and buffers only."""
         _put_back(self.slots, self.values)
 
     def put_back(self) -> None:
-        """Give parameters, buffers and attributes the values they had."""
+        """Restore the values of parameters, buffers and attributes."""
         _put_back(self.others, self.other_values)
         self.put_back_state()
 
     def attributes(self) -> dict[str, Any]:
-        """The numbers and tensors that modules hold beside parameters and buffers, as they are now."""
+        """The current numbers, strings and tensors that modules hold besides parameters and buffers."""
         return {
             f"{path}.{name}".removeprefix("."): value.detach().clone() if isinstance(value, Tensor) else value
             for path, module in self.modules.named_modules()

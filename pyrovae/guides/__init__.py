@@ -1,8 +1,9 @@
-"""Guides q(z|x) on an encoder network, and all other guides by name.
+"""Guides q(z|x): normal distributions and flows on an encoder network, and guides that improve another one for
+evaluation.
 
-A new guide is one class here: subclass `EncoderGuide`, say how many parameters it takes, turn parameters into a
-distribution. Flows are in `pyrovae.guides.flow_guides`; what evaluation makes of any guide, in `pyrovae.guides.refinement` and
-`pyrovae.guides.defensive`.
+To add a guide, subclass `EncoderGuide`, say how many parameters it takes, and turn parameters into a distribution.
+Flows are in `pyrovae.guides.flow_guides`. `pyrovae.guides.refinement` and `pyrovae.guides.defensive` improve any guide
+for evaluation.
 """
 
 from pyrovae.guides.base import EncoderGuide, Guide

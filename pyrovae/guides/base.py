@@ -1,7 +1,7 @@
-"""What a guide q(z|x) is: an `nn.Module` that runs as a Pyro guide and gives q(z|x) as a distribution.
+"""Contract of a guide q(z|x): an `nn.Module` that runs as a Pyro guide and gives q(z|x) as a distribution.
 
-The seam: `encode(x) -> parameters (N, P)`, `distribution(parameters) -> q`, `posterior(x) = distribution(encode(x))`.
-Evaluation encodes each datum once, and whatever improves q for one datum works on its parameters.
+A guide has two steps: `encode(x) -> parameters (N, P)` and `distribution(parameters) -> q`, and
+`posterior(x) = distribution(encode(x))`. Evaluation encodes each datum once; refinement improves its parameters.
 """
 
 from abc import ABC, abstractmethod
@@ -21,22 +21,24 @@ __all__ = ["EncoderGuide", "Guide", "check_guide", "features_of", "start_informa
 
 
 class Guide(Component, ABC):
-    """Contract of a guide q(z|x): what it makes of a datum, and which distribution that stands for.
-
-    latent_dim: D
+    """Contract of a guide q(z|x): encode a datum into parameters, and turn parameters into a distribution.
 
     As a Pyro program, `guide(x)` has plate "data" (dim -1) and site "z" (event shape (D,)), or the sites that `latents`
-    visits, where a subclass has others.
+    visits if a subclass defines others.
 
-    Raises TypeError for a subclass with a `posterior` of its own, which its Pyro program would not draw from.
+    Args:
+        latent_dim: D.
+
+    Raises:
+        TypeError: If a subclass overrides `posterior`, from which its Pyro program would not draw.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "posterior" in vars(cls) and "forward" not in vars(cls):
             raise TypeError(
-                f"{cls.__name__} overrides posterior, but draws from distribution(encode(x)): override `distribution` or "
-                f"`encode` instead, or `forward` as well"
+                f"{cls.__name__} overrides posterior, but draws from distribution(encode(x)): override `distribution` "
+                f"or `encode` instead, or `forward` as well"
             )
 
     def __init__(self, latent_dim: int):
@@ -46,25 +48,33 @@ class Guide(Component, ABC):
 
     @property
     def encodes_once(self) -> bool:
-        """Whether the guide draws from `distribution(encode(x))`: not if its class has a `forward` or `posterior` of its own."""
+        """Whether the guide draws from `distribution(encode(x))`: False if `forward` or `posterior` is overridden."""
         return type(self).forward is Guide.forward and type(self).posterior is Guide.posterior
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """Parameters (N, P) of q(z|x) for data x (N, *data_shape), each row a function of its datum alone."""
+        """Parameters (N, P) of q(z|x) for data x (N, *data_shape); each row depends on its own datum only."""
 
     @abstractmethod
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
-        """q from its parameters (N, P): batch shape (N,), event shape (latent_dim,)."""
+        """Return q for parameters (N, P): batch shape (N,), event shape (latent_dim,)."""
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
-        """q(z|x): batch shape (N,), event shape (latent_dim,); its `.mean` is the embedding."""
+        """Return q(z|x): batch shape (N,), event shape (latent_dim,); its `.mean` is the embedding."""
         return self.distribution(self.encode(x))
 
     def latents(self, parameters: Tensor, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
-        """Go through the latent sites as they are drawn: `visit(name, distribution)` gives each its value.
+        """Visit the latent sites in the order in which they are drawn.
 
-        Returns all values side by side, z (..., N, D).
+        Args:
+            parameters: What `encode` returned, (N, P).
+            visit: Called as `visit(name, distribution)`; returns the value of the site.
+
+        Returns:
+            All values concatenated, z (..., N, D).
+
+        Raises:
+            ValueError: If `distribution` gives another batch shape than (N,) or event shape than (latent_dim,).
         """
         distribution = self.distribution(parameters)
         found, expected = (
@@ -74,13 +84,23 @@ class Guide(Component, ABC):
         if found != expected:
             raise ValueError(
                 f"{type(self).__name__}.distribution must give batch shape {tuple(expected[0])} and event shape "
-                f"{expected[1]}, its latent_dim; found {tuple(found[0])} and {tuple(found[1])}: a diagonal normal ends with "
-                f".to_event(1)"
+                f"{expected[1]}, its latent_dim; found {tuple(found[0])} and {tuple(found[1])}: a diagonal normal ends "
+                f"with .to_event(1)"
             )
         return visit("z", distribution)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run as a Pyro guide; returns z (..., N, latent_dim)."""
+        """Run as a Pyro guide.
+
+        Args:
+            x: Data (N, *data_shape).
+
+        Returns:
+            z (..., N, latent_dim).
+
+        Raises:
+            ValueError: If `encode` does not give parameters (N, P).
+        """
         emit_parameters(self, "guide")
         parameters = self.encode(x)
         if parameters.ndim != 2 or len(parameters) != len(x):
@@ -91,10 +111,20 @@ class Guide(Component, ABC):
         return self.given(parameters)()
 
     def given(self, parameters: Tensor) -> Callable[..., Tensor]:
-        """This guide as a Pyro guide for data whose encoding (N, P) is known, so that they are encoded once."""
+        """Return this guide as a Pyro guide for data whose encoding (N, P) is known, so that they are encoded once.
+
+        Args:
+            parameters: What `encode` returned for the data.
+
+        Returns:
+            A Pyro guide that ignores its arguments and returns z (..., N, latent_dim).
+
+        Raises:
+            ValueError: If there are no data.
+        """
 
         if len(parameters) == 0:
-            raise ValueError("expected one datum or more, found none")
+            raise ValueError("expected at least one datum, found none")
 
         def run(*_: Any, **__: Any) -> Tensor:
             with pyro.plate("data", len(parameters), dim=-1):
@@ -103,13 +133,13 @@ class Guide(Component, ABC):
         return run
 
     def outline(self) -> "Guide":
-        """A guide with the sites, supports and dependences of this one, quick to run, where only these are asked about."""
+        """Return a guide that is quick to run and has the same sites, supports and dependences, for inspection."""
         return self
 
     def compiled(self, num_data: int) -> "Guide":
-        """This guide for one evaluation, whose `encode` may record and compile what it does with so many data at once.
+        """Return this guide for one evaluation; its `encode` may be recorded and compiled for batches of `num_data`.
 
-        For one: what Python sees is frozen in a recording, and may change between evaluations.
+        Use the result for one evaluation only: a recording freezes what Python sees, and that may change afterwards.
         """
         return self
 
@@ -118,16 +148,18 @@ class Guide(Component, ABC):
 
 
 class EncoderGuide(Guide):
-    """Contract of a guide on the features of an encoder network, with a linear head of its own.
+    """Contract of a guide with an encoder network and a linear head.
 
-    encode(x) = head(encoder_net(x))
+        encode(x) = head(encoder_net(x))
 
-    encoder_net: any module data (N, *data_shape) -> features (N, num_features)
-    latent_dim: D
-    num_features: width of the features; by default the network's `out_features`
-    num_parameters: P, how many numbers a distribution takes
+    Args:
+        encoder_net: Any module data (N, *data_shape) -> features (N, num_features).
+        latent_dim: D.
+        num_features: Width of the features; by default the network's `out_features`.
+        num_parameters: P, the number of parameters of a distribution.
 
-    Raises ValueError if the width of the features is unknown or wrong.
+    Raises:
+        ValueError: If the width of the features is unknown or wrong.
     """
 
     def __init__(self, encoder_net: nn.Module, latent_dim: int, num_features: int | None, num_parameters: int):
@@ -141,7 +173,7 @@ class EncoderGuide(Guide):
 
 
 def width_of_features(net: nn.Module, num_features: int | None) -> int:
-    """`num_features`, or the network's `out_features`; raises ValueError if neither is known."""
+    """Return `num_features`, or the network's `out_features`; raise ValueError if neither is known."""
     if num_features is None:
         num_features = getattr(net, "out_features", None)
     if num_features is None:
@@ -153,13 +185,13 @@ def width_of_features(net: nn.Module, num_features: int | None) -> int:
 
 
 def features_of(net: nn.Module, x: Tensor, num_features: int) -> Tensor:
-    """Features (N, num_features) of x (N, ...); raises ValueError if they have another shape."""
+    """Return the features (N, num_features) of x (N, ...); raise ValueError if they have another shape."""
     features = run_network(
-        net, x, "give it data as it was made for, in the dtype of its parameters, or make it for these"
+        net, x, "give it data as it was made for, in the dtype of its parameters, or make it for these data"
     )
     if (
         features.ndim > 2 and features.shape[1:-1].numel() == 1
-    ):  # a network that keeps dimensions keeps the 1 of data (N, 1, D)
+    ):  # data (N, 1, D): a network that keeps dimensions returns (N, 1, num_features)
         features = features.flatten(1)
     if features.shape != (len(x), num_features):
         raise ValueError(
@@ -170,15 +202,16 @@ def features_of(net: nn.Module, x: Tensor, num_features: int) -> Tensor:
 
 
 def start_informative(head: nn.Linear, latent_dim: int) -> None:
-    """Spread means and scales near 1/e, for a head whose first outputs are (mu, log sigma): see `guides.MeanFieldNormal`."""
+    """Start a head (mu, log sigma, ...) with spread-out means and scales near 1/e: see `guides.MeanFieldNormal`."""
     with torch.no_grad():
         head.weight[:latent_dim] *= 3
         head.bias[latent_dim : 2 * latent_dim] -= 1
 
 
 def check_guide(guide: Any) -> None:
-    """Raise TypeError unless `guide` is a `Guide`, for what works on encodings."""
+    """Raise TypeError unless `guide` is a `Guide`, with an `encode` and a `distribution`."""
     if not isinstance(guide, Guide):
         raise TypeError(
-            f"guide must be a pyrovae.guides.Guide, whose encode and distribution are used; found {type(guide).__name__}"
+            f"guide must be a pyrovae.guides.Guide, whose encode and distribution are used; found "
+            f"{type(guide).__name__}"
         )

@@ -1,4 +1,4 @@
-"""A guide made wide enough everywhere, for evaluation: mixed with the prior, so that no importance weight is large."""
+"""A guide mixed with the prior, so that no importance weight is large; for evaluation."""
 
 import math
 from typing import Any, ClassVar
@@ -14,23 +14,31 @@ __all__ = ["DefensiveMixture"]
 
 
 class DefensiveMixture(Guide):
-    """A guide mixed with the prior, so that no importance weight is ever large.
+    """A guide mixed with the prior, so that no importance weight is large.
 
-    q'(z|x) = (1 - weight) q(z|x) + weight p(z),   p(x, z) / q'(z|x) <= p(x|z) / weight
+        q'(z|x) = (1 - weight) q(z|x) + weight p(z),   p(x, z) / q'(z|x) <= p(x|z) / weight
 
-    guide: q; prior: p, the model's (any module whose `forward()` gives a distribution); weight: between 0 and 1
+    Use it to estimate log p(x). If q is too narrow, its weights have no finite variance. The weights of q' are bounded
+    wherever p(x|z) is, at the cost of spending the share `weight` of the draws on the prior. ELBO and gap are those of
+    the mixture, which are worse than those of q.
 
-    For evaluation: where q is too narrow the weights of q alone have no finite variance, those of q' are bounded
-    wherever p(x|z) is, at the price of the share `weight` of the draws. Its ELBO and gap are those of the mixture, worse
-    than q's: what it is for is log p(x). A draw is a choice of component and so not reparameterised: `rsample` and
-    objectives that need it refuse it. The density of the prior's draws under q is needed; with an autoregressive flow
-    that is an inversion, latent_dim times the cost of a draw.
+    A draw chooses a component, so it is not reparameterised: `rsample` and objectives that need it raise an error. The
+    density of the prior's draws under q is needed; an autoregressive flow must be inverted for it, which costs
+    latent_dim times as much as a draw.
 
     Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,).
 
-    Raises ValueError for a weight outside (0, 1) and for different numbers of latent dimensions.
+    Args:
+        guide: q.
+        prior: p, the prior of the model: any module whose `forward()` gives a distribution.
+        weight: The share of the prior's draws, between 0 and 1.
 
-    Source: Hesterberg, Weighted Average Importance Sampling and Defensive Mixture Distributions (1995).
+    Raises:
+        ValueError: If the weight is outside (0, 1), or prior and guide differ in their latent dimensions.
+        TypeError: If `guide` is not a `Guide`.
+
+    References:
+        Hesterberg, Weighted Average Importance Sampling and Defensive Mixture Distributions (1995).
     """
 
     def __init__(self, guide: Guide, prior: nn.Module, weight: float = 0.1):
@@ -56,7 +64,7 @@ class DefensiveMixture(Guide):
 
     def compiled(self, num_data: int) -> Guide:
         if type(self) is not DefensiveMixture:
-            return self  # what a class of the user's does beside this is not known
+            return self  # a subclass may do more than this
         return DefensiveMixture(self.guide.compiled(num_data), self.prior, self.weight)
 
     def extra_repr(self) -> str:
@@ -64,7 +72,7 @@ class DefensiveMixture(Guide):
 
 
 class _Mixture(dist.TorchDistribution):
-    """(1 - weight) narrow + weight wide: two distributions of whatever families, the second wherever the first is."""
+    """(1 - weight) narrow + weight wide, of any two families; the support of `wide` must contain that of `narrow`."""
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
@@ -98,7 +106,7 @@ class _Mixture(dist.TorchDistribution):
 
 
 def _log_prob_anywhere(distribution: dist.TorchDistribution, value: Tensor) -> Tensor:
-    """Log density, -inf outside the support: each component is asked about the other's draws."""
+    """Log density, -inf outside the support: each component is evaluated at the other's draws."""
     support = distribution.support
     if getattr(support, "base_constraint", support) is constraints.real:
         return distribution.log_prob(value)

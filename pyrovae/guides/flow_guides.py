@@ -1,4 +1,4 @@
-"""Guides that are normalizing flows: a map before the scaling and shifting of `MeanFieldNormal`."""
+"""Guides that are normalizing flows: noise is transformed before it is scaled and shifted as in `MeanFieldNormal`."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -17,15 +17,19 @@ __all__ = ["FlowGuide", "InverseAutoregressiveFlow", "NeuralSplineFlow"]
 
 
 class FlowGuide(EncoderGuide):
-    """Contract of a guide that is a normalizing flow: a map before what makes `MeanFieldNormal` of noise.
+    """Contract of a guide that is a normalizing flow: transformed noise, scaled and shifted as in `MeanFieldNormal`.
 
-    z = mu(x) + sigma(x) * f(epsilon; c(x)),   epsilon ~ N(0, I),   (mu, log sigma, c) = head(encoder_net(x)),
-    log q(z|x) = log N(epsilon; 0, I) - log |det df/depsilon| - sum log sigma
+        z = mu(x) + sigma(x) * f(epsilon; c(x)),   epsilon ~ N(0, I),   (mu, log sigma, c) = head(encoder_net(x)),
+        log q(z|x) = log N(epsilon; 0, I) - log |det df/depsilon| - sum log sigma
 
-    num_context: how many numbers c(x) has
+    If f starts near the identity, the guide starts as `MeanFieldNormal` does. One pass through f gives a draw and its
+    density; the density of any other value needs the inverse of f.
 
-    It starts as `MeanFieldNormal` does, if f starts near the identity. Draws come with their density in one pass through f,
-    the density of any other value needs its inverse.
+    Args:
+        encoder_net: Any module data (N, *data_shape) -> features (N, num_features).
+        latent_dim: D.
+        num_features: Width of the features; by default the network's `out_features`.
+        num_context: Length of c(x).
     """
 
     def __init__(self, encoder_net: nn.Module, latent_dim: int, num_features: int | None, num_context: int):
@@ -34,13 +38,14 @@ class FlowGuide(EncoderGuide):
 
     @abstractmethod
     def transform(self, context: Tensor) -> Transform:
-        """f for contexts (N, num_context): a zuko transformation of (..., N, latent_dim), quick forwards."""
+        """Return f for contexts (N, num_context): a zuko transform of (..., N, latent_dim), fast forwards."""
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
         zuko, size = import_zuko(), self.latent_dim
         loc, log_scale, context = parameters.split([size, size, parameters.shape[-1] - 2 * size], -1)
         affine = AffineTransform(loc, log_scale.exp(), event_dim=1)
-        # In zuko's frame for what depends on a context: left bare, the batch of its parameters counts as part of the event.
+        # Wrapped in a zuko transform that takes a context: the bare transform would count the batch as part of the
+        # event.
         affine_of_x = zuko.transforms.AutoregressiveTransform(lambda _: affine, passes=1)
         to_latent = zuko.transforms.ComposedTransform(self.transform(context), affine_of_x)
         noise = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
@@ -53,29 +58,38 @@ class FlowGuide(EncoderGuide):
 
 
 class InverseAutoregressiveFlow(FlowGuide):
-    """Inverse autoregressive flow: each number shifted and scaled by the ones before it.
+    """Inverse autoregressive flow: each dimension is shifted and scaled by functions of the previous ones.
 
-    z = mu(x) + sigma(x) * f(epsilon; c(x)),   f = f_T o ... o f_1,
-    f_t(u)_d = m_d(u_<d; c) + s_d(u_<d; c) u_d,   dimensions in turn ascending and descending
+        z = mu(x) + sigma(x) * f(epsilon; c(x)),   f = f_T o ... o f_1,
+        f_t(u)_d = m_d(u_<d; c) + s_d(u_<d; c) u_d,   dimensions in turn ascending and descending
 
-    num_transforms: T; hidden_features: of the masked network of each, best not below latent_dim
-    num_context: how many numbers c(x) has
-
-    The gates of the original, which keep s below 1, are left out, and the encoder's mu and sigma come last, not first.
-    It starts where `MeanFieldNormal` does. A draw and its density cost T network passes; the density of any other value
-    (`DefensiveMixture`, a `VampPrior` on this guide, densities under a detached guide) costs T latent_dim passes.
+    It differs from the paper in two ways: there are no gates that keep s below 1, and the encoder's mu and sigma come
+    last, not first. It starts as `MeanFieldNormal` does. A draw and its density cost T network passes. The density of
+    any other value (`DefensiveMixture`, a `VampPrior` on this guide, densities under a detached guide) costs
+    T latent_dim passes.
 
     Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,).
 
-    Raises ValueError for counts < 1 and if the width of the features is unknown or wrong.
+    Args:
+        encoder_net: Any module data (N, *data_shape) -> features (N, num_features).
+        latent_dim: D.
+        num_transforms: T.
+        hidden_features: Widths of the hidden layers of each masked network, preferably at least latent_dim.
+        num_context: Length of c(x).
+        num_features: Width of the features; by default the network's `out_features`.
 
-    Source: Kingma, Salimans, Jozefowicz, Chen, Sutskever & Welling, Improved Variational Inference with Inverse
-    Autoregressive Flow (2016).
+    Raises:
+        ValueError: If a count is below 1, or the width of the features is unknown or wrong.
 
-    >>> import torch
-    >>> from pyrovae.nets.mlp import MLP
-    >>> InverseAutoregressiveFlow(MLP(4, [8]), latent_dim=2).posterior(torch.zeros(3, 4)).rsample().shape
-    torch.Size([3, 2])
+    References:
+        Kingma, Salimans, Jozefowicz, Chen, Sutskever & Welling, Improved Variational Inference with Inverse
+        Autoregressive Flow (2016).
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.nets.mlp import MLP
+        >>> InverseAutoregressiveFlow(MLP(4, [8]), latent_dim=2).posterior(torch.zeros(3, 4)).rsample().shape
+        torch.Size([3, 2])
     """
 
     def __init__(
@@ -96,28 +110,36 @@ class InverseAutoregressiveFlow(FlowGuide):
 
 
 class NeuralSplineFlow(FlowGuide):
-    """Neural spline flow: each number bent by a spline that the ones before it choose.
+    """Neural spline flow: each dimension is transformed by a spline whose knots depend on the previous ones.
 
-    z = mu(x) + sigma(x) * f(epsilon; c(x)),   f = f_T o ... o f_1,
-    f_t(u)_d = spline(u_d; knots_d(u_<d; c)) in [-5, 5], u_d outside,   dimensions in turn ascending and descending
+        z = mu(x) + sigma(x) * f(epsilon; c(x)),   f = f_T o ... o f_1,
+        f_t(u)_d = spline(u_d; knots_d(u_<d; c)) in [-5, 5], u_d outside,   dimensions in turn ascending and descending
 
-    num_bins: pieces of each spline, monotonic and rational-quadratic
-    num_transforms: T; hidden_features: of the masked network of each, best not below latent_dim
-    num_context: how many numbers c(x) has
-
-    It starts where `MeanFieldNormal` does. A draw and its density cost T network passes; the density of any other value
+    It starts as `MeanFieldNormal` does. A draw and its density cost T network passes. The density of any other value
     (`DefensiveMixture`, a `VampPrior` on this guide, densities under a detached guide) costs T latent_dim passes.
 
     Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,).
 
-    Raises ValueError for counts < 1 (num_bins < 2) and if the width of the features is unknown or wrong.
+    Args:
+        encoder_net: Any module data (N, *data_shape) -> features (N, num_features).
+        latent_dim: D.
+        num_bins: Number of pieces of each spline, which is monotonic and rational-quadratic.
+        num_transforms: T.
+        hidden_features: Widths of the hidden layers of each masked network, preferably at least latent_dim.
+        num_context: Length of c(x).
+        num_features: Width of the features; by default the network's `out_features`.
 
-    Source: Durkan, Bekasov, Murray & Papamakarios, Neural Spline Flows (2019).
+    Raises:
+        ValueError: If a count is below 1, num_bins below 2, or the width of the features is unknown or wrong.
 
-    >>> import torch
-    >>> from pyrovae.nets.mlp import MLP
-    >>> NeuralSplineFlow(MLP(4, [8]), latent_dim=2).posterior(torch.zeros(3, 4)).rsample().shape
-    torch.Size([3, 2])
+    References:
+        Durkan, Bekasov, Murray & Papamakarios, Neural Spline Flows (2019).
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.nets.mlp import MLP
+        >>> NeuralSplineFlow(MLP(4, [8]), latent_dim=2).posterior(torch.zeros(3, 4)).rsample().shape
+        torch.Size([3, 2])
     """
 
     def __init__(
@@ -148,7 +170,7 @@ class NeuralSplineFlow(FlowGuide):
 def _autoregressive(
     latent_dim: int, num_context: int, num_transforms: int, hidden_features: Sequence[int], **univariate: Any
 ) -> nn.Module:
-    """Autoregressive maps (affine by default) near the identity, dimensions in turn ascending and descending."""
+    """Autoregressive transforms (affine by default) near the identity, dimensions in turn ascending and descending."""
     for name, count in (("latent_dim", latent_dim), ("num_context", num_context), ("num_transforms", num_transforms)):
         check_count(name, count)
     for width in hidden_features:

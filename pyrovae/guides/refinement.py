@@ -1,4 +1,4 @@
-"""A guide improved for each datum by gradient steps: it takes the amortisation gap out of an evaluation."""
+"""A guide refined for each datum by gradient steps, which removes the amortisation gap from an evaluation."""
 
 import copy
 from collections.abc import Callable
@@ -21,39 +21,45 @@ from pyrovae.programs.reach import evaluation_mode, modules_behind
 
 __all__ = ["Refined"]
 
-_SEED = 815_462_973  # of the noise of refinement: far from the seeds people set, under which the particles are drawn
+_SEED = 815_462_973  # for the noise of refinement: unlike the seeds that users set, which the particles are drawn under
 
 Draw = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
 
 
 class Refined(Guide):
-    """A guide improved for each datum by gradient steps on what its `encode` gives, its weights being left as they are.
+    """A guide refined for each datum: gradient steps improve what `encode` gives, and the weights of the guide stay.
 
-    lambda_0 = guide.encode(x),   lambda_(t+1) = lambda_t + Adam( grad_lambda ELBO(x; lambda_t) ),
-    ELBO(x; lambda) = E_q [ log p(x, z) - log q(z) ],   q = guide.distribution(lambda)
+        lambda_0 = guide.encode(x),   lambda_(t+1) = lambda_t + Adam( grad_lambda ELBO(x; lambda_t) ),
+        ELBO(x; lambda) = E_q [ log p(x, z) - log q(z) ],   q = guide.distribution(lambda)
 
-    guide: any guide with reparameterised draws; for a flow the context moves and the flow stays
-    model: the model whose ELBO is raised: any Pyro program of x with the latent sites of the guide
-    num_steps: steps of Adam
-    learning_rate: its rate at the first step, falling linearly to 0 at the last
-    num_particles: draws per datum and step
+    In evaluation it removes most of the amortisation gap. `log_marginal_likelihood(model, Refined(guide, model), x)`
+    refines each datum once and draws its particles afterwards, so the estimate remains a lower bound on average. The
+    refinement uses its own random numbers, the same for every datum and every call: q(z|x) is a function of x, and
+    depends on no other datum and no seed. The steps run with model and guide in eval mode, and change neither.
 
-    For evaluation, where it removes (most of) the amortisation gap: `log_marginal_likelihood(model, Refined(guide, model),
-    x)` refines each datum once and draws its particles afterwards, so the estimate remains a lower bound on average. The
-    refinement takes random numbers of its own, the same for every datum and every call: q(z|x) is a function of x, of
-    no other datum and of no seed. Its steps run with model and guide in eval mode, and leave both as they are.
-
-    In training the encoder gets the gradient of the ELBO at the refined parameters, as if refinement were a shift
-    (lambda_T = lambda_0 + constant); derivatives of the steps are left out. Each call costs `num_steps` gradients.
+    In training the encoder gets the gradient of the ELBO at the refined parameters, as if refinement were a constant
+    shift (lambda_T = lambda_0 + constant); derivatives of the steps are left out. Each call costs `num_steps`
+    gradients.
 
     Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,).
 
-    Raises ValueError for num_steps, num_particles or learning_rate out of range, a guide without reparameterised draws, a
-    model with other latent sites than the guide's; RuntimeError if the parameters stop being finite.
+    Args:
+        guide: Any guide with reparameterised draws. Of a flow, the context is refined and the flow stays.
+        model: The model whose ELBO is maximised: any Pyro program of x with the latent sites of the guide.
+        num_steps: Steps of Adam.
+        learning_rate: The rate of the first step; it falls linearly towards 0 over the steps.
+        num_particles: Draws per datum and step.
 
-    Source: Kim, Wiseman, Miller, Sontag & Rush, Semi-Amortized Variational Autoencoders (2018); Cremer, Li & Duvenaud,
-    Inference Suboptimality in Variational Autoencoders (2018). The gradient in training: Finn, Abbeel & Levine,
-    Model-Agnostic Meta-Learning (2017), section 5.2, "first order".
+    Raises:
+        ValueError: If num_steps, num_particles or learning_rate is out of range, the guide has no reparameterised
+            draws, or the model has other latent sites than the guide.
+        TypeError: If `guide` is not a `Guide`, or the model is not callable.
+        RuntimeError: If the parameters become NaN or infinite.
+
+    References:
+        Kim, Wiseman, Miller, Sontag & Rush, Semi-Amortized Variational Autoencoders (2018). Cremer, Li & Duvenaud,
+        Inference Suboptimality in Variational Autoencoders (2018). The gradient in training: Finn, Abbeel & Levine,
+        Model-Agnostic Meta-Learning (2017), section 5.2, "first order".
     """
 
     def __init__(
@@ -71,16 +77,16 @@ class Refined(Guide):
         if not learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, found {learning_rate}")
         if not callable(model):
-            raise TypeError(f"model must be a Pyro program, a GenerativeModel for instance; found {model!r}")
+            raise TypeError(f"model must be a Pyro program, for example a GenerativeModel; found {model!r}")
         super().__init__(guide.latent_dim)
         self.guide, self.model = guide, model
         self.num_steps, self.learning_rate, self.num_particles = num_steps, learning_rate, num_particles
-        self._to_record: int | None = None  # data at once whose gradients are recorded
+        self._to_record: int | None = None  # batch size whose gradients are recorded
         self._recorded: Extracted | None = None
 
     def encode(self, x: Tensor) -> Tensor:
         if not checks_values():
-            raise RuntimeError("refinement is a loop of gradient steps, which is not recorded: encode before")
+            raise RuntimeError("refinement is a loop of gradient steps and cannot be recorded: encode before recording")
         start = self.guide.encode(x)
         shift = self._refined(x, start) - start.detach()
         return start + shift
@@ -92,20 +98,20 @@ class Refined(Guide):
         return self.guide.latents(parameters, visit)
 
     def outline(self) -> "Refined":
-        # Whatever one datum has to do with another shows in the first steps.
+        # If data influence each other, the first steps show it.
         return self._twin(num_steps=min(2, self.num_steps), _to_record=None)
 
     def compiled(self, num_data: int) -> "Refined":
         return self._twin(_to_record=num_data)
 
     def _twin(self, **changed: int | None) -> "Refined":
-        """With the same modules, and no recording yet."""
+        """Copy this guide with the same modules and without its recording."""
         guide = copy.copy(self)
         vars(guide).update(changed, _recorded=None)
         return guide
 
     def _refined(self, x: Tensor, start: Tensor) -> Tensor:
-        """Parameters (N, P), by the steps from `start`."""
+        """Parameters (N, P) after the steps from `start`."""
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -115,11 +121,11 @@ class Refined(Guide):
             apart_from_handlers(),
         ):
             _seed(_SEED, x.device)
-            # clone: what was made in inference mode takes part in no gradient
+            # clone, because tensors made in inference mode take no part in gradients
             parameters = start.detach().clone().requires_grad_()
             repeated = x.clone().repeat(self.num_particles, *(1 for _ in x.shape[1:]))
             gradient = self._gradient_at(parameters, repeated)
-            # A short memory: the large gradients of a bad start must not make the later steps small.
+            # A small second beta, so that the large gradients of a bad start do not make the later steps small.
             import_compiler()
             adam = torch.optim.Adam([parameters], lr=self.learning_rate, betas=(0.9, 0.95))
             for step in range(self.num_steps):
@@ -128,13 +134,13 @@ class Refined(Guide):
                 adam.step()
         if not parameters.isfinite().all():
             raise RuntimeError(
-                f"refinement ended at parameters that are not finite: lower learning_rate ({self.learning_rate:g}), and "
-                f"look for NaN in the data"
+                f"refinement ended at parameters that are not finite: lower learning_rate ({self.learning_rate:g}), "
+                f"and check the data for NaN"
             )
         return parameters.detach()
 
     def _gradient_at(self, parameters: Tensor, repeated: Tensor) -> Callable[[], Tensor]:
-        """The gradient of minus the ELBO at what `parameters` then holds, with new noise at every call."""
+        """Return a function: the gradient of -ELBO at the current `parameters`, with new noise at every call."""
         draw = self._draw(parameters)
 
         def gradient(parameters: Tensor, repeated: Tensor) -> tuple[Tensor, ...]:
@@ -142,12 +148,12 @@ class Refined(Guide):
                 parameters = parameters.detach().requires_grad_()
                 latents, log_q = draw(parameters)
                 elbo = (self._log_joint(repeated, latents) - log_q.sum()) / self.num_particles
-                # A sum over data, so each row's gradient is that of its own datum; only the parameters get one.
+                # The ELBO is a sum over data, so each row's gradient is that of its own datum.
                 return torch.autograd.grad(-elbo, parameters)
 
         if len(parameters) == self._to_record:
             with torch.random.fork_rng([repeated.device] if repeated.is_cuda else []), torch.no_grad():
-                self._log_joint(repeated, draw(parameters)[0])  # with the checks, which a recording leaves out
+                self._log_joint(repeated, draw(parameters)[0])  # run the checks that a recording leaves out
             if self._recorded is None:
                 self._recorded = extract(gradient, modules_behind(self.guide, self.model), (parameters, repeated))
             if self._recorded is not None:
@@ -157,9 +163,10 @@ class Refined(Guide):
         return lambda: gradient(parameters, repeated)[0]
 
     def _draw(self, parameters: Tensor) -> Draw:
-        """Parameters (N, P) -> the latent sites (S, N, event size) by name, log q of them all (S, N); one noise for all data.
+        """Return a function: parameters (N, P) -> latent sites (S, N, event size) by name, their joint log q (S, N).
 
-        With noise that depended on a datum's place in the batch, q would too, and data could not be cut into blocks.
+        All data share the same noise. Otherwise q would depend on a datum's position in the batch, and data could not
+        be processed in blocks.
         """
 
         def draw_one(row: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -169,8 +176,8 @@ class Refined(Guide):
                 if not distribution.has_rsample:
                     raise ValueError(
                         f"refinement needs reparameterised draws, and {type(self.guide).__name__} has none at site "
-                        f"'{name}': refine a guide that has (DefensiveMixture(Refined(guide, model), prior), not the other "
-                        f"way round)"
+                        f"'{name}': refine a guide that has them (DefensiveMixture(Refined(guide, model), prior), not "
+                        f"the other way round)"
                     )
                 several = distribution.expand((self.num_particles, 1))
                 value = several.rsample()
@@ -195,7 +202,7 @@ class Refined(Guide):
         together = torch.vmap(draw_one, out_dims=1, randomness="same")
         try:
             together(parameters)
-        except RuntimeError:  # a draw that vmap cannot share (Gamma); slower, the same noise
+        except RuntimeError:  # vmap cannot share this draw (Gamma): loop instead, with the same noise
             return draw_in_turn
         return together
 
@@ -209,7 +216,7 @@ class Refined(Guide):
             raise ValueError(
                 f"refinement needs a model with the latent sites of its guide, {sorted(values)}; found {sorted(found)}"
             )
-        # Without the scale of a subsampled plate, which log q does not have.
+        # Leave out the scale of a subsampled plate, because log q has none.
         terms = (
             scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
             for site in sites.values()
@@ -221,6 +228,6 @@ class Refined(Guide):
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """Seed the generator of one device: `torch.manual_seed` would seed all of them."""
+    """Seed the generator of one device only; `torch.manual_seed` seeds all of them."""
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     generator.manual_seed(seed)

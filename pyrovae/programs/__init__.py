@@ -1,1 +1,1 @@
-"""Any Pyro program: its runs, what it is and why it may be refused, whose parameters are whose, and its recording."""
+"""Running, inspecting and validating arbitrary Pyro programs."""

@@ -1,8 +1,9 @@
-"""Guides that draw auxiliary numbers and carry them to the latents through Delta sites, as Pyro's automatic guides do.
+"""Checks for guides that draw auxiliary numbers and map them to the latents through Delta sites, as Pyro's autoguides
+do.
 
-log q(z) is then the density of the auxiliary draw times the Delta's `log_density`, which says how the carrying stretches
-space: -log |dz/du| for z = f(u). That is a density of z only where f is a bijection and its `log_density` is right. Pyro
-checks neither, and a wrong one gives wrong weights without a sign of it, so both are checked here.
+For z = f(u), log q(z) is the log density of the auxiliary draw u plus the Delta's `log_density`, -log |dz/du|. This is
+a density of z only if f is a bijection and `log_density` is right. Pyro checks neither, and an error gives wrong
+weights silently, so both are checked here.
 """
 
 import math
@@ -21,8 +22,8 @@ from pyrovae.programs.traces import Layout, Program, sample_sites, site_log_prob
 
 __all__ = ["is_delta", "refuse_other_dimensions", "refuse_point_masses", "refuse_wrong_stretches"]
 
-_DRAWS = 3  # of which most must disagree: a saturated transform may have lost its digits in one
-_LARGEST = 256  # numbers per datum whose Jacobian is computed
+_DRAWS = 3  # most must disagree to raise an error, because a saturated transform may lose precision in one
+_LARGEST = 256  # largest dimension per datum for which the Jacobian is computed
 
 
 def is_delta(site: dict) -> bool:
@@ -31,7 +32,7 @@ def is_delta(site: dict) -> bool:
 
 
 def refuse_point_masses(guide: Program, guide_trace: poutine.Trace, args: tuple, kwargs: dict) -> None:
-    """Raise ValueError where the guide has a point for a latent, and no auxiliary draw behind it."""
+    """Raise ValueError if the guide has a point mass for a latent, without an auxiliary draw behind it."""
     sites = dict(sample_sites(guide_trace))
     points = [name for name, site in sites.items() if is_delta(site)]
     if not points:
@@ -42,15 +43,15 @@ def refuse_point_masses(guide: Program, guide_trace: poutine.Trace, args: tuple,
         if not auxiliary or torch.equal(sites[name]["value"], again[name]["value"]):
             raise ValueError(
                 f"the guide puts all its mass on one point at site '{name}' (Delta, as AutoDelta does): a point has no "
-                f"density and no importance weight; use a guide with a density, AutoNormal for instance"
+                f"density and no importance weight; use a guide with a density, for example AutoNormal"
             )
 
 
 def refuse_other_dimensions(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    """Raise ValueError where the guide with its auxiliary draws has another dimension than the latents.
+    """Raise ValueError if a guide with auxiliary draws has another dimension than the latents.
 
-    Where there are more, q(z) is an integral over them, and dividing by q(auxiliary, z) gives no importance weight: the
-    "bound" may lie above log p(x). Where there are fewer, q has no density (a Delta conditional among others).
+    If the guide has more dimensions, q(z) is an integral, and dividing by q(auxiliary, z) gives no importance weight:
+    the "bound" may exceed log p(x). If it has fewer, q has no density (for example with a Delta conditional).
     """
     drawn = [site for _, site in sample_sites(guide_trace)]
     if all(not site["infer"].get("is_auxiliary") for site in drawn):
@@ -61,25 +62,26 @@ def refuse_other_dimensions(model_trace: poutine.Trace, guide_trace: poutine.Tra
     names = [site["name"] for site in drawn if site["infer"].get("is_auxiliary")]
     if proposed > needed:
         raise ValueError(
-            f"the guide draws {proposed} numbers (auxiliary sites {names}) for {needed} latent ones, so its density of the "
-            f"latents is an integral that is not at hand: sum the auxiliary variable out (a mixture: MixtureSameFamily), "
-            f"or sample it in the model too"
+            f"the guide draws {proposed} numbers (auxiliary sites {names}) for {needed} latent ones, so its density of "
+            f"the latents is an unknown integral: sum the auxiliary variable out (a mixture: MixtureSameFamily), or "
+            f"sample it in the model too"
         )
     if proposed < needed:
         points = [site["name"] for site in drawn if is_delta(site)]
         raise ValueError(
-            f"the guide draws {proposed} numbers (auxiliary sites {names}) for {needed} latent ones, so its Delta sites "
-            f"{points} put all mass on a surface, which has no density (a 'delta' conditional of AutoStructured for "
-            f"instance): draw a number for every latent one"
+            f"the guide draws {proposed} numbers (auxiliary sites {names}) for {needed} latent ones, so its Delta "
+            f"sites {points} put all mass on a surface, which has no density (for example a 'delta' conditional of "
+            f"AutoStructured): draw as many numbers as the latents have"
         )
 
 
 def refuse_wrong_stretches(
     guide: Program, layout: Layout, model_trace: poutine.Trace, guide_trace: poutine.Trace, args: tuple, kwargs: dict
 ) -> None:
-    """Raise ValueError where the `log_density` of Delta sites is not that of the change of variables they make.
+    """Raise ValueError if the `log_density` of Delta sites does not fit their change of variables.
 
-    Compared with the Jacobian that autograd gives, per datum; not for discrete sites nor more than 256 numbers per datum.
+    It is compared with the Jacobian from autograd, per datum. Discrete sites and more than 256 dimensions per datum are
+    not checked.
     """
     latents = {name: site for name, site in sample_sites(model_trace) if not site["is_observed"]}
     carried = [name for name, site in sample_sites(guide_trace) if is_delta(site) and name in latents]
@@ -88,7 +90,7 @@ def refuse_wrong_stretches(
     supports = [support_of(site["fn"]) for site in sites]
     if not carried or any(support is None or support.is_discrete for support in supports):
         return
-    if layout.dim is None:  # a sequential plate is taken as one datum
+    if layout.dim is None:  # treat a sequential plate as one datum
         layout = layout._replace(plate=None, num_data=1)
     disagree = []
     for _ in range(_DRAWS):
@@ -103,9 +105,9 @@ def refuse_wrong_stretches(
     wrong = torch.cat(disagree).double().mean().item()
     if wrong > 0.5 and len(claimed):
         raise ValueError(
-            f"the Delta sites {carried} of the guide carry the auxiliary draws {auxiliary} to the latents with a log_density "
-            f"of {claimed[0]:.4g} where minus the log determinant of the Jacobian is {found[0]:.4g} (first datum; "
-            f"{wrong:.0%} of the data differ): write Delta(f(u), log_density=-log|df/du|)"
+            f"the Delta sites {carried} of the guide carry the auxiliary draws {auxiliary} to the latents with a "
+            f"log_density of {claimed[0]:.4g}, but minus the log determinant of the Jacobian is {found[0]:.4g} (first "
+            f"datum; {wrong:.0%} of the data differ): write Delta(f(u), log_density=-log|df/du|)"
         )
 
 
@@ -119,7 +121,7 @@ def _stretches(
     args: tuple,
     kwargs: dict,
 ) -> tuple[Tensor, Tensor] | None:
-    """(log density that the Delta sites claim, and the right one), each (N,); None where that is too much to compute."""
+    """(log density that the Delta sites claim, the right one), each (N,); None if the Jacobian is too large."""
     replayed, leaves = poutine.Trace(), []
     stretch: Tensor | float = 0.0
     for name, site in sample_sites(guide_trace):
@@ -130,7 +132,7 @@ def _stretches(
                 site = {**site, "value": transform(leaf)}
             leaves.append((leaf, site))
             stretch = stretch + _log_stretch(leaf, site, layout)
-        if not is_delta(site):  # these are made anew, from the leaves
+        if not is_delta(site):  # Delta sites are computed again from the leaves
             replayed.add_node(name, **site)
     program = poutine.replay(poutine.replay(guide, trace=layout.pinned), trace=replayed)
     with torch.enable_grad(), pyro.validation_enabled(False):
@@ -155,7 +157,7 @@ def _stretches(
 
 
 def _per_datum(value: Tensor, site: dict, layout: Layout) -> Tensor:
-    """An unconstrained value of a site as a matrix (N, numbers per datum); (1, all) without a plate."""
+    """An unconstrained value of a site as a matrix (N, dimensions per datum); (1, all) without a plate."""
     if layout.dim is None:
         return value.reshape(1, -1)
     num_event_dims = value.ndim - len(site["fn"].batch_shape)
@@ -164,14 +166,14 @@ def _per_datum(value: Tensor, site: dict, layout: Layout) -> Tensor:
 
 @torch.no_grad()
 def _log_stretch(free: Tensor, site: dict, layout: Layout) -> Tensor:
-    """log |d value / d free|, (N,), of a site's value that `free` is the unconstrained form of."""
+    """log |d value / d free|, (N,), with `free` the unconstrained form of a site's value."""
     stretch = biject_to(site["fn"].support).log_abs_det_jacobian(free, site["value"])
     extra = stretch.ndim - len(site["fn"].batch_shape)
     return spread(stretch.flatten(-extra).sum(-1) if extra > 0 else stretch, site, layout, None)[0]
 
 
 def _dimensions(site: dict) -> int:
-    """How many unconstrained numbers a site draws."""
+    """The number of unconstrained dimensions of a site."""
     support = support_of(site["fn"])
     if support is None or support.is_discrete:
         return site["value"].numel()

@@ -1,9 +1,10 @@
-"""Whether a guide reaches what the model holds possible: what is never proposed is never counted, and no weight shows it.
+"""Checks that a guide covers the latents that the model allows: mass that is never proposed is lost, and no weight
+shows it.
 
-A guide may be narrower than the prior where the data rule the rest out (the posterior of z under x ~ Uniform(0, z)), so that
-a latent value is missed only if q gives it no mass and p(x, z) does. Values are tried from three sources: draws of the prior;
-every value of a discrete latent with few; points of a continuous one between the bounds of the guide's support and the
-prior's. What is missed must be more than a share of 1e-6 of p(x), as far as these values tell.
+A guide may be narrower than the prior if the data exclude the rest (the posterior of z under x ~ Uniform(0, z)). So a
+latent value is missed only if q gives it no mass and p(x, z) does. Three kinds of values are tried: draws from the
+prior; every value of a discrete latent with few values; points of a continuous latent between the bounds of the guide's
+support and the prior's. An error is raised if the missed share of p(x) exceeds 1e-6, as estimated from these values.
 """
 
 import math
@@ -37,17 +38,17 @@ from pyrovae.programs.traces import (
 
 __all__ = ["refuse_mass_against_density", "refuse_turns", "refuse_uncovered"]
 
-# They give mass to all that there is.
+# Their support is everything.
 _EVERYWHERE = (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal, dist.Laplace, dist.StudentT)
-_LOG_SHARE = math.log(1e-6)  # of p(x), that may be missed
-_MOST_VALUES = 64  # of a discrete latent, tried one by one
-_TRIES = 3  # elements of a datum that are tried
-_POINTS = 32  # on either side of a bound
+_LOG_SHARE = math.log(1e-6)  # share of p(x) that may be missed
+_MOST_VALUES = 64  # values of a discrete latent that are tried
+_TRIES = 3  # elements per datum that are tried
+_POINTS = 32  # points on each side of a bound
 _TURN = 2 * math.pi
 
 
 def refuse_mass_against_density(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    """Raise ValueError if one program gives a latent a mass and the other a density, whose ratio is no weight."""
+    """Raise ValueError if a latent has a mass in one program and a density in the other: the ratio is no weight."""
     auxiliary = [s for _, s in sample_sites(guide_trace) if s["infer"].get("is_auxiliary") and not is_delta(s)]
     for name, site in sample_sites(model_trace):
         if site["is_observed"]:
@@ -58,16 +59,16 @@ def refuse_mass_against_density(model_trace: poutine.Trace, guide_trace: poutine
         if len(kinds) > 1:
             what = {True: "a mass (discrete)", False: "a density (continuous)"}
             raise ValueError(
-                f"latent site '{name}' has {what[bool(_is_discrete(site['fn']))]} in the model ({innermost(site['fn'])}) and "
-                f"{what[not _is_discrete(site['fn'])]} in the guide ({innermost(drawn[0]['fn'])}), whose ratio is no importance "
-                f"weight: give the guide a distribution of the model's kind; a relaxed or straight-through guide is for "
-                f"training alone"
+                f"latent site '{name}' has {what[bool(_is_discrete(site['fn']))]} in the model "
+                f"({innermost(site['fn'])}) and {what[not _is_discrete(site['fn'])]} in the guide "
+                f"({innermost(drawn[0]['fn'])}), and their ratio is no importance weight: give the guide a "
+                f"distribution of the model's kind; use a relaxed or straight-through guide for training only"
             )
         if vars(proposal["value"]) and not _knows_its_value(proposal):
             raise ValueError(
-                f"the guide's {type(innermost(proposal['fn'])).__name__} at site '{name}' gives the density of a number behind "
-                f"the value it draws (straight-through), not of that value, so there is no importance weight: give the "
-                f"guide the distribution without straight-through gradients"
+                f"the guide's {type(innermost(proposal['fn'])).__name__} at site '{name}' gives the density of a "
+                f"hidden number and not of the value it draws (straight-through), so there is no importance weight: "
+                f"use the distribution without straight-through gradients"
             )
 
 
@@ -77,14 +78,14 @@ def _is_discrete(distribution: Any) -> bool | None:
 
 
 def _knows_its_value(site: dict) -> bool:
-    """Whether the log density of a draw is that of its value, whatever else the tensor carries."""
+    """Whether the log density of a draw is that of its value, and not of an attribute of the tensor."""
     given = site_log_prob(site)
     plain = site_log_prob({**site, "value": site["value"].detach().clone()})
     return torch.allclose(given, plain, rtol=1e-3, atol=1e-3)
 
 
 def refuse_turns(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    """Raise ValueError for a guide that draws an angle from more than one turn, on which the model's density repeats."""
+    """Raise ValueError if the guide draws an angle from more than one turn, over which the model's density repeats."""
     for name, site in sample_sites(model_trace):
         if site["is_observed"] or not is_angle_or_direction(site["fn"]):
             continue
@@ -92,16 +93,16 @@ def refuse_turns(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None
         if is_angle_or_direction(proposal):
             continue
         support = getattr(proposal, "support", None)
-        found = f"{type(proposal).__name__}, from the whole line"
+        found = f"{type(proposal).__name__} on the whole real line"
         if isinstance(support, constraints.interval):
             width = float((torch.as_tensor(support.upper_bound) - torch.as_tensor(support.lower_bound)).max())
             if width <= _TURN * (1 + 1e-5):
                 continue
-            found = f"{type(proposal).__name__}, from an interval of {width / _TURN:.3g} turns"
+            found = f"{type(proposal).__name__} on an interval of {width / _TURN:.3g} turns"
         raise ValueError(
-            f"site '{name}' of the model is an angle or a direction ({innermost(site['fn'])}), whose density goes on beyond one "
-            f"turn, and the guide draws it by {found}, so that the same mass would be counted again at each turn: give the "
-            f"guide a distribution of that family, or Uniform(-pi, pi)"
+            f"site '{name}' of the model is an angle or a direction ({innermost(site['fn'])}), whose density repeats "
+            f"beyond one turn, and the guide draws it from {found}, so the same mass would be counted once per turn: "
+            f"give the guide a distribution of that family, or Uniform(-pi, pi)"
         )
 
 
@@ -142,10 +143,10 @@ def _refuse_uncovered_draws(pair: InspectedPair, prior_traces: Sequence[poutine.
         if (mass - count > evidence + _LOG_SHARE).any():
             share = ((mass > -torch.inf) & (evidence > -torch.inf)).double().mean()
             raise ValueError(
-                f"the guide does not cover the prior at site '{name}': for {share:.0%} of the data, draws of the prior lie where "
-                f"the guide gives no mass (its support: {support_of(innermost(pair.guide_trace.nodes[name]['fn']))}) and the data are "
-                f"possible, and what is never proposed is never counted; give the guide the support of the prior, or of the "
-                f"posterior"
+                f"the guide does not cover the prior at site '{name}': for {share:.0%} of the data, the data are "
+                f"possible under draws from the prior to which the guide gives no mass (its support: "
+                f"{support_of(innermost(pair.guide_trace.nodes[name]['fn']))}), and what is never proposed is never "
+                f"counted; give the guide the support of the prior, or of the posterior"
             )
 
 
@@ -155,7 +156,7 @@ def _uncovered(site: dict, prior: dict, layout: Layout) -> Tensor | None:
         return None
     try:
         log_prob = torch.where(_never_drawn(site), -torch.inf, site_log_prob(site))
-    except Exception:  # planar flows and others know the density of their own draws alone
+    except Exception:  # planar flows, among others, only know the density of their own draws
         possible = is_possible(site)
         log_prob = torch.zeros(()) if possible is None else torch.where(possible, 0.0, -torch.inf)
     if (seen := counted(prior)) is not None:  # what the model masks is drawn for nothing
@@ -167,10 +168,10 @@ def _uncovered(site: dict, prior: dict, layout: Layout) -> Tensor | None:
 
 
 def _never_drawn(site: dict) -> Tensor:
-    """Where a site's value has a density, but is never drawn, with the batch shape.
+    """Where a site's value has a density but is never drawn, with the batch shape.
 
-    torch gives a class of probability 0 the log probability of a rounding error, and an angle beyond one turn that of the
-    angle it stands for.
+    torch gives a class of probability 0 the log probability of a rounding error, and an angle beyond one turn the
+    density of the equivalent angle within it.
     """
     distribution, value = site["fn"], site["value"]
     base, parts = innermost(distribution), num_parts(distribution)
@@ -222,7 +223,7 @@ def _no_component_has_mass(mixture: Any, value: Tensor) -> Tensor:
 
 
 def _refuse_uncovered_values(pair: InspectedPair, name: str) -> None:
-    """Sum p(x, z) over the values of one element of a discrete latent: those that the guide draws, and those it never does."""
+    """Sum p(x, z) over the values of one element of a discrete latent, and over those that the guide never draws."""
     proposal = pair.guide_trace.nodes[name]
     base, parts = innermost(proposal["fn"]), num_parts(proposal["fn"])
     shape = proposal["fn"].batch_shape + proposal["fn"].event_shape[:parts]
@@ -248,13 +249,14 @@ def _refuse_uncovered_values(pair: InspectedPair, name: str) -> None:
         if (share > _LOG_SHARE).any():
             worst = max(range(len(values)), key=lambda index: lost[index].max().item())
             raise ValueError(
-                f"the guide does not cover the prior at site '{name}': it never draws {_first(values[worst], base)}, which prior "
-                f"and data allow, and what is never proposed is never counted; give each value a probability above 0"
+                f"the guide does not cover the prior at site '{name}': it never draws {_first(values[worst], base)}, "
+                f"which prior and data allow, and what is never proposed is never counted; give each value a "
+                f"probability above 0"
             )
 
 
 def _where_any(elements: Tensor, site: dict, layout: Layout, terms: Tensor) -> Tensor:
-    """The terms (1, N) of data with one of these elements of a site; -inf for others."""
+    """The terms (1, N) of the data that have one of these elements of a site; -inf for the others."""
     dims = elements.ndim - len(site["fn"].batch_shape)
     marked = elements.flatten(-dims).any(-1) if dims else elements
     return torch.where(spread(marked.double(), site, layout, None) > 0, terms, -torch.inf)
@@ -278,7 +280,7 @@ def _values_of(prior: Any, proposal: Any) -> Iterator[Tensor]:
 
 
 def _refuse_uncovered_ranges(pair: InspectedPair, name: str) -> None:
-    """Integrate p(x, z) over one element of a continuous latent, within the guide's bounds and outside."""
+    """Integrate p(x, z) over one element of a continuous latent, inside and outside the guide's bounds."""
     proposal, prior = (innermost(trace.nodes[name]["fn"]) for trace in (pair.guide_trace, pair.model_trace))
     bounds, limits = _bounds(proposal), _bounds(prior)
     value = pair.guide_trace.nodes[name]["value"]
@@ -301,16 +303,17 @@ def _refuse_uncovered_ranges(pair: InspectedPair, name: str) -> None:
         share = (missed - torch.logaddexp(missed, found)).exp().nan_to_num(0.0).max().item()
         if share > math.exp(_LOG_SHARE):
             raise ValueError(
-                f"the guide does not cover the prior at site '{name}': its support is {support_of(proposal)}, the prior's "
-                f"{support_of(prior)}, and about {share:.2g} of p(x) lies between them, for one datum at least; what is never "
-                f"proposed is never counted, so give the guide the support of the prior, or of the posterior"
+                f"the guide does not cover the prior at site '{name}': its support is {support_of(proposal)}, the "
+                f"prior's {support_of(prior)}, and about {share:.2g} of p(x) lies between them for at least one datum; "
+                f"what is never proposed is never counted, so give the guide the support of the prior, or of the "
+                f"posterior"
             )
 
 
 def _log_integral(pair: InspectedPair, name: str, here: Tensor, start: Tensor, length: Tensor) -> Tensor:
-    """log of the integral of p(x, z) over one element of a latent, from `start` on over `length`, (1, N).
+    """Log integral of p(x, z) over one element of a latent, from `start` to `start + length`, (1, N).
 
-    By midpoints, close to each other near the start.
+    Uses the midpoint rule, with points denser near the start.
     """
     value = pair.guide_trace.nodes[name]["value"]
     edges = torch.cat([torch.zeros(1), torch.logspace(-4, 0, _POINTS)]).to(value)
@@ -325,7 +328,7 @@ def _log_integral(pair: InspectedPair, name: str, here: Tensor, start: Tensor, l
 
 
 def _log_joint(pair: InspectedPair, name: str, value: Tensor) -> Tensor:
-    """log p(x, z), (1, N), with this value of one latent; -inf if the model makes no number of it."""
+    """log p(x, z), (1, N), with this value of one latent; -inf if the result is NaN."""
     replayed = poutine.Trace()
     for latent, drawn in latents_of(pair.model_trace).items():
         node = pair.model_trace.nodes[latent]
@@ -335,7 +338,7 @@ def _log_joint(pair: InspectedPair, name: str, value: Tensor) -> Tensor:
 
 
 def _one_of_each(marked: Tensor, event_dims: int, layout: Layout) -> Tensor:
-    """One of the marked elements of each datum, by chance; none of a datum without any."""
+    """Mark one random element per datum among the marked ones; none if a datum has none."""
     axis = None if layout.dim is None else marked.ndim - event_dims + layout.dim
     rows = marked.unsqueeze(0) if axis is None else marked.movedim(axis, 0)
     flat = rows.reshape(len(rows), -1)
@@ -346,7 +349,7 @@ def _one_of_each(marked: Tensor, event_dims: int, layout: Layout) -> Tensor:
 
 
 def _bounds(distribution: Any) -> tuple[Tensor, Tensor] | None:
-    """(lower, upper) of the numbers that a distribution draws; None if its support is of another kind."""
+    """(lower, upper) bounds of the numbers that a distribution draws; None if its support has no such bounds."""
     if is_angle(distribution):
         return torch.tensor(-math.pi), torch.tensor(math.pi)
     support = support_of(innermost(distribution))

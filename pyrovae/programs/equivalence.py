@@ -1,9 +1,10 @@
-"""Whether two ways to run a program give the same log weights: cut or whole, particles together or apart.
+"""Tests whether two ways to run a program give the same log weights: data in pieces or whole, particles together or
+apart.
 
-In float32 rounding hides what is to be found: at |log w| = 1,000 and with networks behind it, honest weights differ by 0.01
-nats from one batch size to the next, and data that influence each other by as much would pass. So both ways are run in
-float64, whatever the program's dtype: a dispatch mode casts what each operation is given. A program that cannot be run so
-is compared in its own precision.
+In float32 rounding can hide a difference: at |log w| = 1,000 and with networks, correct weights differ by 0.01 nats
+between batch sizes, and data that influence each other as weakly would pass. So both ways are run in float64, whatever
+the program's dtype: a dispatch mode casts the inputs of each operation. If a program cannot run in float64, it is
+compared in its own precision.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +21,11 @@ _LOW = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def equivalent(both: Callable[[], tuple[Tensor, Tensor]], *, atol: float = 0.0) -> bool:
-    """Whether the two log weights that `both()` gives are the same up to rounding, or to `atol` nats if that is more."""
+    """Whether the two log weights of `both()` agree up to rounding, or up to `atol` nats if that is more."""
     try:
         with in_float64():
             first, second = both()
-    except Exception:  # an operation without float64, or a program that minds: as it is
+    except Exception:  # the program does not run in float64: compare in its own precision
         first, second = both()
     if first.shape != second.shape:
         return False
@@ -36,14 +37,15 @@ def equivalent(both: Callable[[], tuple[Tensor, Tensor]], *, atol: float = 0.0) 
 
 
 class in_float64(TorchDispatchMode):
-    """Inside, floating-point operations give float64: parameters, captured tensors and arguments are cast as they are used.
+    """Context in which floating-point operations give float64: their inputs are cast, parameters and constants
+    included.
 
-    Views and operations in place are left as they are, or they would act on a copy.
+    Views and in-place operations keep their dtype, because they would act on a copy.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here; asked to see to that, torch imports its compiler, which takes seconds
+        return False  # nothing is compiled here; with True, torch imports its compiler, which takes seconds
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None

@@ -1,8 +1,8 @@
-"""What a pair of Pyro programs is: its datum axis, and everything about it that would make log weights wrong.
+"""Inspects a pair of Pyro programs: finds the plate of the data, and refuses pairs whose log weights would be wrong.
 
-A Pyro program is a black box until it runs. `inspect_pair` runs model and guide once on all the data, and answers
-with a `Layout` (which plate indexes the data, how deep plates nest) or refuses the pair with an error that names
-the site. After that the draws in `pyrovae.weights` can be taken without a second look.
+A Pyro program is a black box until it runs. `inspect_pair` runs model and guide on all the data, and returns a `Layout`
+(which plate indexes the data, how deep plates nest) or raises an error that names the site. `pyrovae.weights` can then
+draw without further checks.
 """
 
 from collections.abc import Iterable
@@ -37,25 +37,35 @@ __all__ = ["inspect_pair", "layout_for_training", "refuse_impossible_data"]
 def inspect_pair(
     model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None, *, is_split: bool = False
 ) -> tuple[Layout, poutine.Trace, poutine.Trace]:
-    """Look at a model/guide pair once; answer with its layout and the two traces, or refuse it.
+    """Inspect a model/guide pair, and raise an error if its log weights would be wrong.
 
-    is_split: pieces of the data are compared with the whole by the caller, which shows whether data influence each other
+    Args:
+        model: A Pyro program.
+        guide: A Pyro program.
+        args: The arguments of both.
+        kwargs: The keyword arguments of both.
+        plate: Name of the plate that indexes the data; found from the programs by default.
+        is_split: The caller compares pieces of the data with the whole, which shows whether data influence each other.
 
-    Raises ValueError, naming the site, for: latent sites that only one of the two has; enumerated sites; observed
-    sites or factors in the guide; a mass in one program against a density in the other; a guide that puts all its mass on
-    one point, or carries auxiliary draws to the latents with a wrong density; scales other than the subsampling of the
-    datum plate; no single datum axis; log densities with a dimension that no plate declares; programs that are not the same
-    twice, or change their modules' buffers; data whose latents the model couples; a guide that cannot reach where the prior
-    puts mass and the data are possible; data outside the support of their likelihood.
+    Returns:
+        The layout, and the traces of model and guide.
+
+    Raises:
+        ValueError: The message names the site. Raised for latent sites that only one program has; enumerated sites;
+            observed sites or factors in the guide; a mass in one program and a density in the other; a guide that puts
+            all its mass on one point, or carries auxiliary draws to the latents with a wrong density; scales other than
+            the subsampling of the datum plate; no single datum axis; log densities with a dimension that no plate
+            declares; programs that differ when run again, or change buffers; data whose latents the model couples; a
+            guide that does not cover what prior and data allow; data outside the support of their likelihood.
     """
-    with find_modules():  # those that are called and that nothing in the programs' reach refers to
+    with find_modules():
         model_trace, guide_trace = run_pair(model, guide, args, kwargs)
         prior_trace = _prior_trace(model, args, kwargs, model_trace)
     if replaced := replaced_parameters():
         raise ValueError(
-            f"running the programs gives modules other parameters than their own ({', '.join(replaced[:3])}), those of an earlier "
-            f"model that Pyro's store has under these names; they were put back. Clear the store, pyro.clear_param_store(), "
-            f"or give the modules names of their own"
+            f"running the programs gives modules other parameters than their own ({', '.join(replaced[:3])}), those of "
+            f"an earlier model that Pyro's store has under these names; the modules were restored. Clear the store, "
+            f"pyro.clear_param_store(), or give the modules other names"
         )
     _refuse_enumeration(prior_trace, guide_trace)
     _refuse_mismatched_sites(model_trace, guide_trace, prior_trace)
@@ -66,7 +76,7 @@ def inspect_pair(
     layout = _find_layout(model_trace, guide_trace, plate)
     _refuse_scales(layout, model_trace, guide_trace)
     refuse_wrong_stretches(guide, layout, model_trace, guide_trace, args, kwargs)
-    # A few hundred draws from the prior, whether the program holds many data or is a single one.
+    # About 256 draws from the prior in total, for many data or a single one.
     num_draws = max(1, min(32, 256 // layout.num_data))
     prior_traces = [trace_program(model, args, kwargs, layout.pinned) for _ in range(num_draws)]
     refuse_impossible_data(model_trace, prior_traces)
@@ -79,7 +89,7 @@ def inspect_pair(
 
 
 def _prior_trace(model: Program, args: tuple, kwargs: dict, model_trace: poutine.Trace) -> poutine.Trace:
-    """The model run on its own; ValueError for a prior that cannot be drawn from."""
+    """Trace of the model without the guide's draws; ValueError if its prior cannot be drawn from."""
     try:
         return trace_program(model, args, kwargs)
     except NotImplementedError as error:
@@ -87,21 +97,32 @@ def _prior_trace(model: Program, args: tuple, kwargs: dict, model_trace: poutine
         improper = [name for name, site in latents if isinstance(innermost(site["fn"]), dist.ImproperUniform)]
         raise ValueError(
             f"latent site(s) {improper or [name for name, _ in latents]} of the model cannot be drawn from their prior "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): a prior without draws (ImproperUniform, "
-            f"SplitReparam) leaves nothing to check a guide against, and an improper one has no normalised p(x); give each "
-            f"latent a prior with draws, a wide Normal for instance"
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): without draws (ImproperUniform, "
+            f"SplitReparam) a guide cannot be checked, and with an improper prior p(x) is not normalised; give each "
+            f"latent a prior with draws, for example a wide Normal"
         ) from error
 
 
 def layout_for_training(
     model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None, *, scales: bool
 ) -> Layout:
-    """The layout alone, of a pair that may not be fit to be evaluated yet.
+    """Find the layout of a pair for training, with fewer checks than for an evaluation.
 
-    scales: let any scale through, for objectives that are linear in log densities
+    Args:
+        model: A Pyro program.
+        guide: A Pyro program.
+        args: The arguments of both.
+        kwargs: The keyword arguments of both.
+        plate: Name of the plate that indexes the data; found from the programs by default.
+        scales: Allow any scale, for objectives that are linear in log densities.
 
-    Raises ValueError for no latent sites, latent sites that only one of the two has, enumerated sites, observed sites in
-    the guide, a mass against a density, no single datum axis, and, without scales, data whose latents the model couples.
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: If there are no latent sites, latent sites that only one program has, enumerated sites, observed
+            sites in the guide, a mass in one program and a density in the other, no single datum axis, or, without
+            scales, data whose latents the model couples.
     """
     model_trace, guide_trace = run_pair(model, guide, args, kwargs)
     if all(site["is_observed"] for _, site in sample_sites(model_trace)):
@@ -120,13 +141,13 @@ def layout_for_training(
 
 
 def _refuse_enumeration(prior_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    # The model on its own: a replayed site takes over the marks of the guide's.
+    # Use the trace of the model alone, because a replayed site takes over the marks of the guide's site.
     for program, trace in (("model", prior_trace), ("guide", guide_trace)):
         for name, site in sample_sites(trace):
             if site["infer"].get("enumerate"):
                 raise ValueError(
                     f"site '{name}' of the {program} is marked for enumeration, and log weights need values drawn by "
-                    f"the guide: sum it out inside the model, or sample it in both programs without the mark"
+                    f"the guide: sum the site out inside the model, or sample it in both programs without the mark"
                 )
 
 
@@ -136,24 +157,25 @@ def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Tr
         if site["is_observed"]:
             kind = "a factor" if site_is_factor(site) else "observed"
             raise ValueError(
-                f"site '{name}' of the guide is {kind}, so the guide is no normalised density: give it sample sites only"
+                f"site '{name}' of the guide is {kind}, so the guide is no normalised density: use sample sites only"
             )
     latents = {name for name, site in model_sites.items() if not site["is_observed"]}
     if marked := sorted(name for name in latents if alone.nodes[name]["infer"].get("is_auxiliary")):
         raise ValueError(
-            f"latent site(s) {marked} of the model are marked as auxiliary (StructuredReparam marks them so): the model then has "
-            f"the guide's density in it, and its own is not to be told from that; evaluate the model without the reparametrisation"
+            f"latent site(s) {marked} of the model are marked as auxiliary (as StructuredReparam does): the model then "
+            f"contains the guide's density, which cannot be separated from its own; evaluate the model without the "
+            f"reparametrisation"
         )
     proposed = {name for name, site in guide_sites.items() if not site["infer"].get("is_auxiliary")}
     if missing := sorted(latents - set(guide_sites)):
         raise ValueError(
             f"the guide does not sample the model's latent site(s) {missing}; it samples {sorted(proposed)}: "
-            f"add them to the guide, or sum them out of the model"
+            f"add these sites to the guide, or sum them out in the model"
         )
     if extra := sorted(proposed - latents):
         raise ValueError(
-            f"the guide samples site(s) {extra} that are no latent sites of the model, which has {sorted(latents)}: "
-            f"use the model's names, or sum the extra ones out (a mixture: MixtureSameFamily)"
+            f"the guide samples site(s) {extra} that are not latent sites of the model, which has {sorted(latents)}: "
+            f"use the model's names, or sum the extra sites out (a mixture: MixtureSameFamily)"
         )
 
 
@@ -186,13 +208,13 @@ def _find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: 
         if len(candidates) > 1:
             raise ValueError(
                 f"every site is in each of the plates {sorted(candidates)}, and only one of them indexes the data: "
-                f"say which, plate={sorted(candidates)[0]!r} for instance"
+                f"say which, plate={sorted(candidates)[0]!r} for example"
             )
         if not candidates:
             if guide_sites and common(model_sites) and common(guide_sites):
                 raise ValueError(
-                    f"the model's sites are all in plate {sorted(common(model_sites))}, the guide's all in "
-                    f"{sorted(common(guide_sites))}: give the plate of the data one name in both"
+                    f"all sites of the model are in plate {sorted(common(model_sites))}, all sites of the guide in "
+                    f"{sorted(common(guide_sites))}: give the plate of the data the same name in both"
                 )
             for trace, program, others in ((model_trace, "model", guide_sites), (guide_trace, "guide", model_sites)):
                 if others and (shared := common(others)):
@@ -204,8 +226,8 @@ def _find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: 
             if plate not in plates:
                 found = sorted({n for _, p, _ in sites for n in p}) or "none"
                 raise ValueError(
-                    f"site '{name}' of the {program} is outside plate '{plate}', so log p(x) does not split over it "
-                    f"(plates found: {found}): put the site in the plate, or leave plate=None to take the whole "
+                    f"site '{name}' of the {program} is outside plate '{plate}', so log p(x) is no sum over the plate "
+                    f"(plates found: {found}): put the site in the plate, or pass plate=None to treat the whole "
                     f"program as one datum"
                 )
     frames = [plates[plate] for _, plates, _ in sites]
@@ -216,14 +238,14 @@ def _find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: 
     if len(dims) > 1 or len(sizes) > 1 or sizes == {-1}:
         raise ValueError(
             f"plate '{plate}' needs one known size and one dim in model and guide, found sizes {sorted(sizes)} and "
-            f"dims {sorted(dims, key=str)}: write pyro.plate('{plate}', size, dim=...) alike in both"
+            f"dims {sorted(dims, key=str)}: write the same pyro.plate('{plate}', size, dim=...) in both"
         )
     full_sizes = {frame.full_size for frame in frames if frame.full_size not in (None, -1)}
     return Layout(plate, dims.pop(), sizes.copy().pop(), full_sizes - sizes != set(), nesting, pinned)
 
 
 def _refuse_undeclared_data(trace: poutine.Trace, program: str, plate: str) -> None:
-    """Of a program without plates, whose partner has all its sites in one."""
+    """Raise ValueError if a program has batch shapes without plates, and the other has all its sites in a plate."""
     sites = dict(sample_sites(trace))
     if any(_plates_of(site) for site in sites.values()):
         return
@@ -231,9 +253,9 @@ def _refuse_undeclared_data(trace: poutine.Trace, program: str, plate: str) -> N
         if shape := tuple(site["fn"].batch_shape):
             other = "guide" if program == "model" else "model"
             raise ValueError(
-                f"site '{name}' of the {program} has batch shape {shape} and is in no plate, while the {other}'s sites are all in "
-                f"plate '{plate}': write 'with pyro.plate({plate!r}, {shape[-1]}, dim=-1)' around the sites of the {program} "
-                f"too, or .to_event({len(shape)}) if all of it is a single datum"
+                f"site '{name}' of the {program} has batch shape {shape} and is in no plate, while all sites of the "
+                f"{other} are in plate '{plate}': write 'with pyro.plate({plate!r}, {shape[-1]}, dim=-1)' around the "
+                f"sites of the {program} too, or .to_event({len(shape)}) if all of it is a single datum"
             )
 
 
@@ -244,18 +266,18 @@ def _refuse_scales(layout: Layout, *traces: poutine.Trace) -> None:
             expected = 1.0
             if layout.plate is not None:
                 frame = frames[layout.plate]
-                expected = (frame.full_size or frame.size) / frame.size  # 1 if both are -1, of a plate without a size
+                expected = (frame.full_size or frame.size) / frame.size  # 1 for a plate without a size: both are -1
             scale = float(torch.as_tensor(site["scale"]).max())
             if not abs(scale - expected) <= 1e-6 * expected or torch.as_tensor(site["scale"]).numel() > 1:
                 raise ValueError(
-                    f"site '{name}' carries a scale of {scale:g} where its datum plate explains {expected:g}; a scaled "
+                    f"site '{name}' carries a scale of {scale:g}, and its datum plate explains {expected:g}; a scaled "
                     f"log density is no density (poutine.scale, or a subsampled plate other than the plate of the "
-                    f"data): remove it for the evaluation"
+                    f"data): remove the scale for the evaluation"
                 )
 
 
 def refuse_impossible_data(model_trace: poutine.Trace, other_traces: Iterable[poutine.Trace]) -> None:
-    """Raise ValueError if data lie outside their likelihood's support; `other_traces`: the model at other latents."""
+    """Raise ValueError if data are outside their likelihood's support; `other_traces`: the model at other latents."""
     suspects = {}
     for name, site in sample_sites(model_trace):
         elements = possible_elements(site, nan=True) if site["is_observed"] else None
@@ -264,14 +286,14 @@ def refuse_impossible_data(model_trace: poutine.Trace, other_traces: Iterable[po
         if site["value"].isnan().any() and (unknown := site_log_prob(site).isnan()).any():
             raise ValueError(
                 f"observed site '{name}' has NaN among its data ({int(site['value'].isnan().sum()):,} numbers, in "
-                f"{int(unknown.sum()):,} of its log densities): leave them out by a mask, or give the site a distribution that "
-                f"does so itself (NanMaskedNormal)"
+                f"{int(unknown.sum()):,} of its log densities): mask them, or give the site a distribution that masks "
+                f"them itself (NanMaskedNormal)"
             )
         if not elements.all():
             suspects[name] = site, elements
     others = iter(other_traces) if suspects else iter(())
     while suspects and (other := next(others, None)) is not None:
-        # A support that moves with the latents (Uniform(0, z)) makes a datum impossible for some z: weight 0.
+        # If the support depends on the latents (Uniform(0, z)), a datum is impossible for some z only: weight 0.
         suspects = {
             name: found
             for name, found in suspects.items()
@@ -292,7 +314,7 @@ def refuse_impossible_data(model_trace: poutine.Trace, other_traces: Iterable[po
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Equality of two constraints, through their bounds."""
+    """Whether two constraints are equal, including their bounds."""
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         return torch.equal(torch.as_tensor(first), torch.as_tensor(second))
     if isinstance(first, constraints.Constraint):

@@ -1,13 +1,14 @@
-"""Masks of latents: what the log weight is if one program masks a latent that the other does not, or part of it.
+"""Masks of latents: the log weight if one program masks a latent, or part of it, and the other does not.
 
-A masked latent has no log density in the program that masks it. Let z_m be the elements that the model masks, and let no other term
-of the model depend on them (`pyrovae.programs.reruns` tries that). The weight is then that of the extended target
+A masked latent has no log density in the program that masks it. Let z_m be the elements that the model masks, and let
+no other term of the model depend on them (`pyrovae.programs.reruns` checks this). The log weight is then that of the
+extended target
 
     p(x, z) q(z_m | x)
 
-which integrates to p(x): the guide's density of z_m stands on both sides and is left out. If the guide's density cannot be
-told apart by elements (a multivariate normal), the model's own density of z_m, without the mask, takes its place. Elements
-that the guide alone masks are drawn by a density that is not counted, so there is no weight.
+which integrates to p(x): the guide's density of z_m cancels and is left out. If the guide's density does not factorise
+over elements (a multivariate normal), the model's density of z_m, without the mask, is used instead. Elements that only
+the guide masks are drawn from a density that is not counted, so there is no weight.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ _Sites = dict[str, dict]
 
 
 def counted(site: dict) -> Tensor | None:
-    """Which elements of a site count, (*batch_shape, *parts) with the parts that `to_event` joined; None: all of them."""
+    """Which elements of a site are not masked, (*batch_shape, *parts), parts being joined by `to_event`; None: all."""
     masks = [(mask, parts) for mask, parts in masks_of(site) if mask is not True]
     if not masks:
         return None
@@ -59,9 +60,17 @@ def unmasked(distribution: Any) -> Any:
 
 
 def align_masks(model: _Sites, guide: _Sites) -> tuple[_Sites, _Sites]:
-    """The sites of a pair with masks on latents such that log p - log q is a log weight.
+    """Align the masks on the latents of a pair, so that log p - log q is a log weight.
 
-    Raises ValueError for elements of a latent that the guide masks and the model does not.
+    Args:
+        model: The sites of the model by name.
+        guide: The sites of the guide by name.
+
+    Returns:
+        The sites of the model and of the guide, with aligned masks.
+
+    Raises:
+        ValueError: If the guide masks elements of a latent that the model does not mask.
     """
     model, guide = dict(model), dict(guide)
     for name, site in list(model.items()):
@@ -98,8 +107,8 @@ def _auxiliary(guide: _Sites) -> list[str]:
 
 
 def _carriers(name: str, guide: _Sites) -> list[str]:
-    """The guide's sites that make up its density of one latent; none if an auxiliary draw is shared with other latents."""
-    own = f"{name}_unconstrained"  # as Pyro's AutoNormal calls it
+    """The guide's sites whose densities give that of one latent; none if latents share an auxiliary draw."""
+    own = f"{name}_unconstrained"  # the name in Pyro's AutoNormal
     if own in guide:
         return [name, own]
     is_carried = isinstance(innermost(guide[name]["fn"]), dist.Delta) and _auxiliary(guide)
@@ -121,7 +130,7 @@ def _refuse_masked_proposals(site: dict, seen: Tensor | None, proposals: Sequenc
             proposed, needed = proposed.all(), needed.any()
         if (needed & ~proposed).any():
             raise ValueError(
-                f"the guide masks site '{site['name']}' (or a part of it) and the model does not: what it draws there is not "
-                f"counted in its density, so there is no importance weight; take the mask off the guide's site, or mask the "
-                f"model's in the same way"
+                f"the guide masks site '{site['name']}' (or a part of it) and the model does not: the guide's density "
+                f"does not count what it draws there, so there is no importance weight; remove the mask from the "
+                f"guide's site, or mask the model's site in the same way"
             )

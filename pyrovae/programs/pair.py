@@ -1,7 +1,7 @@
-"""A model/guide pair looked at once: how its data can be cut, how its particles can be drawn, and the drawing itself.
+"""A model/guide pair: inspects it, splits its data into blocks, and draws log weights.
 
-Particles are drawn under an outer plate where the program allows it, which is found by comparing with particles drawn
-one by one; data are fed in blocks where the program allows that, which is found by comparing pieces with the whole.
+Particles are drawn together under an outer plate if that gives the same weights as particles drawn one by one. Data are
+passed in blocks if pieces of them give the same weights as the whole. Both are tested by comparison.
 """
 
 import sys
@@ -34,40 +34,41 @@ from pyrovae.programs.traces import (
 
 __all__ = ["EncodesOnce", "Pair", "RecordedChunk"]
 
-# Numbers that go through the networks at once, taking a row (one particle of one datum) for _ROW_SIZE or more. On a
-# CPU the activations should stay in the cache, which is the whole story of its speed; a GPU should be filled.
+# Numbers that pass through the networks at once; a row (one particle of one datum) counts as at least _ROW_SIZE
+# numbers. On a CPU the activations should fit into the cache, which decides the speed; a GPU should be filled.
 _CPU_ELEMENTS, _GPU_ELEMENTS, _ROW_SIZE = 2**20, 2**26, 512
 _CPU_WEIGHTS, _GPU_WEIGHTS = 2**18, 2**26  # weights kept at once: all S of each datum of a block
-_FEWEST_PARTICLES = 16  # drawn at once, so that the encoder's share stays small
-_HEAD = 32  # data used to look at a program
-_LOOK = 2**19  # numbers of data that go through the program at once to look at it
-_OTHERS = 8  # further runs that must find data impossible before they are called so
-_OF_MODULES = "$$$"  # in the names of parameters that Pyro knows from a module
+_FEWEST_PARTICLES = 16  # drawn at once, so that encoding takes a small share of the time
+_HEAD = 32  # data used to inspect a program
+_LOOK = 2**19  # numbers of data that pass through the program at once to inspect it
+_OTHERS = 8  # further runs, all of which must find data impossible before they are reported
+_OF_MODULES = "$$$"  # marks the parameters that Pyro's store has from a module
 
 
 @runtime_checkable
 class EncodesOnce(Protocol):
-    """What a guide offers that computes its parameters once for all particles, as `pyrovae.guides.Guide` does."""
+    """A guide that computes its parameters once for all particles, as `pyrovae.guides.Guide` does."""
 
     @property
     def encodes_once(self) -> bool:
         """Whether `given(encode(x))` draws what the guide itself draws."""
 
     def encode(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The parameters of these data, a row for each."""
+        """The parameters of q, one row for each datum."""
 
     def given(self, parameters: Tensor) -> Program:
         """The guide that draws from these parameters."""
 
     def outline(self) -> Program:
-        """A guide that looks at the data as this one does, with less work."""
+        """A guide that uses the data as this one does, but is quicker to run."""
 
 
 class RecordedChunk(NamedTuple):
-    """The drawing of a chunk of log weights, recorded.
+    """A recorded function that draws a chunk of log weights.
 
-    sizes: (data, particles) that it is for
-    given: (encoded, args, kwargs) -> the drawing for these data
+    Attributes:
+        sizes: The (data, particles) of the chunk.
+        given: (encoded, args, kwargs) -> a function that draws the next chunk for these data.
     """
 
     sizes: tuple[int, int]
@@ -75,7 +76,7 @@ class RecordedChunk(NamedTuple):
 
 
 class Pair:
-    """A model/guide pair with its arguments, looked at once; `block` then draws weights for a range of data."""
+    """A model/guide pair with its arguments: inspected once, after which `block` draws weights for a range of data."""
 
     @torch.no_grad()
     def __init__(
@@ -86,13 +87,13 @@ class Pair:
         self.model, self.guide, self.plate = model, as_guide(guide), plate
         self.args, self.kwargs = args, kwargs
         self.split_size: int | None = None
-        self.most_particles = sys.maxsize  # at once; fewer once memory has run out
+        self.most_particles = sys.maxsize  # drawn at once; reduced when memory runs out
         tensors: list[Tensor] = []
         map_tensors(tensors.append, (args, kwargs))
         self.cuda = any(tensor.is_cuda for tensor in tensors)
         if data_batch_size is not None and self._find_split(tensors, fewest=1 if data_batch_size == 1 else 2):
             return
-        # A program that is refused with a few data is refused here with all of them, which says why.
+        # A program that was refused on a few data is refused here on all of them, with the reason.
         try:
             self.layout, model_trace, _ = inspect_pair(
                 model, self.guide_given(self.encode(args, kwargs)), args, kwargs, plate
@@ -104,18 +105,18 @@ class Pair:
         self.row_size = _row_size(model_trace, self.layout)
         if data_batch_size not in (None, "auto"):
             raise ValueError(
-                f"data_batch_size={data_batch_size}, but the program cannot be fed its data in blocks: either its plate does "
-                f"not take its size from the tensors passed, or data influence each other; data_batch_size=None evaluates "
-                f"them together"
+                f"data_batch_size={data_batch_size}, but the program cannot be fed its data in blocks: either its "
+                f"plate does not take its size from the tensors passed, or data influence each other; pass "
+                f"data_batch_size=None to evaluate them together"
             )
 
     def _find_split(self, tensors: list[Tensor], fewest: int) -> bool:
-        """Whether tensors can be cut into blocks of data, of `fewest` rows at least."""
+        """Whether tensors can be split into blocks of at least `fewest` rows."""
         sizes = {len(tensor): 0 for tensor in tensors if tensor.ndim and len(tensor) > 1}
         for tensor in tensors:
             if tensor.ndim and len(tensor) in sizes:
                 sizes[len(tensor)] += tensor.numel() // len(tensor)
-        # Parameters made at the first call must be made for all the data, not for the few that are looked at.
+        # If the first call creates parameters, it must see all the data, not only the few that are inspected.
         if sizes and any(_is_unready(module) for root in modules_behind(self.guide) for module in root.modules()):
             trace_program(self.guide, self.args, self.kwargs)
         store = pyro.get_param_store()
@@ -130,9 +131,10 @@ class Pair:
         return any(self._try_to_split(length, row_size, fewest) for length, row_size in sizes.items())
 
     def _try_to_split(self, length: int, row_size: int, fewest: int) -> bool:
-        """Whether tensors of this length can be cut into blocks of data: pieces give what the whole gives.
+        """Whether tensors of this length can be split into blocks, so that pieces give the same weights as the whole.
 
-        Asked of rows drawn from all, which are inspected, and of as many of the first rows as are quick to run.
+        Tested on a few rows drawn from all data, which are also inspected, and on as many of the first rows as run
+        fast.
         """
         self.split_size = length
         head, many = min(length, _HEAD), min(length, max(_HEAD, _LOOK // row_size))
@@ -141,14 +143,14 @@ class Pair:
             args, kwargs = self.cut(rows)
             guide = self.guide_given(self.encode(args, kwargs))
             layout, *traces = inspect_pair(self.model, guide, args, kwargs, self.plate, is_split=True)
-            # A subsample size that leaves these data whole may cut more of them: min(32, len(x)).
+            # A subsample size such as min(32, len(x)) keeps these few data whole, but would subsample more data.
             asked = any(trace.nodes[layout.plate]["fn"].subsample_size for trace in traces if layout.plate in trace)
             if layout.dim is None or layout.subsampled or layout.num_data != head or asked:
                 raise ValueError("the tensors passed do not set the size of the datum plate")
             looks = [(rows, torch.arange(head)), (torch.arange(many), _some(many, head))][: 1 + (length > head)]
             if not all(self._pieces_agree(layout, whole, part, fewest) for whole, part in looks):
                 raise ValueError("data influence each other")
-        except Exception:  # whatever a program says to a slice of its data, it is asked again with all of them
+        except Exception:  # any error on a part of the data: the program is run again on all of them
             self.split_size = None
             return False
         self.layout, self.num_data = layout, length
@@ -156,9 +158,9 @@ class Pair:
         return True
 
     def _pieces_agree(self, layout: Layout, rows: Tensor, part: Tensor, fewest: int) -> bool:
-        """Whether the data at positions `part` of some rows have the weights in small pieces that they have in the whole."""
+        """Whether the data at positions `part` of `rows` have the same weights in small pieces as in all `rows`."""
         pieces = _pieces(part, fewest)
-        if len(pieces) == 1:  # the whole again would show nothing
+        if len(pieces) == 1:  # one piece is the whole again, which tests nothing
             pieces = _pieces(part, 1)
         whole_cut, cuts = self.cut(rows), [self.cut(rows[piece]) for piece in pieces]
         guide = self.guide.outline() if isinstance(self.guide, EncodesOnce) else self.guide
@@ -184,7 +186,7 @@ class Pair:
 
     @property
     def rows(self) -> int:
-        """Particles times data that go through the networks at once."""
+        """Particles times data that pass through the networks at once."""
         elements = _GPU_ELEMENTS if self.cuda else _CPU_ELEMENTS
         return max(1, elements // max(self.row_size, _ROW_SIZE))
 
@@ -196,14 +198,14 @@ class Pair:
             if data_batch_size == "auto":
                 fewest = min(num_particles, _FEWEST_PARTICLES)
                 most = max(2, min(self.rows // fewest, weights // num_particles))
-                # All blocks of one size where that can be: a recording is for one.
+                # Make all blocks of one size if possible, because a recording is for one size.
                 data_batch_size = -(-block // -(-block // most))
             block = min(block, data_batch_size)
         chunk = max(1, self.rows // block) if particle_batch_size == "auto" else particle_batch_size
         return block, min(chunk, num_particles)
 
     def blocks(self, size: int) -> Iterator[tuple[int, int]]:
-        """Ranges of that many data. A single row left over joins the last: a program may squeeze() it out of shape."""
+        """Ranges of `size` data. A single row left over joins the last range: squeeze() in a program would drop it."""
         starts = list(range(0, self.num_data, size))
         if len(starts) > 1 and size > 1 and self.num_data - starts[-1] == 1:
             starts.pop()
@@ -211,7 +213,7 @@ class Pair:
 
     @torch.no_grad()
     def reason_to_loop(self, block_size: int) -> str | None:
-        """Why particles must be drawn one by one; None where two drawn together are the same two drawn apart."""
+        """Why particles must be drawn one by one; None if they can be drawn together."""
         heads = (
             {min(self.num_data, _HEAD)} if self.split_size is None else {min(self.num_data, _HEAD), min(block_size, 2)}
         )
@@ -232,11 +234,12 @@ class Pair:
         vectorised: bool,
         recorded: "RecordedChunk | None" = None,
     ) -> Tensor:
-        """Log weights (S, stop - start) of a range of data, by the recording if it is for chunks of this size."""
+        """Log weights (S, stop - start) of a range of data, by the recording if it has this chunk size."""
         args, kwargs = self.cut(slice(start, stop))
         layout = self.layout_of(start, stop)
         encoded = self.encode(args, kwargs)
-        # One array from the start: small pieces kept among large ones that are given back keep the heap from shrinking.
+        # Allocate one array at the start: small arrays kept among large ones that are freed prevent the heap from
+        # shrinking.
         log_weights = torch.empty(0)
         drawn = 0
         draw: Callable[[], Tensor] | None = None
@@ -244,14 +247,14 @@ class Pair:
             size = min(chunk_size, self.most_particles, num_particles - drawn) if vectorised else None
             too_many = None
             try:
-                # The first of each block are drawn eagerly, with every check.
+                # The first chunk of each block is drawn eagerly, with every check.
                 if drawn and recorded is not None and (layout.num_data, size) == recorded.sizes:
                     draw = draw or recorded.given(encoded, args, kwargs)
                     chunk = draw()
                 else:
                     chunk = self._chunk(encoded, args, kwargs, layout, size, is_first=not drawn)
             except torch.OutOfMemoryError as error:
-                too_many = error.with_traceback(None)  # its frames hold what there was no room for
+                too_many = error.with_traceback(None)  # the frames of the traceback keep large tensors alive
             if too_many is not None:
                 self.most_particles = halved(size, layout.num_data, too_many)
                 continue
@@ -271,7 +274,7 @@ class Pair:
         return log_weights_of(layout, model_trace, guide_trace, size)
 
     def chunk_of(self, num_data: int, num_particles: int) -> tuple[Callable[..., Tensor], tuple[Any, tuple, dict]]:
-        """(draw, arguments): draw(encoded, args, kwargs) gives the log weights of a chunk of that size, to be recorded."""
+        """(draw, arguments) to record: draw(encoded, args, kwargs) gives the log weights of a chunk of this size."""
         args, kwargs = self.cut(slice(num_data))
         layout = self.layout_of(0, num_data)
 
@@ -290,49 +293,49 @@ class Pair:
         return self.layout if self.split_size is None else self.layout._replace(num_data=stop - start)
 
     def encode(self, args: tuple, kwargs: dict) -> Tensor | None:
-        """The guide's encoding of these data, done once for all particles if it offers that (`EncodesOnce`)."""
+        """The guide's encoding of these data; None if the guide does not encode once (`EncodesOnce`)."""
         guide = self.guide
         return guide.encode(*args, **kwargs) if isinstance(guide, EncodesOnce) and guide.encodes_once else None
 
     def guide_given(self, encoded: Tensor | None) -> Program:
-        """The guide that draws from what `encode` gave."""
+        """The guide that draws from the encoding of `encode`."""
         if encoded is None:
             return self.guide
-        assert isinstance(self.guide, EncodesOnce)  # as `encode` found
+        assert isinstance(self.guide, EncodesOnce)  # `encode` has checked it
         return self.guide.given(encoded)
 
     def _run(
         self, encoded: Tensor | None, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None
     ) -> tuple[Trace, Trace]:
-        """One run of the pair: of `num_particles` under an outer plate, or of one without."""
+        """Run the pair once: with `num_particles` under an outer plate, or with one particle if None."""
         return run_particles(self.model, self.guide_given(encoded), args, kwargs, layout, num_particles)
 
 
 def _explain(error: Exception, arguments: tuple) -> None:
-    """Raise TypeError if the programs may have failed because they were given something that is no tensor."""
+    """Raise TypeError if the programs may have failed because an argument is not a tensor."""
     for argument in arguments:
         if isinstance(argument, DataLoader | Dataset):
             advice = (
-                "evaluate its batches one by one, log_marginal_likelihood(model, guide, batch), and put the results together by "
-                "LogMarginalLikelihood.concatenate"
+                "evaluate its batches one by one, log_marginal_likelihood(model, guide, batch), and join the results "
+                "with LogMarginalLikelihood.concatenate"
             )
         elif hasattr(argument, "__array__") and not isinstance(argument, Tensor):
-            advice = "make it a tensor of the programs' dtype, torch.as_tensor(x, dtype=torch.float32)"
+            advice = "convert it to a tensor of the programs' dtype, torch.as_tensor(x, dtype=torch.float32)"
         else:
             continue
         raise TypeError(
-            f"the programs were called with a {type(argument).__name__} and failed ({type(error).__name__}: {error}); they are "
-            f"called with what is passed, which mostly has to be a tensor: {advice}"
+            f"the programs were called with a {type(argument).__name__} and failed ({type(error).__name__}: {error}); "
+            f"they get the arguments as passed, and most programs need tensors: {advice}"
         ) from error
 
 
 def _some(length: int, count: int) -> Tensor:
-    """Some of the positions 0 ... length - 1, in order."""
+    """`count` random positions of 0 ... length - 1, in order."""
     return torch.randperm(length)[:count].sort().values
 
 
 def _pieces(positions: Tensor, fewest: int) -> list[Tensor]:
-    """Pieces of many sizes, none shorter than `fewest`, where there are as many."""
+    """Split positions into pieces of different sizes, none shorter than `fewest` if there are enough positions."""
     sizes: list[int] = []
     for size in (fewest, fewest, 3, 6, 5, 7):
         if sum(sizes) + size + fewest <= len(positions):
@@ -341,10 +344,10 @@ def _pieces(positions: Tensor, fewest: int) -> list[Tensor]:
 
 
 def _is_unready(module: nn.Module) -> bool:
-    """Whether a module is an automatic guide of Pyro that has not been called yet."""
+    """Whether a module is an autoguide of Pyro that has not been called yet."""
     return hasattr(module, "prototype_trace") and module.prototype_trace is None
 
 
 def _row_size(model_trace: Trace, layout: Layout) -> int:
-    """Floats that one particle of one datum takes at the largest site."""
+    """Numbers per particle and datum at the largest site."""
     return max(site["value"].numel() for _, site in sample_sites(model_trace)) // layout.num_data

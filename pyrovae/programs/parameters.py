@@ -1,4 +1,4 @@
-"""The parameters of Pyro programs: emitted without Pyro's store, out of sight of handlers around them."""
+"""Parameters of Pyro programs: emitted without Pyro's store, and programs isolated from surrounding handlers."""
 
 import weakref
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ __all__ = ["apart_from_handlers", "check_program", "emit_parameters"]
 
 
 def check_program(name: str, program: Any) -> None:
-    """Raise TypeError for what cannot be run: an object that holds a program, as many a class named VAE does."""
+    """Raise TypeError if `program` cannot be called, as an object that only holds a model and a guide (a class VAE)."""
     called_as = (nn.Module.__call__, PyroModule.__call__)  # what calls `forward`
     empty = isinstance(program, nn.Module) and type(program).forward is nn.Module.forward
     if not callable(program) or (empty and type(program).__call__ in called_as):
@@ -28,9 +28,9 @@ def check_program(name: str, program: Any) -> None:
 def emit_parameters(module: nn.Module, name: str) -> None:
     """Make every parameter of a module a Pyro param site, without Pyro's global parameter store.
 
-    `SVI` optimises the param sites it sees. `pyro.module` would make them by putting the parameters into a store
-    under their names, where a second model of the same name finds the first one's and never moves. These sites carry
-    the module's own parameters, so that models trained by turns do not touch each other, and nothing needs clearing.
+    `SVI` optimises the param sites it sees. `pyro.module` puts the parameters into the store under their names; a
+    second model with the same names then gets the parameters of the first and is never trained. These sites carry the
+    module's own parameters, so models trained in turn do not affect each other, and the store need not be cleared.
     """
     if not am_i_wrapped():
         return
@@ -41,7 +41,7 @@ def emit_parameters(module: nn.Module, name: str) -> None:
 
 @effectful(type="param")
 def _local_parameter(parameter: Tensor) -> Tensor:
-    # An alias, so that the attribute Pyro asks for is not left on the module's parameter (it would not pickle).
+    # Use an alias, so that the module's parameter does not get the attribute that Pyro needs (it could not be pickled).
     value = parameter.detach()
     value.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
     return value
@@ -49,9 +49,9 @@ def _local_parameter(parameter: Tensor) -> Tensor:
 
 @contextmanager
 def apart_from_handlers() -> Iterator[None]:
-    """Run a Pyro program inside another as if it were alone: no handler or plate around it sees it, or lends it a dimension.
+    """Isolate a Pyro program that runs inside another from the handlers and plates around it.
 
-    `poutine.block` hides sites, but a plate inside still finds its name or its dimension taken by one outside.
+    `poutine.block` only hides sites: a plate inside still conflicts with an outer plate of the same name or dimension.
     """
     stacks = runtime._PYRO_STACK, runtime._DIM_ALLOCATOR._stack
     kept = [list(stack) for stack in stacks]

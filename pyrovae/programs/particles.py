@@ -1,4 +1,4 @@
-"""Particles of a model/guide pair: many at once under an outer plate, whether a program allows that, and how many fit."""
+"""Particles of a model/guide pair: drawn together under an outer plate if the program allows it and memory suffices."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ _logger = logging.getLogger("pyrovae")
 def run_particles(
     model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout, num_particles: int | None
 ) -> tuple[Trace, Trace]:
-    """One run of a pair: of so many particles under an outer plate, or of one without (None)."""
+    """Run a pair once: with `num_particles` under an outer plate, or with one particle if None."""
     if num_particles is not None:
         model, guide = (under_particles(program, layout, num_particles) for program in (model, guide))
     return run_pair(model, guide, args, kwargs, layout.pinned)
@@ -33,7 +33,7 @@ def run_particles(
 
 @torch.no_grad()
 def reason_to_loop(model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout) -> str | None:
-    """Why a pair must draw its particles one by one; None where two drawn together are the same two drawn apart."""
+    """Why a pair must draw its particles one by one; None if two drawn together agree with the same two drawn apart."""
 
     def both() -> tuple[Tensor, Tensor]:
         model_trace, guide_trace = run_particles(model, guide, args, kwargs, layout, 2)
@@ -47,16 +47,16 @@ def reason_to_loop(model: Program, guide: Program, args: tuple, kwargs: dict, la
     try:
         return None if equivalent(both) else "two particles drawn together differ from the same two drawn apart"
     except Exception as error:
-        # A program that fails for one particle too has another trouble than the plate, and says so itself.
+        # If the program fails for one particle too, the plate is not the reason: raise that error.
         log_weights_of(layout, *run_pair(model, guide, args, kwargs, layout.pinned))
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
-_BYTES_PER_WEIGHT = 16  # in the programs' precision and in float64
+_BYTES_PER_WEIGHT = 16  # each weight is kept in the programs' precision and in float64
 
 
 def refuse_more_than_memory(name: str, number: int, device: torch.device | None) -> None:
-    """Raise ValueError if so many weights of one datum do not fit into the memory of the device, or of the machine."""
+    """Raise ValueError if `number` weights of one datum do not fit into the memory of the device or machine."""
     if device is not None and device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf"):
@@ -65,25 +65,22 @@ def refuse_more_than_memory(name: str, number: int, device: torch.device | None)
         memory = 2**40
     if number * _BYTES_PER_WEIGHT > memory:
         raise ValueError(
-            f"{name}={number:,} takes {number * _BYTES_PER_WEIGHT / 2**30:,.0f} GiB for the weights of a single datum, and there are "
-            f"{memory / 2**30:,.0f} GiB: take {memory // _BYTES_PER_WEIGHT:,} or fewer"
+            f"{name}={number:,} takes {number * _BYTES_PER_WEIGHT / 2**30:,.0f} GiB for the weights of a single datum, "
+            f"and there are {memory / 2**30:,.0f} GiB: take {memory // _BYTES_PER_WEIGHT:,} or fewer"
         )
 
 
 def halved(num_particles: int | None, num_data: int, error: torch.OutOfMemoryError) -> int:
-    """Half of as many particles as the device's memory did not hold; the log says so.
-
-    Raises RuntimeError where there was one alone.
-    """
+    """Halve a number of particles that did not fit into memory, and log it; RuntimeError if it was one particle."""
     if num_particles is None or num_particles == 1:
         raise RuntimeError(
-            f"one particle of {num_data:,} data together does not fit into the device's memory: data_batch_size= takes fewer "
-            f"data at once"
+            f"one particle of {num_data:,} data together does not fit into the device's memory: pass a smaller "
+            f"data_batch_size="
         ) from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     _logger.warning(
-        "out of memory with %d particles of %d data at once: going on with %d",
+        "out of memory with %d particles of %d data at once: continuing with %d",
         *(num_particles, num_data, num_particles // 2),
     )
     return num_particles // 2

@@ -1,7 +1,8 @@
-"""The modules that Pyro programs reach, and the evaluation mode that they are put into.
+"""Finds the modules that Pyro programs use, and puts them into evaluation mode.
 
-A program is a module, a method of one, or any function or object that refers to some; what no reference shows is found when it
-is called. Whatever an evaluation changes in a module (its mode, its buffers, which parameters it holds) is noticed here.
+A program is a module, a method of a module, or a function or object that refers to modules. Modules without a reference
+are found when they are called. Changes that an evaluation makes to a module (mode, buffers, parameters) are detected
+and undone.
 """
 
 import functools
@@ -22,11 +23,11 @@ __all__ = ["changed_buffers", "evaluation_mode", "find_modules", "modules_behind
 
 
 class _Evaluation:
-    """Modules that were put into evaluation mode, with what they were before."""
+    """Modules that were put into evaluation mode, with their state before."""
 
     def __init__(self) -> None:
         self.training: dict[nn.Module, bool] = {}
-        self.buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []  # with a copy
+        self.buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []  # module, name, buffer, its copy
         self.parameters: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
 
     def add(self, module: nn.Module) -> None:
@@ -43,17 +44,22 @@ class _Evaluation:
             module.training = training
 
 
-_evaluations: list[_Evaluation] = []  # those that are going on, the innermost last
+_evaluations: list[_Evaluation] = []  # the active evaluations, innermost last
 _one_at_a_time = threading.RLock()
 
 
 @contextmanager
 def evaluation_mode(*programs: Any) -> Iterator[torch.device | None]:
-    """Put the modules behind Pyro programs into `eval()`, and each back as it was; yields their device.
+    """Put the modules of Pyro programs into `eval()`, and restore the mode of each afterwards.
 
-    A program is an `nn.Module`, a method of one, or a function or object that refers to some. The device is that of the first
-    parameter found, None without one. Evaluations in several threads wait for each other, as Pyro's handlers and the modes of
-    modules are one for all threads.
+    A program is an `nn.Module`, a method of one, or a function or object that refers to modules. Evaluations in several
+    threads wait for each other, because Pyro's handlers and the modes of modules are shared by all threads.
+
+    Args:
+        programs: Pyro programs.
+
+    Yields:
+        The device of the first parameter or buffer found; None if there is none.
     """
     modules = modules_behind(*programs)
     parameter = next((tensor for module in modules for tensor in (*module.parameters(), *module.buffers())), None)
@@ -72,9 +78,9 @@ def evaluation_mode(*programs: Any) -> Iterator[torch.device | None]:
 
 @contextmanager
 def find_modules() -> Iterator[None]:
-    """Put modules that are called inside into evaluation mode too, until the evaluation that is going on ends.
+    """Put every module that is called inside into evaluation mode, until the current evaluation ends.
 
-    For programs that reach their modules by ways that `modules_behind` does not follow.
+    This finds modules that a program reaches by references which `modules_behind` does not follow.
     """
     if not _evaluations:
         yield
@@ -83,14 +89,14 @@ def find_modules() -> Iterator[None]:
     hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: evaluation.add(module))
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # that such hooks run twice there
+            warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # warns that global hooks run twice
             yield
     finally:
         hook.remove()
 
 
 def changed_buffers() -> list[str]:
-    """Names of the buffers that changed since the evaluation that is going on began; they are put back."""
+    """Names of the buffers that changed since the current evaluation began; restores them."""
     changed = []
     for module, name, buffer, before in _evaluations[-1].buffers if _evaluations else ():
         now = module._buffers.get(name)
@@ -106,9 +112,10 @@ def changed_buffers() -> list[str]:
 
 
 def replaced_parameters() -> list[str]:
-    """Names of the parameters that other tensors stand in for since the evaluation that is going on began; they are put back.
+    """Names of the parameters that were replaced since the current evaluation began; restores them.
 
-    Pyro does that: it gives modules the tensors that its store has under their names, which may be another model's.
+    Pyro replaces them: it gives modules the tensors in its store under their names, which may be those of another
+    model.
     """
     replaced = []
     for module, before in _evaluations[-1].parameters if _evaluations else ():
@@ -126,8 +133,8 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 def modules_behind(*programs: Any) -> list[nn.Module]:
     """The modules that Pyro programs are (an `nn.Module`, a method of one) or refer to, each once.
 
-    Followed are closures, globals and default arguments of functions, attributes of objects and of imported modules, and
-    containers; not what belongs to installed packages.
+    Follows closures, globals and default arguments of functions, attributes of objects and of imported modules, and
+    containers, except those of installed packages.
     """
     found: dict[nn.Module, None] = {}
     seen: set[int] = set()
@@ -136,7 +143,7 @@ def modules_behind(*programs: Any) -> list[nn.Module]:
     return list(found)
 
 
-_DEEPEST, _LONGEST = 12, 1000  # references followed one behind the other; items of a container that are looked at
+_DEEPEST, _LONGEST = 12, 1000  # longest chain of references that is followed; largest container that is searched
 _OF_TORCH = set(vars(nn.Module()))
 
 
@@ -151,11 +158,11 @@ def _follow(value: Any, found: dict[nn.Module, None], seen: set[int], depth: int
 
 
 def _references(value: Any) -> Iterator[Any]:
-    """What a program, or something that it refers to, refers to."""
+    """The objects that a program, or an object reached from it, refers to."""
     if isinstance(value, list | tuple | set | frozenset | dict):
         if len(value) <= _LONGEST:
             yield from value.values() if isinstance(value, dict) else value
-    elif isinstance(value, nn.Module):  # what a module holds and torch does not know of
+    elif isinstance(value, nn.Module):  # attributes of modules that torch does not register
         own = (part for part in value.modules() if not _is_installed(type(part).__module__))
         yield from (held for part in own for name, held in vars(part).items() if name not in _OF_TORCH)
     elif isinstance(value, functools.partial):
@@ -175,13 +182,13 @@ def _references(value: Any) -> Iterator[Any]:
             slots = vars(kind).get("__slots__", ())
             for slot in (slots,) if isinstance(slots, str) else slots:
                 yield getattr(value, slot, None)
-    elif hasattr(value, "__wrapped__"):  # by functools.cache, for instance
+    elif hasattr(value, "__wrapped__"):  # for example functools.cache
         yield value.__wrapped__
 
 
 @functools.cache
 def _is_installed(module: str | None) -> bool:
-    """Whether a module belongs to Python or to an installed package, this one apart."""
+    """Whether a module belongs to Python or to an installed package other than this one."""
     package = (module or "").partition(".")[0]
     if package in ("pyrovae", "__main__", ""):
         return False
@@ -192,11 +199,11 @@ def _is_installed(module: str | None) -> bool:
 
 
 def _values_in_reach(function: types.FunctionType) -> Iterator[Any]:
-    """What a function's code, with the functions and comprehensions inside, may use: globals, closure, default arguments."""
+    """The values a function may use, nested functions included: globals, closure and default arguments."""
     yield from (function.__defaults__ or ())
     yield from (function.__kwdefaults__ or {}).values()
     for cell in function.__closure__ or ():
-        with suppress(ValueError):  # not filled yet
+        with suppress(ValueError):  # the cell is empty
             yield cell.cell_contents
     codes = [function.__code__]
     while codes:
@@ -207,6 +214,6 @@ def _values_in_reach(function: types.FunctionType) -> Iterator[Any]:
             value = values.pop()
             if not inspect.ismodule(value):
                 yield value
-            elif not _is_installed(value.__name__):  # whatever of an imported file the code may name
+            elif not _is_installed(value.__name__):  # attributes of an imported module that the code names
                 values += (vars(value)[name] for name in code.co_names if name in vars(value))
         codes += (constant for constant in code.co_consts if inspect.iscode(constant))

@@ -1,7 +1,6 @@
-"""What must not change when a pair of programs is run again: its numbers under one seed, its buffers, and each datum's density
-when the latents of other data change.
+"""Checks of repeated runs: same numbers under the same seed, unchanged buffers, and no coupling between data.
 
-Every comparison draws random numbers of its own, so that evaluations draw the same numbers with and without it.
+Every comparison uses its own random numbers, so that an evaluation draws the same numbers with and without it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,13 +30,13 @@ from pyrovae.programs.traces import (
 __all__ = ["random_numbers_apart", "refuse_coupled_data", "refuse_influence_of_masked", "refuse_other_reruns"]
 
 _SEED = 20261126
-_BITS = 6  # by which data are told apart
-_NEGLIGIBLE = 1e-4  # nats: an adaptive solver (a continuous flow) shares its steps among the data
+_BITS = 6  # length of the codes that tell data apart
+_NEGLIGIBLE = 1e-4  # nats; data may share the steps of an adaptive solver (a continuous flow)
 
 
 @contextmanager
 def random_numbers_apart(*tensors: Tensor) -> Iterator[None]:
-    """Draw from generators seeded alike every time (torch's, NumPy's and Python's), and put them back as they were."""
+    """Seed the generators of torch, NumPy and Python with a constant, and restore them afterwards."""
     devices = {tensor.device for tensor in tensors if tensor.is_cuda}
     before = pyro.util.get_rng_state()
     with torch.random.fork_rng(devices):
@@ -49,7 +48,7 @@ def random_numbers_apart(*tensors: Tensor) -> Iterator[None]:
 
 
 def refuse_other_reruns(pair: InspectedPair) -> None:
-    """Raise ValueError for a pair that changes a buffer in evaluation mode, or gives other numbers under the same seed."""
+    """Raise ValueError if a pair changes a buffer in evaluation mode, or gives other numbers under the same seed."""
 
     def run() -> Tensor:
         with random_numbers_apart(*pair.values()):
@@ -57,30 +56,33 @@ def refuse_other_reruns(pair: InspectedPair) -> None:
             return log_weights_of(pair.layout, *traces)
 
     first, second = run(), run()
-    same = torch.equal(first, second) or equivalent(
-        lambda: (run(), run())
-    )  # on a GPU, sums may differ in their rounding
+    same = torch.equal(first, second) or equivalent(lambda: (run(), run()))  # on a GPU, sums may round differently
     if changed := changed_buffers():
         raise ValueError(
-            f"running the programs changes buffers in evaluation mode ({', '.join(changed[:3])}), so that an evaluation would "
-            f"change what it measures; they were put back. Update them only if self.training is set, and put modules that "
-            f"the programs do not refer to into eval() yourself"
+            f"running the programs changes buffers in evaluation mode ({', '.join(changed[:3])}), so an evaluation "
+            f"would change what it measures; the buffers were restored. Update them only if self.training is set, and "
+            f"call eval() on modules that the programs do not refer to"
         )
     if not same:
         raise ValueError(
-            "the programs give other log weights when they are run again under the same seed, so their numbers cannot be "
-            "reproduced: something in them changes from run to run (a counter, a cache, a generator of their own). Keep "
-            "such state out of model and guide, and draw from torch's generator"
+            "the programs give other log weights when they are run again under the same seed, so their numbers cannot "
+            "be reproduced: some state in them changes from run to run (a counter, a cache, a generator of their own). "
+            "Keep such state out of model and guide, and draw from torch's generator"
         )
 
 
 def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *, is_split: bool = False) -> None:
     """Raise ValueError if the model's density of a datum changes with the latents of other data.
 
-    Their joint density is then no product over the data, and the sum of per-datum estimates is not log p of them all.
+    Then the joint density is no product over the data, and per-datum estimates do not add up to log p of the data.
 
-    priors: runs of the model on its own, whose latents are tried too
-    is_split: try fewer, since pieces of the data are compared with the whole as well
+    Args:
+        pair: The model and the guide.
+        priors: Runs of the model on its own, whose latents are tried too.
+        is_split: Try fewer latents, because pieces of the data are compared with the whole as well.
+
+    Raises:
+        ValueError: If the latents of some data change the density of others.
     """
     layout = pair.layout
     if layout.plate is None or layout.num_data < 2:
@@ -101,21 +103,22 @@ def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *,
         for other in others[number % len(others) :][:1] if is_split else others[:4]:
             if len(kept) and not _same_density(pair, _mixed(pair, other, changed), kept):
                 raise ValueError(
-                    f"the model couples the data of plate '{layout.plate}': the log density of a datum changes with the latents of "
-                    f"others (a factor over neighbours, attention or batch statistics across the plate), so that per-datum "
-                    f"estimates do not add up to log p of the data. Together they are one datum: replace the plate by "
-                    f".to_event(1) on its sites, or take the coupling out of the model"
+                    f"the model couples the data of plate '{layout.plate}': the log density of a datum changes with "
+                    f"the latents of other data (a factor over neighbours, attention or batch statistics across the "
+                    f"plate), so per-datum estimates do not add up to log p of the data. Treat the data as a single "
+                    f"datum by replacing the plate by .to_event(1) on its sites, or remove the coupling from the model"
                 )
 
 
 def refuse_influence_of_masked(pair: InspectedPair) -> None:
-    """Raise ValueError if a latent that the model masks, or a masked part of it, changes other terms of the model."""
+    """Raise ValueError if other terms of the model change with a latent, or part of it, that the model masks."""
     hidden = {}
     for name, site in sample_sites(pair.model_trace):
         seen = None if site["is_observed"] else counted(site)
         if seen is not None and not seen.all():
             hidden[name] = ~seen
-    # A Delta with the prior of what is masked (NeuTraReparam). In a plate, Pyro would count that prior once for each datum.
+    # A Delta outside plates may carry the prior of masked elements (NeuTraReparam). In a plate, Pyro would count that
+    # prior once for each datum.
     carried = [site for _, site in sample_sites(pair.model_trace) if is_delta(site)]
     reparametrised = carried and any(name.endswith(SHARED) for name in hidden)
     if not hidden or (reparametrised and not any(site["cond_indep_stack"] for site in carried)):
@@ -128,8 +131,8 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
         values = {name: torch.where(elements[(...,) + (None,) * inner], other[name], site["value"])}
         if not _same_density(pair, values, None):
             raise ValueError(
-                f"the model masks latent site '{name}' (or a part of it), and other sites that are not masked depend on what is "
-                f"masked: without its prior there is no p(x). Mask what depends on it too, or take the mask off"
+                f"the model masks latent site '{name}' (or a part of it), and sites that are not masked depend on it: "
+                f"without its prior there is no p(x). Mask these sites too, or remove the mask"
             )
 
 
@@ -149,14 +152,14 @@ def _shaken(pair: InspectedPair) -> dict[str, Tensor]:
 
 
 def _same_density(pair: InspectedPair, values: dict[str, Tensor], data: Tensor | None) -> bool:
-    """Whether the model's log density of some data (all for None) is the same with other values of its latents."""
+    """Whether the model's log density of some data (None: all) is the same with other values of its latents."""
 
     def density(changed: dict[str, Tensor]) -> Tensor:
         replayed = poutine.Trace()
         for name, site in sample_sites(pair.model_trace):
             if not site["is_observed"]:
                 replayed.add_node(name, **{**site, "value": changed.get(name, site["value"])})
-        with random_numbers_apart(*pair.values()):  # what the model draws out of sight is the same each time
+        with random_numbers_apart(*pair.values()):  # hold fixed what the model draws outside of sample sites
             trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, replayed)
         return log_joint_of(pair.layout, trace)[:, slice(None) if data is None else data]
 
@@ -166,7 +169,7 @@ def _same_density(pair: InspectedPair, values: dict[str, Tensor], data: Tensor |
 
 
 def _mixed(pair: InspectedPair, other: dict[str, Tensor], changed: Tensor) -> dict[str, Tensor]:
-    """Values of the model's latents, those of the data marked in `changed` from another run."""
+    """Values of the model's latents; those of the data marked in `changed` are from another run."""
     layout, mixed = pair.layout, {}
     for name, value in latents_of(pair.model_trace).items():
         site = pair.model_trace.nodes[name]

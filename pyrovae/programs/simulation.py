@@ -1,4 +1,4 @@
-"""Data simulated from a model together with their latents, which are exact draws of the posterior."""
+"""Simulates data from a model, together with latents that are exact draws from their posterior."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ __all__ = ["ProperPriors", "first_data", "simulate"]
 def simulate(
     model: Program, guide: Program | None, args: tuple, kwargs: dict
 ) -> tuple[poutine.Trace, Program, tuple, dict]:
-    """Simulate the model: (trace, model that observes what was simulated, its arguments).
+    """Simulate the model: (trace, model that observes the simulated data, its arguments).
 
-    The simulated data take the place of the arguments that each observed site shows to be its data, where that is
-    one-to-one; else the program is conditioned on them, which a guide does not see.
+    If each observed site matches exactly one argument, the simulated data replace these arguments. Otherwise the model
+    is conditioned on the simulated data, which a guide does not see.
     """
     check_program("model", model)
     free = ProperPriors()(poutine.uncondition(model))
@@ -37,18 +37,18 @@ def simulate(
     shown = _show(model, trace, observed, args, kwargs)
     if shown is None and guide is not None:
         raise ValueError(
-            f"which arguments are the observed values of site(s) {sorted(observed)} does not show, so the guide cannot be "
-            f"given simulated ones: pass the data as tensors of their own that differ in value (torch.zeros for one site "
-            f"and torch.ones for another), or start from the prior (guide=None)"
+            f"cannot tell which arguments are the observed values of site(s) {sorted(observed)}, so the guide cannot "
+            f"be given simulated ones: pass the data of each site as a separate tensor, and tensors that differ in "
+            f"value (torch.zeros for one site, torch.ones for another), or start from the prior (guide=None)"
         )
-    # What is simulated must not depend on the data passed: other data, the same random numbers.
+    # The simulated values must not depend on the data passed: run with other data and the same random numbers.
     others = shown or map_tensors(lambda tensor: tensor.flatten().flip(0).reshape(tensor.shape), (args, kwargs))
     again = _trace_under(seed, free, *others)
     for name, site in sample_sites(trace):
         if name not in again or not torch.equal(again.nodes[name]["value"], site["value"]):
             raise ValueError(
                 f"what the model simulates at site '{name}' depends on the values of the data passed (or on state that "
-                f"changes between runs), so its draws are not draws of p(x, z)"
+                f"changes between runs), so it is not a draw from p(x, z)"
             )
     if shown is not None:
         return trace, model, *shown
@@ -57,7 +57,7 @@ def simulate(
 
 
 def _trace_under(seed: int, program: Program, args: tuple, kwargs: dict) -> poutine.Trace:
-    """Trace of a run under a seed of its own, on whichever devices it draws."""
+    """Trace of a run under a seed, on all devices, with the generators restored afterwards."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -67,9 +67,9 @@ def _trace_under(seed: int, program: Program, args: tuple, kwargs: dict) -> pout
 def _refuse_what_is_not_simulated(site: dict) -> None:
     name, value, data = site["name"], site["value"], site["infer"]["obs"]
     if site_is_factor(site):
-        raise ValueError(f"site '{name}' is a factor, which cannot be simulated: write it as an observation")
+        raise ValueError(f"site '{name}' is a factor, which cannot be simulated: replace it by an observed site")
     if any(True for _ in masks_of(site)):
-        raise ValueError(f"observed site '{name}' is masked, so what to simulate is unclear: pass data without gaps")
+        raise ValueError(f"observed site '{name}' is masked, so it is unclear what to simulate: pass data without gaps")
     if value.shape != data.shape:
         raise ValueError(
             f"observed site '{name}' simulates values of shape {tuple(value.shape)} for data of shape "
@@ -80,10 +80,11 @@ def _refuse_what_is_not_simulated(site: dict) -> None:
 def _show(
     model: Program, trace: poutine.Trace, observed: dict[str, dict], args: tuple, kwargs: dict
 ) -> tuple[tuple, dict] | None:
-    """The arguments with the simulated data in their places (reshaped perhaps); None where these are not sure.
+    """Put the simulated data (reshaped if necessary) into the arguments; None if it is unclear which arguments to
+    replace.
 
-    A place is an argument that holds the values of one observed site, which no other argument and no other site has; and
-    the model, run on what was put there, must observe what was simulated.
+    An argument is replaced if it alone holds the values of an observed site. The model, run on the new arguments, must
+    then observe the simulated data.
     """
     tensors: dict[int, Tensor] = {}
     map_tensors(lambda tensor: tensors.setdefault(id(tensor), tensor), (args, kwargs))
@@ -108,7 +109,7 @@ def _holds(tensor: Tensor, data: Tensor) -> bool:
 
 
 def first_data(site: dict, layout: Layout, count: int) -> Tensor:
-    """A site's value for the first data alone."""
+    """A site's value for the first `count` data."""
     value = site["value"]
     if count == layout.num_data or layout.dim is None:
         return value
@@ -117,12 +118,12 @@ def first_data(site: dict, layout: Layout, count: int) -> Tensor:
 
 
 class ProperPriors(Messenger):
-    """Raise ValueError, naming the site, for a latent that is to be drawn from an improper prior."""
+    """Handler that raises ValueError, naming the site, if a latent would be drawn from an improper prior."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["value"] is None and isinstance(innermost(msg["fn"]), ImproperUniform):
             raise ValueError(
-                f"the prior of site '{msg['name']}' is improper (ImproperUniform): it has no draws to start chains from, and "
-                f"p(x) is defined up to a constant only; give the site a prior with a density that integrates to 1, "
-                f"Normal(0, 10) for instance"
+                f"the prior of site '{msg['name']}' is improper (ImproperUniform): chains cannot start from its draws, "
+                f"and p(x) is defined up to a constant only; give the site a prior with a density that integrates to "
+                f"1, for example Normal(0, 10)"
             )

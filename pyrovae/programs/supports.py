@@ -1,4 +1,4 @@
-"""Where values lie in the supports of their distributions, through the wrappers that Pyro puts around a distribution."""
+"""Supports of distributions and the values inside them, seen through Pyro's wrappers (`to_event`, `mask`, `expand`)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,7 @@ __all__ = [
     "supported_elements",
 ]
 
-# Their log_prob is the same one turn further on, or along a whole ray.
+# Their log_prob is periodic (angles), or constant along a ray (directions).
 _ANGLES_AND_DIRECTIONS = (
     dist.ProjectedNormal,
     dist.SineBivariateVonMises,
@@ -31,7 +31,7 @@ _ANGLES_AND_DIRECTIONS = (
     dist.VonMises3D,
 )
 _ANGLES = (torch.distributions.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
-# Where a transform, a mixture and a MaskedMixture keep what they are made of.
+# Attributes in which transforms, mixtures and MaskedMixture keep their components.
 _PARTS = ("base_dist", "component_distribution", "component0", "component1")
 _WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
 
@@ -44,7 +44,7 @@ def innermost(distribution: Any) -> Any:
 
 
 def is_angle_or_direction(distribution: Any) -> bool:
-    """Whether a density goes on for ever beyond one turn, or along rays; known by the families of Pyro and torch."""
+    """Whether a density repeats at each turn, or is constant along rays; known for the families of Pyro and torch."""
     distribution = innermost(distribution)
     parts = (getattr(distribution, name, None) for name in _PARTS)
     return isinstance(distribution, _ANGLES_AND_DIRECTIONS) or any(
@@ -53,7 +53,7 @@ def is_angle_or_direction(distribution: Any) -> bool:
 
 
 def support_of(distribution: Any) -> Any:
-    """The support of a distribution; None if it tells none (`ZukoToPyro`)."""
+    """The support of a distribution; None if it defines none (`ZukoToPyro`)."""
     try:
         return distribution.support
     except (AttributeError, NotImplementedError):
@@ -61,14 +61,16 @@ def support_of(distribution: Any) -> Any:
 
 
 def is_angle(distribution: Any) -> bool:
-    """Whether a distribution draws angles in [-pi, pi) while its density goes on beyond one turn."""
+    """Whether a distribution draws angles in [-pi, pi), with a density that repeats beyond one turn."""
     return isinstance(innermost(distribution), _ANGLES)
 
 
 def is_possible(site: dict, *, nan: bool = False) -> Tensor | None:
-    """Where the site's value lies in its support, with the batch shape; masked elements do; None: always so.
+    """Where a site's value is in its support, with the batch shape; masked elements count as inside. None: everywhere.
 
-    nan: let NaN pass, of which some distributions know the log density (`NanMaskedNormal`)
+    Args:
+        site: A sample site of a trace.
+        nan: Count NaN as inside, because some distributions have a log density for it (`NanMaskedNormal`).
     """
     possible = possible_elements(site, nan=nan)
     parts = num_parts(site["fn"])
@@ -76,7 +78,7 @@ def is_possible(site: dict, *, nan: bool = False) -> Tensor | None:
 
 
 def possible_elements(site: dict, *, nan: bool = False) -> Tensor | None:
-    """The same for each element of the value that `to_event` put into one event, and that a mask may leave out."""
+    """Like `is_possible`, for each element that `to_event` joined into one event and that a mask may leave out."""
     distribution = site["fn"]
     elements = None if site_is_factor(site) else supported_elements(distribution, site["value"])
     if elements is None:
@@ -93,19 +95,19 @@ def possible_elements(site: dict, *, nan: bool = False) -> Tensor | None:
 
 
 def supported_elements(distribution: Any, value: Tensor) -> Tensor | None:
-    """The same without the masks: the value as the innermost distribution sees it."""
+    """Like `possible_elements`, without masks: the value in the support of the innermost distribution."""
     base = innermost(distribution)
     try:
         support = base.support
         elements = support.check(value)
-    except (AttributeError, NotImplementedError, ValueError):  # no support, or one torch cannot check
+    except (AttributeError, NotImplementedError, ValueError):  # no support, or torch cannot check it
         return None
     if isinstance(base, torch.distributions.TransformedDistribution):
         elements = elements & _is_reached(base, value, support.event_dim)
     extra = len(base.event_shape) - support.event_dim
     if extra > 0:
         elements = elements.flatten(-extra).all(-1)
-    if parts := num_parts(distribution):  # a value of fewer dimensions stands for all parts
+    if parts := num_parts(distribution):  # a value with fewer dimensions is broadcast over all parts
         shape = distribution.batch_shape + distribution.event_shape[:parts]
         elements = elements.expand(torch.broadcast_shapes(elements.shape, shape))
     return elements
@@ -132,12 +134,12 @@ def _is_reached(distribution: Any, value: Tensor, event_dim: int) -> Tensor:
 
 
 def num_parts(distribution: Any) -> int:
-    """How many dimensions `to_event` made part of the event."""
+    """The number of dimensions that `to_event` made part of the event."""
     return len(distribution.event_shape) - len(innermost(distribution).event_shape)
 
 
 def masks_of(site: dict) -> Iterator[tuple[Any, int]]:
-    """The masks of a site and inside its distribution, each with how many of its event dimensions are right of the mask's."""
+    """All masks of a site and its distribution, each with the number of event dimensions to the right of the mask."""
     distribution = site["fn"]
     if site["mask"] is not None:
         yield site["mask"], num_parts(distribution)

@@ -1,4 +1,4 @@
-"""Runs of Pyro programs and the log weights in them: a trace of the model, one of the guide -> (S, N) numbers."""
+"""Runs Pyro programs and computes log weights (S, N) from a trace of the model and one of the guide."""
 
 from collections.abc import Callable, Iterator
 from functools import reduce
@@ -50,12 +50,13 @@ _HALF = (torch.float16, torch.bfloat16)
 class Layout(NamedTuple):
     """Where the data are in a pair of programs.
 
-    plate: name of the plate that indexes the data; None: the whole program is one datum
-    dim: its batch dimension, negative; None for a sequential plate, or without a plate
-    num_data: the number of data N, of the subsample where the plate draws one
-    subsampled: whether it draws one
-    max_plate_nesting: how many batch dimensions, from the right, the programs' plates take up
-    pinned: a trace that holds the subsample indices, drawn once
+    Attributes:
+        plate: Name of the plate that indexes the data; None if the whole program is one datum.
+        dim: Its batch dimension, negative; None for a sequential plate, or without a plate.
+        num_data: The number of data N, or of the subsample if the plate draws one.
+        subsampled: Whether the plate draws a subsample.
+        max_plate_nesting: The number of batch dimensions, from the right, that the programs' plates use.
+        pinned: A trace with the subsample indices, drawn once.
     """
 
     plate: str | None
@@ -71,7 +72,7 @@ class Layout(NamedTuple):
 
 
 class InspectedPair(NamedTuple):
-    """A model and a guide with their arguments, and one run of each, the model on the guide's draws."""
+    """A model and a guide with their arguments, and one run of each: the model is run on the guide's draws."""
 
     model: Program
     guide: Program
@@ -87,7 +88,7 @@ class InspectedPair(NamedTuple):
 
 
 def trace_program(program: Program, args: tuple, kwargs: dict, *replayed: poutine.Trace) -> poutine.Trace:
-    """Trace of one run without gradients or validation, with the values of the `replayed` traces put in."""
+    """Trace of one run without gradients or validation, with values replayed from the `replayed` traces."""
     for trace in replayed:
         program = poutine.replay(program, trace=trace)
     with torch.no_grad(), pyro.validation_enabled(False), plain_errors():
@@ -97,14 +98,14 @@ def trace_program(program: Program, args: tuple, kwargs: dict, *replayed: poutin
 def run_pair(
     model: Program, guide: Program, args: tuple, kwargs: dict, *replayed: poutine.Trace
 ) -> tuple[poutine.Trace, poutine.Trace]:
-    """(model trace, guide trace), the model run on the guide's draws."""
+    """(model trace, guide trace) with the model run on the guide's draws."""
     guide_trace = trace_program(guide, args, kwargs, *replayed)
     model_trace = trace_program(model, args, kwargs, *replayed, guide_trace)
     return model_trace, guide_trace
 
 
 class _KeptPriors(Messenger):
-    """Keeps what a `GuideMessenger` notes of each site, which replaying another trace's values would drop."""
+    """Keeps the prior that a `GuideMessenger` stores at each site, which replaying another trace would drop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class _KeptPriors(Messenger):
 
 
 def as_guide(program: Program) -> Program:
-    """The guide as a program of latents alone: a `GuideMessenger` of Pyro (AutoNormalMessenger, ...) runs the model whole."""
+    """The guide without observed sites: a `GuideMessenger` of Pyro (AutoNormalMessenger, ...) runs the whole model."""
     if not isinstance(program, GuideMessenger):
         return program
 
@@ -150,7 +151,7 @@ def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
 
 
 def latents_of(trace: poutine.Trace) -> dict[str, Tensor]:
-    """The values that were drawn, by site."""
+    """The values of the latent sites by name."""
     return {name: site["value"] for name, site in sample_sites(trace) if not site["is_observed"]}
 
 
@@ -170,11 +171,11 @@ def log_weights_of(
     for name in latents if layout.sequential else ():
         if sequential_column(model_trace.nodes[name], layout) != sequential_column(guide_trace.nodes[name], layout):
             raise ValueError(
-                f"site '{name}' belongs to different data of plate '{layout.plate}' in model and guide: go through the "
-                f"plate in one order in both"
+                f"site '{name}' belongs to different data of plate '{layout.plate}' in model and guide: iterate over "
+                f"the plate in the same order in both"
             )
     total = reduce(add, (term if program == "model" else -term for (program, _), term in terms.items()))
-    # Where p(z) = 0 the weight is 0, whatever the likelihood makes of such a z.
+    # If p(z) = 0 the weight is 0, whatever the likelihood gives for such a z.
     for name in latents:
         total = torch.where(terms["model", name] == -torch.inf, -torch.inf, total)
     if checks_values() and not (total < torch.inf).all():
@@ -182,14 +183,14 @@ def log_weights_of(
             if term.isnan().any() or (term == torch.inf).any():
                 raise ValueError(
                     f"the log density of site '{name}' of the {program} is NaN or +inf, so there is no log weight: "
-                    f"look for NaN in the data or parameters, or for a density without bound"
+                    f"look for NaN in the data or parameters, or for an unbounded density"
                 )
         raise ValueError("a log weight is NaN or +inf: the guide drew a value to which it gives no density")
     return total
 
 
 def log_likelihood_of(layout: Layout, model_trace: poutine.Trace) -> Tensor:
-    """Log density (1, N) of what is observed, and of factors, in a trace without a particle plate; () of nothing."""
+    """Log density (1, N) of observed sites and factors, in a trace without a particle plate; 0 if there are none."""
     terms = [
         spread(site_log_prob(site), site, layout, None) for _, site in sample_sites(model_trace) if site["is_observed"]
     ]
@@ -202,13 +203,13 @@ def log_joint_of(layout: Layout, model_trace: poutine.Trace) -> Tensor:
 
 
 def site_log_prob(site: dict) -> Tensor:
-    """Log density with the site's batch shape: -inf outside the support, 0 where masked, scales left out."""
+    """Log density with the site's batch shape: -inf outside the support, 0 for masked elements, scales left out."""
     distribution, value, mask = site["fn"], site["value"], site["mask"]
     _check_event(site)
     possible = is_possible(site, nan=True)
     try:
         log_prob = distribution.log_prob(value, *site["args"], **site["kwargs"])
-    except ValueError:  # a distribution with validate_args=True refuses what we call -inf, or what is masked
+    except ValueError:  # with validate_args=True, values outside the support are errors, even if masked
         supported = supported_elements(distribution, value)
         if supported is None or supported.all():
             raise
@@ -216,15 +217,15 @@ def site_log_prob(site: dict) -> Tensor:
         log_prob = distribution.log_prob(torch.where(supported[event], value, distribution.sample()))
     except NotImplementedError as error:
         raise ValueError(
-            f"the distribution of site '{site['name']}' ({type(innermost(distribution)).__name__}) has no log density of given values "
-            f"({error or type(error).__name__}), as one behind a transform that is no bijection (softmax) has none: take a "
-            f"distribution that has one"
+            f"the distribution of site '{site['name']}' ({type(innermost(distribution)).__name__}) has no log density "
+            f"of given values ({error or type(error).__name__}), for example because of a transform that is no "
+            f"bijection (softmax): use a distribution with a log density"
         ) from error
     if log_prob.dtype in _HALF:
         raise ValueError(
-            f"the log density of site '{site['name']}' is in {log_prob.dtype}, whose steps are {_half_step(log_prob.dtype)} "
-            f"nats at 100 nats, so there is no estimate to be made of it: evaluate in float32, by model.float(), "
-            f"guide.float() and x.float()"
+            f"the log density of site '{site['name']}' is in {log_prob.dtype}, whose resolution is "
+            f"{_half_step(log_prob.dtype)} nats at 100 nats, too coarse for an estimate: evaluate in float32, with "
+            f"model.float(), guide.float() and x.float()"
         )
     if possible is not None:
         log_prob = torch.where(possible, log_prob, -torch.inf)
@@ -238,7 +239,7 @@ def _half_step(dtype: torch.dtype) -> float:
 
 
 def _check_event(site: dict) -> None:
-    """Raise ValueError if an event of the value has another shape than the distribution's: it would be broadcast, unseen."""
+    """Raise ValueError if value and distribution have different event shapes, which would be broadcast silently."""
     event_shape, shape = site["fn"].event_shape, tuple(site["value"].shape)
     found = shape[len(shape) - len(event_shape) :]
     shared = site["is_observed"]  # one parameter may stand for all elements of a datum
@@ -247,9 +248,9 @@ def _check_event(site: dict) -> None:
     )
     if event_shape and not fits and not site_is_factor(site):
         raise ValueError(
-            f"site '{site['name']}' has values of shape {shape}, whose last {len(event_shape)} dimension(s) {found} are not the "
-            f"event shape {tuple(event_shape)} of its distribution, so that one would be broadcast against the other: give "
-            f"the distribution the shape of its values (expand its parameters), or correct to_event(...)"
+            f"site '{site['name']}' has values of shape {shape}, whose last {len(event_shape)} dimension(s) {found} "
+            f"are not the event shape {tuple(event_shape)} of its distribution, so one would be broadcast against the "
+            f"other: give the distribution the shape of its values (expand its parameters), or correct to_event(...)"
         )
 
 
@@ -260,9 +261,9 @@ def spread(log_prob: Tensor, site: dict, layout: Layout, num_particles: int | No
 
 
 def arrange(terms: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
-    """Terms of a site (*batch_shape, any) with particles and data in front and the rest flat.
+    """Move the particle and data dimensions of terms (*batch_shape, any) to the front, and flatten the rest.
 
-    Shapes: (S, N, the rest), or (1, N, the rest) without particles, or of a site that has none.
+    Returns (S, N, the rest), or (1, N, the rest) without particles or for a site without a particle dimension.
     """
     _check_declared(terms.shape[:-1], site)
     depth = layout.max_plate_nesting
@@ -270,12 +271,12 @@ def arrange(terms: Tensor, site: dict, layout: Layout, num_particles: int | None
     if num_particles is None or terms.ndim == depth + 1:
         terms = terms.unsqueeze(0)
     else:
-        terms = terms.reshape(terms.shape[terms.ndim - depth - 2 :])  # what lies further left is of size 1
+        terms = terms.reshape(terms.shape[terms.ndim - depth - 2 :])  # dimensions further left have size 1
     if layout.dim is not None:
         per_datum = terms.movedim(layout.dim - 1, 1).flatten(2)
         if per_datum.shape[1] != layout.num_data:
             raise ValueError(
-                f"site '{site['name']}' has {per_datum.shape[1]} data where plate '{layout.plate}' has {layout.num_data}"
+                f"site '{site['name']}' has {per_datum.shape[1]} data, but plate '{layout.plate}' has {layout.num_data}"
             )
         return per_datum
     joint = terms.flatten(1).unsqueeze(1)
@@ -287,7 +288,7 @@ def arrange(terms: Tensor, site: dict, layout: Layout, num_particles: int | None
 
 
 def _check_declared(batch_shape: torch.Size, site: dict) -> None:
-    """Raise ValueError if a site's log density has a batch dimension that no plate (and no particle) declares."""
+    """Raise ValueError if a site's log density has a batch dimension that no plate declares."""
     declared = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.dim is not None}
     for dim, size in zip(range(-len(batch_shape), 0), batch_shape, strict=True):
         if size == 1 or declared.get(dim) in (size, -1):
@@ -300,19 +301,19 @@ def _check_declared(batch_shape: torch.Size, site: dict) -> None:
         if dim in declared:
             plate = next(frame.name for frame in site["cond_indep_stack"] if frame.dim == dim)
             raise ValueError(
-                f"site '{name}' has {size} data where plate '{plate}' has {declared[dim]} ({shapes}): give the site the shape "
-                f"of its plate"
+                f"site '{name}' has {size} data, but plate '{plate}' has {declared[dim]} ({shapes}): give the site the "
+                f"shape of its plate"
             )
         raise ValueError(
-            f"the log density of site '{name}' has shape {tuple(batch_shape)}, and no plate declares its dimension {dim} of size "
-            f"{size} ({shapes}): its elements would all be added up. If they belong to one event, write .to_event(...); "
-            f"if value and parameters differ by a dimension of size 1, as x (N,) and loc (N, 1), remove it; if they are "
-            f"independent data, put the site in a plate"
+            f"the log density of site '{name}' has shape {tuple(batch_shape)}, and no plate declares its dimension "
+            f"{dim} of size {size} ({shapes}), so its elements would be summed. If they belong to one event, write "
+            f".to_event(...); if value and parameters differ by a dimension of size 1, as x (N,) and loc (N, 1), "
+            f"remove that dimension; if they are independent data, put the site in a plate"
         )
 
 
 def plate_size(frame: Any, *sites: dict) -> int:
-    """The size of a plate, taken from the batch shapes of sites inside if the plate was made without one."""
+    """The size of a plate; if it was made without one, the size in the batch shapes of the sites inside."""
     if frame.size != -1:
         return frame.size
     shapes = (site["fn"].batch_shape for site in sites)
@@ -320,7 +321,7 @@ def plate_size(frame: Any, *sites: dict) -> int:
 
 
 def place(array: Tensor, site: dict, layout: Layout, num_particles: int | None) -> Tensor:
-    """What an array (S, N), or (1, N) without particles, has for each element of a site's value; broadcasts with it."""
+    """Reshape an array (S, N), or (1, N) without particles, so that it broadcasts with a site's value."""
     if layout.sequential:
         array = array[:, sequential_column(site, layout)].unsqueeze(1)
     shape = [1] * layout.max_plate_nesting
@@ -333,13 +334,13 @@ def place(array: Tensor, site: dict, layout: Layout, num_particles: int | None) 
 
 
 def sequential_column(site: dict, layout: Layout) -> int:
-    """Which datum of a sequential plate a site belongs to, by the plate's counter (1, 2, ... and on at a second pass)."""
+    """The datum of a sequential plate that a site belongs to; the plate's counter continues in a second pass."""
     counter = next(frame.counter for frame in site["cond_indep_stack"] if frame.name == layout.plate)
     return (counter - 1) % layout.num_data
 
 
 def _select(trace: poutine.Trace, choose: Callable[[Tensor, int], Tensor]) -> poutine.Trace:
-    """The latents of a trace with `choose(value, event_dim)` applied, to be replayed."""
+    """A trace to replay, with `choose(value, event_dim)` of each latent."""
     selected = poutine.Trace()
     for name, site in sample_sites(trace):
         value = choose(site["value"], len(site["fn"].event_shape))
@@ -348,12 +349,12 @@ def _select(trace: poutine.Trace, choose: Callable[[Tensor, int], Tensor]) -> po
 
 
 def select_data(trace: poutine.Trace, layout: Layout, data: Tensor) -> poutine.Trace:
-    """The latents of the data at these positions, to be replayed."""
+    """A trace to replay, with the latents of the data at these positions."""
     dim = layout.dim
     assert dim is not None
     return _select(trace, lambda value, event_dim: value.index_select(dim - event_dim, data.to(value.device)))
 
 
 def select_particle(trace: poutine.Trace, layout: Layout, particle: int) -> poutine.Trace:
-    """The latents of one particle, to be replayed."""
+    """A trace to replay, with the latents of one particle."""
     return _select(trace, lambda value, event_dim: value.select(-1 - layout.max_plate_nesting - event_dim, particle))

@@ -173,7 +173,7 @@ def in_sequence_as_one_datum():
     return Pair(sequential_model, sequential_guide, (x,), normal_evidence(x).sum())
 
 
-@way(PLATES, "one name in both")
+@way(PLATES, "the same name in both")
 def of_two_names():
     def guide(x):
         with pyro.plate("batch", len(x)):
