@@ -15,3 +15,5 @@ PAGES = (
 )
 
 __doc__ = "\n\n".join((Path(__file__).parent / page).read_text(encoding="utf-8") for page in PAGES)
+
+__docformat__ = "markdown"

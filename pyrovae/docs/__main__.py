@@ -6,8 +6,6 @@ A warning of pdoc and a public name without a docstring are errors.
 import argparse
 import importlib
 import inspect
-import re
-import textwrap
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -16,10 +14,7 @@ from torch import nn
 
 import pyrovae
 
-__all__ = ["build", "to_markdown"]
-
-_LABEL = re.compile(r"(Shapes|Raises|Returns|Source|Sources)\b(?= |:)")
-_ARGUMENT = re.compile(r"((?:\w+(?:, )?)+): ")
+__all__ = ["build"]
 
 
 def build(folder: Path) -> None:
@@ -44,72 +39,22 @@ def build(folder: Path) -> None:
     def convert(context: Context, docstring: str) -> str:
         if docstring in foreign:
             return ""
-        name = context["module"].fullname
-        if name == "pyrovae" and docstring == pyrovae.__doc__:
+        if context["module"].fullname == "pyrovae" and docstring == pyrovae.__doc__:
             docstring += "\n\nThe bounds explained, what a seed promises, parts of your own, benchmarks and more: `pyrovae.docs`."
-        if name == "pyrovae.docs":
-            return pdoc.docstrings.convert(
-                docstring, "markdown", context["module"].source_file
-            )  # puts figures into the page
-        return to_markdown(docstring)
+        return to_markdown_with_context(context, docstring)
 
     filters = pdoc.render.env.filters
     assert filters["to_markdown"] is to_markdown_with_context, "pdoc names the filter otherwise"
     filters["to_markdown"] = convert
-    pdoc.render.configure(docformat="markdown", include_undocumented=False)
+    pdoc.render.configure(docformat="google", include_undocumented=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             nested = (name for name in modules if name.count(".") > 1)
-            pdoc.pdoc(
-                "pyrovae", "pyrovae.docs", *nested, r"!pyrovae\.docs\.", output_directory=folder
-            )  # `__all__` says which
+            # `__all__` says which modules of a package are documented.
+            pdoc.pdoc("pyrovae", "pyrovae.docs", *nested, r"!pyrovae\.docs\.", output_directory=folder)
     finally:
         filters["to_markdown"] = to_markdown_with_context
-
-
-def to_markdown(docstring: str) -> str:
-    """A docstring of this library (sentence, equation, arguments, shapes, errors, source) as Markdown.
-
-    >>> print(to_markdown("Draw a code.\\n\\nz ~ q(z|x)   for each x\\n\\nx: data (N, *shape)\\n    in batches"))
-    Draw a code.
-    <BLANKLINE>
-    ```text
-    z ~ q(z|x)   for each x
-    ```
-    <BLANKLINE>
-    * **x**: data (N, \\*shape) in batches
-    """
-    return "\n\n".join(_block(block) for block in re.split(r"\n\s*\n", docstring.strip()) if block.strip())
-
-
-def _block(block: str) -> str:
-    lines = textwrap.dedent(block).splitlines()
-    if lines[0].startswith(">>>"):
-        return _fenced(lines, "python")
-    outer = [line for line in lines if not line.startswith(" ")]
-    if label := _LABEL.match(lines[0]):
-        return f"**{label.group()}**" + _escaped(" ".join(map(str.strip, lines))[label.end() :])
-    if outer[0] == lines[0] and all(_ARGUMENT.match(line) for line in outer):
-        items = re.split(r"\n(?! )", "\n".join(lines))
-        parts = [re.sub(r"\s+", " ", item).split(": ", 1) for item in items]
-        return "\n".join(f"* **{_escaped(name)}**: {_escaped(text)}" for name, text in parts)
-    # Equations are set off by wide gaps, or are short lines without a full stop.
-    if any("  " in line.strip() for line in lines) or (re.search(r" [=~] |<=|>=", block) and not block.endswith(".")):
-        return _fenced(lines, "text")
-    return _escaped(" ".join(map(str.strip, lines)))
-
-
-def _fenced(lines: list[str], language: str) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
-
-
-def _escaped(text: str) -> str:
-    """Without meaning for Markdown, except between backticks."""
-    pieces = text.split("`")
-    return "`".join(
-        piece if i % 2 else re.sub(r"([*_#])", r"\\\1", piece).replace("<", "&lt;") for i, piece in enumerate(pieces)
-    )
 
 
 def _public_modules() -> list[str]:

@@ -17,7 +17,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import AffineTransform, constraints
 
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.masks import counted
@@ -64,7 +64,13 @@ def refuse_mass_against_density(model_trace: poutine.Trace, guide_trace: poutine
                 f"({innermost(drawn[0]['fn'])}), and their ratio is no importance weight: give the guide a "
                 f"distribution of the model's kind; use a relaxed or straight-through guide for training only"
             )
-        if vars(proposal["value"]) and not _knows_its_value(proposal):
+        if isinstance(innermost(site["fn"]), dist.ZeroInflatedDistribution) and not _is_discrete(site["fn"]):
+            raise ValueError(
+                f"latent site '{name}' of the model has a mass at 0 and a density elsewhere (ZeroInflatedDistribution), and "
+                f"the ratio of either to the other is no importance weight: write the choice between them as a latent of "
+                f"its own (Bernoulli)"
+            )
+        if _carries_another(proposal["value"]):
             raise ValueError(
                 f"the guide's {type(innermost(proposal['fn'])).__name__} at site '{name}' gives the density of a "
                 f"hidden number and not of the value it draws (straight-through), so there is no importance weight: "
@@ -77,11 +83,10 @@ def _is_discrete(distribution: Any) -> bool | None:
     return None if support is None else bool(support.is_discrete)
 
 
-def _knows_its_value(site: dict) -> bool:
-    """Whether the log density of a draw is that of its value, and not of an attribute of the tensor."""
-    given = site_log_prob(site)
-    plain = site_log_prob({**site, "value": site["value"].detach().clone()})
-    return torch.allclose(given, plain, rtol=1e-3, atol=1e-3)
+def _carries_another(value: Tensor) -> bool:
+    """Whether a draw carries other numbers in an attribute, as straight-through draws do, whose density is then given."""
+    held = (other for other in vars(value).values() if isinstance(other, Tensor))
+    return any(other.shape == value.shape and not torch.equal(other, value) for other in held)
 
 
 def refuse_turns(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
@@ -89,16 +94,18 @@ def refuse_turns(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None
     for name, site in sample_sites(model_trace):
         if site["is_observed"] or not is_angle_or_direction(site["fn"]):
             continue
-        proposal = innermost(guide_trace.nodes[name]["fn"])
-        if is_angle_or_direction(proposal):
+        prior, proposal = (innermost(trace.nodes[name]["fn"]) for trace in (model_trace, guide_trace))
+        ranges = [_bounds(distribution) for distribution in (prior, proposal)]
+        turn, width = (None if bounds is None else float((bounds[1] - bounds[0]).max()) for bounds in ranges)
+        if turn is None or math.isinf(turn):
+            turn = _TURN
+        if is_angle_or_direction(proposal) and (width is None or math.isinf(width)):
             continue
-        support = getattr(proposal, "support", None)
         found = f"{type(proposal).__name__} on the whole real line"
-        if isinstance(support, constraints.interval):
-            width = float((torch.as_tensor(support.upper_bound) - torch.as_tensor(support.lower_bound)).max())
-            if width <= _TURN * (1 + 1e-5):
+        if width is not None and math.isfinite(width):
+            if width <= turn * (1 + 1e-5):
                 continue
-            found = f"{type(proposal).__name__} on an interval of {width / _TURN:.3g} turns"
+            found = f"{type(proposal).__name__} on an interval of {width / turn:.3g} turns"
         raise ValueError(
             f"site '{name}' of the model is an angle or a direction ({innermost(site['fn'])}), whose density repeats "
             f"beyond one turn, and the guide draws it from {found}, so the same mass would be counted once per turn: "
@@ -284,7 +291,7 @@ def _refuse_uncovered_ranges(pair: InspectedPair, name: str) -> None:
     proposal, prior = (innermost(trace.nodes[name]["fn"]) for trace in (pair.guide_trace, pair.model_trace))
     bounds, limits = _bounds(proposal), _bounds(prior)
     value = pair.guide_trace.nodes[name]["value"]
-    if bounds is None or limits is None:
+    if bounds is None or limits is None or _repeats(prior, value):
         return
     lower, upper, least, most = (bound.to(value).expand_as(value) for bound in (*bounds, *limits))
     width = torch.where(
@@ -308,6 +315,20 @@ def _refuse_uncovered_ranges(pair: InspectedPair, name: str) -> None:
                 f"what is never proposed is never counted, so give the guide the support of the prior, or of the "
                 f"posterior"
             )
+
+
+def _transformed(value: Tensor, transforms: Sequence[Any]) -> Tensor:
+    for transform in transforms:
+        value = transform(value)
+    return value
+
+
+def _repeats(prior: Any, value: Tensor) -> bool:
+    """Whether the density of a latent on the real line is the same one turn further on, as that of an angle is."""
+    if support_of(prior) is not constraints.real:
+        return False
+    here, beyond = (prior.log_prob(value + turn) for turn in (0.0, _TURN))
+    return not is_angle_or_direction(prior) and torch.allclose(here, beyond, rtol=0.0, atol=1e-4)
 
 
 def _log_integral(pair: InspectedPair, name: str, here: Tensor, start: Tensor, length: Tensor) -> Tensor:
@@ -352,6 +373,15 @@ def _bounds(distribution: Any) -> tuple[Tensor, Tensor] | None:
     """(lower, upper) bounds of the numbers that a distribution draws; None if its support has no such bounds."""
     if is_angle(distribution):
         return torch.tensor(-math.pi), torch.tensor(math.pi)
+    if isinstance(distribution, torch.distributions.TransformedDistribution) and (
+        all(type(transform) is AffineTransform for transform in distribution.transforms)
+    ):
+        inner = _bounds(innermost(distribution.base_dist))
+        if inner is None:
+            return None
+        ends = [_transformed(bound, distribution.transforms) for bound in inner]
+        low, high = torch.broadcast_tensors(*ends)
+        return torch.minimum(low, high), torch.maximum(low, high)
     support = support_of(innermost(distribution))
     while isinstance(support, constraints.independent):
         support = support.base_constraint

@@ -5,17 +5,21 @@ are found when they are called. Changes that an evaluation makes to a module (mo
 and undone.
 """
 
+import argparse
 import functools
 import inspect
 import sys
 import threading
 import types
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import weakref
+from collections import UserDict, UserList, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +38,9 @@ class _Evaluation:
         if module in self.training:
             return
         self.training[module] = module.training
+        if isinstance(module, torch.jit.ScriptModule):  # its own slots do not open to Python
+            module.train(False)
+            return
         self.parameters.append((module, dict(module._parameters)))
         for name, buffer in module._buffers.items():
             self.buffers.append((module, name, buffer, None if buffer is None else buffer.detach().clone()))
@@ -41,7 +48,10 @@ class _Evaluation:
 
     def leave(self) -> None:
         for module, training in self.training.items():
-            module.training = training
+            if isinstance(module, torch.jit.ScriptModule):
+                module.train(training)
+            else:
+                module.training = training
 
 
 _evaluations: list[_Evaluation] = []  # the active evaluations, innermost last
@@ -88,7 +98,9 @@ def find_modules() -> Iterator[None]:
     evaluation = _evaluations[-1]
     hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: evaluation.add(module))
     try:
-        with warnings.catch_warnings():
+        # Compiled networks run eagerly meanwhile: Dynamo does not trace a hook that changes modules.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        with warnings.catch_warnings(), eager:
             warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # warns that global hooks run twice
             yield
     finally:
@@ -144,6 +156,7 @@ def modules_behind(*programs: Any) -> list[nn.Module]:
 
 
 _DEEPEST, _LONGEST = 12, 1000  # longest chain of references that is followed; largest container that is searched
+_HOLDERS = (argparse.Namespace, types.SimpleNamespace, threading.local, UserDict, UserList, deque)
 _OF_TORCH = set(vars(nn.Module()))
 
 
@@ -175,8 +188,21 @@ def _references(value: Any) -> Iterator[Any]:
             yield from _values_in_reach(value)
     elif inspect.isclass(value):
         if not _is_installed(value.__module__):
-            yield from (attribute for attribute in vars(value).values() if not inspect.isroutine(attribute))
+            kinds = (kind for kind in value.__mro__ if not _is_installed(kind.__module__))
+            yield from (held for kind in kinds for held in vars(kind).values() if not inspect.isroutine(held))
+    elif isinstance(value, _HOLDERS):
+        yield from getattr(value, "__dict__", {}).values()
+        yield from value if isinstance(value, deque) else ()
+    elif isinstance(value, Mapping) and len(value) <= _LONGEST:
+        yield from value.values()
+    elif isinstance(value, weakref.ref):
+        yield value()
+    elif inspect.isgenerator(value):
+        yield from (value.gi_frame.f_locals if value.gi_frame else {}).values()
+    elif isinstance(value, np.ndarray):
+        yield from value.ravel()[:_LONGEST] if value.dtype == object else ()
     elif not inspect.ismodule(value) and not _is_installed(type(value).__module__):
+        yield type(value)  # for attributes of its class
         yield from getattr(value, "__dict__", {}).values()
         for kind in type(value).__mro__:
             slots = vars(kind).get("__slots__", ())

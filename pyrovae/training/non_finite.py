@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -71,8 +72,16 @@ def find_non_finite(model: Program, guide: Program, loss: ELBO, batch: Tensor) -
         return NonFiniteSource(None, "the data themselves are not finite", rows)
     run = _differentiable(loss)
     with pyro.validation_enabled(False):
-        with watch:
-            value = run(model, guide, batch)
+        try:
+            with watch:
+                value = run(model, guide, batch)
+        except ValueError:  # raised by an objective that inspects the programs before it runs them
+            with watch:
+                guide_trace = poutine.trace(guide).get_trace(batch)
+                poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(batch)
+            if watch.culprit is None:
+                raise
+            return watch.culprit
         if watch.culprit is not None or (found := _culprit_of_gradient(value, watch.terms)) is None:
             return watch.culprit
         return NonFiniteSource(*found, _rows_with_bad_gradients(lambda row: run(model, guide, row), batch))
