@@ -1,13 +1,13 @@
-"""How far each bound on log p(x) is from the truth: importance sampling, annealing, and both sides on simulated data.
+"""Measure how tight bounds on log p(x) are, by importance sampling, annealing, and bidirectional Monte Carlo.
 
     python examples/mnist_svi.py --out runs/mnist
     python examples/bounds.py --run runs/mnist
 
-takes a trained pair and estimates log p(x) of the same test images twice: by importance sampling, which sees only what the
-guide covers, and by annealed importance sampling from the prior, which does not ask the guide. Then it simulates as many
-images from the model, whose log p(x) bidirectional Monte Carlo bounds from above as well: the width of that sandwich is how
-far annealing is off on this model. And for some of the images it splits the gap into what the guide's family cannot follow
-and what its encoder loses.
+This takes a trained pair and estimates log p(x) of the same test images twice: by importance sampling, which sees only
+the regions that the guide covers, and by annealed importance sampling from the prior, which does not use the guide. It
+then simulates as many images from the model. For these, bidirectional Monte Carlo bounds log p(x) from both sides, and
+the distance between the bounds shows how accurate annealing is on this model. For some test images it also splits the
+gap into the part due to the guide's family and the part due to its encoder.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # figures go to files
+matplotlib.use("Agg")  # write figures to files, without a display
 
 import matplotlib.pyplot as plt
 import pyro
@@ -94,8 +94,8 @@ def main() -> None:
             "annealing - importance sampling": over_data(annealed.log_prob - sampled.log_prob),
         },
         f"gap of the first {len(gaps)} test images": {
-            "approximation: what the guide's family cannot follow": over_data(gaps.approximation),
-            "amortization: what the encoder loses": over_data(gaps.amortization),
+            "approximation gap: limits of the guide's family": over_data(gaps.approximation),
+            "amortization gap: error of the encoder": over_data(gaps.amortization),
         },
         f"{len(images)} simulated images": {
             "ELBO": over_data(simulated.elbo),
@@ -106,20 +106,20 @@ def main() -> None:
             "upper - importance sampling": over_data(both.upper - simulated.log_prob),
         },
     }
-    # Where annealing finds more than importance sampling does, by more than their errors, the guide has missed something.
+    # If annealing is higher than importance sampling by more than their errors, the guide misses part of the posterior.
     error = (annealed.stderr**2 + sampled.stderr**2).sqrt()
     missed = (annealed.log_prob - sampled.log_prob) > 3 * error
     for title, rows in result.items():
-        print(f"\n{title}; nats per image, +- standard error over images")
+        print(f"\n{title}; nats per image, ± standard error over images")
         for name, (mean, stderr) in rows.items():
-            print(f"  {name:57} {mean:9.3f} +- {stderr:.3f}")
+            print(f"  {name:57} {mean:9.3f} ± {stderr:.3f}")
     print(
-        f"\n{int(missed.sum())} of {len(images)} test images: annealing is higher by more than 3 standard errors of both. "
+        f"\n{int(missed.sum())} of {len(images)} test images: annealing is higher by more than 3 combined standard errors. "
         f"Bias estimate of importance sampling {sampled.bias_estimate:.3f}; acceptance {annealed.acceptance.mean():.2f}."
     )
     higher, error_of_mean = over_data(sampled.log_prob - annealed.log_prob)
     if higher > 3 * error_of_mean:
-        print("Annealing lies below importance sampling: it is the looser bound here; take more --num-temperatures.")
+        print("Annealing is below importance sampling, so it is the looser bound here: increase --num-temperatures.")
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
 
     write_figures(out, images, sampled, annealed, both, gaps)
@@ -176,7 +176,7 @@ def write_figures(out, images, sampled, annealed, both, gaps) -> None:
     pv.plots.gap_decomposition({f"mean of {len(gaps)} images": (gaps.approximation, gaps.amortization)})
     write("bounds_gap.png")
     axes = pv.plots.worst_images(images, annealed.log_prob - sampled.log_prob)
-    axes.set_title("annealing - importance sampling in nats: the images where it is largest", fontsize=10)
+    axes.set_title("annealing - importance sampling in nats: the images with the largest difference", fontsize=10)
     write("bounds_missed.png")
 
 
@@ -184,15 +184,20 @@ def parse_options() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("--run", required=True, help="folder of a run of mnist_svi.py (metrics.json and checkpoint.pt)")
-    add("--data-dir", help="folder of the data (default: $PYROVAE_DATA, else a cache folder)")
-    add("--num-images", type=positive(int), default=200, help="test images, and simulated ones (default: 200)")
-    add("--num-particles", type=positive(int), default=5000, help="of importance sampling (default: 5000)")
-    add("--num-chains", type=positive(int), default=16, help="of annealing (default: 16)")
-    add("--num-temperatures", type=positive(int), default=500, help="of annealing (default: 500)")
-    add("--num-gaps", type=positive(int), default=50, help="test images whose gap is split (default: 50)")
-    add("--seed", type=int, default=0, help="of each estimate (default: 0)")
-    add("--out", help="folder for numbers and figures (default: that of the run)")
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--data-dir", help="data folder (default: $PYROVAE_DATA if set, else a cache folder)")
+    add(
+        "--num-images",
+        type=positive(int),
+        default=200,
+        help="number of test images and of simulated images (default: 200)",
+    )
+    add("--num-particles", type=positive(int), default=5000, help="particles of importance sampling (default: 5000)")
+    add("--num-chains", type=positive(int), default=16, help="chains of annealing (default: 16)")
+    add("--num-temperatures", type=positive(int), default=500, help="temperatures of annealing (default: 500)")
+    add("--num-gaps", type=positive(int), default=50, help="number of test images whose gap is split (default: 50)")
+    add("--seed", type=int, default=0, help="seed of each estimate (default: 0)")
+    add("--out", help="output folder for numbers and figures (default: the folder of the run)")
+    add("--quiet", action="store_true", help="show no progress bars")
     return parser.parse_args()
 
 

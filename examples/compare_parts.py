@@ -1,10 +1,11 @@
-"""Swap one part at a time: priors against each other, and, on one frozen model, guides against each other.
+"""Swap one part at a time: compare priors, and compare guides on one frozen model.
 
     python examples/compare_parts.py
 
-trains a VAE per prior (same networks, data and epochs) and compares log p(x) of the same test images; then keeps the model
-of the standard normal prior as it is, trains a new guide of each kind for it, and compares those. The model being the same,
-log p(x) is too, and a difference in ELBO is a difference in the gap, up to Monte Carlo error and bias.
+This trains a VAE for each prior (same networks, data and epochs) and compares log p(x) of the same test images. It then
+freezes the model of the standard normal prior, trains a new guide of each kind for it, and compares the guides. Because
+the model is the same, log p(x) is the same, and a difference in ELBO is a difference in the gap, up to Monte Carlo
+error and bias.
 """
 
 import argparse
@@ -102,32 +103,37 @@ def parse_options() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
     add(
-        "--dataset", default="auto", choices=pv.data.NAMES[:-1], help="auto: MNIST, or digits where it is not to be had"
+        "--dataset",
+        default="auto",
+        choices=pv.data.NAMES[:-1],
+        help="auto (the default): MNIST, or digits if unavailable",
     )
-    add("--data-dir", help="folder of the data (default: $PYROVAE_DATA, else a cache folder)")
+    add("--data-dir", help="data folder (default: $PYROVAE_DATA if set, else a cache folder)")
     add(
         "--priors",
         nargs="+",
         default=["standard-normal", "vamp", "realnvp"],
         choices=registry.PRIORS,
-        help="standard-normal among them: its model is the one that is frozen",
+        help="priors to compare; include standard-normal, whose model is frozen for the guides",
     )
     add(
         "--guides",
         nargs="*",
         default=list(registry.GUIDES),
         choices=registry.GUIDES,
-        help="for the frozen model; none given: priors only (default: all)",
+        help="guides to compare on the frozen model; none: compare priors only (default: all)",
     )
-    add("--epochs", type=positive(int), default=15, help="of each training (default: 15)")
-    add("--num-test", type=positive(int), default=2000, help="test images (default: 2000)")
-    add("--num-particles", type=positive(int), default=500, help="per test image (default: 500)")
-    add("--seed", type=int, default=0, help="of each training and evaluation (default: 0)")
-    add("--out", help="file for the numbers, as JSON")
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--epochs", type=positive(int), default=15, help="epochs of each training (default: 15)")
+    add("--num-test", type=positive(int), default=2000, help="number of test images (default: 2000)")
+    add("--num-particles", type=positive(int), default=500, help="particles per test image (default: 500)")
+    add("--seed", type=int, default=0, help="seed of each training and evaluation (default: 0)")
+    add("--out", help="JSON file for the numbers")
+    add("--quiet", action="store_true", help="show no progress bars")
     options = parser.parse_args()
     if "standard-normal" not in options.priors or len(options.priors) < 2 or len(options.guides) == 1:
-        parser.error("a comparison needs two priors, standard-normal among them, and two guides or none")
+        parser.error(
+            "a comparison needs at least two priors, including standard-normal, and either no guide or at least two"
+        )
     return options
 
 

@@ -1,16 +1,16 @@
-"""Test NLL of binarised MNIST, a row of the table for each model: trained, estimated, stored as JSON, resumable throughout.
+"""Measure the test NLL of models of binarised MNIST, one table row per model.
 
     python examples/density_table.py --list
     python examples/density_table.py mlp300-standard mlp300-maf
     python examples/density_table.py --all
     python examples/density_table.py --table
 
-log p(x) of the test images, drawn once from a data seed of their own, is importance sampled, and annealed on some of
-them, to say how loose importance sampling is. A run that was stopped goes on where it was when the same command is given
-again: training from its checkpoint, evaluation from the images that are done. `--table` writes density.md beside the results.
+Each row is trained, evaluated and stored as JSON. log p(x) of the test images, which are drawn once with a separate
+seed, is estimated by importance sampling and, on some of them, by annealing, to see how loose importance sampling is.
+If a run was stopped, the same command resumes it: training from the checkpoint, evaluation from the finished images.
+`--table` writes density.md beside the results.
 
-A clock on the wall tells little on a machine that others share: seconds are also those of the process on its cores, about what
-a quiet machine with as many would take.
+Times are recorded as wall time and as CPU time, because other work on the machine slows down only the former.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from support.run_folder import load_data
 import pyrovae as pv
 from pyrovae.training.locks import locked
 
-ORDER_SEED = 0  # of the test images
-AFTER_SEED = 1000  # not the noise again that the first part of a training in two parts had
+ORDER_SEED = 0  # seed of the order of the test images
+AFTER_SEED = 1000  # offset, so that the second part of a training has other noise than the first
 
 
 def main() -> None:
@@ -55,13 +55,13 @@ def main() -> None:
             with run_folder(name, options) as folder:
                 result = run(ROWS[name], options, folder)
         except KeyboardInterrupt:
-            sys.exit(f"Stopped; the same command goes on with {name}.")
-        except (ValueError, RuntimeError, OSError) as error:  # not there, damaged, taken: the message says what to do
+            sys.exit(f"Stopped; the same command resumes {name}.")
+        except (ValueError, RuntimeError, OSError) as error:  # a missing, damaged or locked file
             sys.exit(f"error: {name}: {error}")
         Path(options.results).mkdir(parents=True, exist_ok=True)
         write_json(Path(options.results) / f"{run_name(name, options.seed)}.json", result)
         print(
-            f"{name}: NLL {result['nll']:.2f} +- {result['nll_stderr']:.2f} ({result['test_images']:,} images), target "
+            f"{name}: NLL {result['nll']:.2f} ± {result['nll_stderr']:.2f} ({result['test_images']:,} images), target "
             f"{result['target'] or 'none'}, ELBO {result['elbo']:.2f}, {result['active_units']} active units",
             flush=True,
         )
@@ -71,7 +71,7 @@ def main() -> None:
 
 @contextmanager
 def run_folder(row: str, options: argparse.Namespace) -> Iterator[Path]:
-    """The folder of the row's run, for nobody else meanwhile."""
+    """The folder of the row's run, locked inside the context."""
     folder = Path(options.runs) / run_name(row, options.seed)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "wait until it has ended, or give another --runs"):
@@ -83,14 +83,14 @@ def run_name(row: str, seed: int) -> str:
 
 
 def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
-    """Train, estimate, anneal, each from where it was left; everything in numbers."""
-    revision = git_revision()  # of what runs: it may change meanwhile
+    """Train and evaluate a row, resuming what is unfinished, and return its numbers."""
+    revision = git_revision()  # at the start, because it may change during the run
     device = pv.pick_device("auto" if row.device == "cuda" else "cpu")
     wanted = {"binarization": row.binarization, "train_on_all": row.train_on_all, "likelihood": "bernoulli"}
     data = load_data(argparse.Namespace(**wanted, **vars(options)))
     clock = Clock(folder / "seconds.json")
     model, guide, history = train(row, options, folder, data, device, clock)
-    # In an order of their own, so that the first of them are a random sample.
+    # Shuffle, so that the first images are a random sample.
     test = data.test[torch.randperm(len(data.test), generator=torch.Generator().manual_seed(ORDER_SEED))]
     lml = estimate(options, folder, model, guide, test[: options.images], clock)
     annealed = anneal(options, folder, model, test[: options.ais_images], clock)
@@ -109,7 +109,7 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
         "test_images": len(lml),
         "of_test_images": len(data.test),
         "ais": None if annealed is None else compared(annealed, lml),
-        "units": "nats per image; stderr over images; gap, bias estimate and so NLL are 'at least', 'at least', 'at most'",
+        "units": "nats per image; stderr over images; gap and bias estimate are lower bounds, NLL is an upper bound",
         "published": row.published,
         "source": row.source,
         "target": row.target,
@@ -141,7 +141,7 @@ TRAINING = ("objective", "particles", "epochs", "batch_size", "learning_rate", "
 
 
 def train(row, options, folder, data, device, clock):
-    """(model, guide, what training came to), from the checkpoint where it is done."""
+    """Return (model, guide, history), from the checkpoint if training is finished."""
     checkpoint, done = folder / "training.pt", folder / "trained.json"
     settings = training_of(row, options)
     pyro.set_rng_seed(options.seed)
@@ -203,7 +203,7 @@ def train(row, options, folder, data, device, clock):
 
 
 def command(row: Row, options: argparse.Namespace) -> str:
-    """The command that gives these numbers; not where this machine keeps data and runs."""
+    """The command that reproduces these numbers, without the paths of this machine."""
     words = ["python", "examples/density_table.py", row.name]
     for name in ("dataset", "data_seed", "seed", "epochs", "particles", "images", "ais_images"):
         if (value := getattr(options, name)) is not None:
@@ -214,33 +214,35 @@ def command(row: Row, options: argparse.Namespace) -> str:
 def parse_options() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("rows", nargs="*", metavar="ROW", help="names: see --list")
-    add("--all", action="store_true", help="every row; those for a GPU only where there is one")
-    add("--ablations", action="store_true", help="every row that shows what one change does")
-    add("--list", action="store_true", help="the rows' names")
-    add("--table", action="store_true", help="write density.md in --results, from the results there")
-    add("--dataset", default="mnist", choices=pv.data.NAMES, help="mnist, unless something is tried out")
-    add("--data-dir", help="folder of the data (default: $PYROVAE_DATA, else a cache folder)")
-    add("--data-seed", type=int, default=0, help="of the test and validation images' pixels (default: 0)")
-    add("--runs", default="runs/density", help="folder of the runs' states (default: runs/density)")
+    add("rows", nargs="*", metavar="ROW", help="names of rows; --list shows them")
+    add("--all", action="store_true", help="run every row; rows for a GPU only if there is one")
+    add("--ablations", action="store_true", help="run every row that shows the effect of one change")
+    add("--list", action="store_true", help="list the names of the rows")
+    add("--table", action="store_true", help="write density.md in --results from the results there")
+    add(
+        "--dataset", default="mnist", choices=pv.data.NAMES, help="data set (default: mnist); others are for trying out"
+    )
+    add("--data-dir", help="data folder (default: $PYROVAE_DATA if set, else a cache folder)")
+    add("--data-seed", type=int, default=0, help="seed of the pixels of test and validation images (default: 0)")
+    add("--runs", default="runs/density", help="folder for the states of the runs (default: runs/density)")
     add(
         "--results",
         default=str(Path(__file__).parent / "results"),
-        help="folder of the numbers (default: results, here)",
+        help="folder for the numbers (default: results, beside this script)",
     )
-    add("--particles", type=positive(int), default=5000, help="per test image (default: 5000)")
-    add("--images", type=positive(int), help="so many test images alone, a random sample (default: all)")
-    add("--ais-images", type=int, default=100, help="so many of these annealed as well (default: 100; 0: none)")
-    add("--epochs", type=positive(int), help="in place of the row's")
-    add("--seed", type=int, default=0, help="of initialisation, training and estimates (default: 0)")
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--particles", type=positive(int), default=5000, help="particles per test image (default: 5000)")
+    add("--images", type=positive(int), help="use a random sample of this many test images (default: all)")
+    add("--ais-images", type=int, default=100, help="number of these images to anneal as well (default: 100; 0: none)")
+    add("--epochs", type=positive(int), help="epochs, instead of those of the row")
+    add("--seed", type=int, default=0, help="seed of initialisation, training and estimates (default: 0)")
+    add("--quiet", action="store_true", help="show no progress bars")
     options = parser.parse_args()
     if unknown := [name for name in options.rows if name not in ROWS]:
         parser.error(f"no row {unknown[0]!r}: one of {', '.join(ROWS)}")
     if options.images == 1:
-        parser.error("--images 1 has no standard error: give 2 or more")
+        parser.error("--images 1 has no standard error: give at least 2")
     if not (options.rows or options.all or options.ablations or options.list or options.table):
-        parser.error("name a row, or --all, --ablations, --list, --table")
+        parser.error("name a row, or give --all, --ablations, --list or --table")
     return options
 
 

@@ -1,13 +1,13 @@
-"""A variational autoencoder as two Pyro programs, trained by SVI, and how tight its bound on log p(x) is.
+"""Train a variational autoencoder, two Pyro programs, by SVI and measure how tight its bound on log p(x) is.
 
     python examples/mnist_svi.py
 
-trains on MNIST, estimates log p(x) of the test images by importance sampling, and writes numbers and figures to a folder
-under runs/. Without MNIST and without a network it takes the 8x8 digits that come with scikit-learn. Several processes,
+This trains on MNIST, estimates log p(x) of the test images by importance sampling, and writes numbers and figures to a
+folder under runs/. If MNIST is unavailable and cannot be downloaded, it uses the 8x8 digits of scikit-learn.
 
     torchrun --nproc-per-node=2 examples/mnist_svi.py
 
-share each batch and the evaluation: one for each GPU, for instance.
+This splits each batch and the evaluation among several processes, for example one per GPU.
 """
 
 import csv
@@ -18,7 +18,7 @@ from contextlib import ExitStack
 
 import matplotlib
 
-matplotlib.use("Agg")  # figures go to files
+matplotlib.use("Agg")  # write figures to files, without a display
 
 import matplotlib.pyplot as plt
 import pyro
@@ -35,15 +35,15 @@ import pyrovae as pv
 def main(held: ExitStack) -> None:
     started = time.perf_counter()
     options = parse_options(__doc__)
-    rank, num_ranks = pv.distributed.rank(), pv.distributed.num_ranks()  # 0 of 1, but under torchrun
+    rank, num_ranks = pv.distributed.rank(), pv.distributed.num_ranks()  # 0 and 1 unless torchrun started this process
     show = not options.quiet and rank == 0
     pyro.set_rng_seed(options.seed)
 
-    # Data, in the form that suits the likelihood; `out` is a folder for this run alone.
+    # Load the data in the form that the likelihood needs. `out` is the folder of this run alone.
     device, data, out = begin(options, held)
     latent_dim, hidden = options.latent_dim, options.hidden
 
-    # The model p(z) p(x|z) and the guide q(z|x): two Pyro programs made of exchangeable parts, here by their names.
+    # The model p(z) p(x|z) and the guide q(z|x): two Pyro programs made of interchangeable parts, here chosen by name.
     network = registry.NETWORKS[options.network]
     guide = registry.GUIDES[options.guide](network.encoder(data.data_shape, hidden), latent_dim)
     prior = registry.PRIORS[options.prior](latent_dim, guide, data.train)
@@ -53,7 +53,7 @@ def main(held: ExitStack) -> None:
     )
     model = pv.GenerativeModel(prior, likelihood)
 
-    # The objective: the ELBO, unless another is asked for. Evaluation reports the real ELBO whatever it is.
+    # The objective: the ELBO unless --objective names another. Evaluation always reports the true ELBO.
     objective = registry.make_objective(
         options.objective,
         options.objective_particles,
@@ -62,7 +62,7 @@ def main(held: ExitStack) -> None:
         free_bits=options.free_bits,
     )
 
-    # Training: pyro.infer.SVI(model, guide, Adam, objective), one step per batch; its state is saved as it goes on.
+    # Training: pyro.infer.SVI(model, guide, Adam, objective), one step per batch. The state is saved at intervals.
     try:
         result = pv.fit(
             model,
@@ -83,18 +83,18 @@ def main(held: ExitStack) -> None:
         print(f"\n{how_to_go_on(options, out)}", file=sys.stderr)
         sys.exit(130)
 
-    # Evaluation: log p(x) of every test image, and with it the gap that the ELBO leaves.
+    # Evaluation: log p(x) of every test image, and so the gap between the ELBO and log p(x).
     evaluation_started = time.perf_counter()
     share = data.test.tensor_split(num_ranks)[rank]
     lml = pv.log_marginal_likelihood(model, guide, share, num_particles=options.num_particles, progress=show)
     lml = pv.LogMarginalLikelihood.concatenate(pv.distributed.gather(lml))
     if rank > 0:
-        return  # the first process writes
+        return  # only the first process writes
     active = pv.active_units(guide, data.test)
     seconds = {"training": result.seconds, "evaluation": time.perf_counter() - evaluation_started}
 
-    # The numbers first: whatever happens to a figure, they are on the disk and on the screen.
-    pv.save(out / "checkpoint.pt", model, guide, parts=parts_of(options))  # pv.load(...) gives the pair back
+    # Save and print the numbers before drawing, so that they survive an error in a figure.
+    pv.save(out / "checkpoint.pt", model, guide, parts=parts_of(options))  # pv.load(...) restores the pair
     with (out / "history.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, result.history[0])
         writer.writeheader()
@@ -103,7 +103,7 @@ def main(held: ExitStack) -> None:
     write_json(out / METRICS, metrics)
     print(report(metrics))
 
-    # Then the figures, and ArviZ's file.
+    # Figures, and the ArviZ file.
     figures_started = time.perf_counter()
     figures = write_figures(out, model, guide, data, result, lml, device)
     drawn = data.test[: min(20, len(lml))]
@@ -113,13 +113,13 @@ def main(held: ExitStack) -> None:
     metrics["files"] = ["checkpoint.pt", "history.csv", *figures, "evaluation.nc"]
     write_json(out / METRICS, metrics)
     print(
-        f"Numbers and figures: {out} ({seconds['figures and files']:.0f} s for these, {seconds['total']:.0f} s in all)"
+        f"Numbers and figures: {out} ({seconds['figures and files']:.0f} s to write them, {seconds['total']:.0f} s in total)"
     )
 
 
 @torch.no_grad()
 def write_figures(out, model, guide, data, result, lml, device) -> list[str]:
-    """Returns the names of their files."""
+    """Draw the figures of a run and return their file names."""
     written = []
 
     def write(name):
@@ -132,7 +132,7 @@ def write_figures(out, model, guide, data, result, lml, device) -> list[str]:
     shown = data.test[:64]
     means = pv.uses.reconstruct(model, guide, shown)
     pv.plots.report(lml, history=result.history, samples=samples, originals=shown, means=means, cmap=cmap)
-    write("report.png")  # all of it on one page; the parts by themselves:
+    write("report.png")  # everything on one page; the single figures follow
     pv.plots.image_grid(samples, title="means of p(x|z) for z drawn from the prior", cmap=cmap)
     write("samples.png")
     pv.plots.reconstructions(shown, means, cmap=cmap)
@@ -142,7 +142,7 @@ def write_figures(out, model, guide, data, result, lml, device) -> list[str]:
     pv.plots.tightness(lml.elbo, lml.log_prob, lml.curve_particles, lml.curve)
     write("tightness.png")
     if model.prior.latent_dim == 2 and isinstance(model.prior, pv.priors.StandardNormal):
-        # Equal steps of the prior's probability, so that each picture stands for as much of p(z).
+        # Equal steps in the prior's probability, so that each picture represents the same share of p(z).
         steps = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, 20))
         grid = torch.stack(torch.meshgrid(steps, steps.flip(0), indexing="xy"), -1)
         edges = (steps[0].item(), steps[-1].item())

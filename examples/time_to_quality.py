@@ -1,14 +1,15 @@
-"""Seconds of training to reach a quality: this library against Pyro's own example, NumPyro and Pythae.
+"""Compare the training time to reach a given NLL: this library, Pyro's own example, NumPyro and Pythae.
 
     pip install -e ".[bench]" && python examples/time_to_quality.py --out runs/time
 
-All train the network of `mnist_svi.py` (784-400-400-40 and back, LayerNorm, SiLU) on MNIST, redrawn as binary at every use,
-each under its own defaults: batch, rate, schedule. Weights are written down as training goes on, and all are measured by one
-estimator: importance sampling of log p(x) of every fifth test image. The rate of `pyrovae` falls by a cosine to an end that is
-known beforehand, so there is a run for each of `--our-epochs`; the time to a mark is the least of them.
+All train the network of `mnist_svi.py` (784-400-400-40 and back, LayerNorm, SiLU) on MNIST, binarised anew at every
+use, each with its own defaults for batch size, learning rate and schedule. Weights are saved during training, and one
+estimator measures all of them: importance sampling of log p(x) of every fifth test image. The cosine schedule of
+`pyrovae` needs the number of epochs in advance, so there is one run for each of `--our-epochs`; the time to a mark is
+the shortest of them.
 
-Seconds are those of the process and of the compilers it calls, on one thread: a quiet core's. What others do on the machine
-does not count, nor does evaluation.
+Seconds are CPU time of the process and of the compilers it calls, on one thread. Other work on the machine and
+evaluation do not count.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # figures go to files
+matplotlib.use("Agg")  # write figures to files, without a display
 
 import matplotlib.pyplot as plt
 import pyro
@@ -38,19 +39,19 @@ from support.provenance import git_revision, versions, write_json
 
 import pyrovae as pv
 
-MARKS = (90.0, 88.0, 86.76, 85.0)  # nats; 86.76: Burda 2016
+MARKS = (90.0, 88.0, 86.76, 85.0)  # nats; 86.76 is the VAE of Burda 2016
 NAMES = {
     "pyrovae": "pyrovae",
     "pyro": "Pyro as in its example",
     "numpyro": "NumPyro as in its example",
     "pythae": "Pythae",
 }
-# Told apart in grey, too.
+# Colours and line styles that differ in greyscale too.
 LINES = {"pyrovae": ("black", "-"), "pyro": ("#0072B2", "--"), "numpyro": ("#D55E00", "-."), "pythae": ("0.5", ":")}
 MARKERS = "osD^v"
-WORST_SHOWN = 110.0  # nats, in the figure
+WORST_SHOWN = 110.0  # nats; the figure leaves out larger NLLs
 TICKS = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-THREADS = {  # one for everyone
+THREADS = {  # one thread for every library
     "OMP_NUM_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -100,7 +101,7 @@ def main() -> None:
 
 
 def run_training(library: str, epochs: int, folder: Path, options: argparse.Namespace) -> str | None:
-    """Train in a process of its own, with compilers that have nothing in store; the reason if there is nothing to train."""
+    """Train in a separate process with empty compiler caches; return an error message, or None."""
     if found := trainers.missing_package(library):
         return f"not installed: {found}"
     folder.mkdir(exist_ok=True)
@@ -125,14 +126,14 @@ def train(library: str, epochs: str, folder: str, options: argparse.Namespace) -
     more = {"validation": data.validation.flatten(1)} if library == "pyrovae" else {}
     for package in trainers.PACKAGES.get(library, ()):
         importlib.import_module(package)
-    budget = math.inf if library == "pyrovae" else options.seconds  # ours ends with its schedule
+    budget = math.inf if library == "pyrovae" else options.seconds  # ours stops at the end of its schedule
     snapshots = trainers.Snapshots(Path(folder), budget)
     with suppress(trainers.Enough):
         trainers.TRAINERS[library](data.train.flatten(1), snapshots, int(epochs), **more)
 
 
 def measure(folder: Path, test: torch.Tensor, num_particles: int) -> list[dict]:
-    """NLL of every snapshot; those measured before are read."""
+    """Measure the NLL of every snapshot; results of earlier calls are read from the file."""
     path = folder / "measured.json"
     points = json.loads(path.read_text()) if path.exists() else []
     model, guide = trainers.pair()
@@ -149,7 +150,7 @@ def measure(folder: Path, test: torch.Tensor, num_particles: int) -> list[dict]:
 
 
 def times(curve: list[dict]) -> dict[str, float | None]:
-    """Seconds to each mark: where the line between neighbouring points, over the logarithm of seconds, first meets it."""
+    """Seconds to each mark, by linear interpolation between snapshots over the logarithm of seconds."""
     found = {}
     for mark in MARKS:
         found[f"{mark:g}"] = None
@@ -166,7 +167,7 @@ def times(curve: list[dict]) -> dict[str, float | None]:
 
 
 def table(content: dict) -> str:
-    """Markdown: seconds to each mark, the least of our runs first."""
+    """Markdown table of the seconds to each mark, with the shortest times of our runs first."""
     marks, curves = content["marks"], content["curves"]
     ours = [name for name in marks if name.startswith("pyrovae")]
     rows = {}
@@ -186,7 +187,7 @@ def table(content: dict) -> str:
     about = (
         f"Test NLL in nats by importance sampling, {content['num_particles']} particles, {content['num_test']:,} test images "
         f"(of 10,000, evenly spaced); -: not reached in the budget of {content['budget_seconds']:g} s (pyrovae: in its epochs). "
-        f"{content['processor']}, one thread, seconds of the process, interpolated between snapshots a quarter apart. `{content['command']}`"
+        f"{content['processor']}, one thread, CPU seconds of the process, interpolated between snapshots 25% apart. `{content['command']}`"
     )
     return "\n".join(["# Time to quality\n", *lines, "", about]) + "\n"
 
@@ -197,10 +198,10 @@ def title(name: str) -> str:
 
 
 def draw(curves: dict[str, list[dict]]):
-    """NLL against seconds, which are on a logarithmic scale."""
+    """Plot NLL against seconds on a logarithmic scale."""
     _, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     points = [point for curve in curves.values() for point in curve]
-    # Runs too short to come near a mark are shown whole.
+    # If no run comes near a mark, show all points.
     worst = WORST_SHOWN if any(point["nll"] < WORST_SHOWN for point in points) else float("inf")
     seen = [point for point in points if point["nll"] < worst]
     for number, (name, curve) in enumerate(curves.items()):
@@ -208,7 +209,7 @@ def draw(curves: dict[str, list[dict]]):
         shown = [point for point in curve if point["nll"] < worst]
         seconds, nll = ([point[key] for point in shown] for key in ("seconds", "nll"))
         marker = MARKERS[number % len(MARKERS)]
-        width = 0.8 if name.startswith("pyrovae-") and number else 1.5  # our later runs beside the first
+        width = 0.8 if name.startswith("pyrovae-") and number else 1.5  # thinner lines for our later runs
         axes.plot(
             seconds, nll, color=color, linestyle=style, linewidth=width, marker=marker, markersize=4, label=title(name)
         )
@@ -246,7 +247,7 @@ def peers() -> dict[str, str]:
 
 
 def command(options: argparse.Namespace) -> str:
-    """The command that gives these numbers; not where this machine keeps its data."""
+    """The command that reproduces these numbers, without the data folder of this machine."""
     words = [
         "python",
         "examples/time_to_quality.py",
@@ -263,15 +264,26 @@ def command(options: argparse.Namespace) -> str:
 def parse_options() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--libraries", nargs="+", default=list(NAMES), choices=NAMES, help="all by default")
-    add("--our-epochs", nargs="+", type=positive(int), default=[40, 150], help="of pyrovae's runs (default: 40 150)")
-    add("--seconds", type=positive(float), default=600.0, help="of training, for each of the others (default: 600)")
-    add("--epochs", type=positive(int), default=100_000, help=argparse.SUPPRESS)  # the seconds end it
-    add("--num-test", type=positive(int), default=2000, help="test images, evenly spaced (default: 2000)")
-    add("--num-particles", type=positive(int), default=500, help="per test image (default: 500)")
-    add("--data-dir", help="folder of MNIST (default: $PYROVAE_DATA, else a cache folder)")
-    add("--seed", type=int, default=0, help="of initialisation and training (default: 0)")
-    add("--out", default="runs/time", help="folder for weights, numbers, table and figure (default: runs/time)")
+    add("--libraries", nargs="+", default=list(NAMES), choices=NAMES, help="libraries to compare (default: all)")
+    add(
+        "--our-epochs",
+        nargs="+",
+        type=positive(int),
+        default=[40, 150],
+        help="epochs of the runs of pyrovae (default: 40 150)",
+    )
+    add(
+        "--seconds",
+        type=positive(float),
+        default=600.0,
+        help="training time of each other library, in seconds (default: 600)",
+    )
+    add("--epochs", type=positive(int), default=100_000, help=argparse.SUPPRESS)  # the time budget ends training first
+    add("--num-test", type=positive(int), default=2000, help="number of test images, evenly spaced (default: 2000)")
+    add("--num-particles", type=positive(int), default=500, help="particles per test image (default: 500)")
+    add("--data-dir", help="folder of MNIST (default: $PYROVAE_DATA if set, else a cache folder)")
+    add("--seed", type=int, default=0, help="seed of initialisation and training (default: 0)")
+    add("--out", default="runs/time", help="output folder for weights, numbers, table and figure (default: runs/time)")
     add("--train", nargs=3, metavar=("LIBRARY", "EPOCHS", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -196,5 +196,5 @@ def test_any_damage_of_an_idx_file_is_named(tmp_path, place, byte, length, cut):
     if damaged[:16] == whole[:16] and len(damaged) == len(whole):
         _check_idx(path, 16)
         return
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte .*(damaged|no IDX file)"):
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte .*(damaged|not an IDX file)"):
         _check_idx(path, 16)

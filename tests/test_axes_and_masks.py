@@ -60,13 +60,6 @@ def broadcast_event(x):
         pyro.sample("x", dist.Normal(z.expand(*z.shape[:-1], 3), 1.0).to_event(1), obs=x.reshape(-1, 1))
 
 
-def wide_event(x):
-    """x (N, 3) against an event of 1."""
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x.reshape(-1, 1).expand(-1, 3))
-
-
 def scale_of_another_shape(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
@@ -85,7 +78,6 @@ WRONG_AXES = {
         column_model,
         undeclared_data,
         broadcast_event,
-        wide_event,
         scale_of_another_shape,
         factor_of_another_shape,
     )
@@ -286,7 +278,7 @@ def test_obs_mask_with_an_automatic_guide(mask):
             z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x, obs_mask=mask)
 
-    guide = AutoNormal(model, init_scale=0.9, init_loc_fn=pyro.infer.autoguide.init_to_value(values={"z": x / 2}))
+    guide = AutoNormal(model, init_scale=1.2, init_loc_fn=pyro.infer.autoguide.init_to_value(values={"z": x / 2}))
     estimate = pv.log_marginal_likelihood(model, guide, x, mask, num_particles=20_000)
     exact = torch.where(mask, EVIDENCE.log_prob(x), 0.0)
     assert ((estimate.log_prob - exact).abs() <= 5 * estimate.stderr + 1e-9).all()

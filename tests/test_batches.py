@@ -127,7 +127,7 @@ def labelled(num_data):
     ("data", "options", "message"),
     [
         (lambda: loader(list(binary(20))), {"batch_size": 10}, "leave it out"),
-        (lambda: DataLoader(Endless(), batch_size=5), {}, "without a length"),
+        (lambda: DataLoader(Endless(), batch_size=5), {}, "has no length"),
         (lambda: loader(list(binary(3)), drop_last=True), {}, "at least one batch"),
         (
             lambda: DataLoader(Named(), batch_size=2),

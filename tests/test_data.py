@@ -87,7 +87,7 @@ def test_binarization():
     assert torch.equal(grey.binarized("dynamic", 3).test, dynamic.test), "apart from the training seed"
     with pytest.raises(ValueError, match="'dynamic', 'static' or None, found 'both'"):
         grey.binarized("both")
-    with pytest.raises(ValueError, match="binarised already"):
+    with pytest.raises(ValueError, match="already binarised"):
         static.binarized("static")
 
 
@@ -119,9 +119,9 @@ def test_grey_levels_and_dequantisation():
     assert torch.equal(continuous.test, grey.dequantized(3).test)
     assert not torch.equal(continuous.test, grey.dequantized(4).test)
     assert (continuous.num_levels, continuous.is_dequantized, continuous.data_seed) == (17, True, 3)
-    with pytest.raises(ValueError, match="dequantised already"):
+    with pytest.raises(ValueError, match="already dequantised"):
         continuous.binarized()
-    with pytest.raises(ValueError, match="binarised already"):
+    with pytest.raises(ValueError, match="already binarised"):
         grey.binarized("static").dequantized()
 
 
@@ -254,7 +254,7 @@ def test_a_misspelt_folder_is_named_and_not_made(name, origin, tmp_path, monkeyp
     assert len(caplog.records) == 1
     assert "mispelt" in caplog.text
     assert "does not exist" in caplog.text
-    assert "going on with scikit-learn's embedded 8x8 digits" in caplog.text
+    assert "using scikit-learn's embedded 8x8 digits instead" in caplog.text
     assert not folder.exists()
 
 

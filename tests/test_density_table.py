@@ -258,7 +258,7 @@ def test_what_ctrl_c_leaves_of_a_piece_is_not_kept(run, table, monkeypatch):
     original = pv.log_marginal_likelihood
     with monkeypatch.context() as patch:
         patch.setattr(pv, "log_marginal_likelihood", lambda m, g, x, **options: original(m, g, x[:7], **options))
-        with pytest.raises(SystemExit, match="Stopped; the same command goes on with short-mlp300"):
+        with pytest.raises(SystemExit, match="Stopped; the same command resumes short-mlp300"):
             run(*words, folder="stopped")
     assert run(*words, folder="stopped")["nll"] == whole["nll"]
 

@@ -81,7 +81,7 @@ def test_auto_without_mnist_and_network(tmp_path):
     options = ("--epochs", 1, "--num-particles", 5, "--quiet", "--data-dir", tmp_path / "empty")
     done = run(*options, cwd=tmp_path, no_proxy="", NO_PROXY="", **proxies)
     assert done.returncode == 0, done.stderr
-    assert "going on with scikit-learn's embedded 8x8 digits" in done.stderr
+    assert "using scikit-learn's embedded 8x8 digits instead" in done.stderr
     assert len(list((tmp_path / "runs").glob("digits-*"))) == 1
     done = run("--dataset", "mnist", *options, cwd=tmp_path, no_proxy="", NO_PROXY="", **proxies)
     assert done.returncode == 1

@@ -37,7 +37,7 @@ OTHERS = {
     "log counts": (
         lambda x: (x * 30).log1p(),
         ValueError,
-        "data that are no grey images need a likelihood for real values",
+        "data that are not grey images need a likelihood for real values",
     ),
     "NaN": (
         lambda x: x.masked_fill(x == 1, torch.nan),
@@ -112,7 +112,7 @@ def test_every_level_is_drawn_within(num_levels, dtype, seed):
     [
         (torch.arange(256) / 256, 256, r"grey levels k / 255, found 0.5 = 127.5 / 255: .*divided by 255, not 256"),
         (torch.arange(17) / 16, 256, r"k / 255, found .*set num_levels="),
-        (torch.rand(1000), 256, "k / 255, found .*continuous already"),
+        (torch.rand(1000), 256, "k / 255, found .*already continuous"),
         (torch.tensor([0.0, 0.3, 1.0]), 2, "k / 1, found 0.3 = 0.3 / 1"),
     ],
 )
@@ -177,10 +177,10 @@ def test_a_recording_looks_at_no_values():
         ),
         (
             binary(20) * 200,
-            r"found 200: values are whole, up to 200; divide the bytes .*counts take a likelihood of your own",
+            r"found 200: values are whole numbers up to 200; if they are bytes .*counts, write your own likelihood",
         ),
-        ((binary(20) * 39).log1p(), r"found 3.68888: for data from 0 to 3.68888 take a likelihood for real values"),
-        (binary(20) - 0.5, r"found -?0.5: for data from -0.5 to 0.5 take a likelihood for real values"),
+        ((binary(20) * 39).log1p(), r"found 3.68888: for data from 0 to 3.68888 use a likelihood for real values"),
+        (binary(20) - 0.5, r"found -?0.5: for data from -0.5 to 0.5 use a likelihood for real values"),
         (binary(20) * torch.nan, "found nan: remove these data, or fill in their values"),
     ],
 )

@@ -108,7 +108,7 @@ def test_can_be_recorded(name):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: nets.ConvEncoder((784,)), r"\(height, width\).*found \(784,\): take an MLP"),
+        (lambda: nets.ConvEncoder((784,)), r"\(height, width\).*found \(784,\): use an MLP"),
         (lambda: nets.ConvDecoder(3, (0, 28)), "for images"),
         (lambda: nets.ResidualEncoder((8, 8), []), "one stage or more"),
         (lambda: nets.ResidualEncoder((8, 8), [0]), "channels must be 1 or more"),
@@ -163,7 +163,7 @@ def test_dropout_in_training_alone():
     plain.load_state_dict(net.state_dict())
     assert torch.equal(net(x), plain(x))
     for share in (-0.1, 1.0, math.nan):
-        with pytest.raises(ValueError, match="share of units"):
+        with pytest.raises(ValueError, match="fraction of units"):
             nets.MLP(5, [4], dropout=share)
 
 
@@ -279,7 +279,8 @@ def test_channels_last_are_refused(shape, kind):
         make()
     images = torch.zeros(2, *((28, 20, 3)))
     with pytest.raises(
-        ValueError, match=r"for data \(..., 3, 28, 20\), found \(2, 28, 20, 3\): its channels come last, x.movedim"
+        ValueError,
+        match=r"for data \(..., 3, 28, 20\), found \(2, 28, 20, 3\): move the channels, which come last, to the front: x.movedim",
     ):
         nets.ConvEncoder((3, 28, 20), [4])(images)
 

@@ -45,7 +45,7 @@ def test_too_few_to_keep_any_for_validation(tmp_path, raw, num_train):
     write_all(raw, num_train)
     with pytest.raises(
         ValueError,
-        match=rf"mnist: found {num_train:,} training images, and more than 10,000 are needed.*train_on_all=True",
+        match=rf"mnist: found {num_train:,} training images, but needs more than 10,000.*train_on_all=True",
     ):
         pv.data.mnist(tmp_path)
     assert len(pv.data.mnist(tmp_path, train_on_all=True).train) == num_train
@@ -61,7 +61,7 @@ def test_a_label_for_each_image(counts, tmp_path_factory):
         assert len(pv.data.mnist(root, train_on_all=True).test_labels) == test
         return
     part, images, number = ("train", train, labels) if train != labels else ("t10k", test, test_labels)
-    match = rf"{part}-images-idx3-ubyte holds {images} images and .*{part}-labels-idx1-ubyte {number} labels: put files"
+    match = rf"{part}-images-idx3-ubyte holds {images} images and .*{part}-labels-idx1-ubyte {number} labels: use matching files"
     with pytest.raises(ValueError, match=match):
         pv.data.mnist(root, train_on_all=True)
 
@@ -69,7 +69,7 @@ def test_a_label_for_each_image(counts, tmp_path_factory):
 def test_parts_that_do_not_belong_together(tmp_path, raw):
     write_all(raw, test_size=(3, 4))
     with pytest.raises(
-        ValueError, match=r"train-images.* of \(4, 3\) pixels and .*t10k-images.* of \(3, 4\): put images of one size"
+        ValueError, match=r"train-images.* of \(4, 3\) pixels and .*t10k-images.* of \(3, 4\): use images of one size"
     ):
         pv.data.mnist(tmp_path)
     write_all(raw, num_test=0)
@@ -104,7 +104,7 @@ def test_files_elsewhere_are_named(tmp_path, raw, monkeypatch, spelling, place, 
     moves = [(folder / SPELLINGS[spelling](file), raw / file) for file in NAMES]
     for file, (source, _) in zip(NAMES, moves, strict=True):
         (folder / file).rename(source)
-    with pytest.raises(ValueError, match="MNIST is looked for in .*MNIST/raw") as caught:
+    with pytest.raises(ValueError, match="MNIST must be in .*MNIST/raw") as caught:
         pv.data.load(name, tmp_path)
     assert "network" not in str(caught.value)
     raw.mkdir(parents=True, exist_ok=True)
@@ -136,9 +136,7 @@ def test_folders_of_the_names_of_their_files(tmp_path, raw, monkeypatch):
         write_all(tmp_path / "unpacked", 12, 3)
         (raw / file).mkdir(parents=True)
         (tmp_path / "unpacked" / file).rename(raw / file / file)
-    match = (
-        f"move [^;]*/{NAMES[0]}/{NAMES[0]} out of the folder [^;]*/{NAMES[0]}, delete that, and give the file its name"
-    )
+    match = f"move [^;]*/{NAMES[0]}/{NAMES[0]} out of the folder [^;]*/{NAMES[0]}, delete the folder, and give the file the folder's name"
     with pytest.raises(ValueError, match=match):
         pv.data.mnist(tmp_path)
 

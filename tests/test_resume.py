@@ -219,7 +219,7 @@ def test_what_is_not_the_same_run_is_refused(tmp_path):
         pv.fit(*other, binary(), resume=True, **options)
     assert same(parameters(*other), parameters(*kept))
     pv.save(tmp_path / "pair.pt", *make())
-    with pytest.raises(ValueError, match="holds a model and a guide, but no run to go on with"):
+    with pytest.raises(ValueError, match="holds a model and a guide, but no run to resume"):
         pv.fit(*make(), binary(), resume=True, **{**options, "checkpoint": tmp_path / "pair.pt"})
     assert path.read_bytes() == before
 

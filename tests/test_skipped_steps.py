@@ -198,9 +198,7 @@ def test_a_run_without_a_step_is_no_training(num_data, epochs, at):
     x[:, 0, 0, 0] = torch.nan
     pair = make()
     before = parameters(*pair)
-    match = (
-        "no step of this run was made, and nothing was trained.*the data themselves are not finite.*fill in what is not"
-    )
+    match = "no step of this run was made, and nothing was trained.*the data themselves are not finite.*replace their values that are not"
     with pytest.raises(NotFiniteError, match=match) as caught:
         pv.fit(*pair, x, epochs=epochs, max_skipped_steps=1000, **OPTIONS)
     assert (caught.value.epoch, caught.value.step) == at

@@ -180,7 +180,9 @@ def test_the_parameters_of_a_model_that_is_gone_are_no_other_models():
 def test_a_part_that_nobody_declares(make_pair, named):
     vae = make_pair()
     before, buffers = parameters(vae), [buffer.clone() for buffer in vae.buffers()]
-    match = rf"parameters that training would not move: {named}.*pyro\.module\(name, module\).*requires_grad_\(False\)"
+    match = (
+        rf"parameters that training would not change: {named}.*pyro\.module\(name, module\).*requires_grad_\(False\)"
+    )
     with pytest.raises(ValueError, match=match):
         pv.fit(vae.model, vae.guide, data(), **OPTIONS)
     assert same(before, parameters(vae))
@@ -404,7 +406,7 @@ def test_numbers_that_go_by_the_place_in_the_batch(kind, num_data, dim, shuffled
     x = torch.randn(num_data, dim) + 1
     model, guide, site = BY_POSITION[kind](num_data, dim)
     train = DataLoader(TensorDataset(x), num_data, shuffle=True) if shuffled_loader else x
-    match = rf"the numbers of site '{site}' go by the place of a datum .*fit shuffles.*in place of x"
+    match = rf"the numbers of site '{site}' go by the place of a datum .*fit shuffles.*instead of x"
     with pytest.raises(ValueError, match=match):
         pv.fit(model, guide, train, epochs=2, progress=False)
     pv.fit(model, guide, DataLoader(TensorDataset(x), num_data), epochs=2, progress=False)

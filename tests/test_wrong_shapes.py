@@ -92,11 +92,11 @@ WRONG = {
     ),
     "a decoder that does not say what it takes": (
         lambda: (pv.GenerativeModel(NORMAL(2), likelihood(net=nn.Sequential(nn.Linear(3, 12)))), guide()),
-        r"the network Sequential does not take what it is given, of shape \(20, 2\) .*make the decoder for as many latents",
+        r"the network Sequential does not take input of shape \(20, 2\) .*make the decoder for the prior's number of latents",
     ),
     "an encoder for other images": (
         lambda: (pv.GenerativeModel(NORMAL(2), likelihood()), pv.guides.MeanFieldNormal(pv.nets.MLP(784, [8]), 2)),
-        r"the network MLP does not take what it is given, of shape \(20, 1, 4, 3\) and torch.float32 .*give it data as it was made for",
+        r"the network MLP does not take input of shape \(20, 1, 4, 3\) and dtype torch.float32 .*pass data with",
     ),
     "a convolutional encoder for other images": (
         lambda: (

@@ -1,11 +1,11 @@
-"""Annealed importance sampling and local optimisation: gradient evaluations per second, extracted and compiled against eager.
+"""Measure gradient evaluations per second of annealing and local optimisation: eager, extracted and compiled.
 
     python examples/benchmarks/annealing.py --out runs/annealing
 
-Annealing: the log joint density and its gradient for one chain of one datum, which each leapfrog step of the Hamiltonian
-chains takes, and nearly all of their time. Refinement: the ELBO of a guide's parameters for one datum and its gradient, by one
-of several draws, with the step of the optimizer. Few rows (chains, or draws, times data) show what Pyro's handlers cost, many
-rows what the arithmetic costs.
+Annealing evaluates the log joint density and its gradient for one chain of one datum. Each leapfrog step of the
+Hamiltonian chains does this, and it takes nearly all of their time. Refinement evaluates the ELBO of a guide's
+parameters for one datum and its gradient, with one of several draws, and makes a step of the optimizer. A row is one
+chain or draw of one datum. Few rows show the cost of Pyro's handlers, many rows the cost of the arithmetic.
 """
 
 import argparse
@@ -25,8 +25,10 @@ TABLES = {"annealing": "Annealing", "refinement": "Local optimisation, `Refined`
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["mlp", "nsf-prior"], choices=programs.MODELS)
-    parser.add_argument("--rows", nargs="+", type=int, help="chains, or draws, times data")
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="default: both")
+    parser.add_argument("--rows", nargs="+", type=int, help="numbers of rows: chains or draws, times data")
+    parser.add_argument(
+        "--tables", nargs="+", choices=TABLES, default=list(TABLES), help="tables to measure (default: both)"
+    )
     turns.add_common_options(parser, rounds=7)
     options = parser.parse_args()
     turns.prepare(options)
@@ -66,7 +68,7 @@ def refinement(model: str, data, repeats: int) -> dict[str, Callable[[], float]]
 
 
 def refining(model: str, data, repeats: int, *, compile: bool) -> Callable[[], float]:
-    """Of the gradients with which `Refined` improves a guide."""
+    """Rate of the gradients with which `Refined` improves a guide."""
     import torch
 
     from pyrovae.guides import Refined
@@ -90,7 +92,7 @@ def refining(model: str, data, repeats: int, *, compile: bool) -> Callable[[], f
 
 
 def gradients(model: str, data, repeats: int, inductor: bool | None) -> Callable[[], float]:
-    """Of the potential that chains run in, started at the prior; inductor: None for eager."""
+    """Rate of gradients of the potential, with chains that start from the prior; inductor=None is eager."""
     import torch
 
     from pyrovae.annealing.potential import Potential, prior_of

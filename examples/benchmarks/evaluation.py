@@ -1,13 +1,14 @@
-"""Evaluation throughput: log p(x) of 10,000 images with 5,000 particles each, against Pythae, Pyro's traces and the floor.
+"""Measure the throughput of estimating log p(x): pyrovae, Pythae, Pyro's traces and bare matrix products.
 
     pip install -e ".[bench]" && python examples/benchmarks/evaluation.py --out runs/evaluation
 
-Log weights per second, measured on a slice of the images; "10,000 x 5,000" is extrapolated from that, plus what a call costs
-before its first weight (looking at the programs, recording, compiling). pyrovae is `pv.log_marginal_likelihood` itself, its
-standard errors and diagnostics included. The floor is the decoder's matrix products alone.
+The unit is log weights per second, measured on a subset of the images. The time for 10,000 images with 5,000 particles
+each is extrapolated from this rate, plus the time of a call before its first weight (inspecting the programs,
+recording, compiling). pyrovae is `pv.log_marginal_likelihood` itself, with standard errors and diagnostics. The floor
+is the time of the decoder's matrix products alone.
 
-Peak memory is that of a process of its own above model, data and what it held before the call: of its first call, which loads
-and runs the compiler, and of the same call again.
+Peak memory is measured in a separate process, above model, data and what the process held before the call, for the
+first call, which loads and runs the compiler, and for a second call.
 """
 
 import argparse
@@ -30,14 +31,16 @@ TABLES = {
     "growth": "How the rate changes (with it the cost of one log weight)",
     "memory": "Peak memory above model, data and what the process held, in MB",
 }
-FLOOR_ROWS = 1_000  # at once: activations stay in the cache
+FLOOR_ROWS = 1_000  # rows at once, so that activations stay in the cache
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-particles", type=int, help=f"{NUM_PARTICLES} by default; 500 with --quick")
+    parser.add_argument(
+        "--num-particles", type=int, help=f"particles per image (default: {NUM_PARTICLES}; 500 with --quick)"
+    )
     parser.add_argument("--memory-of", type=int, nargs=2, metavar=("DATA", "PARTICLES"), help=argparse.SUPPRESS)
-    parser.add_argument("--tables", nargs="+", choices=TABLES, help="default: all")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, help="tables to measure (default: all)")
     turns.add_common_options(parser, rounds=5)
     options = parser.parse_args()
     turns.prepare(options)
@@ -76,7 +79,7 @@ def rates(data, few, particles: int, rounds: int) -> tuple[list[turns.Row], str,
             fixed = getattr(competitors[row.name], "fixed", 0.0)
             seconds = NUM_DATA * particles / row.rate + fixed
             row.note = f"{NUM_DATA:,} x {particles:,}: {seconds:,.0f} s" + (
-                f", {fixed:.0f} of them before" if fixed else ""
+                f", {fixed:.0f} of them before the first weight" if fixed else ""
             )
     return rows, "log weights/s", "x floor"
 
@@ -98,7 +101,7 @@ def memory(options) -> tuple[list[turns.Row], str, str]:
 
 
 def growths(quick: bool) -> dict[str, list[tuple[int, int, int, int]]]:
-    """(value, data, particles, latents) of what is varied."""
+    """For each quantity varied: (its value, data, particles, latents)."""
     if quick:
         return {"particles": [(100, 50, 100, 50), (500, 50, 500, 50)]}
     return {
@@ -109,14 +112,15 @@ def growths(quick: bool) -> dict[str, list[tuple[int, int, int, int]]]:
 
 
 def sizes(quick: bool) -> list[tuple[int, int]]:
-    """(data, particles) whose peak memory is measured."""
+    """(data, particles) at which peak memory is measured."""
     return [(20, 2000)] if quick else [(1000, 100), (100, 5000), (1000, 5000), (20, 100_000)]
 
 
 class Timed:
-    """`pv.log_marginal_likelihood`, timed from block to block of data by looking on when the encoder is called.
+    """Time `pv.log_marginal_likelihood` from the first block of data on, by a hook on the encoder.
 
-    fixed: seconds before the first block, of the latest call
+    Attributes:
+        fixed: seconds before the first block, in the latest call.
     """
 
     def __init__(self, data, num_particles: int, compile: bool, latent_dim: int):
@@ -141,7 +145,7 @@ class Timed:
             self.model, self.guide, self.data, num_particles=self.num_particles, compile=self.compile
         )
         end = time.perf_counter()
-        # The last calls of the encoder are the blocks, from the one that starts with the first datum on.
+        # The last encoder calls that together cover all data are the blocks; earlier calls are preparation.
         blocks, left = [], len(self.data)
         while left > 0:
             blocks.append(self.stamps.pop())
@@ -156,7 +160,7 @@ def pyrovae(data, num_particles: int, *, compile: bool, latent_dim: int = progra
 
 
 def pyro_traces(data, num_particles: int) -> Callable[[], float]:
-    """A loop over data with the particles as the batch: as it is written by hand with Pyro."""
+    """A loop over data with the particles as the batch, as one writes it with Pyro."""
     import pyro
     import torch
     from pyro import poutine
@@ -199,7 +203,7 @@ def pythae(data, num_particles: int, batch_size: int) -> Callable[[], float] | s
 
 
 def floor(data, num_particles: int) -> Callable[[], float]:
-    """The decoder's matrix products, in chunks that stay in the cache, or large ones on a GPU."""
+    """The decoder's matrix products alone, in chunks that fit the cache, or larger ones on a GPU."""
     import torch
 
     rows = 100 * FLOOR_ROWS if data.is_cuda else FLOOR_ROWS
@@ -237,7 +241,7 @@ def memory_of(num_data: int, num_particles: int, options: argparse.Namespace) ->
 
 
 def peak_memory(num_data: int, num_particles: int, options: argparse.Namespace) -> list[float]:
-    """MB above what the process holds before the call: of the first call, and of the same again."""
+    """Peak MB above what the process held before the call, for a first and a second call."""
     import torch
 
     import pyrovae as pv
@@ -250,7 +254,7 @@ def peak_memory(num_data: int, num_particles: int, options: argparse.Namespace) 
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
             before = _of_status("VmRSS")
         pv.log_marginal_likelihood(model, guide, data, num_particles=num_particles, compile=True)
         after = torch.cuda.max_memory_allocated() if data.is_cuda else _of_status("VmHWM")
@@ -265,6 +269,6 @@ def _of_status(name: str) -> int:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
-    logging.disable(logging.INFO)  # Pythae's
-    warnings.filterwarnings("ignore")  # the peers'
+    logging.disable(logging.INFO)  # of Pythae
+    warnings.filterwarnings("ignore")  # of the other libraries
     main()

@@ -1,7 +1,7 @@
-"""The same variational autoencoder as its users write it: with Pyro, with PyTorch alone, with NumPyro, with Pythae.
+"""The same variational autoencoder as users write it with Pyro, plain PyTorch, NumPyro and Pythae.
 
-784 pixels, 400 hidden units with softplus, 50 latent dimensions, Bernoulli pixels: the network of Pyro's own example. "deep"
-is that of `mnist_svi.py`: two hidden layers of 400 with LayerNorm and SiLU, 40 latent dimensions.
+The network is that of Pyro's own example: 784 pixels, 400 hidden units with softplus, 50 latent dimensions, Bernoulli
+pixels. "deep" is the network of `mnist_svi.py`: two hidden layers of 400 with LayerNorm and SiLU, 40 latent dimensions.
 """
 
 import math
@@ -20,7 +20,7 @@ MODELS = ("mlp", "conv", "vamp", "nsf-prior", "iaf")
 
 
 def images(num_data: int, data_dir: str | None, device: str = "cpu") -> tuple[torch.Tensor, str]:
-    """Binary images (N, 784), drawn once, and where they are from."""
+    """Binary images (N, 784), drawn once, and the name of their source."""
     generator = torch.Generator().manual_seed(0)
     if data_dir and (Path(data_dir) / "MNIST/raw").is_dir():
         grey, name = pv.data.mnist(data_dir, binarization=None).train.flatten(1), "MNIST"
@@ -60,7 +60,7 @@ def width(model: str) -> int:
 
 
 def ours(model: str, data: torch.Tensor, latent_dim: int | None = None) -> tuple[pv.GenerativeModel, pv.guides.Guide]:
-    """Of this library's parts."""
+    """The model and guide made of this library's parts."""
     latent_dim = latent_dim or latents(model)
     encoder, decoder = networks(model, latent_dim)
     kind = pv.guides.InverseAutoregressiveFlow if model == "iaf" else pv.guides.MeanFieldNormal
@@ -74,7 +74,7 @@ def ours(model: str, data: torch.Tensor, latent_dim: int | None = None) -> tuple
 
 
 class PyroVAE(nn.Module):
-    """As in Pyro's example: `pyro.module` and a plate; "vamp": a mixture of the encoder's normals as the prior."""
+    """The VAE of Pyro's example, with `pyro.module` and a plate; for "vamp" the prior is a mixture of encoder normals."""
 
     def __init__(self, model: str, data: torch.Tensor):
         super().__init__()
@@ -113,7 +113,7 @@ class PyroVAE(nn.Module):
 
 
 class TorchVAE(nn.Module):
-    """As written with PyTorch alone: the negative ELBO of a batch, no distributions."""
+    """The negative ELBO of a batch in plain PyTorch, without distributions."""
 
     def __init__(self, model: str, data: torch.Tensor):
         super().__init__()
@@ -141,7 +141,7 @@ class TorchVAE(nn.Module):
 
 
 def pythae_vae(data: torch.Tensor, model: str = "mlp"):
-    """Pythae's VAE with the same networks, whose decoder it wants with a sigmoid."""
+    """Pythae's VAE with the same networks; its decoder must end in a sigmoid."""
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput
     from pythae.models.nn import BaseDecoder, BaseEncoder
@@ -168,11 +168,16 @@ def pythae_vae(data: torch.Tensor, model: str = "mlp"):
 
 
 def numpyro_epoch(data: torch.Tensor, batch_size: int, model: str = "mlp", dynamic: bool = False):
-    """NumPyro with the whole epoch jitted, as in its example.
+    """Prepare training with NumPyro, with the whole epoch jitted, as in its example.
 
-    dynamic: data are grey, and drawn at every use
+    Args:
+        data: binary images (N, 784); grey ones with `dynamic`.
+        batch_size: data per step.
+        model: "mlp" or "deep".
+        dynamic: draw binary images from grey data at every use.
 
-    Returns (initial state, epoch(state) -> (loss, state), parameters(state)).
+    Returns:
+        (initial state, epoch(state) -> (loss, state), parameters(state)).
     """
     import jax
     import jax.numpy as jnp

@@ -1,11 +1,11 @@
-"""Training throughput: pyrovae against Pyro's own way, NumPyro, Pythae, PyTorch by hand, and the floor.
+"""Measure training throughput: pyrovae, Pyro's own example, NumPyro, Pythae, plain PyTorch and bare matrix products.
 
     pip install -e ".[bench]" && python examples/benchmarks/training.py --out runs/training
 
-Data per second of optimisation steps, data in memory, float32, one particle, Adam. "Pyro as in its example": `SVI` with
-`pyro.optim.Adam` and `Trace_ELBO`, a VAE class as users write it, validation as Pyro has it by default. pyrovae is `pv.fit`
-itself, after the epoch that it runs eagerly and the compilation. The floor is the matrix products alone, forwards and
-backwards; for other models than the MLP the networks alone.
+The unit is data per second of optimisation steps, with data in memory, float32, one particle and Adam. "Pyro as in its
+example" is `SVI` with `pyro.optim.Adam`, `Trace_ELBO`, a VAE class as users write it, and Pyro's default validation.
+pyrovae is `pv.fit` itself, after its eager epoch and the compilation. The floor is the time of the forward and backward
+matrix products alone or, for models other than the MLP, of the networks alone.
 """
 
 import argparse
@@ -29,8 +29,10 @@ MOST_DATA = 60_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["mlp"], choices=[*programs.MODELS, "all"])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, help="64 256 1024 4096 by default; 256 with --quick")
-    parser.add_argument("--bf16", action="store_true", help="also pyrovae with its networks in bfloat16")
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, help="batch sizes (default: 64 256 1024 4096; 256 with --quick)"
+    )
+    parser.add_argument("--bf16", action="store_true", help="also measure pyrovae with networks in bfloat16")
     turns.add_common_options(parser, rounds=7)
     options = parser.parse_args()
     turns.prepare(options)
@@ -66,7 +68,7 @@ def make_competitors(model: str, data, batch_size: int, bf16: bool) -> dict[str,
 
 
 def timed(epoch: Callable[[object], None], data, batch_size: int) -> float:
-    """Data per second of epoch(order), and of waiting for the device."""
+    """Data per second of epoch(order), including the wait for the device."""
     import torch
 
     wait = torch.cuda.synchronize if data.is_cuda else lambda: None
@@ -82,7 +84,7 @@ def pyro_own_way(model: str, data, batch_size: int) -> Callable[[], float]:
     from pyro.infer import SVI, Trace_ELBO
 
     pyro.clear_param_store()
-    # Flows are not Pyro's: there the programs are ours, and the way they are trained is Pyro's.
+    # Pyro has no such flows: use our programs, trained in Pyro's way.
     if model in ("nsf-prior", "iaf"):
         programs_of = programs.ours(model, data)
     else:
@@ -105,7 +107,7 @@ def fit(model: str, data, batch_size: int, **options) -> Callable[[], float]:
 
     def turn() -> float:
         result = pv.fit(*pair, data, epochs=4, batch_size=batch_size, device=data.device, progress=False, **options)
-        # The first epoch is eager, and the second holds the compilation.
+        # The first epoch is eager, and the second includes the compilation.
         return 2 * len(data) / (result.history[3]["seconds"] - result.history[1]["seconds"])
 
     return turn
@@ -161,7 +163,7 @@ def pythae(data, batch_size: int) -> Callable[[], float] | str:
         trainer.prepare_training()
 
     def turn() -> float:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        with contextlib.redirect_stderr(io.StringIO()):  # hide its progress bar
             start = time.perf_counter()
             trainer.train_step(1)
             return len(data) / (time.perf_counter() - start)
@@ -170,7 +172,7 @@ def pythae(data, batch_size: int) -> Callable[[], float] | str:
 
 
 def floor(data, batch_size: int) -> Callable[[], float]:
-    """The matrix products of a step: each layer forwards, the gradients of its weight and (but for the first) its input."""
+    """The matrix products of a step: forward, and the gradients of each weight and of each input but the first."""
     import torch
 
     sizes = [
@@ -216,6 +218,6 @@ def networks_alone(model: str, data, batch_size: int) -> Callable[[], float]:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
-    logging.disable(logging.INFO)  # Pythae's
-    warnings.filterwarnings("ignore")  # the peers'
+    logging.disable(logging.INFO)  # of Pythae
+    warnings.filterwarnings("ignore")  # of the other libraries
     main()

@@ -1,7 +1,7 @@
-"""Competitors timed in turns within one process, and the table that comes of it.
+"""Time competitors in turns within one process, and write the table of results.
 
-On a machine that does other work too, a second measured now is not a second measured later. So all competitors run once in
-each round, in an order that changes from round to round, and what is reported are medians over rounds and their ratios.
+On a shared machine, speed changes over time. All competitors therefore run once in each round, in an order that changes
+from round to round. The table reports medians over rounds and their ratios.
 """
 
 import argparse
@@ -26,9 +26,13 @@ _PACKAGES = ("pyrovae", "torch", "pyro-ppl", "zuko", "numpyro", "jax", "pythae",
 class Row:
     """One competitor in one setting.
 
-    rate: median over rounds of what is counted per second, None where it did not run
-    rates: of each round
-    note: why it did not run, or what else there is to say
+    Attributes:
+        setting: the setting, for example model and batch size.
+        name: name of the competitor.
+        rate: median over rounds of the count per second; None if it did not run.
+        rates: the rate of each round.
+        ratio: rate relative to the base competitor, or None.
+        note: why it did not run, or another remark.
     """
 
     setting: str
@@ -42,21 +46,21 @@ class Row:
 def add_common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help explains the options)\n")
     add = parser.add_argument
-    add("--rounds", type=int, help=f"turns of each competitor (default: {rounds}; 2 with --quick)")
-    add("--quick", action="store_true", help="a small trial run: does it run, and are the ratios sane?")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores for each (default: all)")
-    add("--device", default="cpu", help="cpu or cuda; JAX takes what it has been installed for")
+    add("--rounds", type=int, help=f"rounds to run (default: {rounds}; 2 with --quick)")
+    add("--quick", action="store_true", help="short trial run, to check that everything works")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="number of cores (default: all)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu); JAX uses the device it is installed for")
     add(
         "--data-dir",
         default=os.environ.get("PYROVAE_DATA"),
-        help="folder of MNIST (default: $PYROVAE_DATA, else random)",
+        help="folder of MNIST (default: $PYROVAE_DATA if set, else random pixels)",
     )
-    add("--out", help="file for the table, without suffix: .md and .json are written")
+    add("--out", help="output file without suffix: writes .md and .json")
     parser.set_defaults(default_rounds=rounds)
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """The same cores for everyone: JAX takes as many as the process may use, torch as many as it is told."""
+    """Give all libraries the same cores: JAX uses all that the process may use, torch as many as it is told."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     import torch
 
@@ -67,9 +71,13 @@ def prepare(options: argparse.Namespace) -> None:
 def in_turns(
     setting: str, competitors: dict[str, Callable[[], float] | str], rounds: int, base: str | None = None
 ) -> list[Row]:
-    """Rows of competitors: `turn() -> what it did per second`, or the reason why there is none.
+    """Time the competitors in turns and return a row for each.
 
-    base: the competitor that ratios are to
+    Args:
+        setting: name of the setting.
+        competitors: functions turn() -> count per second, or the reason why a competitor cannot run.
+        rounds: rounds after the first, which is for warming up.
+        base: competitor that ratios are relative to.
     """
     rows = {name: Row(setting, name, note=turn if isinstance(turn, str) else "") for name, turn in competitors.items()}
     turns = {name: turn for name, turn in competitors.items() if not isinstance(turn, str)}
@@ -78,11 +86,11 @@ def in_turns(
         for name in order.sample(list(turns), len(turns)):
             try:
                 rate = turns[name]()
-            except Exception as error:  # the others go on, and the row says why
+            except Exception as error:  # the others continue, and the row says why
                 rows[name].note = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
                 del turns[name]
                 continue
-            if number:  # the first is for compiling and warming up
+            if number:  # the first round compiles and warms up
                 rows[name].rates.append(rate)
             print(f"\r{setting}: round {number} of {rounds}, {name:40}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -95,7 +103,7 @@ def in_turns(
 
 
 def show(rows: Sequence[Row], unit: str, ratio: str) -> str:
-    """A Markdown table: rates, their quartiles, ratios."""
+    """A Markdown table of rates, quartiles and ratios."""
     lines = [f"| setting | | {unit} | quartiles | {ratio} | |", "|---|---|---:|---:|---:|---|"]
     for row in rows:
         rate = spread = "-"

@@ -1,4 +1,4 @@
-"""Seconds on the wall, and those of the process on its cores, which others on the machine hardly change."""
+"""Wall time and CPU time of a run. Other processes on the machine hardly change the CPU time."""
 
 import os
 import time
@@ -10,21 +10,21 @@ from support.provenance import read_json, write_json
 
 
 def cpu_seconds() -> float:
-    """Of this process, and of its children that have ended: compilers."""
+    """CPU seconds of this process and of its finished children, such as compilers."""
     return sum(os.times()[:4])
 
 
 class Clock:
-    """Seconds on the wall and on the process's cores, by what was done, over all sessions of a run.
+    """Wall and CPU seconds of each activity, summed over all sessions of a run.
 
-    Its file is written every few seconds, so that little is lost of a session that is killed.
+    The file is written every few seconds, so that a killed session loses little.
     """
 
     EVERY = 10.0
 
     def __init__(self, path: Path):
         self.path = path
-        remedy = "delete it to go on; the seconds of earlier sessions are lost"
+        remedy = "delete it to continue; this loses the seconds of earlier sessions"
         self.seconds = read_json(path, remedy) if path.exists() else {}
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Options of the examples."""
+"""The command-line options of the examples, and the checks on them."""
 
 import argparse
 import math
@@ -7,7 +7,7 @@ from support import registry
 
 import pyrovae as pv
 
-# Settings that suit the size of the data; each has its option.
+# Defaults by data set; each setting has a command-line option.
 DEFAULTS = {
     "image28": {"epochs": 40, "batch_size": 200, "learning_rate": 3e-3, "hidden": [400, 400], "latent_dim": 40},
     "digits": {"epochs": 300, "batch_size": 100, "learning_rate": 2e-3, "hidden": [200, 200], "latent_dim": 16},
@@ -16,7 +16,7 @@ DEFAULTS = {
 
 
 def parser_of(description) -> argparse.ArgumentParser:
-    """A parser that says what is wrong in one line, without the whole of the usage above it."""
+    """A parser that reports an error in one line, without printing the usage."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help explains the options)\n")
     return parser
@@ -29,15 +29,20 @@ def parse_options(description) -> argparse.Namespace:
     add("--guide", default="mean-field", choices=registry.GUIDES, help="q(z|x) (default: mean-field)")
     add("--likelihood", default="bernoulli", choices=registry.LIKELIHOODS, help="p(x|z) (default: bernoulli)")
     add("--scale", type=positive(float), help="standard deviation of --likelihood normal (default: 1)")
-    add("--network", default="mlp", choices=registry.NETWORKS, help="of encoder and decoder (default: mlp)")
-    add("--objective", default="elbo", choices=registry.OBJECTIVES, help="what training maximises (default: elbo)")
+    add("--network", default="mlp", choices=registry.NETWORKS, help="networks of encoder and decoder (default: mlp)")
+    add(
+        "--objective",
+        default="elbo",
+        choices=registry.OBJECTIVES,
+        help="objective that training maximises (default: elbo)",
+    )
     add("--objective-particles", type=positive(int), default=1, help="particles per image in training (default: 1)")
     add("--beta", type=not_negative(float), default=1.0, help="weight of the KL in training (default: 1)")
     add(
         "--kl-warmup",
         type=not_negative(int),
         default=0,
-        help="epochs over which the KL's weight grows from 0 (default: 0)",
+        help="epochs over which the weight of the KL grows from 0 (default: 0)",
     )
     add(
         "--free-bits",
@@ -45,22 +50,27 @@ def parse_options(description) -> argparse.Namespace:
         default=0.0,
         help="nats of KL per dimension left unpenalised (default: 0)",
     )
-    add("--dataset", default="auto", choices=pv.data.NAMES, help="auto: MNIST, or digits where it is not to be had")
-    add("--data-dir", help="folder of the data, in torchvision's layout (default: $PYROVAE_DATA, else a cache folder)")
+    add(
+        "--dataset",
+        default="auto",
+        choices=pv.data.NAMES,
+        help="auto (the default): MNIST, or digits if MNIST is unavailable",
+    )
+    add("--data-dir", help="data folder in torchvision's layout (default: $PYROVAE_DATA if set, else a cache folder)")
     add(
         "--binarization",
         choices=["dynamic", "static"],
-        help="of images for --likelihood bernoulli: redraw training pixels at every use (the default), or once",
+        help="for --likelihood bernoulli: redraw binary training pixels at every use (dynamic, the default), or once (static)",
     )
     add(
         "--train-on-all",
         action="store_true",
-        help="train on all 60,000 images, without validation (the last state is kept)",
+        help="train on all 60,000 images without validation, and keep the last state",
     )
     add(
         "--latent-dim",
         type=positive(int),
-        help="dimensions of z (default: 40; digits: 16; freyfaces: 20); 2 also draws manifold.png",
+        help="dimensions of z (default: 40; digits: 16; freyfaces: 20); with 2, manifold.png is drawn too",
     )
     add(
         "--epochs",
@@ -71,30 +81,30 @@ def parse_options(description) -> argparse.Namespace:
     add(
         "--learning-rate",
         type=positive(float),
-        help="Adam's highest rate, decayed by half a cosine (default: 0.003; digits, freyfaces: 0.002)",
+        help="peak learning rate of Adam, with cosine decay (default: 0.003; digits, freyfaces: 0.002)",
     )
     add(
         "--num-particles",
         type=positive(int),
         default=1000,
-        help="particles per test image for log p(x) (default: 1000)",
+        help="particles per test image to estimate log p(x) (default: 1000)",
     )
     add(
         "--device",
         default="auto",
         choices=["auto", "cpu", "cuda"],
-        help="auto: CUDA where there is a GPU, else the CPU",
+        help="auto (the default): CUDA if there is a GPU, else the CPU",
     )
-    add("--seed", type=int, default=0, help="of initialisation, training and evaluation (default: 0)")
+    add("--seed", type=int, default=0, help="seed of initialisation, training and evaluation (default: 0)")
     add(
         "--data-seed",
         type=int,
         default=0,
-        help="of the test and validation images' binary or dequantised pixels, apart from --seed (default: 0)",
+        help="seed of the binary or dequantised validation and test images, independent of --seed (default: 0)",
     )
-    add("--out", help="folder for numbers and figures (default: a new one under runs/)")
-    add("--resume", action="store_true", help="go on with the run in --out, or begin it where there is none yet")
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--out", help="output folder for numbers and figures (default: a new folder under runs/)")
+    add("--resume", action="store_true", help="resume the run in --out, or start it if there is none")
+    add("--quiet", action="store_true", help="show no progress bars")
     options = parser.parse_args()
     if contradiction := contradiction_in(options):
         parser.error(contradiction)
@@ -102,7 +112,7 @@ def parse_options(description) -> argparse.Namespace:
 
 
 def contradiction_in(options) -> str | None:
-    """What is wrong with options that are right each by itself; None if nothing is."""
+    """What is wrong with a combination of valid options; None if nothing is."""
     if options.scale is not None and options.likelihood != "normal":
         return f"--scale {options.scale:g} is for --likelihood normal, and --likelihood is {options.likelihood}"
     if options.binarization is not None and options.likelihood != "bernoulli":
@@ -120,12 +130,12 @@ def contradiction_in(options) -> str | None:
             return f"--objective {options.objective} has no KL to weigh: leave out {', '.join(weights)}"
         if options.objective_particles < 2:
             return f"--objective {options.objective} needs --objective-particles of 2 or more: with one it is the ELBO"
-    known = options.dataset != "auto"  # which data auto takes is seen when they are loaded
+    known = options.dataset != "auto"  # the data set that auto takes is known only after loading
     epochs = options.epochs or (DEFAULTS.get(options.dataset, DEFAULTS["image28"])["epochs"] if known else math.inf)
     if options.kl_warmup > epochs:
         return f"--kl-warmup {options.kl_warmup} is longer than the run: {epochs} epochs"
     if options.resume and not options.out:
-        return "--resume needs --out, the folder of the run to go on with"
+        return "--resume needs --out, the folder of the run to resume"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What a row of `density_table.py` is measured by: log p(x) of test images, importance sampled and annealed, saved piece by piece."""
+"""Estimate log p(x) for a row of `density_table.py`, by importance sampling and by annealing, piece by piece."""
 
 from dataclasses import asdict
 from functools import partial
@@ -10,13 +10,13 @@ import torch
 import pyrovae as pv
 from pyrovae.estimators.standard_error import standard_error
 
-IMAGES_PER_PIECE = 2000  # of the evaluation, each saved as it is done
-BOUND_PARTICLES = 20  # for the ELBO of every test image
-NUM_CHAINS, NUM_TEMPERATURES = 16, 500  # of annealing
+IMAGES_PER_PIECE = 2000  # the evaluation saves each piece when it is done
+BOUND_PARTICLES = 20  # to estimate the ELBO of every test image
+NUM_CHAINS, NUM_TEMPERATURES = 16, 500  # of annealed importance sampling
 
 
 def estimate(options, folder, model, guide, images, clock):
-    """Importance sampling, in pieces that are saved."""
+    """Estimate log p(x) by importance sampling; each piece of the images is saved."""
     parts = []
     for number, piece in enumerate(images.split(IMAGES_PER_PIECE)):
         path = folder / f"estimate-{options.particles}-{number}-{len(piece)}.pt"
@@ -27,11 +27,14 @@ def estimate(options, folder, model, guide, images, clock):
 
 
 def of_all_images(options, folder, model, guide, images, lml, clock) -> dict:
-    """NLL of all the images where the first ones alone, a random sample, were importance sampled: the difference estimator.
+    """NLL over all N images if only the first n, a random sample, were importance sampled: the difference estimator.
 
-    The ELBO of every image is cheap; log p(x) = ELBO + gap, and the gap differs far less from image to image than log p(x):
-    mean over the N images of the ELBO + mean over the n sampled ones of the gap. Its error against the mean over all N:
-    std(gap) sqrt(1/n - 1/N) (Cochran 1977, Sampling Techniques, section 7.3, with slope 1).
+    log p(x) = ELBO + gap. The ELBO of every image is cheap to estimate, and the gap varies far less between images than
+    log p(x) does. The estimate is therefore the mean ELBO over the N images plus the mean gap over the n sampled ones.
+    Its error against the mean over all N is std(gap) sqrt(1/n - 1/N).
+
+    References:
+        Cochran, Sampling Techniques (1977), section 7.3, with slope 1.
     """
     all_images, sampled = len(images), len(lml)
     if sampled == all_images:
@@ -49,7 +52,7 @@ def of_all_images(options, folder, model, guide, images, lml, clock) -> dict:
     elbo = bound.elbo
     log_prob = elbo.mean() + lml.gap.mean()
     noise = (bound.elbo_stderr.square().sum() / all_images**2 + lml.gap_stderr.square().sum() / sampled**2).sqrt()
-    # Of images drawn anew: their ELBO and gap go together within the sample, and the ELBO's spread outside it counts as well.
+    # Over new images: ELBO and gap covary within the sample, and the ELBO also varies outside it.
     together = torch.stack([lml.elbo, lml.gap]).cov()[0, 1]
     variance = (elbo.var() + 2 * together) / all_images + lml.gap.var() / sampled
     return {
@@ -63,7 +66,7 @@ def of_all_images(options, folder, model, guide, images, lml, clock) -> dict:
 
 
 def anneal(options, folder, model, images, clock):
-    """Annealed importance sampling from the prior; None without images."""
+    """Estimate log p(x) by annealed importance sampling from the prior; None without images."""
     if len(images) == 0:
         return None
     path = folder / f"annealed-{len(images)}.pt"
@@ -73,7 +76,7 @@ def anneal(options, folder, model, images, clock):
 
 
 def compared(annealed, sampled) -> dict:
-    """Both estimates for the same images, and their paired difference."""
+    """Both estimates on the same images, and their paired difference."""
     both = min(len(annealed), len(sampled))
     difference = annealed.log_prob[:both] - sampled.log_prob[:both]
     return {
@@ -89,7 +92,7 @@ def compared(annealed, sampled) -> dict:
 
 
 def kept(path: Path, estimated, images, seed: int, timed):
-    """The estimate in the file; where there is none, made from this seed, on the clock, and saved."""
+    """Read the estimate from the file; if there is none, compute it with this seed, time it and save it."""
     if not path.exists():
         pyro.set_rng_seed(seed)
         with timed:
@@ -99,7 +102,7 @@ def kept(path: Path, estimated, images, seed: int, timed):
 
 
 def save(path: Path, lml, images) -> None:
-    """Of all the images, or not at all: after Ctrl-C an estimator answers with those that are done, and so does this program end."""
+    """Save an estimate of all images; stop if some are missing, as they are after Ctrl-C in an estimator."""
     if len(lml) < len(images):
         raise KeyboardInterrupt
     part = path.with_suffix(".part")

@@ -1,4 +1,4 @@
-"""The pairs that `density_table.py` trains: data -> (model, guide), from the sizes that a paper gives."""
+"""The pairs that `density_table.py` trains, as functions data -> (model, guide) with the sizes given in the papers."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ import pyrovae as pv
 def mlp(
     data, *, hidden, latent_dim, prior="standard-normal", guide="mean-field", layer_norm=True, dropout=0.0, **options
 ):
-    """One layer of latents; the same widths on the way up and down. Dropout in the decoder alone."""
+    """One layer of latents; encoder and decoder have the same widths. Only the decoder has dropout."""
     pixels = data.data_shape.numel()
     options["layer_norm"] = layer_norm
     encoder = pv.nets.MLP(pixels, hidden, **options)
@@ -19,7 +19,7 @@ def mlp(
 
 
 def images(data, *, network, latent_dim, prior, guide="mean-field"):
-    """One layer of latents; networks for images, by their name in `registry.NETWORKS`."""
+    """One layer of latents, with image networks named as in `registry.NETWORKS`."""
     nets = registry.NETWORKS[network]
     encoder = nets.encoder(data.data_shape, ())
     return one_layer(data, encoder, nets.decoder(latent_dim, data.data_shape, ()), latent_dim, prior, guide)
@@ -37,7 +37,7 @@ def two_layers(data):
 
 
 def hierarchy(data, *, hidden=300, latent_dim=40, num_pseudo_inputs=500):
-    """z2 above z1, the decoder sees both, the guide goes down from z2 (Tomczak & Welling 2018)."""
+    """z2 above z1; the decoder sees both, and the guide samples z2 first, then z1 (Tomczak & Welling 2018)."""
     pixels = data.data_shape.numel()
     net = partial(pv.nets.MLP, layer_norm=True)
     normal = pv.ConditionalNormal

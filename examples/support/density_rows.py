@@ -1,7 +1,8 @@
-"""The rows of `density_table.py`: which model, how it is trained, and what it is compared with.
+"""The rows of `density_table.py`: model, training settings, and the published number to compare with.
 
-Published numbers: Burda 2016 (arXiv 1509.00519, table 1), Tomczak & Welling 2018 (1705.07120, table 1; 1810.10866 for the
-dynamic ones, as listed by Norouzi 2020), Bauer & Mnih 2019 (1810.11428), Kingma 2016 (1606.04934), Durkan 2019 (1906.04032).
+Published numbers: Burda 2016 (arXiv 1509.00519, table 1), Tomczak & Welling 2018 (1705.07120, table 1; dynamic
+binarisation: 1810.10866, as listed by Norouzi 2020), Bauer & Mnih 2019 (1810.11428), Kingma 2016 (1606.04934),
+Durkan 2019 (1906.04032).
 """
 
 from collections.abc import Callable
@@ -16,21 +17,26 @@ import pyrovae as pv
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. NLLs in nats per image.
+    """One row of the table. NLLs are in nats per image.
 
-    name, title: on the command line, and in the table
-    pair: data -> (model, guide)
-    objective, particles: of training, by their name in `registry.OBJECTIVES`
-    epochs, batch_size, learning_rate, clip_norm: of `pv.fit`; the rate falls by half a cosine, so the epochs have to be
-        known beforehand. No weight decay anywhere
-    kl_warmup: epochs over which the weight of the KL grows from 0 to 1
-    binarization: "dynamic" or "static", of the training images; validation and test are drawn once in either case
-    train_on_all: on 60,000 images, the last state being kept; else on 50,000, and the state with the best bound of the
-        10,000 validation images is (the ELBO, or the importance-weighted bound where that is trained)
-    device: "cuda" for rows that two cores are too slow for
-    published, source: NLL in the literature; target: what this row is to reach
-    variant_of: row that this one differs from in what its title says
-    after: row whose trained pair this one goes on with, under an objective and a rate of its own
+    Attributes:
+        name: name of the row on the command line.
+        title: name of the row in the table.
+        pair: function data -> (model, guide).
+        epochs, batch_size, learning_rate, clip_norm: arguments of `pv.fit`. The learning rate has a cosine decay,
+            so the number of epochs is fixed in advance. No row uses weight decay.
+        objective: training objective, a name in `registry.OBJECTIVES`.
+        particles: particles of the training objective.
+        kl_warmup: epochs over which the weight of the KL grows from 0 to 1.
+        binarization: "dynamic" or "static" training images. Validation and test images are always drawn once.
+        train_on_all: if True, train on 60,000 images and keep the last state. Otherwise train on 50,000 and keep the
+            state with the best bound on the 10,000 validation images (the ELBO, or the importance-weighted bound if
+            that is the objective).
+        device: "cuda" for rows that are too slow on two cores.
+        published, source: NLL in the literature, and where it comes from.
+        target: NLL that this row should reach.
+        variant_of: row that this one is a variant of; the title names the difference.
+        after: row whose trained pair this row trains further, with its own objective and learning rate.
     """
 
     name: str
@@ -53,20 +59,21 @@ class Row:
     after: str | None = None
 
 
-# Burda's networks, as published: 784 - 200 - 200 - 50, tanh. Trained here in batches of 100 with a cosine, not for 3280 epochs, and so
-# at a higher rate. The IWAE goes on from the VAE, as in one of the paper's own experiments (its table 2).
+# Burda's networks, as published: 784 - 200 - 200 - 50, tanh. We train for far fewer than the paper's 3280 epochs, so we
+# use a higher learning rate with cosine decay, and batches of 100. The IWAE starts from the trained VAE, as in table 2
+# of the paper.
 burda = partial(mlp, hidden=[200, 200], latent_dim=50, activation=nn.Tanh, layer_norm=False)
 BurdaRow = partial(Row, train_on_all=True, learning_rate=3e-3, source="Burda 2016")
 
-# Two hidden layers of 300, 40 latents, as in Tomczak & Welling and Bauer & Mnih; gated as in the former; LayerNorm is ours. The flows
-# were trained before gates were found to help, and with SiLU in their place.
+# Two hidden layers of 300 and 40 latents, as in Tomczak & Welling and Bauer & Mnih. Gated units are as in the former,
+# LayerNorm is our addition. The flow rows use SiLU because they were trained before we found that gated units help.
 mlp300 = partial(mlp, hidden=[300, 300], latent_dim=40, gated=True)
 silu300 = partial(mlp300, gated=False)
 
-# Trained on by the importance-weighted bound, whose gradient lets the guide be wrong in more of its draws.
+# Further training on the importance-weighted bound, which penalises the guide less for draws of low weight.
 OnwardRow = partial(Row, objective="iwae", particles=10, epochs=25, learning_rate=1e-3)
 
-# Residual and convolutional networks: for a GPU. What two cores cannot do has not been tried out: settings are a first guess.
+# Residual and convolutional networks, which need a GPU. These settings are a first guess: they were never run.
 GpuRow = partial(Row, device="cuda", epochs=400, batch_size=200, learning_rate=1e-3, clip_norm=100.0, kl_warmup=20)
 
 TOMCZAK, BAUER = "Tomczak & Welling 2018", "Bauer & Mnih 2019"
@@ -122,7 +129,7 @@ ROWS = {
             published=82.90,
             target=82.8,
         ),
-        # MLPs of 300-300, by their priors.
+        # MLPs with two hidden layers of 300, by prior.
         Row(
             "mlp300-standard",
             "MLP 300-300, standard normal prior",
@@ -176,7 +183,7 @@ ROWS = {
             source=TOMCZAK,
             target=81.2,
         ),
-        # For a GPU.
+        # Rows that need a GPU.
         GpuRow(
             "conv-maf",
             "convolutional, MAF prior",
@@ -193,7 +200,7 @@ ROWS = {
             source="Durkan 2019",
             target=79.0,
         ),
-        # Static binarisation, our own draw of the training images.
+        # Static binarisation, with our own draw of the training images.
         Row(
             "static-mlp300-standard",
             "MLP 300-300, standard normal prior",
@@ -227,7 +234,7 @@ ROWS = {
     )
 }
 
-# What is changed by itself, at 60 epochs, with the standard normal prior; and what came of rows that were trained otherwise.
+# Ablations: one change at a time, at 60 epochs with the standard normal prior; then variants of full rows.
 Variant = partial(Row, variant_of="short-mlp300", epochs=60)
 
 ROWS |= {

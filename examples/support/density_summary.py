@@ -1,4 +1,4 @@
-"""The table of `density_table.py`, in Markdown, from the results' JSON files."""
+"""Write the table of `density_table.py` in Markdown from the JSON files of the results."""
 
 from pathlib import Path
 
@@ -49,8 +49,8 @@ with 1,000 particles use 1,000 images.
 
 
 def write_table(results: Path) -> Path:
-    """Write density.md in the folder of the results; returns its path."""
-    remedy = "delete it, and run its row again"
+    """Write density.md in the folder of the results and return its path."""
+    remedy = "delete it and run its row again"
     found = [read_json(path, remedy) for path in sorted(results.glob("*.json"))]
     found = [result for result in found if result.get("row") in ROWS]
     parts = [ABOUT]
@@ -70,7 +70,7 @@ def write_table(results: Path) -> Path:
 
 
 def ablations(found: list[dict]) -> list[str]:
-    """A line for each variant, with the difference from what it is a variant of, measured alike."""
+    """A line for each variant, with its difference from its base row if both were measured in the same way."""
 
     def measured(result: dict) -> tuple:
         return tuple(result[name] for name in ("dataset", "data_seed", "seed", "particles", "test_images"))

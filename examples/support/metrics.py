@@ -1,4 +1,4 @@
-"""The numbers of a run, and the report that is printed of them."""
+"""The numbers of a run, and the report that `mnist_svi.py` prints."""
 
 import math
 
@@ -8,7 +8,7 @@ import pyrovae as pv
 
 
 def metrics_of(options, data, device, result, lml, active, seconds) -> dict:
-    """All of a run in numbers."""
+    """All numbers of a run, as written to metrics.json."""
     return {
         "dataset": data.name,
         "binarization": data.binarization,
@@ -49,13 +49,13 @@ def metrics_of(options, data, device, result, lml, active, seconds) -> dict:
 
 
 def parts_of(options) -> dict:
-    """The parts of model, guide and objective, by name."""
+    """The options that choose model, guide and objective."""
     names = ("prior", "guide", "likelihood", "network", "objective", "beta", "kl_warmup", "free_bits")
     return {name: getattr(options, name) for name in (*names, "objective_particles")} | {"scale": options.scale or 1.0}
 
 
 def bits_per_pixel(log_prob, data) -> float:
-    """-log2 mass per pixel; a density of dequantised images bounds the mass of their grey levels."""
+    """-log2 probability per pixel; a density of dequantised images bounds the probability of their grey levels."""
     pixels = data.data_shape.numel()
     return -log_prob / pixels / math.log(2) + (math.log2(data.num_levels) if data.is_dequantized else 0.0)
 
@@ -89,7 +89,7 @@ def report(metrics) -> str:
         else f"The ELBO lies at least {test['gap']:.2f} nats below log p(x). This gap is KL(q(z|x) || p(z|x)): how far the guide is "
         f"from the true posterior."
     )
-    if test["share_pareto_k_above_limit"] > 0.5:  # not so where it is NaN
+    if test["share_pareto_k_above_limit"] > 0.5:  # False if it is NaN
         meaning += (
             "\nFor most images the tail of the weights is too heavy to trust log p(x): the true value is higher, and the gap wider. "
             "More particles, a better guide, or annealing (examples/bounds.py --run FOLDER) show by how much."

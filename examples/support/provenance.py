@@ -1,4 +1,4 @@
-"""Where a number comes from: command, machine and versions, stored beside it."""
+"""Where a number comes from (command, versions, git revision), and JSON files that are never half written."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 
 
 def write_json(path, content) -> None:
-    path = Path(os.path.realpath(path))  # a symbolic link stays one
+    path = Path(os.path.realpath(path))  # write through a symbolic link
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)  # whole at any moment
+    os.replace(temporary, path)  # atomic: readers see the old file or the new one
 
 
 def read_json(path, remedy: str, *names: str) -> dict:
-    """A dict with these names from a file; ValueError, with the path and what to do, for a file that is cut or no such dict."""
+    """Read a dict with these names; a damaged file raises ValueError with the path and the remedy."""
     try:
         content = json.loads(Path(path).read_text())
     except ValueError as error:  # not JSON, or not text
@@ -31,7 +31,7 @@ def read_json(path, remedy: str, *names: str) -> dict:
 
 
 def command(*more) -> str:
-    """How this program was called, and perhaps more."""
+    """The command line of this program, with `more` arguments added."""
     return shlex.join([sys.executable, *sys.argv, *more])
 
 

@@ -1,8 +1,8 @@
-"""Names of the parts, as the command line takes them: the one place where a name becomes a part.
+"""Build parts from the names that the command line takes.
 
     prior = registry.PRIORS["vamp"](latent_dim, guide, train)
 
-Each table's entries are called alike. In Python, take the classes themselves.
+All entries of a table take the same arguments. In Python code, use the classes directly.
 """
 
 import math
@@ -28,18 +28,27 @@ __all__ = [
 
 
 class NetworkName(NamedTuple):
-    """encoder(data_shape, hidden) and decoder(latent_dim, out_shape, hidden); `hidden` counts for MLPs alone."""
+    """Constructors of a pair of networks.
+
+    Attributes:
+        encoder: function (data_shape, hidden) -> encoder.
+        decoder: function (latent_dim, out_shape, hidden) -> decoder.
+
+    Only MLPs use `hidden`.
+    """
 
     encoder: Callable[[Sequence[int], Sequence[int]], nn.Module]
     decoder: Callable[[int, Sequence[int], Sequence[int]], nn.Module]
 
 
 class LikelihoodName(NamedTuple):
-    """A likelihood and the images it is for.
+    """A likelihood and the kind of images it models.
 
-    images: "binary" (`Splits.binarized`), "levels" (grey levels as loaded) or "continuous" (`Splits.dequantized`)
-    options(data, scale): what its class takes beside the network, the shape and the mean of the data
-    num_parameters(data): numbers per pixel where they depend on the data, else None
+    Attributes:
+        likelihood: class of the likelihood.
+        images: "binary" (`Splits.binarized`), "levels" (grey levels as loaded) or "continuous" (`Splits.dequantized`).
+        options: function (data, scale) -> arguments of the class besides the network and the data's shape and mean.
+        num_parameters: function data -> parameters per pixel if they depend on the data, else None.
     """
 
     likelihood: type[likelihoods.Likelihood]
@@ -50,11 +59,11 @@ class LikelihoodName(NamedTuple):
     def __call__(
         self, decoder: Callable[[Sequence[int]], nn.Module], data: Splits, scale: float = 1.0
     ) -> likelihoods.Likelihood:
-        """The likelihood on the network that decoder(out_shape) gives."""
+        """Build the likelihood on the network decoder(out_shape)."""
         num_parameters = self.num_parameters(data) or self.likelihood.num_parameters()
         out_shape = data.data_shape if num_parameters == 1 else (num_parameters, *data.data_shape)
         options = self.options(data, scale)
-        likelihood: Any = self.likelihood  # each takes data_mean, which the contract leaves open
+        likelihood: Any = self.likelihood  # each class takes data_mean, which the base class does not require
         return likelihood(decoder(out_shape), data.data_shape, data_mean=data.train.mean(0), **options)
 
 
@@ -82,9 +91,9 @@ GUIDES: dict[str, Callable[[nn.Module, int], guides.Guide]] = {
     "nsf": guides.NeuralSplineFlow,
 }
 
-_NUM_COMPONENTS, _NUM_PSEUDO_INPUTS = 100, 500  # Tomczak & Welling (2018) take 500
+_NUM_COMPONENTS, _NUM_PSEUDO_INPUTS = 100, 500  # pseudo-inputs as in Tomczak & Welling (2018)
 
-# name -> (latent_dim, guide, training images) -> prior; the guide and the images are for "vamp"
+# name -> (latent_dim, guide, training images) -> prior; only "vamp" uses the guide and the images
 PRIORS: dict[str, Callable[[int, guides.Guide, Tensor], priors.Prior]] = {
     "standard-normal": lambda latent_dim, guide, train: priors.StandardNormal(latent_dim),
     "diagonal-normal": lambda latent_dim, guide, train: priors.DiagonalNormal(latent_dim),
@@ -116,11 +125,17 @@ LIKELIHOODS = {
 def make_objective(
     name: str, num_particles: int, *, beta: float = 1.0, kl_warmup_steps: int = 0, free_bits: float = 0.0
 ) -> ELBO:
-    """The objective of that name (one of `OBJECTIVES`); the weights of the KL are for the ELBO's objectives alone.
+    """Build the objective of that name.
 
-    "elbo" is Pyro's `Trace_ELBO`, unless the KL is weighed.
+    Args:
+        name: one of `OBJECTIVES`. "elbo" is Pyro's `Trace_ELBO` if the KL has weight 1, no warm-up and no free bits.
+        num_particles: particles per datum.
+        beta: weight of the KL.
+        kl_warmup_steps: steps over which the weight of the KL grows from 0.
+        free_bits: nats of KL per dimension left unpenalised.
 
-    Raises ValueError where weights are given to an importance-weighted objective.
+    Raises:
+        ValueError: if weights of the KL are given to an importance-weighted objective, which has no KL.
     """
     objective = OBJECTIVES[name]
     weights: dict[str, Any] = {"beta": beta, "kl_warmup_steps": kl_warmup_steps, "free_bits": free_bits}

@@ -1,4 +1,4 @@
-"""The folder of a run: one run in each, begun or gone on with; and the data that suit its options."""
+"""The folder of a run, new or resumed, and the data that its options ask for. Each folder holds one run."""
 
 import sys
 from datetime import datetime
@@ -12,12 +12,12 @@ from support.provenance import command, read_json, write_json
 import pyrovae as pv
 from pyrovae.training.locks import locked
 
-# What a run goes on from, and its results.
+# Files: the state to resume from, the options, the results.
 TRAINING, OPTIONS, METRICS = "training.pt", "options.json", "metrics.json"
 
 
 def begin(options, held):
-    """(device, data, folder) of a run, or an error in one line; options not given become those that suit the data."""
+    """Return (device, data, folder) of a run, or exit with a one-line error; fill in the defaults for the data."""
     try:
         device = pv.pick_device(options.device)
         refuse_other_run(options)
@@ -27,9 +27,9 @@ def begin(options, held):
         if options.kl_warmup > (epochs := options.epochs or defaults["epochs"]):
             raise ValueError(f"--kl-warmup {options.kl_warmup} is longer than the run: {epochs} epochs")
         out = claim_folder(options, data, held)
-    except (ValueError, RuntimeError, OSError) as error:  # not there, damaged, taken: the message says what to do
+    except (ValueError, RuntimeError, OSError) as error:  # a missing, damaged or locked file
         sys.exit(f"error: {error}")
-    for name, value in defaults.items():  # only now: what was typed is what a resumed run is compared with
+    for name, value in defaults.items():  # last, because a resumed run is compared by the options as typed
         setattr(options, name, getattr(options, name, None) or value)
     if pv.distributed.rank() == 0:
         images = registry.LIKELIHOODS[options.likelihood].images
@@ -43,10 +43,10 @@ def begin(options, held):
 
 
 def load_data(options):
-    """Images made to suit the likelihood.
+    """Load images in the form that the likelihood needs.
 
-    Binary pixels are redrawn from the grey values of the training images at every use (dynamic); the test images are drawn
-    once, from a seed of their own.
+    With dynamic binarisation, training pixels are drawn anew from their grey values at every use. Test images are drawn
+    once, with a separate seed.
     """
     images = registry.LIKELIHOODS[options.likelihood].images
     data = pv.data.load(options.dataset, options.data_dir, binarization=None, train_on_all=options.train_on_all)
@@ -56,10 +56,10 @@ def load_data(options):
 
 
 def claim_folder(options, data, held) -> Path:
-    """One folder for everything, for this run alone until it ends."""
+    """Create the folder of the run and lock it until the run ends."""
     out = Path(options.out or f"runs/{data.name}-{datetime.now():%Y%m%d-%H%M%S}")
     if pv.distributed.rank() > 0:
-        return out  # the first process writes
+        return out  # only the first process writes
     out.mkdir(parents=True, exist_ok=True)
     held.enter_context(locked(out, "wait until it has ended, or give another --out"))
     write_json(out / OPTIONS, training_options(options))
@@ -67,23 +67,23 @@ def claim_folder(options, data, held) -> Path:
 
 
 def training_options(options) -> dict:
-    """Those that a run has to keep when it is gone on with."""
+    """The options that must stay the same when a run is resumed."""
     free = {"data_dir", "device", "num_particles", "out", "quiet", "resume"}
     return {name: value for name, value in vars(options).items() if name not in free}
 
 
 def refuse_other_run(options) -> None:
-    """Raise ValueError if --out holds a run that is not to be gone on with, or one with other options."""
+    """Raise ValueError if --out holds a run with other options, or a run and --resume is not given."""
     out = Path(options.out) if options.out else None
     if out is None or not any((out / name).exists() for name in (TRAINING, "checkpoint.pt", METRICS)):
         return
     if not options.resume:
-        raise ValueError(f"{out} holds a run: --resume goes on with it, another --out begins a new one")
+        raise ValueError(f"{out} holds a run: --resume resumes it, another --out starts a new one")
     if not (out / TRAINING).exists() or not (out / OPTIONS).exists():
         raise ValueError(
-            f"{out} holds a run without {TRAINING} and {OPTIONS}, which cannot be gone on with: give another --out"
+            f"{out} holds a run without {TRAINING} or {OPTIONS}, which cannot be resumed: give another --out"
         )
-    remedy = "without it nobody knows what the run was: put back a copy, or give another --out"
+    remedy = "the options of the run cannot be compared without it: put back a copy, or give another --out"
     for name, there in read_json(out / OPTIONS, remedy, "dataset", "likelihood", "seed").items():
         here = training_options(options).get(name)
         if here != there:
@@ -94,18 +94,18 @@ def refuse_other_run(options) -> None:
 
 
 def show_finished_run(options) -> None:
-    """Exit with the numbers of the run in --out if it is finished, all its files are there, and it was evaluated as asked for now."""
+    """If the run in --out is complete and was evaluated with as many particles, print its numbers and exit."""
     if not options.resume:
         return
     out = Path(options.out)
     first = pv.distributed.rank() == 0
     try:
-        metrics = read_json(out / METRICS, "the run is evaluated again, from its checkpoint", "seconds", "test")
-        # The total is what is written last.
+        metrics = read_json(out / METRICS, "evaluating again from the checkpoint", "seconds", "test")
+        # "total" is written last, when the run is finished.
         if "total" not in metrics["seconds"] or metrics["test"]["num_particles"] != options.num_particles:
             return
         shown, files = report(metrics), [out / name for name in metrics.get("files", [])]
-    except OSError:  # there is none yet
+    except OSError:  # no file yet
         return
     except (ValueError, KeyError, TypeError) as error:
         if first:
@@ -116,18 +116,18 @@ def show_finished_run(options) -> None:
         return
     if missing := [path.name for path in files if not path.exists()]:
         if first:
-            print(f"The run in {out} lacks {', '.join(missing)}: evaluating again, to make them anew")
+            print(f"The run in {out} lacks {', '.join(missing)}: evaluating again to write them")
         return
     if first:
-        print(f"The run in {out} is finished; another --num-particles evaluates it again.\n{shown}")
+        print(f"The run in {out} is finished; a different --num-particles evaluates it again.\n{shown}")
     sys.exit(0)
 
 
 def how_to_go_on(options, out) -> str:
-    """What a run that was stopped has left, and the command that goes on with it."""
+    """The message of a stopped run: where its state is, and the command that resumes it."""
     more = [] if options.out else ["--out", str(out)]
     if not (out / TRAINING).exists():
-        return f"Stopped before training began. To begin again: {command(*more, '--resume')}"
+        return f"Stopped before training began. To start again: {command(*more, '--resume')}"
     if not options.resume:
         more.append("--resume")
     return f"Stopped; the state after the last finished epoch is in {out / TRAINING}. To go on: {command(*more)}"

@@ -1,7 +1,7 @@
-"""How each library trains the network of `mnist_svi.py` under its own defaults, its weights written down as it goes on.
+"""Train the network of `mnist_svi.py` in several libraries, with their defaults, and save weights at intervals.
 
-Each trainer is called as train(grey, snapshots, epochs) with images (N, 784) in [0, 1], redrawn as binary at every use, and
-hands its weights over in the form of this library's pair (`pair()`), so that one estimator measures all of them.
+Each trainer is called as train(grey, snapshots, epochs) with images (N, 784) in [0, 1], which are binarised anew at
+every use. It saves its weights in the form of this library's pair (`pair()`), so that one estimator measures them all.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from torch import Tensor
 
 import pyrovae as pv
 
-BATCH_SIZE = {"pyro": 256, "numpyro": 128}  # of their own examples; Pythae's is in its configuration
-GROWTH = 1.25  # of the seconds between snapshots
-FIRST = 5.0  # seconds
+BATCH_SIZE = {"pyro": 256, "numpyro": 128}  # as in the examples of these libraries; Pythae has it in its configuration
+GROWTH = 1.25  # factor between the times of two snapshots
+FIRST = 5.0  # seconds until the first snapshot
 
 
 class Enough(Exception):
-    """The budget is spent."""
+    """Raised when the time budget is spent."""
 
 
 class Snapshots:
-    """Weights at growing intervals of training time, in files.
+    """Save the weights to files at growing intervals of training time.
 
-    Seconds of the process and of the compilers it called, on its cores: those of a quiet machine. The clock stands still
-    while weights are written.
+    Time is CPU time of the process and of the compilers that it started. Other load on the machine hardly changes it.
+    The clock stops while weights are written.
     """
 
     def __init__(self, folder: Path, budget: float, first: float = FIRST):
@@ -45,7 +45,7 @@ class Snapshots:
         return cpu_seconds() - self.cpu
 
     def look(self, export: Callable[[], dict], *, last: bool = False) -> None:
-        """Write the weights down if it is time; raises Enough when the budget is spent."""
+        """Save the weights if a snapshot is due; raise Enough if the budget is spent."""
         seconds, wall = self.seconds, time.perf_counter() - self.wall
         if not last and seconds < min(self.next, self.budget):
             return
@@ -62,7 +62,7 @@ class Snapshots:
 
 
 def pair(data_mean: Tensor | None = None) -> tuple[pv.GenerativeModel, pv.guides.Guide]:
-    """Model and guide as `mnist_svi.py` has them by default, for images (N, 784)."""
+    """Model and guide with the defaults of `mnist_svi.py`, for images (N, 784)."""
     trunk, decoder = programs.networks("deep")
     latent_dim = programs.latents("deep")
     guide = pv.guides.MeanFieldNormal(trunk, latent_dim)
@@ -71,7 +71,7 @@ def pair(data_mean: Tensor | None = None) -> tuple[pv.GenerativeModel, pv.guides
 
 
 def pyrovae(grey: Tensor, snapshots: Snapshots, epochs: int, validation: Tensor | None = None) -> None:
-    """`mnist_svi.py` with its defaults, but for the epochs."""
+    """Train with the defaults of `mnist_svi.py`, except for the number of epochs."""
     from pyrovae.training.optimization import cosine_schedule
 
     model, guide = pair(grey.mean(0))
@@ -79,7 +79,7 @@ def pyrovae(grey: Tensor, snapshots: Snapshots, epochs: int, validation: Tensor 
     def export():
         return {"model": model.state_dict(), "guide": guide.state_dict()}
 
-    def schedule(done):  # asked for at every step
+    def schedule(done):  # called at every step
         snapshots.look(export)
         return cosine_schedule(done)
 
@@ -100,7 +100,7 @@ def pyrovae(grey: Tensor, snapshots: Snapshots, epochs: int, validation: Tensor 
 
 
 def pyro_example(grey: Tensor, snapshots: Snapshots, epochs: int) -> None:
-    """As in Pyro's example: `SVI`, `pyro.optim.Adam` at 1e-3, `Trace_ELBO`, batches of 256."""
+    """Train as Pyro's VAE example does: `SVI`, `pyro.optim.Adam` at 1e-3, `Trace_ELBO`, batches of 256."""
     import pyro
     from pyro.infer import SVI, Trace_ELBO
 
@@ -119,7 +119,7 @@ def from_pyro(vae: programs.PyroVAE) -> dict:
 
 
 def numpyro(grey: Tensor, snapshots: Snapshots, epochs: int) -> None:
-    """As in NumPyro's example: an epoch jitted, Adam at 1e-3, batches of 128."""
+    """Train as NumPyro's VAE example does: each epoch jitted, Adam at 1e-3, batches of 128."""
     state, run, parameters = programs.numpyro_epoch(grey, BATCH_SIZE["numpyro"], "deep", dynamic=True)
     for _ in range(epochs):
         _, state = run(state)
@@ -132,7 +132,7 @@ def from_numpyro(parameters: dict[str, Any]) -> dict:
 
 
 def stax_layers(parameters: Any) -> list[dict[str, Tensor]]:
-    """Weight and bias of the layers that have them, as torch has them: a matrix is transposed."""
+    """Weights and biases of the layers that have any, with matrices transposed to torch's layout."""
     import numpy as np
 
     layers = [[torch.as_tensor(np.array(array)) for array in layer] for layer in parameters if len(layer)]
@@ -140,7 +140,7 @@ def stax_layers(parameters: Any) -> list[dict[str, Tensor]]:
 
 
 def mlp_state(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The state of a `pv.nets.MLP` with LayerNorm from its layers in turn: 1 and 2, 4 and 5, 7."""
+    """The state of a `pv.nets.MLP` with LayerNorm from its layers, whose numbers are 1, 2, 4, 5 and 7."""
     places = (number + 1 + number // 2 for number in range(len(layers)))
     return {
         f"layers.{place}.{name}": value
@@ -150,7 +150,7 @@ def mlp_state(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def pythae(grey: Tensor, snapshots: Snapshots, epochs: int) -> None:
-    """Pythae's trainer with its default configuration: Adam at 1e-4, batches of 64."""
+    """Train with Pythae's trainer and its default configuration: Adam at 1e-4, batches of 64."""
     from pythae.data.datasets import BaseDataset, DatasetOutput
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
     from pythae.trainers.training_callbacks import TrainingCallback
@@ -165,7 +165,7 @@ def pythae(grey: Tensor, snapshots: Snapshots, epochs: int) -> None:
 
     vae = programs.pythae_vae(grey, "deep")
     config = BaseTrainerConfig(output_dir=tempfile.mkdtemp(), num_epochs=epochs)
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+    with contextlib.redirect_stderr(io.StringIO()):  # hide its progress bar
         trainer = BaseTrainer(vae, Redrawn(grey, torch.zeros(len(grey))), training_config=config, callbacks=[Look()])
         trainer.prepare_training()
         for epoch in range(1, epochs + 1):
@@ -176,14 +176,14 @@ def from_pythae(vae: Any) -> dict:
     encoder, half = vae.encoder.state_dict(), programs.latents("deep")
     head = {name: encoder[f"head.{name}"].clone() for name in ("weight", "bias")}
     for value in head.values():
-        value[half:] /= 2  # the logarithm of a variance, here of a standard deviation
+        value[half:] /= 2  # from the logarithm of a variance to that of a standard deviation
     trunk = {name.removeprefix("trunk."): value for name, value in encoder.items() if name.startswith("trunk.")}
     decoder = {name.removeprefix("net."): value for name, value in vae.decoder.state_dict().items()}
     return exported(trunk, head, decoder)
 
 
 def exported(trunk: dict[str, Tensor], head: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict:
-    """The states of `pair()` from those of its networks; no bias beside the decoder's."""
+    """The states of `pair()` from those of its networks; the likelihood's own bias is zero."""
     guide = {f"encoder_net.{name}": value for name, value in trunk.items()}
     model = {f"likelihood.decoder_net.{name}": value for name, value in decoder.items()}
     return {
@@ -195,11 +195,11 @@ def exported(trunk: dict[str, Tensor], head: dict[str, Tensor], decoder: dict[st
 PACKAGES = {
     "numpyro": ("numpyro", "jax.example_libraries.stax"),
     "pythae": ("pythae.trainers",),
-}  # imported off the clock
+}  # imported before the clock starts
 
 
 def missing_package(library: str) -> str | None:
-    """The package that is missing for it, if one is."""
+    """The first package that a library needs and that is not installed, or None."""
     names = (name.partition(".")[0] for name in PACKAGES.get(library, ()))
     return next((name for name in names if importlib.util.find_spec(name) is None), None)
 

@@ -1,1 +1,1 @@
-"""Helpers that many folders need: checks of arguments, progress, warnings, several processes."""
+"""Helpers shared by all folders: argument checks, components, progress bars, warnings, distributed processes."""

@@ -1,4 +1,4 @@
-"""Checks of what users pass, and tensors in nested arguments."""
+"""Argument checks, and a map over the tensors in nested arguments."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,19 +14,19 @@ _checks_values = True
 
 
 def run_network(net: nn.Module, x: Tensor, advice: str, name: str | None = None) -> Tensor:
-    """net(x), with an error that says what the network was given if it does not take that.
+    """Return net(x); if the network rejects x, raise an error that says what it was given.
 
     Args:
         net: The network.
         x: Its input.
-        advice: How to mend another shape.
-        name: What to call the network; by default its class.
+        advice: How to fix a wrong shape.
+        name: Name of the network in the error; by default its class.
 
     Returns:
         The network's output.
 
     Raises:
-        ValueError: The network does not take that shape or dtype; with both, torch's words, and how to mend it.
+        ValueError: The network rejects the shape or dtype of x. The message holds torch's error and how to fix it.
     """
     try:
         return net(x)
@@ -42,13 +42,23 @@ def run_network(net: nn.Module, x: Tensor, advice: str, name: str | None = None)
             elif x.dtype != expected:
                 advice = f"x.to({expected}), the dtype of its parameters, or the network's .to({x.dtype})"
         raise ValueError(
-            f"the network {name or type(net).__name__} does not take what it is given, of shape {tuple(x.shape)} and {x.dtype} "
+            f"the network {name or type(net).__name__} does not take input of shape {tuple(x.shape)} and dtype {x.dtype} "
             f"({error}): {advice}"
         ) from error
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
-    """`value` as an int, if it is a whole number (NumPy's too), `least` or more; raises TypeError or ValueError if not."""
+    """Return `value` as an int.
+
+    Args:
+        name: Name of the argument in the error.
+        value: A whole number; NumPy's integers count.
+        least: The smallest value allowed.
+
+    Raises:
+        TypeError: `value` is not a whole number.
+        ValueError: `value` is below `least`.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, found {value!r}")
     if value < least:
@@ -57,13 +67,13 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
 
 
 def checks_values() -> bool:
-    """Whether a part looks at the values of its data, as it does but in a recording (see `pyrovae.compiled.record`)."""
+    """Whether parts check the values of their data: always, except in a recording (see `pyrovae.compiled.record`)."""
     return _checks_values
 
 
 @contextmanager
 def without_checks() -> Iterator[None]:
-    """No look at values inside: a recorded program cannot branch on them. For data that were checked before."""
+    """Skip all checks of values inside the block: a recorded program cannot branch on values. Check the data before."""
     global _checks_values
     before, _checks_values = _checks_values, False
     try:

@@ -1,4 +1,4 @@
-"""Parts that remember what they were made with, so that a checkpoint can tell how to make them again."""
+"""Modules that remember their constructor arguments, so that a checkpoint can rebuild them."""
 
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -10,22 +10,35 @@ __all__ = ["Component", "Made", "Unknown"]
 
 
 class Made(NamedTuple):
-    """What a part was made with: plain values, tensors, parts and classes, in tuples and lists; `Unknown` for the rest."""
+    """The constructor arguments of a component.
+
+    Plain values, tensors, components and classes are kept, also inside tuples and lists; anything else becomes
+    `Unknown`.
+
+    Attributes:
+        arguments: Positional arguments.
+        options: Keyword arguments.
+    """
 
     arguments: tuple
     options: dict[str, Any]
 
 
 class Unknown(NamedTuple):
-    """Stands for an argument that no file can hold: a function, a module that is no part."""
+    """Placeholder for an argument that a file cannot hold, such as a function or a module that is not a component.
+
+    Attributes:
+        kind: Name of the argument's class.
+    """
 
     kind: str
 
 
 class Component(nn.Module):
-    """A module that remembers the arguments of its constructor, in `made_with`.
+    """A module that remembers the arguments of its constructor.
 
-    They are kept as they came: what is changed in a part afterwards does not show in them.
+    Attributes:
+        made_with: The arguments as they were passed. Later changes to the component do not show here.
     """
 
     made_with: Made
@@ -33,14 +46,14 @@ class Component(nn.Module):
     def __new__(cls, *arguments: Any, **options: Any) -> "Component":
         part = super().__new__(cls)
         made = Made(_kept(arguments), {name: _kept(value) for name, value in options.items()})
-        part.__dict__["made_with"] = made  # torch's own way of setting attributes needs its constructor to have run
+        part.__dict__["made_with"] = made  # nn.Module.__setattr__ works only after nn.Module.__init__
         return part
 
     def extra_repr(self) -> str:
-        """How many numbers can be trained in it, those that it shares with other parts included."""
+        """The number of trainable parameters, including those shared with other components."""
         parameters = list(self.parameters())
         count = sum(parameter.numel() for parameter in parameters if not is_lazy(parameter))
-        unknown = ", more at the first call" if any(is_lazy(parameter) for parameter in parameters) else ""
+        unknown = ", more after the first call" if any(is_lazy(parameter) for parameter in parameters) else ""
         return f"{count:,} parameters{unknown}"
 
 
@@ -48,7 +61,7 @@ def _kept(value: Any) -> Any:
     if isinstance(value, tuple | list):
         kept = [_kept(item) for item in value]
         return kept if isinstance(value, list) else tuple(kept)
-    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's numbers as Python's, which a file holds
+    if isinstance(value, Real) and not isinstance(value, bool):  # a checkpoint holds Python's numbers, not NumPy's
         return int(value) if isinstance(value, Integral) else float(value)
     if value is None or isinstance(value, bool | str | Tensor | Component | type):
         return value

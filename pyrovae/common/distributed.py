@@ -1,9 +1,8 @@
-"""Several processes that train one model and share an evaluation, as `torchrun` starts them.
+"""Training and evaluation that several processes share, started by `torchrun`.
 
-Each process (rank) takes its share of every batch; gradients are added up over ranks as one flat tensor, which works with
-recorded steps too (the hooks of `DistributedDataParallel` do not see a recording). A loss that is a sum over data, as
-every ELBO of a datum plate is, has then the gradient of the whole batch. In a process of its own nothing here does
-anything.
+Each process (rank) takes its share of every batch. Gradients are summed over ranks as one flat tensor. This also works
+for recorded steps, which the hooks of `DistributedDataParallel` do not see. A loss that is a sum over data, such as an
+ELBO with a data plate, thus gets the gradient of the whole batch. In a single process these functions do nothing.
 """
 
 import os
@@ -30,18 +29,21 @@ __all__ = [
 ]
 
 _TIMEOUT = 50.0
-_PATIENCE = timedelta(hours=12)  # where the ranks' work may differ in length
-_patient: Any = None  # the group of all ranks that waits so long
+_PATIENCE = timedelta(hours=12)  # for work that takes some ranks longer than others
+_patient: Any = None  # the group of all ranks with that timeout
 
 
 @contextmanager
 def joined(timeout: float = _TIMEOUT) -> Iterator[int]:
-    """Join the processes that `torchrun` has started (gloo on CPUs, NCCL on GPUs, one each); yields the rank.
+    """Join the processes that `torchrun` started; yield this process's rank.
 
-    timeout: seconds that a rank waits for another in training: one that hangs ends the others after these, one that has died
-        at once, with an error that says so. At the end of an evaluation (`gather`) they wait for each other for hours
+    Uses gloo on CPUs and NCCL on GPUs, one GPU per process. If `torchrun` started no processes, it does nothing and
+    yields rank 0 of 1.
 
-    Does nothing, as rank 0 of 1, where `torchrun` started none.
+    Args:
+        timeout: Seconds that a rank waits for another in training. If a rank hangs, the others stop after this time; if
+            it dies, they stop at once. Both raise an error that says so. At the end of an evaluation (`gather`), ranks
+            wait for each other for hours.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or processes.is_initialized():
         yield rank()
@@ -61,32 +63,36 @@ def joined(timeout: float = _TIMEOUT) -> Iterator[int]:
 
 
 def rank() -> int:
-    """Which of the processes this is; 0 is the one that writes."""
+    """The index of this process. Only rank 0 writes files."""
     return processes.get_rank() if _several() else 0
 
 
 def num_ranks() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return processes.get_world_size() if _several() else 1
 
 
 def share(index: Tensor) -> Tensor:
-    """This rank's part of a batch's positions: every `num_ranks()`-th; shares differ in length by one at most."""
+    """This rank's part of a batch: every `num_ranks()`-th index. Shares differ in length by at most one."""
     return index[rank() :: num_ranks()]
 
 
 def check_shares(num_data: int, batch_size: int) -> None:
-    """Raise ValueError where a rank would have no datum of a batch."""
+    """Check that every rank gets at least one datum of every batch.
+
+    Raises:
+        ValueError: A batch has fewer data than there are processes.
+    """
     smallest = min(num_data, batch_size, num_data % batch_size or batch_size)
     if smallest < num_ranks():
         raise ValueError(
             f"{num_data} data in batches of {batch_size} have a batch of {smallest}, fewer than the {num_ranks()} processes: "
-            f"choose another batch_size, or fewer processes"
+            f"choose another batch_size, or use fewer processes"
         )
 
 
 def same_everywhere(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with those of rank 0."""
+    """Overwrite tensors on all ranks with those of rank 0."""
     if _several():
         for tensor in tensors:
             with _together():
@@ -94,7 +100,7 @@ def same_everywhere(tensors: Iterable[Tensor]) -> None:
 
 
 def random_numbers_apart() -> None:
-    """Seed all ranks but the first anew, each differently: ranks seeded alike would share their noise."""
+    """Reseed every rank but the first, each differently, because ranks with equal seeds would draw the same noise."""
     if not _several():
         return
     with torch.random.fork_rng([]):
@@ -105,9 +111,11 @@ def random_numbers_apart() -> None:
 
 
 def sum_gradients(parameters: Sequence[Tensor], loss: Tensor | None = None) -> None:
-    """Give each parameter the sum of its gradients over ranks; a rank without one adds zeros.
+    """Replace each parameter's gradient by its sum over ranks; a rank without a gradient adds zeros.
 
-    loss: of this rank; where it is not finite, the sum is NaN on all of them, so that they agree on what to do
+    Args:
+        parameters: The parameters, in the same order on all ranks.
+        loss: This rank's loss. If it is not finite, the sum is NaN on all ranks, so that they all react alike.
     """
     if not _several() or not parameters:
         return
@@ -122,7 +130,7 @@ def sum_gradients(parameters: Sequence[Tensor], loss: Tensor | None = None) -> N
 
 
 def sums(*numbers: float | Tensor) -> list[float]:
-    """Each number summed over ranks."""
+    """Sum each number over ranks."""
     values = [float(number) for number in numbers]
     if _several():
         totals = torch.tensor(values, dtype=torch.float64)
@@ -133,7 +141,7 @@ def sums(*numbers: float | Tensor) -> list[float]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's value, in their order, on all of them."""
+    """Collect the values of all ranks, in the order of ranks, on every rank."""
     if not _several():
         return [value]
     values = [None] * num_ranks()
@@ -144,13 +152,13 @@ def gather(value: Any) -> list[Any]:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Say what it means where the others do not come."""
+    """Explain the error if another rank does not take part."""
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"process {rank()} of {num_ranks()} waited for another in vain: one hangs or has died, and so this one ends. Look at "
-            f"what the others say ({error})"
+            f"process {rank()} of {num_ranks()} waited for another process, which hangs or has died, and therefore stops. "
+            f"Look at the output of the other processes ({error})"
         ) from error
 
 

@@ -1,15 +1,21 @@
-"""One bar for all long work: how far it has come, and how long it still takes."""
+"""The progress bar of all long computations."""
 
 from tqdm import tqdm
 
 __all__ = ["progress_bar"]
 
-_MANY = 10_000  # from here on counted in thousands
+_MANY = 10_000  # from this total on, the bar counts in thousands
 
 
 def progress_bar(what: str, total: int, unit: str, shown: bool) -> tqdm:
-    """A bar of `total` units on the standard error, with the time gone and left; nothing at all where it is not shown.
+    """Make a progress bar on standard error that shows the elapsed and the remaining time.
 
-    A context; `update(count)` moves it on.
+    Use it as a context manager; `update(count)` advances it.
+
+    Args:
+        what: Description at the left of the bar.
+        total: Number of units.
+        unit: Name of a unit.
+        shown: False for a bar that prints nothing.
     """
     return tqdm(total=total, unit=f" {unit}", unit_scale=total >= _MANY, desc=what, disable=not shown)

@@ -1,4 +1,4 @@
-"""Warnings and errors as users see them, and optional libraries that have something to say of their own."""
+"""Warnings and errors as users see them, and ArviZ imported without its notice."""
 
 import contextlib
 import sys
@@ -20,7 +20,7 @@ _NOT_THE_USERS = (_PACKAGE, *(str(Path(str(module.__file__)).parent) for module 
 
 
 def import_arviz() -> Any:
-    """ArviZ, without the notice about its next version that 0.x gives on its first import of the day."""
+    """Import ArviZ without the notice about its next version that 0.x prints on the first import of the day."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         import arviz
@@ -31,11 +31,17 @@ _warned: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary(
 
 
 def warn_once(program: Any, message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of something about a program, once for each program, at the line of the user's code that led here."""
+    """Warn once per program, at the line of the user's code that led here.
+
+    Args:
+        program: Function, method or module that the warning is about.
+        message: Text of the warning.
+        category: Class of the warning.
+    """
     holder, key = getattr(program, "__self__", program), getattr(program, "__qualname__", "") + message
     try:
         said = _warned.setdefault(holder, set())
-    except TypeError:  # an object that no weak reference or dictionary takes
+    except TypeError:  # the object is unhashable or cannot be weakly referenced
         said = set()
     if key in said:
         return
@@ -48,7 +54,7 @@ def warn_once(program: Any, message: str, category: type[Warning] = UserWarning)
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Errors of this library as they are: without the table of sites that Pyro adds to what a traced program raises."""
+    """Raise this library's own errors without the table of sites that Pyro appends to errors from a traced program."""
     try:
         yield
     except (ValueError, RuntimeError) as error:

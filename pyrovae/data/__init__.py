@@ -1,4 +1,4 @@
-"""Data: the MNIST family through torchvision, digits that need no network, Frey faces; as grey levels or binarised."""
+"""Data sets: the MNIST family through torchvision, digits that need no download, Frey faces; grey or binarised."""
 
 from pyrovae.data.datasets import (
     NAMES,

@@ -1,4 +1,4 @@
-"""The data sets: the MNIST family through torchvision, digits that need no network, Frey faces."""
+"""Loaders of the data sets: the MNIST family through torchvision, digits that need no download, Frey faces."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.data.idx import _check_idx as _check_idx  # tests look for it here
+from pyrovae.data.idx import _check_idx as _check_idx  # tests import it from here
 from pyrovae.data.idx import check_files, check_ready_for_download
 from pyrovae.data.splits import Splits
 
@@ -30,22 +30,30 @@ __all__ = [
 _logger = logging.getLogger("pyrovae")
 _CLASSES = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 NAMES = ("auto", *_CLASSES, "digits", "freyfaces")
-_DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+_DOWNLOAD_TIMEOUT = 20.0  # seconds without a response
 _SPLIT_SEED = 0
 _FREY_FILE, _FREY_SHAPE = "freyfaces.npz", (1965, 28, 20)
 
 
 class DataUnavailableError(RuntimeError):
-    """A data set is neither on disk nor to be had from the network."""
+    """A data set is not on disk and cannot be downloaded."""
 
 
 def load(name: str = "auto", root: str | os.PathLike | None = None, **options: Any) -> Splits:
-    """Load a data set by name: auto, mnist, fashion, kmnist, digits or freyfaces.
+    """Load a data set by name.
 
-    auto takes MNIST; where it is neither on disk nor to be had from the network, it says so in one line of the log
-    and takes the digits. `root` and `options` are those of `mnist`.
+    Args:
+        name: auto, mnist, fashion, kmnist, digits or freyfaces. auto loads MNIST; if MNIST is neither on disk nor
+            available for download, it logs one warning and loads the digits.
+        root: As for `mnist`.
+        **options: The other arguments of `mnist`.
 
-    Raises ValueError for another name, and what `mnist` raises.
+    Returns:
+        The data set, split in three.
+
+    Raises:
+        ValueError: The name is unknown, or as for `mnist`.
+        DataUnavailableError: As for `mnist`, unless `name` is auto.
     """
     if name not in NAMES:
         raise ValueError(f"no data set {name!r}: choose one of {', '.join(NAMES)}")
@@ -60,8 +68,8 @@ def load(name: str = "auto", root: str | os.PathLike | None = None, **options: A
     except DataUnavailableError:
         missing = _missing_folder(root)
         _logger.warning(
-            "%s: going on with scikit-learn's embedded 8x8 digits.",
-            missing or f"MNIST is neither in {data_dir(root)} nor to be had from the network",
+            "%s: using scikit-learn's embedded 8x8 digits instead.",
+            missing or f"MNIST is not in {data_dir(root)} and cannot be downloaded",
         )
         return digits(**options)
 
@@ -73,47 +81,65 @@ def mnist(
     data_seed: int = 0,
     train_on_all: bool = False,
 ) -> Splits:
-    """MNIST: 50,000 training, 10,000 validation and 10,000 test images of 28x28 handwritten digits.
+    """Load MNIST: 50,000 training, 10,000 validation and 10,000 test images of 28x28 handwritten digits.
 
-    root: folder in torchvision's layout (root/MNIST/raw), downloaded into where empty; else $PYROVAE_DATA, else a
-        cache folder of the user's, which alone is made where it is missing
-    binarization, data_seed: see `Splits.binarized`
-    train_on_all: train on all 60,000 images, without a validation set
+    You can put your own images of any number and size there instead, as bytes in MNIST's four files. The last 10,000 of
+    the training file become the validation set.
 
-    Own images of any number and size can lie there in its place, as bytes in MNIST's four files: the last 10,000 of the
-    training file are the validation set.
+    Args:
+        root: Folder in torchvision's layout (root/MNIST/raw). If it is empty, the files are downloaded to it. By
+            default $PYROVAE_DATA, else a folder in the user's cache. Only this last one is created if it is missing.
+        binarization: See `Splits.binarized`.
+        data_seed: See `Splits.binarized`.
+        train_on_all: Train on all 60,000 images, without a validation set.
 
-    Raises DataUnavailableError (a RuntimeError) if it is neither there nor can be downloaded; ValueError, with its
-    name, for a file that is truncated, of the wrong kind, of another number of data than its labels, or under another name
-    or in another folder; and for too few training images.
+    Returns:
+        The data set, split in three.
 
-    Source: LeCun, Bottou, Bengio & Haffner, Gradient-based learning applied to document recognition (1998).
+    Raises:
+        DataUnavailableError: The data set is not on disk and cannot be downloaded. (A RuntimeError.)
+        ValueError: A file is truncated, is of the wrong kind, has another number of data than its labels, or has
+            another name or folder (the message names the file); or there are too few training images.
+
+    References:
+        LeCun, Bottou, Bengio & Haffner, Gradient-based learning applied to document recognition (1998).
     """
     return _mnist_family("mnist", root, binarization=binarization, data_seed=data_seed, train_on_all=train_on_all)
 
 
 def fashion_mnist(root: str | os.PathLike | None = None, **options: Any) -> Splits:
-    """Fashion-MNIST: as `mnist`, of 28x28 articles of clothing.
+    """Load Fashion-MNIST, 28x28 images of clothing; arguments as for `mnist`.
 
-    Source: Xiao, Rasul & Vollgraf, Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning (2017).
+    References:
+        Xiao, Rasul & Vollgraf, Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning (2017).
     """
     return _mnist_family("fashion", root, **options)
 
 
 def kmnist(root: str | os.PathLike | None = None, **options: Any) -> Splits:
-    """KMNIST: as `mnist`, of 28x28 cursive Japanese characters.
+    """Load KMNIST, 28x28 images of cursive Japanese characters; arguments as for `mnist`.
 
-    Source: Clanuwat et al., Deep Learning for Classical Japanese Literature (2018).
+    References:
+        Clanuwat et al., Deep Learning for Classical Japanese Literature (2018).
     """
     return _mnist_family("kmnist", root, **options)
 
 
 def digits(*, binarization: str | None = "dynamic", data_seed: int = 0, train_on_all: bool = False) -> Splits:
-    """The handwritten digits that come with scikit-learn: 1,797 images of 8x8, no network needed.
+    """Load the handwritten digits that come with scikit-learn: 1,797 images of 8x8, without a download.
 
-    Split into 1,197 training, 300 validation and 300 test images by a fixed seed; options as those of `mnist`.
+    A fixed seed splits them into 1,197 training, 300 validation and 300 test images.
 
-    Source: Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI (1998).
+    Args:
+        binarization: See `Splits.binarized`.
+        data_seed: See `Splits.binarized`.
+        train_on_all: Train on 1,497 images, without a validation set.
+
+    Returns:
+        The data set, split in three.
+
+    References:
+        Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI (1998).
     """
     from sklearn.datasets import load_digits
 
@@ -133,20 +159,29 @@ def frey_faces(
     data_seed: int = 0,
     train_on_all: bool = False,
 ) -> Splits:
-    """Frey faces: 1,965 grey images, 28 high and 20 wide, of one man's face from a film, without labels.
+    """Load the Frey faces: 1,965 grey images, 28 high and 20 wide, of one man's face from a film, without labels.
 
-    Split into 1,565 training, 200 validation and 200 test images, as published, here by a fixed seed. Neighbours in the
-    film are alike and fall into different parts: the test tells how well faces are filled in between others.
+    They are split into 1,565 training, 200 validation and 200 test images, as published, but here by a fixed seed.
+    Neighbouring frames of the film look alike and fall into different splits: the test measures how well a model fills
+    in faces between others that it has seen.
 
-    root: folder that holds freyfaces.npz (array `images`, bytes); else $PYROVAE_DATA, else a cache folder of the user's.
-        There is no download
-    binarization, data_seed: see `Splits.binarized`; grey by default
-    train_on_all: train on 1,765 images, without a validation set
+    Args:
+        root: Folder with freyfaces.npz (array `images`, bytes). By default $PYROVAE_DATA, else a folder in the user's
+            cache. There is no download.
+        binarization: See `Splits.binarized`. By default the images stay grey.
+        data_seed: See `Splits.binarized`.
+        train_on_all: Train on 1,765 images, without a validation set.
 
-    Raises DataUnavailableError (a RuntimeError) if the file is not there; ValueError, with its name, if it is damaged.
+    Returns:
+        The data set, split in three.
 
-    Source: Roweis, Saul & Hinton, Global Coordination of Local Linear Models (2002); the split: Tomczak & Welling, VAE
-    with a VampPrior (2018).
+    Raises:
+        DataUnavailableError: The file is missing. (A RuntimeError.)
+        ValueError: The file is damaged. The message names it.
+
+    References:
+        Roweis, Saul & Hinton, Global Coordination of Local Linear Models (2002).
+        Tomczak & Welling, VAE with a VampPrior (2018): the split.
     """
     path = data_dir(root) / _FREY_FILE
     if missing := _missing_folder(root):
@@ -154,14 +189,14 @@ def frey_faces(
     if not path.exists():
         raise DataUnavailableError(
             f"Frey faces are not in {path.parent}: put {_FREY_FILE} there (array `images` of bytes, {_FREY_SHAPE}), or "
-            f"name another folder (--data-dir, $PYROVAE_DATA); --dataset digits needs no files"
+            f"choose another folder (--data-dir, $PYROVAE_DATA); --dataset digits needs no files"
         )
     try:
-        with path.open("rb") as file, np.load(file) as arrays:  # NumPy leaves a damaged file open that it opened itself
+        with path.open("rb") as file, np.load(file) as arrays:  # if NumPy opens a damaged file, it leaves it open
             array = arrays["images"]
-    except Exception as error:  # what NumPy raises for a damaged file is not one type
+    except Exception as error:  # NumPy raises many types of error for a damaged file
         raise ValueError(
-            f"{path} is truncated, damaged or has no `images` ({type(error).__name__}: {error}): put a whole one there"
+            f"{path} is truncated, damaged or has no `images` ({type(error).__name__}: {error}): replace it by an intact file"
         ) from error
     if array.shape != _FREY_SHAPE or array.dtype != np.uint8:
         raise ValueError(f"{path} must hold `images` of bytes, {_FREY_SHAPE}; found {array.dtype}, {array.shape}")
@@ -172,7 +207,7 @@ def frey_faces(
 
 
 def data_dir(root: str | os.PathLike | None = None) -> Path:
-    """The folder data sets are looked for and downloaded to: `root`, else $PYROVAE_DATA, else the user's cache."""
+    """The folder for data sets and downloads: `root`, else $PYROVAE_DATA, else a folder in the user's cache."""
     if root is None:
         root = os.environ.get("PYROVAE_DATA") or None
     if root is None:
@@ -182,7 +217,7 @@ def data_dir(root: str | os.PathLike | None = None) -> Path:
 
 
 def _missing_folder(root: str | os.PathLike | None) -> str | None:
-    """What to say of a folder that was asked for and is not there: a misspelt name, most likely, and so not made."""
+    """The error for a folder that the user named and that does not exist, else None. A misspelt name is not created."""
     folder = data_dir(root)
     if root is None and not os.environ.get("PYROVAE_DATA"):
         return None
@@ -204,8 +239,9 @@ def _split(
     kept = 0 if train_on_all else num_validation
     if len(images) <= kept:
         raise ValueError(
-            f"{name}: found {len(images):,} training images, and more than {kept:,} are needed, of which {kept:,} are kept for "
-            f"validation: add images" + (", or keep none: train_on_all=True, --train-on-all" if kept else "")
+            f"{name}: found {len(images):,} training images, but needs more than {kept:,}, of which {kept:,} are kept for "
+            f"validation: add images"
+            + (", or keep none for validation: train_on_all=True, --train-on-all" if kept else "")
         )
     if train_on_all:
         return Splits(name, images, None, test, labels, None, test_labels)
@@ -234,7 +270,7 @@ def _mnist_family(
     for train in (True, False):
         try:
             parts.append(dataset(folder, train=train))
-        except RuntimeError:  # not there (yet)
+        except RuntimeError:  # not downloaded yet
             check_ready_for_download(folder, dataset, sizes)
             parts.append(_download(dataset, folder, name, train))
     (images, labels), (test, test_labels) = ((part.data.unsqueeze(1).float().div(255), part.targets) for part in parts)
@@ -244,14 +280,14 @@ def _mnist_family(
 def _download(dataset: Any, folder: Path, name: str, train: bool) -> Any:
     timeout = socket.getdefaulttimeout()
     try:
-        socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)  # torchvision sets none, and a dead network would hang it
+        socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)  # torchvision sets none and would hang on a dead network
         folder.mkdir(parents=True, exist_ok=True)
         return dataset(folder, train=train, download=True)
     except (RuntimeError, OSError) as error:
         raise DataUnavailableError(
             f"{_CLASSES[name]} is not in {folder} and cannot be downloaded to it ({' '.join(str(error).split())}): connect to "
-            f"the network, or put torchvision's files into {folder / _CLASSES[name] / 'raw'}, or name another folder (root=, "
-            f"--data-dir, $PYROVAE_DATA); pv.data.digits(), --dataset digits, needs no download"
+            f"the network, or put torchvision's files into {folder / _CLASSES[name] / 'raw'}, or choose another folder (root=, "
+            f"--data-dir, $PYROVAE_DATA); pv.data.digits() (--dataset digits) needs no download"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

@@ -1,4 +1,4 @@
-"""The four IDX files of MNIST's layout: whether they are whole, agree with each other, and lie where they are looked for."""
+"""Checks of the four IDX files in MNIST's layout: they must be intact, match each other, and lie in the right place."""
 
 import re
 import struct
@@ -10,8 +10,8 @@ import torch
 
 __all__ = ["check_files", "check_ready_for_download"]
 
-_PARTS, _KINDS = ("train", "t10k"), {"images": 3, "labels": 1}  # and their axes
-_PUBLISHED = {"train": 60_000, "t10k": 10_000}  # data, of all that torchvision downloads
+_PARTS, _KINDS = ("train", "t10k"), {"images": 3, "labels": 1}  # number of axes by kind
+_PUBLISHED = {"train": 60_000, "t10k": 10_000}  # number of data in every data set that torchvision downloads
 _GZIP = b"\x1f\x8b"
 # train-images.idx3-ubyte, train_images_idx3_ubyte.gz, test-labels-idx1-ubyte, ...
 _OTHER_NAME = re.compile(
@@ -21,16 +21,16 @@ _OTHER_NAME = re.compile(
 
 
 def check_files(raw: Path) -> dict[Path, tuple[int, ...]]:
-    """Check the IDX files that are there.
+    """Check the IDX files in a folder.
 
     Args:
-        raw: Their folder.
+        raw: The folder.
 
     Returns:
-        The sizes of the array in each file that is there.
+        The array's shape for each file that exists.
 
     Raises:
-        ValueError: A file is damaged or holds another array, or two files do not belong together.
+        ValueError: A file is damaged or holds another array, or two files do not match.
     """
     sizes = {
         path: _check_idx(path, 4 + 4 * axes) for part in _PARTS for path, axes in _files(raw, part) if path.is_file()
@@ -38,27 +38,30 @@ def check_files(raw: Path) -> dict[Path, tuple[int, ...]]:
     for part in _PARTS:
         images, labels = (path for path, _ in _files(raw, part))
         if images in sizes and 0 in sizes[images]:
-            raise ValueError(f"{images} holds no images, {sizes[images]}: put one or more there")
+            raise ValueError(f"{images} holds no images, {sizes[images]}: use a file with one image or more")
         if images in sizes and labels in sizes and sizes[images][0] != sizes[labels][0]:
             raise ValueError(
-                f"{images} holds {sizes[images][0]:,} images and {labels} {sizes[labels][0]:,} labels: put files there that "
-                f"belong together, a label for each image"
+                f"{images} holds {sizes[images][0]:,} images and {labels} {sizes[labels][0]:,} labels: use matching files, "
+                f"with one label for each image"
             )
     train, test = (next(_files(raw, part))[0] for part in _PARTS)
     if train in sizes and test in sizes and sizes[train][1:] != sizes[test][1:]:
         raise ValueError(
-            f"{train} holds images of {sizes[train][1:]} pixels and {test} of {sizes[test][1:]}: put images of one size there"
+            f"{train} holds images of {sizes[train][1:]} pixels and {test} of {sizes[test][1:]}: use images of one size"
         )
     return sizes
 
 
 def check_ready_for_download(folder: Path, dataset: Any, sizes: dict[Path, tuple[int, ...]]) -> None:
-    """Raise ValueError if a download would replace or pass over files that are there: it fetches all four.
+    """Check that a download, which fetches all four files, would neither replace nor ignore existing files.
 
     Args:
         folder: The data folder.
         dataset: torchvision's class.
-        sizes: What `check_files` gave.
+        sizes: Result of `check_files`.
+
+    Raises:
+        ValueError: Files have other names or lie in another folder, or some are the user's own.
     """
     raw = folder / dataset.__name__ / "raw"
     wanted = [path for part in _PARTS for path, _ in _files(raw, part)]
@@ -68,7 +71,7 @@ def check_ready_for_download(folder: Path, dataset: Any, sizes: dict[Path, tuple
         moves = "; ".join(_move(others, path) for path, others in found.items() if others)
         absent = [str(path) for path, others in found.items() if not others]
         raise ValueError(
-            f"{dataset.__name__} is looked for in {raw}, and its files are elsewhere or under other names: {moves}"
+            f"{dataset.__name__} must be in {raw}, but its files are elsewhere or have other names: {moves}"
             + (f"; not found: {', '.join(absent)}" if absent else "")
         )
     own = [
@@ -78,8 +81,8 @@ def check_ready_for_download(folder: Path, dataset: Any, sizes: dict[Path, tuple
     ]
     if own:
         raise ValueError(
-            f"{', '.join(map(str, own))} holds {sizes[own[0]][0]:,} data of your own, without {', '.join(map(str, lacking))}: put "
-            f"these there too, or take the others away to have {dataset.__name__} downloaded"
+            f"{', '.join(map(str, own))} holds {sizes[own[0]][0]:,} data of your own, without {', '.join(map(str, lacking))}: add "
+            f"the missing files, or remove your own to download {dataset.__name__}"
         )
 
 
@@ -89,7 +92,7 @@ def _files(raw: Path, part: str) -> Iterator[tuple[Path, int]]:
 
 
 def _check_idx(path: Path, header_size: int) -> tuple[int, ...]:
-    """The sizes in the header of an IDX file of bytes; raises ValueError, naming the file, if it is not as long as they say."""
+    """The shape in the header of an IDX file of bytes; raises ValueError if the file's length does not match it."""
     num_axes = header_size // 4 - 1
     with path.open("rb") as file:
         header = file.read(header_size)
@@ -98,23 +101,23 @@ def _check_idx(path: Path, header_size: int) -> tuple[int, ...]:
         raise ValueError(f"{path} is compressed: rename it to {path.name}.gz and decompress it (gunzip {path.name}.gz)")
     if len(header) < header_size or struct.unpack(">I", header[:4])[0] != magic:
         raise ValueError(
-            f"{path} is no IDX file of bytes with {num_axes} axes (magic number {magic:#06x}, found "
-            f"{header[:4].hex() or 'an empty file'}): put a whole one there; if it is the published one, delete it, and it is "
-            f"downloaded anew"
+            f"{path} is not an IDX file of bytes with {num_axes} axes (magic number {magic:#06x}, found "
+            f"{header[:4].hex() or 'an empty file'}): replace it by an intact file; if it is a published one, delete it to "
+            f"download it again"
         )
     sizes = struct.unpack(f">{num_axes}I", header[4:])
     expected = header_size + torch.Size(sizes).numel()
     found = path.stat().st_size
     if found != expected:
         raise ValueError(
-            f"{path} is truncated or damaged: its header promises {expected} bytes, found {found}: put a whole one there; if "
-            f"it is the published one, delete it, and it is downloaded anew"
+            f"{path} is truncated or damaged: expected {expected} bytes from its header, found {found}: replace it by an "
+            f"intact file; if it is a published one, delete it to download it again"
         )
     return sizes
 
 
 def _under_another_name(folder: Path, dataset: Any, path: Path) -> Iterator[Path]:
-    """Files that may be the one that is looked for as `path`."""
+    """Files that may be meant as `path` but have another name or folder."""
     from torchvision.datasets.utils import check_integrity
 
     published = {path.parent / name: md5 for name, md5 in dataset.resources}
@@ -126,19 +129,19 @@ def _under_another_name(folder: Path, dataset: Any, path: Path) -> Iterator[Path
         if (name["part"].lower().replace("test", "t10k"), name["kind"].lower()) != (part, kind):
             continue
         if other in published and check_integrity(other, published[other]):
-            continue  # torchvision decompresses what it has downloaded
+            continue  # torchvision decompresses its own downloads
         yield other
 
 
 def _places(folder: Path, name: str) -> Iterator[Path]:
-    """Where files may be: `folder`, folder/raw, the data set's folder by any spelling, and those below them.
+    """Where files may be: `folder`, folder/raw, the data set's folder in any spelling, and the folders below these.
 
-    Not in the folders of other data sets, whose files have the same names.
+    The folders of other data sets are left out because their files have the same names.
     """
     spellings = {name.lower(), name.lower().removesuffix("mnist") or "mnist", "raw"}
     yield folder
     for place in _entries(folder):
-        if _OTHER_NAME.fullmatch(place.name):  # a folder of the name of its file, as some archives unpack
+        if _OTHER_NAME.fullmatch(place.name):  # some archives unpack to a folder with the name of its file
             yield place
         if re.sub("[^a-z]", "", place.name.lower()) in spellings:
             yield place
@@ -150,7 +153,7 @@ def _places(folder: Path, name: str) -> Iterator[Path]:
 def _entries(place: Path) -> list[Path]:
     try:
         return sorted(place.iterdir())
-    except OSError:  # a file, nothing, or not ours to read
+    except OSError:  # a file, missing, or unreadable
         return []
 
 
@@ -164,5 +167,5 @@ def _move(others: list[Path], path: Path) -> str:
     if (raw.name, raw.parent.name, other.name) == ("raw", path.parent.parent.name, path.name):
         return f"{other} is found with root={raw.parent.parent} (root=, --data-dir, $PYROVAE_DATA)"
     if path.is_dir():
-        return f"move {other} out of the folder {path}, delete that, and give the file its name"
+        return f"move {other} out of the folder {path}, delete the folder, and give the file the folder's name"
     return f"{'rename' if other.parent == path.parent else 'move'} {other} to {path}"

@@ -1,4 +1,4 @@
-"""A data set in three parts, and what makes its grey images binary or continuous."""
+"""A data set in three splits, and how its grey images become binary or continuous."""
 
 import math
 from collections.abc import Callable
@@ -12,17 +12,32 @@ from pyrovae.common.arguments import check_count, checks_values
 
 __all__ = ["Splits", "binarize", "check_grey_values", "dequantize"]
 
-_ROUNDING = 1e-3  # outside [0, 1], as half precision or a resized image leaves behind; in `dequantize`, of a level
+# Tolerance outside [0, 1], for half precision and resized images; in `dequantize`, in units of a level.
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set in three parts, images (N, channels, height, width) in [0, 1] with their labels (N,), None without any.
+    """A data set in three splits: images (N, channels, height, width) in [0, 1] and their labels (N,), or None without
+    labels.
 
-    `validation` is None where all of its images went to `train`. Images are grey levels k / (num_levels - 1) as they are
-    loaded, which `binarized` makes binary (num_levels is then 2) and `dequantized` continuous (num_levels tells from how
-    many). `transform` makes a batch of `train` ready for use: it redraws grey images at every use (dynamic), and is None
-    where nothing is left to do. `validation` and `test` are ready as they are: drawn once, from `data_seed`.
+    Loaded images are grey levels k / (num_levels - 1). `binarized` makes them binary (num_levels becomes 2),
+    `dequantized` makes them continuous (num_levels says from how many levels).
+
+    Attributes:
+        name: Name of the data set.
+        train: Training images; apply `transform` before use.
+        validation: Validation images, drawn once from `data_seed`; None if all of them went to `train`.
+        test: Test images, drawn once from `data_seed`.
+        train_labels: Labels of the training images, or None.
+        validation_labels: Labels of the validation images, or None.
+        test_labels: Labels of the test images, or None.
+        num_levels: Number of grey levels.
+        binarization: 'dynamic', 'static', or None for images that are not binary.
+        is_dequantized: Whether the images are dequantised.
+        data_seed: The seed of the draws, or None before any.
+        transform: Makes a batch of `train` ready for use: it redraws grey images at every use (dynamic). None if there
+            is nothing to do.
     """
 
     name: str
@@ -53,16 +68,23 @@ class Splits:
         return self.train.shape[1:]
 
     def binarized(self, binarization: str | None = "dynamic", data_seed: int = 0) -> "Splits":
-        """These images made binary, x ~ Bernoulli(grey value).
+        """Make the images binary, x ~ Bernoulli(grey value).
 
-        dynamic: training images are redrawn at every use; static: drawn once; None: all images stay grey.
-        Validation and test images are drawn once in either case, each split by a generator of its own from
+        Validation and test images are drawn once in any case. Each split has its own generator, seeded from
         `data_seed`, so that a test set is the same for every training seed, device and choice of splits.
 
-        Raises ValueError for another word, for images already binarised, and for values outside [0, 1] or not finite.
+        Args:
+            binarization: 'dynamic' redraws training images at every use; 'static' draws them once; None leaves all
+                images grey.
+            data_seed: Seed of the draws.
 
-        Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016), for dynamic;
-        Larochelle & Murray, The Neural Autoregressive Distribution Estimator (2011), for static.
+        Raises:
+            ValueError: `binarization` is something else, the images are already binarised or dequantised, or values are
+                outside [0, 1] or not finite.
+
+        References:
+            Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016): dynamic.
+            Larochelle & Murray, The Neural Autoregressive Distribution Estimator (2011): static.
         """
         if binarization not in ("dynamic", "static", None):
             raise ValueError(f"binarization must be 'dynamic', 'static' or None, found {binarization!r}")
@@ -77,15 +99,20 @@ class Splits:
         return replace(drawn, train=train, transform=None)
 
     def dequantized(self, data_seed: int = 0) -> "Splits":
-        """These images made continuous: each pixel drawn evenly within its grey level, for densities on [0, 1].
+        """Make the images continuous, for densities on [0, 1]: draw each pixel uniformly within its grey level.
 
-        Training images are redrawn at every use, validation and test images once, as by `binarized`. With D pixels
-        E log p(x) - D ln(num_levels) is a lower bound of the log mass of the levels, and minus it over D ln 2 is in bits
-        per pixel.
+        Training images are redrawn at every use, validation and test images are drawn once, as by `binarized`. With D
+        pixels, E log p(x) - D ln(num_levels) is a lower bound of the log mass of the levels; its negative over D ln 2
+        is in bits per pixel.
 
-        Raises ValueError for images drawn already, and for values that are not the levels k / (num_levels - 1).
+        Args:
+            data_seed: Seed of the draws.
 
-        Source: Theis, van den Oord & Bethge, A note on the evaluation of generative models (2016).
+        Raises:
+            ValueError: The images are already binarised or dequantised, or values are not levels k / (num_levels - 1).
+
+        References:
+            Theis, van den Oord & Bethge, A note on the evaluation of generative models (2016).
         """
         self._refuse_drawn()
         self._check_grey_values(self.num_levels)
@@ -93,12 +120,14 @@ class Splits:
 
     def _refuse_drawn(self) -> None:
         if self.binarization is not None:
-            raise ValueError(f"these images are binarised already ({self.binarization})")
+            raise ValueError(
+                f"these images are already binarised ({self.binarization}): start from grey images (binarization=None)"
+            )
         if self.is_dequantized:
-            raise ValueError("these images are dequantised already: start from grey ones (binarization=None)")
+            raise ValueError("these images are already dequantised: start from grey images (binarization=None)")
 
     def _check_grey_values(self, num_levels: int | None = None) -> None:
-        """Check every part here, under its name: `train` may otherwise be looked at only in the first step of training."""
+        """Check and name every split now, because training may check `train` only in its first step."""
         for name in ("train", "validation", "test"):
             if (images := getattr(self, name)) is not None:
                 check_grey_values(f"the {name} images of {self.name!r}", images)
@@ -106,7 +135,7 @@ class Splits:
                     _check_levels(f"the {name} images of {self.name!r}", images * (num_levels - 1), num_levels)
 
     def _drawn(self, transform: Callable[..., Tensor], data_seed: int) -> "Splits":
-        """With validation and test drawn once, and `train` left to be drawn at every use."""
+        """Draw validation and test once, and leave `train` to be drawn at every use."""
 
         def draw(images: Tensor, stream: int) -> Tensor:
             return transform(images, generator=_generator(3 * data_seed + stream))
@@ -123,24 +152,25 @@ class Splits:
 def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw binary pixels with the grey values as probabilities, x ~ Bernoulli(images).
 
-    (`torch.bernoulli` draws from the same distribution and takes three times as long on a CPU.)
+    `torch.bernoulli` draws from the same distribution but takes three times as long on a CPU.
 
-    Shapes: any, values in [0, 1]; the same shape and dtype, values 0 and 1.
+    Shapes: any, with values in [0, 1]; the result has the same shape and dtype and the values 0 and 1.
 
     Args:
         images: Grey values in [0, 1], floating point.
-        generator: Where the random numbers come from; by default torch's own.
+        generator: Source of the random numbers; by default torch's own.
 
     Returns:
         A tensor like `images`, of zeros and ones.
 
     Raises:
-        TypeError: `images` is no floating-point tensor.
-        ValueError: A value lies outside [0, 1] or is not finite. A recorded training step does not look at values: the
-            first epoch, which is not recorded, has looked at them.
+        TypeError: `images` is not a floating-point tensor.
+        ValueError: A value is outside [0, 1] or not finite. Recorded training steps skip this check: the first epoch,
+            which is not recorded, has already done it.
 
-    >>> binarize(torch.tensor([0.0, 1.0]))
-    tensor([0., 1.])
+    Example:
+        >>> binarize(torch.tensor([0.0, 1.0]))
+        tensor([0., 1.])
     """
     check_grey_values("binarize: images", images)
     uniform = torch.rand(images.shape, generator=generator, dtype=images.dtype, device=images.device)
@@ -148,26 +178,28 @@ def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor
 
 
 def dequantize(images: Tensor, num_levels: int = 256, generator: torch.Generator | None = None) -> Tensor:
-    """Draw pixels evenly within their grey levels: k / (L - 1) becomes (k + u) / L, u ~ Uniform(0, 1).
+    """Draw pixels uniformly within their grey levels: k / (L - 1) becomes (k + u) / L, u ~ Uniform(0, 1).
 
-    Shapes: any, values k / (num_levels - 1); the same shape and dtype, values in [0, 1].
+    Shapes: any, with values k / (num_levels - 1); the result has the same shape and dtype and values in [0, 1].
 
     Args:
         images: Grey levels k / (num_levels - 1), floating point.
         num_levels: L, 2 or more: 256 for bytes over 255, 17 for scikit-learn's digits.
-        generator: Where the random numbers come from; by default torch's own.
+        generator: Source of the random numbers; by default torch's own.
 
     Returns:
         A tensor like `images`, of continuous values.
 
     Raises:
-        TypeError: `images` is no floating-point tensor.
-        ValueError: A value is none of the levels (see `binarize` for recorded training steps).
+        TypeError: `images` is not a floating-point tensor.
+        ValueError: A value is not one of the levels. Recorded training steps skip this check, as for `binarize`.
 
-    Source: Uria, Murray & Larochelle, RNADE: The real-valued neural autoregressive density-estimator (2013).
+    Example:
+        >>> dequantize(torch.tensor([0.0, 1.0])).mul(256).floor()
+        tensor([  0., 255.])
 
-    >>> dequantize(torch.tensor([0.0, 1.0])).mul(256).floor()
-    tensor([  0., 255.])
+    References:
+        Uria, Murray & Larochelle, RNADE: The real-valued neural autoregressive density-estimator (2013).
     """
     num_levels = check_count("num_levels", num_levels, least=2)
     check_grey_values("dequantize: images", images)
@@ -178,10 +210,18 @@ def dequantize(images: Tensor, num_levels: int = 256, generator: torch.Generator
 
 
 def check_grey_values(what: str, images: Tensor) -> None:
-    """Raise unless `images` are floating-point values in [0, 1]; the message begins with `what` and says how to scale them.
+    """Check that `images` are floating-point values in [0, 1].
 
-    One pass over a batch: 25 microseconds of 450 for 200 MNIST images on a CPU. On a GPU it waits for the batch, as
-    `Likelihood.check` and Pyro's loss do in the same step.
+    This is one pass over a batch: 25 of 450 microseconds for 200 MNIST images on a CPU. On a GPU it waits for the
+    batch, as `Likelihood.check` and Pyro's loss do in the same step.
+
+    Args:
+        what: Start of the error message.
+        images: The values to check.
+
+    Raises:
+        TypeError: `images` is not a floating-point tensor.
+        ValueError: A value is outside [0, 1] or not finite; the message says how to scale it.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"{what} must be a tensor, found {type(images).__name__}: torch.as_tensor(x)")
@@ -193,7 +233,7 @@ def check_grey_values(what: str, images: Tensor) -> None:
     if not checks_values() or images.numel() == 0:
         return
     low, high = torch.stack(images.detach().aminmax()).tolist()
-    if low >= -_ROUNDING and high <= 1 + _ROUNDING:  # false of NaN too
+    if low >= -_ROUNDING and high <= 1 + _ROUNDING:  # False for NaN
         return
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
@@ -206,8 +246,8 @@ def check_grey_values(what: str, images: Tensor) -> None:
     else:
         remedy = "undo the standardisation of grey images (x * std + mean)"
     raise ValueError(
-        f"{what} must be values in [0, 1], found {low:g} to {high:g}: {remedy}; data that are no grey images need a likelihood "
-        f"for real values (pyrovae.likelihoods.LearnedScaleNormal), not this"
+        f"{what} must be values in [0, 1], found {low:g} to {high:g}: {remedy}; data that are not grey images need a "
+        f"likelihood for real values (pyrovae.likelihoods.LearnedScaleNormal) instead"
     )
 
 
@@ -221,13 +261,13 @@ def _check_levels(what: str, levels: Tensor, num_levels: int) -> None:
         found = levels.detach().flatten()[off.flatten().argmax()].item()
         raise ValueError(
             f"{what} must be grey levels k / {num_levels - 1}, found {found / (num_levels - 1):g} = {found:g} / "
-            f"{num_levels - 1}: set num_levels= to the number of levels these data have (bytes are divided by 255, not 256), or "
-            f"leave data that are continuous already as they are"
+            f"{num_levels - 1}: set num_levels= to the number of levels of these data (bytes are divided by 255, not 256); do "
+            f"not dequantise data that are already continuous"
         )
 
 
 def _not_finite(images: Tensor) -> str:
-    """Where NaN or infinity stands, by datum."""
+    """Describe the values that are not finite, by datum."""
     bad = ~images.isfinite()
     if images.ndim == 0:
         return f"{images.item():g}"

@@ -1,1 +1,1 @@
-"""Distributions that the parts are made of: flows behind one adapter, mixtures, pixels with many parameters."""
+"""Distributions for priors, guides and likelihoods: an adapter for zuko's flows, mixtures, binary images, pixels."""

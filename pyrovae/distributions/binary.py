@@ -1,4 +1,4 @@
-"""Images of binary pixels as one distribution, whose density costs a fifth of what a sum over Bernoulli pixels does."""
+"""Images of binary pixels as one distribution, whose density takes a fifth of the time of a sum over pixels."""
 
 import math
 from typing import Any, ClassVar
@@ -10,27 +10,33 @@ from torch.distributions import constraints
 
 __all__ = ["BinaryImages"]
 
-_FACTORS = 64  # at most, in one product: each lies in [1, 2], and 2^64 is far from where float32 ends
+_FACTORS = 64  # largest number in one product: factors lie in [1, 2], and 2^64 does not overflow in float32
 
 
 class BinaryImages(TorchDistribution):
-    """Independent Bernoulli pixels, by their logits, with all pixels of an image as one event.
+    """Independent Bernoulli pixels by their logits; all pixels of an image are one event.
 
-    log p(x) = sum_d [ l_d x_d - max(l_d, 0) - log(1 + exp(-|l_d|)) ],   the last terms as logs of products of up to 64
+        log p(x) = sum_d [ l_d x_d - max(l_d, 0) - log(1 + exp(-|l_d|)) ]
 
-    What costs time in a sum over pixels is a logarithm for each; here it is one for each product. A factor is rounded by
-    half a unit of 1, which is 6e-8 nats per pixel in float32 and 1e-5 at most per 100 pixels, where the sum of the other
-    terms is rounded by as much. The gradient is  x - sigmoid(l),  and not that of the products.
-
-    event_dim: how many of the last dimensions make up an image
+    The last terms are computed as logs of products of up to 64 factors, because a logarithm for each pixel would take
+    most of the time. Each factor is rounded by half a unit of 1: 6e-8 nats per pixel in float32, at most 1e-5 nats per
+    100 pixels. The sum of the other terms has the same rounding error. The gradient is computed as x - sigmoid(l), not
+    through the products.
 
     Shapes: logits (*batch, *event) -> batch shape (*batch,), event shape (*event,). Log masses in nats.
 
-    Raises ValueError, where Pyro validates, for logits that are not numbers, or values other than 0 and 1.
+    Args:
+        logits: l.
+        event_dim: Number of trailing dimensions that make up an image.
+        validate_args: As for `torch.distributions.Distribution`.
 
-    >>> x = torch.tensor([1.0, 0.0, 1.0])
-    >>> BinaryImages(torch.tensor([0.0, 1.0, 2.0]), 1).log_prob(x)
-    tensor(-2.1333)
+    Raises:
+        ValueError: If Pyro validates: logits are NaN, or values are not 0 or 1.
+
+    Example:
+        >>> x = torch.tensor([1.0, 0.0, 1.0])
+        >>> BinaryImages(torch.tensor([0.0, 1.0, 2.0]), 1).log_prob(x)
+        tensor(-2.1333)
     """
 
     arg_constraints: ClassVar[dict] = {"logits": constraints.real}
@@ -50,7 +56,7 @@ class BinaryImages(TorchDistribution):
 
     @property
     def base_dist(self) -> Bernoulli:
-        """The pixels one by one, as `to_event` calls them."""
+        """The single pixels, under the name that `to_event` gives them."""
         return Bernoulli(logits=self.logits, validate_args=False)
 
     @property
@@ -103,7 +109,7 @@ class _LogMass(torch.autograd.Function):
 
 
 def _num_factors(logits: Tensor) -> int:
-    """The largest divisor of the number of pixels for which a product of as many factors cannot overflow."""
+    """The largest divisor of the number of pixels for which a product of that many factors cannot overflow."""
     num_pixels = logits.shape[-1]
     most = min(_FACTORS, int(math.log2(torch.finfo(logits.dtype).max)) - 1)
     return next(size for size in range(most, 0, -1) if num_pixels % size == 0)

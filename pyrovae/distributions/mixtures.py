@@ -1,4 +1,4 @@
-"""A mixture of K distributions, which draws only from the component that a draw chose."""
+"""A mixture of K distributions that draws only from the chosen component."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,22 +15,30 @@ __all__ = ["Mixture"]
 class Mixture(dist.TorchDistribution):
     """Mixture of K distributions of one kind.
 
-    p(z) = sum_k w_k p_k(z)
+        p(z) = sum_k w_k p_k(z)
 
-    log_weights: (K,); their logsumexp must be 0
-    components_at: index of components, (M,) or a slice -> their distributions, batch shape (M,)
-    components: all of them, `components_at(slice(None))`, where known before
+    For each draw, `dist.MixtureSameFamily` draws from all K components, which is hundreds of times too much work for a
+    VampPrior. This class chooses a component first. Draws are not reparameterised because the choice has no gradient.
 
-    `dist.MixtureSameFamily` draws from all K components for each draw it gives, hundreds of times too much for a
-    VampPrior; here a component is chosen first. Draws are not reparameterised: the choice has no gradient.
+    Shapes: batch shape () unless expanded; event shape that of the components. A density takes K times as many numbers
+    as the values have, or K numbers per value if the components are normals with diagonal covariances. The normals'
+    density loses digits if a component is narrower than 1e-5 of its distance from the others: the error is 1e-6 nats at
+    1e-5 and 0.3 nats at 1e-7.
 
-    Shapes: batch shape () unless expanded, event shape that of the components; a density takes K numbers of the event's
-    size for each value, or K numbers where the components are normals with diagonal covariances. Their density loses digits
-    where a component is narrower than 1e-5 of its distance from the others: 1e-6 nats there, 0.3 nats at 1e-7.
+    Args:
+        log_weights: log w (K,); its logsumexp must be 0.
+        components_at: Maps an index of components, (M,) or a slice, to their distributions of batch shape (M,).
+        components: All components, `components_at(slice(None))`, if already known.
+        batch_shape: Batch shape of the mixture.
+        validate_args: As for `torch.distributions.Distribution`.
 
-    >>> normal = lambda index: dist.Normal(torch.tensor([-2.0, 2.0])[index], 1.0)
-    >>> Mixture(torch.tensor([0.5, 0.5]).log(), normal).log_prob(torch.tensor(0.0))
-    tensor(-2.9189)
+    Raises:
+        ValueError: The batch shape of the components is not (K,).
+
+    Example:
+        >>> normal = lambda index: dist.Normal(torch.tensor([-2.0, 2.0])[index], 1.0)
+        >>> Mixture(torch.tensor([0.5, 0.5]).log(), normal).log_prob(torch.tensor(0.0))
+        tensor(-2.9189)
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -101,9 +109,11 @@ def _of_each(components: dist.TorchDistribution, value: Tensor) -> Tensor:
 def _of_each_normal(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
     """log N(value; m_k, diag s_k^2), (..., K), for m, s (K, D).
 
-    sum_d (z_d - m_kd)^2 / s_kd^2 = sum_d z_d^2 / s_kd^2 - 2 sum_d z_d m_kd / s_kd^2 + sum_d m_kd^2 / s_kd^2  takes two matrix
-    products in place of K D numbers for each value. The three sums cancel where z is near m and s small, hence float64 and
-    z and m from a common centre: the error is 1e-16 times the largest of them, 1e-6 nats where all m lie within 1e5 s.
+        sum_d (z_d - m_kd)^2 / s_kd^2 = sum_d z_d^2 / s_kd^2 - 2 sum_d z_d m_kd / s_kd^2 + sum_d m_kd^2 / s_kd^2
+
+    The right side takes two matrix products instead of K D numbers for each value. Its sums cancel if z is near m and s
+    is small. Therefore they are computed in float64, with z and m relative to a common centre. The error is 1e-16 times
+    the largest sum: 1e-6 nats if all m lie within 1e5 s.
     """
     centre = loc.detach().double().mean(0)
     z, m, precision = value.double() - centre, loc.double() - centre, scale.double() ** -2

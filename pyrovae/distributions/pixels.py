@@ -1,7 +1,7 @@
-"""Distributions of one pixel that torch and Pyro do not have, or not for every value of their parameters.
+"""Distributions of one pixel that torch and Pyro lack, or that theirs compute inaccurately.
 
-Each is elementwise over its batch; `to_event` makes images of pixels. All numbers are finite, and gradients too, for any
-finite parameters that leave room in the dtype: networks start out with bold ones.
+Each is elementwise over its batch; `to_event` turns pixels into images. Densities and gradients are finite for all
+finite parameters that do not overflow the dtype, because untrained networks may give extreme ones.
 """
 
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 __all__ = ["CategoricalLevels", "ContinuousBernoulli", "GreyLevels", "LogisticLevels"]
 
-# log(sinh(l/2) / (l/2)) = sum_k B_2k l^2k / (2k (2k)!), and where its first five terms are exact in float64
+# log(sinh(l/2) / (l/2)) = sum_k B_2k l^2k / (2k (2k)!). Five terms are exact in float64 within the radius.
 _SERIES = (1 / 24, -1 / 2880, 1 / 181_440, -1 / 9_676_800, 1 / 479_001_600)
 _SERIES_RADIUS = 0.25
 
@@ -22,22 +22,29 @@ _SERIES_RADIUS = 0.25
 class ContinuousBernoulli(TorchDistribution):
     """Continuous Bernoulli distribution on [0, 1], by its logits.
 
-    p(x) = l exp(l x) / (exp(l) - 1),   1 at l = 0
+        p(x) = l exp(l x) / (exp(l) - 1),   1 at l = 0
 
-    torch's own is computed from probabilities: in float32 its density is not normalised from |l| = 15 on (0.6 nats per
-    pixel are missing at 30, 1.8 at 100, where dark pixels drive it), and its gradient is wrong in sign or tenfold around
-    |l| = 0.004. This one is computed from the logits: by the series of its normaliser for |l| < 1/4, where the closed
-    form subtracts two numbers of size 1/l, by the closed form elsewhere.
+    torch's own version is computed from probabilities. In float32 its density is not normalised for |l| >= 15: it lacks
+    0.6 nats per pixel at 30 and 1.8 at 100, which dark pixels reach. Around |l| = 0.004 its gradient has the wrong sign
+    or is ten times too large. This version is computed from the logits. For |l| < 1/4, where the closed form would
+    subtract two numbers of size 1/l, it uses the series of the normaliser; elsewhere it uses the closed form.
 
     Shapes: logits (*batch,) -> batch shape (*batch,), event shape (). In nats.
 
-    Raises ValueError, where Pyro validates, for logits that are not numbers or values outside [0, 1].
+    Args:
+        logits: l.
+        validate_args: As for `torch.distributions.Distribution`.
 
-    Source: Loaiza-Ganem & Cunningham, The continuous Bernoulli: fixing a pervasive error in variational autoencoders
-    (2019).
+    Raises:
+        ValueError: If Pyro validates: logits are NaN, or values are outside [0, 1].
 
-    >>> ContinuousBernoulli(torch.tensor([-2.0, 0.0, 2.0])).mean
-    tensor([0.3435, 0.5000, 0.6565])
+    Example:
+        >>> ContinuousBernoulli(torch.tensor([-2.0, 0.0, 2.0])).mean
+        tensor([0.3435, 0.5000, 0.6565])
+
+    References:
+        Loaiza-Ganem & Cunningham, The continuous Bernoulli: fixing a pervasive error in variational autoencoders
+            (2019).
     """
 
     arg_constraints: ClassVar[dict] = {"logits": constraints.real}
@@ -74,21 +81,27 @@ class ContinuousBernoulli(TorchDistribution):
         with torch.no_grad():
             shape = self._extended_shape(sample_shape)
             uniform = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
-            width = self.logits.abs().clamp(min=1e-6)  # below it the draw is the uniform one, up to rounding
-            distance = (-torch.log1p(uniform * torch.expm1(-width)) / width).clamp(max=1.0)  # from the likelier end
+            width = self.logits.abs().clamp(min=1e-6)  # for smaller logits the draw is uniform, up to rounding
+            # The distance from the end with the higher density.
+            distance = (-torch.log1p(uniform * torch.expm1(-width)) / width).clamp(max=1.0)
             return torch.where(self.logits < 0, distance, 1 - distance)
 
     def _near_and_far(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the series is for, its logits and the closed form's.
+        """Where to use the series, the logits for the series, and the logits for the closed form.
 
-        Each branch of a `where` sees harmless numbers where it is not chosen: NaN would pass through its gradient.
+        Both branches of a `where` get harmless numbers where they are not chosen, because NaN would pass into the
+        gradient.
         """
         is_near = self.logits.abs() < _SERIES_RADIUS
         return is_near, torch.where(is_near, self.logits, 0.0), torch.where(is_near, 1.0, self.logits)
 
 
 class GreyLevels(constraints.Constraint):
-    """The grey values k / (num_levels - 1), k = 0 ... num_levels - 1, up to rounding."""
+    """The grey values k / (num_levels - 1), k = 0 ... num_levels - 1, up to rounding.
+
+    Args:
+        num_levels: Number of levels.
+    """
 
     is_discrete = True
 
@@ -107,19 +120,26 @@ class GreyLevels(constraints.Constraint):
 class LogisticLevels(TorchDistribution):
     """Grey levels x = k / (L - 1) as a mixture of logistic distributions, each rounded to the nearest level.
 
-    P(k) = sum_j w_j [ F((k + 1/2 - m_j) / s_j) - F((k - 1/2 - m_j) / s_j) ],   F(t) = 1 / (1 + exp(-t))
+        P(k) = sum_j w_j [ F((k + 1/2 - m_j) / s_j) - F((k - 1/2 - m_j) / s_j) ],   F(t) = 1 / (1 + exp(-t))
 
-    in units of a level; levels 0 and L - 1 take the tails, so that the masses sum to exactly 1. The difference is
-    computed as  log F(b) + log F(-a) + log(1 - exp(a - b)),  an identity, accurate however small it is.
-
-    weight_logits, loc, log_scale: (*batch, num_components), of the mixture; loc and scale in units of x
-    num_levels: L
+    Here m and s are in units of a level. Levels 0 and L - 1 include the tails, so that the masses sum to exactly 1. The
+    difference F(b) - F(a) is computed by the identity log F(b) + log F(-a) + log(1 - exp(a - b)), which is accurate for
+    differences of any size.
 
     Shapes: batch shape (*batch,), event shape (). Log masses in nats.
 
-    Raises ValueError, where Pyro validates, for values that are no level.
+    Args:
+        weight_logits: Logits of w (*batch, num_components).
+        loc: m (*batch, num_components), in units of x.
+        log_scale: log s (*batch, num_components), with s in units of x.
+        num_levels: L.
+        validate_args: As for `torch.distributions.Distribution`.
 
-    Source: Salimans, Karpathy, Chen & Kingma, PixelCNN++ (2017).
+    Raises:
+        ValueError: If Pyro validates: values are not levels.
+
+    References:
+        Salimans, Karpathy, Chen & Kingma, PixelCNN++ (2017).
     """
 
     arg_constraints: ClassVar[dict] = {
@@ -151,7 +171,7 @@ class LogisticLevels(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """E[x] = sum over k = 1 ... L-1 of P(level >= k), over L - 1: exact, with a pass over the pixels for each level."""
+        """E[x] = sum over k = 1 ... L-1 of P(level >= k), over L - 1. It is exact and takes one pass per level."""
         loc, precision = self._in_levels()
         total = torch.zeros_like(loc)
         for level in range(1, self.num_levels):
@@ -177,7 +197,7 @@ class LogisticLevels(TorchDistribution):
         with torch.no_grad():
             shape = self._extended_shape(sample_shape)
             loc, precision = self._in_levels()
-            # The smallest of exponentials with rates w_j is that of j with probability w_j.
+            # Of exponential variables with rates w_j, the j-th is the smallest with probability w_j.
             waiting = torch.empty(*shape, loc.shape[-1], dtype=loc.dtype, device=loc.device).exponential_()
             chosen = (self.weight_logits - waiting.log()).argmax(-1, keepdim=True)
             loc, precision = (part.expand_as(waiting).gather(-1, chosen).squeeze(-1) for part in (loc, precision))
@@ -186,19 +206,24 @@ class LogisticLevels(TorchDistribution):
             return level.round().clamp(0, self.num_levels - 1) / (self.num_levels - 1)
 
     def _in_levels(self) -> tuple[Tensor, Tensor]:
-        """Locations, and inverse scales, in units of a level."""
+        """Locations and inverse scales, in units of a level."""
         precision = (-self.log_scale).exp() / (self.num_levels - 1)
         return self.loc * (self.num_levels - 1), precision.clamp(min=torch.finfo(precision.dtype).tiny)
 
 
 class CategoricalLevels(TorchDistribution):
-    """Grey levels x = k / (L - 1) with a probability for each.
+    """Grey levels x = k / (L - 1) with a probability for each level.
 
-    P(k) = softmax(logits)_k
+        P(k) = softmax(logits)_k
 
     Shapes: logits (*batch, L) -> batch shape (*batch,), event shape (). Log masses in nats.
 
-    Raises ValueError, where Pyro validates, for values that are no level.
+    Args:
+        logits: Logits of the levels, up to a constant.
+        validate_args: As for `torch.distributions.Distribution`.
+
+    Raises:
+        ValueError: If Pyro validates: values are not levels.
     """
 
     arg_constraints: ClassVar[dict] = {"logits": constraints.independent(constraints.real, 1)}
@@ -240,7 +265,7 @@ class CategoricalLevels(TorchDistribution):
 
 
 def _expanded(distribution: Any, batch_shape: Any, instance: Any, names: tuple[str, ...], num_last: int) -> Any:
-    """The distribution with its named parameters expanded, but for their last `num_last` dimensions."""
+    """Expand the named parameters of a distribution, except for their last `num_last` dimensions."""
     new = distribution._get_checked_instance(type(distribution), instance)
     batch_shape = torch.Size(batch_shape)
     for name in names:

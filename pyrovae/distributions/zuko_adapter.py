@@ -1,7 +1,7 @@
-"""Normalizing flows: zuko's behind one adapter, as distributions that Pyro can use.
+"""An adapter that makes zuko's normalizing flows Pyro distributions.
 
-A flow is an invertible map between z and noise. An autoregressive one is quick in one direction and takes a pass per
-dimension in the other; which of them drawing takes, and which the density, is up to who builds the flow.
+A flow is an invertible map between z and noise. An autoregressive flow is fast in one direction and takes one pass per
+dimension in the other. Whoever builds the flow decides whether draws or densities are fast.
 """
 
 import importlib
@@ -23,7 +23,7 @@ _MEAN_DRAWS, _MEAN_ROWS = 128, 2**14
 
 
 def import_zuko() -> Any:
-    """zuko, with torch's distributions left as they were: its import switches their validation off, for everyone."""
+    """Import zuko, and undo what its import does to torch: it disables argument validation for all distributions."""
     if "zuko" in sys.modules:
         return sys.modules["zuko"]
     base: Any = torch.distributions.Distribution
@@ -32,7 +32,7 @@ def import_zuko() -> Any:
         zuko = importlib.import_module("zuko")
     finally:
         base._validate_args, base.arg_constraints = before
-    # zuko's own distributions have no constraints, and torch warns of that where it validates: they keep what zuko set.
+    # zuko's own distributions declare no constraints, which torch would warn about: give them the empty ones zuko set.
     for name in zuko.distributions.__all__:
         kind = getattr(zuko.distributions, name)
         if not any("arg_constraints" in vars(parent) for parent in kind.__mro__ if parent is not base):
@@ -41,22 +41,25 @@ def import_zuko() -> Any:
 
 
 def start_near_identity(flow: nn.Module, factor: float = 0.1) -> None:
-    """Shrink what the networks of an untrained zuko flow give, so that it starts near the map that changes nothing.
+    """Scale down the outputs of the networks in an untrained zuko flow, so that it starts near the identity map.
 
-    factor: of the last layers' parameters; not 0, so that every parameter has a gradient from the start
+    Args:
+        flow: The flow.
+        factor: Factor of the last layers' parameters. It must not be 0: then not every parameter would have a gradient.
     """
     with torch.no_grad():
         for name, module in flow.named_modules():
-            kind = name.rpartition(".")[2]  # zuko's: a network, or constants where there is nothing to depend on
+            kind = name.rpartition(".")[2]  # zuko's names: `hyper` is a network, `phi` are constants in place of one
             last = module[-1] if kind == "hyper" else module if kind == "phi" else None
             for parameter in () if last is None else last.parameters():
                 parameter *= factor
 
 
 def support_of_flow(flow: Any) -> constraints.Constraint | None:
-    """Where a zuko distribution is positive, which a `NormalizingFlow` of zuko's does not say; None if that is not known.
+    """The support of a zuko distribution, or None if it is unknown. zuko's `NormalizingFlow` does not declare it.
 
-    A flow maps its support onto that of its noise. If both the noise and the map's codomain are all of R^D, it is the domain.
+    A flow maps its support onto that of its noise. If the noise's support and the map's codomain are all of R^D, the
+    support is the map's domain.
     """
     try:
         return flow.support
@@ -78,25 +81,34 @@ def _is_real(constraint: Any) -> bool:
 class FlowDistribution(dist.TorchDistribution):
     """A zuko flow as a Pyro distribution.
 
-    log p(z) = log p_noise(f(z)) + log |det df/dz|;   a draw is z = f^-1(noise)
+        log p(z) = log p_noise(f(z)) + log |det df/dz|;   a draw is z = f^-1(noise)
 
-    flow: a `zuko.distributions.NormalizingFlow`: what a zuko flow gives when called with its context, or with none
-    parameters: those of the flow's networks, so that a change of them between draw and density is noticed
-    support: where the density is positive; the default suits flows on all of R^D
+    The density of a draw is computed together with the draw. `log_prob` reuses it if it gets that very tensor, as it
+    does in Pyro. Therefore an autoregressive flow whose draws are fast need not be inverted, which would take D passes.
+    The density is computed anew:
 
-    The density of a draw is computed with it, and given again when `log_prob` is asked for that very tensor, as Pyro does:
-    so an autoregressive flow drawn from in its quick direction is not inverted, which would take D passes. It is computed
-    afresh for any other tensor, be its values equal; where a gradient is wanted and the draw was made without (`sample`:
-    the value is then a constant); and where value or parameters have changed in place since. With `rsample` it has the
-    whole gradient, through the value and directly; for the direct part alone, ask for the density of a detached copy.
+    - for any other tensor, even with equal values;
+    - if a gradient is wanted, but the value was drawn without one (by `sample`, so that it is a constant);
+    - if the value or the parameters have changed in place since the draw.
 
-    `mean` is the average of 128 draws, differentiable. Their noise is spread evenly (a Latin hypercube and its mirror
-    image: exact where f is affine), always the same, and the same for each datum of a batch: the mean is no function of
-    the random state or of the batch, and nothing is drawn from torch's generator.
+    With `rsample`, the density has the full gradient, both through the value and through the parameters directly. For
+    the direct part alone, call `log_prob` with a detached copy.
+
+    `mean` is the average of 128 draws and differentiable. Their noise is spread evenly: a Latin hypercube and its
+    mirror image, so that the mean is exact if f is affine. The noise is always the same, for every datum of a batch
+    too. Therefore the mean depends neither on the random state nor on the batch, and uses no random numbers of torch.
 
     Shapes: contexts (N, C) give batch shape (N,), event shape (D,); values (..., N, D) have densities (..., N).
 
-    Source: Papamakarios et al., Normalizing Flows for Probabilistic Modeling and Inference (2021).
+    Args:
+        flow: A `zuko.distributions.NormalizingFlow`, which a zuko flow returns when called with its context, or without
+            one.
+        parameters: Parameters of the flow's networks, watched for changes between draw and density.
+        support: Support of the density; the default suits flows on all of R^D.
+        validate_args: As for `torch.distributions.Distribution`.
+
+    References:
+        Papamakarios et al., Normalizing Flows for Probabilistic Modeling and Inference (2021).
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -142,14 +154,14 @@ class FlowDistribution(dist.TorchDistribution):
 
     def _draw(self, sample_shape: Sequence[int]) -> Tensor:
         value, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))
-        # Tensors made in inference mode do not say whether they were changed.
+        # Tensors made in inference mode have no version counter.
         known = not any(tensor.is_inference() for tensor in (value, *self._parameters))
         state = self._state(value) if known else None
         self._last_draw = _Draw(value, log_prob, torch.is_grad_enabled(), state)
         return value
 
     def _state(self, value: Tensor) -> tuple:
-        """What must be as it was for a density to be given again."""
+        """What must be unchanged to reuse a density."""
         return value.requires_grad, *(tensor._version for tensor in (value, *self._parameters))
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -163,7 +175,7 @@ class FlowDistribution(dist.TorchDistribution):
         return last.log_prob.detach()
 
     def _log_prob_afresh(self, value: Tensor) -> Tensor:
-        # zuko's affine transforms do not spread one value over several contexts.
+        # zuko's affine transforms do not broadcast one value over several contexts.
         return self.flow.log_prob(
             value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
         )
@@ -171,7 +183,7 @@ class FlowDistribution(dist.TorchDistribution):
     @property
     def mean(self) -> Tensor:
         batch_shape, event_shape = self.batch_shape, self.event_shape
-        noise = self.flow.base.base_dist  # of independent numbers, or it would have no `icdf`
+        noise = self.flow.base.base_dist  # the elementwise distribution, which has `icdf`
         points = torch.as_tensor(_spread_points(_MEAN_DRAWS, event_shape.numel())).to(noise.mean)
         points = points.reshape(_MEAN_DRAWS, *[1] * len(batch_shape), *event_shape)
         chunks = points.split(max(1, _MEAN_ROWS // max(1, batch_shape.numel())))
@@ -183,8 +195,8 @@ class FlowDistribution(dist.TorchDistribution):
 
 
 def _spread_points(num_points: int, num_dims: int) -> np.ndarray:
-    """Points in the unit cube: one in each of the slices of each dimension, and their mirror images in its middle."""
-    generator = np.random.default_rng(0)  # NumPy's, as what torch draws in a recording would be drawn at each call
+    """Points in the unit cube: one in each slice of each dimension, and their mirror images about the centre."""
+    generator = np.random.default_rng(0)  # a recording would repeat draws from torch's generator at each call
     slices = np.tile(np.arange(num_points // 2)[:, None], num_dims)
     points = (generator.permuted(slices, axis=0) + generator.random(slices.shape)) / len(slices)
     return np.concatenate([points, 1 - points])

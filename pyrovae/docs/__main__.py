@@ -60,7 +60,10 @@ def build(folder: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            pdoc.pdoc("pyrovae", "pyrovae.docs", r"!pyrovae\.docs\.", output_directory=folder)  # `__all__` says which
+            nested = (name for name in modules if name.count(".") > 1)
+            pdoc.pdoc(
+                "pyrovae", "pyrovae.docs", *nested, r"!pyrovae\.docs\.", output_directory=folder
+            )  # `__all__` says which
     finally:
         filters["to_markdown"] = to_markdown_with_context
 

@@ -1,9 +1,8 @@
-"""Reducers of log importance weights: every bound, error and diagnostic is a function of one array.
+"""Estimators from log importance weights: every bound, error and diagnostic is a function of one array.
 
-``log_weights[s, n] = log p(x_n, z_sn) - log q(z_sn | x_n)`` with ``z_sn ~ q(. | x_n)`` has shape (S, N):
-S particles for each of N data. Every function here maps (S, N) -> (N,), reads S from the array, computes and
-answers in float64 (the dtype given says only what counts as rounding), and needs nothing but torch (the Pareto
-fit asks ArviZ).
+``log_weights[s, n] = log p(x_n, z_sn) - log q(z_sn | x_n)`` with ``z_sn ~ q(. | x_n)`` has shape (S, N): S particles
+for each of N data. Every function maps (S, N) -> (N,), computes in float64 and returns float64. The dtype of the array
+only decides which differences count as rounding. The functions need only torch, and ArviZ for the Pareto fit.
 """
 
 from pyrovae.estimators.jackknife import jackknife, jackknife_2

@@ -1,4 +1,4 @@
-"""The importance-weighted bound with its bias of the first orders removed, (S, N) -> (N,)."""
+"""Jackknife estimates of log p(x): the importance-weighted bound with the leading terms of its bias removed."""
 
 import math
 
@@ -9,23 +9,30 @@ from pyrovae.estimators.weights import Weights
 
 __all__ = ["jackknife", "jackknife_2"]
 
-# Pairs of weights of which one is among the 4 largest are looked at one by one. Of the others w~ < 1/5, so that the odds
-# r = w~ / (1 - w~) are below 1/4, and 13 terms of the series of log(1 - r r') leave 16^-13 of it.
+# Pairs with one of the 4 largest weights are summed directly. The others have w~ < 1/5 and odds r = w~ / (1 - w~) below
+# 1/4, so that 13 terms of the series of log(1 - r r') leave a relative error of 16^-13.
 _LARGEST, _TERMS = 4, 13
 
 
 def jackknife(log_weights: Tensor | Weights) -> Tensor:
-    """Jackknife-corrected estimate of log p(x), of order 1: less biased, and no longer a bound.
+    """Jackknife-corrected estimate of log p(x) of order 1: less biased than the bound, but not a bound.
 
-    JVI-1 = S L_S - (S-1) mean_i L_{S-1}^(-i) = L_S - (S-1) [ log(S/(S-1)) + mean_i log(1 - w~_i) ],
-    w~ the normalised weights. The second form keeps its digits in float32. Bias O(S^-2) against O(S^-1) of L_S.
+        JVI-1 = S L_S - (S-1) mean_i L_{S-1}^(-i) = L_S - (S-1) [ log(S/(S-1)) + mean_i log(1 - w~_i) ]
 
-    Shapes: (S, N) -> (N,), in nats per datum. NaN with one particle; +inf where only one weight is not 0.
+    w~ are the normalised weights. The second form loses no digits in float32. The bias is O(S^-2); that of L_S is
+    O(S^-1).
 
-    Raises ValueError if the array is not (S, N) with S >= 1.
+    Shapes: (S, N) -> (N,), in nats per datum. NaN with one particle; +inf if only one weight is not 0.
 
-    Source: Nowozin, Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife
-    Variational Inference (2018).
+    Args:
+        log_weights: Log weights (S, N).
+
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
+
+    References:
+        Nowozin, Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife Variational
+            Inference (2018).
     """
     weights = Weights.of(log_weights)
     num_particles, bound = len(weights), weights.bound
@@ -40,20 +47,26 @@ def jackknife(log_weights: Tensor | Weights) -> Tensor:
 
 
 def jackknife_2(log_weights: Tensor | Weights) -> Tensor:
-    """Jackknife-corrected estimate of log p(x), of order 2: less biased still, noisier, and not a bound.
+    """Jackknife-corrected estimate of log p(x) of order 2: less biased than order 1, noisier, and not a bound.
 
-    JVI-2 = S^2/2 L_S - (S-1)^2 mean_i L_{S-1}^(-i) + (S-2)^2/2 mean_ij L_{S-2}^(-ij)
-          = L_S + c_S - (2S-3) mean_i log(1 - w~_i) + (S-2)^2/2 mean_ij log(1 - r_i r_j),   r_i = w~_i / (1 - w~_i),
-    c_S = -(S-1)^2 log(S/(S-1)) + (S-2)^2/2 log(S/(S-2)), w~ the normalised weights, i < j. The second form keeps its digits.
-    Bias O(S^-3) against O(S^-2) of order 1. The mean over all pairs takes O(S) operations.
+        JVI-2 = S^2/2 L_S - (S-1)^2 mean_i L_{S-1}^(-i) + (S-2)^2/2 mean_ij L_{S-2}^(-ij)
+              = L_S + c_S - (2S-3) mean_i log(1 - w~_i) + (S-2)^2/2 mean_ij log(1 - r_i r_j),   r_i = w~_i / (1 - w~_i)
 
-    Shapes: (S, N) -> (N,), in nats per datum. NaN with fewer than 3 particles or where only one weight is not 0; -inf
-    where only two are not.
+    c_S = -(S-1)^2 log(S/(S-1)) + (S-2)^2/2 log(S/(S-2)), w~ are the normalised weights, i < j. The second form loses no
+    digits. The bias is O(S^-3); that of order 1 is O(S^-2). The mean over all pairs takes O(S) operations.
 
-    Raises ValueError if the array is not (S, N) with S >= 1.
+    Shapes: (S, N) -> (N,), in nats per datum. NaN with fewer than 3 particles or if only one weight is not 0; -inf if
+    only two weights are not 0.
 
-    Source: Nowozin, Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife
-    Variational Inference (2018).
+    Args:
+        log_weights: Log weights (S, N).
+
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
+
+    References:
+        Nowozin, Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife Variational
+            Inference (2018).
     """
     weights = Weights.of(log_weights)
     size, bound = len(weights), weights.bound
@@ -70,20 +83,23 @@ def jackknife_2(log_weights: Tensor | Weights) -> Tensor:
 
 
 def _log_without_one(log_normalised: Tensor, largest: Tensor) -> Tensor:
-    """log(1 - w~_i), (S, N); for the largest, (1, N) by its index, which may be nearly everything, from the others."""
+    """log(1 - w~_i), (S, N). The largest weight, at index `largest` (1, N), may be near 1: sum the others instead."""
     others = log_normalised.scatter(0, largest, -math.inf).logsumexp(0, keepdim=True)
     return torch.log1p(-log_normalised.exp()).scatter(0, largest, others)
 
 
 def _sum_over_pairs(log_normalised: Tensor, without_one: Tensor, largest: Tensor) -> Tensor:
-    """sum_{i<j} log(1 - r_i r_j) (N,), which is log(1 - w~_i - w~_j) - log(1 - w~_i) - log(1 - w~_j).
+    """sum_{i<j} log(1 - r_i r_j) (N,), where each term is log(1 - w~_i - w~_j) - log(1 - w~_i) - log(1 - w~_j).
 
-    largest: indices of the largest weights, in their order
+    Args:
+        log_normalised: log w~ (S, N).
+        without_one: log(1 - w~) (S, N).
+        largest: Indices of the largest weights, in decreasing order.
     """
     top, top_without = log_normalised.gather(0, largest), without_one.gather(0, largest)
     rest = log_normalised.scatter(0, largest, -math.inf)
     rest_without = without_one.scatter(0, largest, 0.0)
-    # The first pair may be nearly everything; in any other, w~_j is half of what i leaves, or less.
+    # The two largest weights may sum to nearly 1. In any other pair, w~_j is at most half of 1 - w~_i.
     total = log_normalised.scatter(0, largest[:2], -math.inf).logsumexp(0) - top_without[0] - top_without[1]
     for index, without in enumerate(top_without):
         total += (torch.log1p(-(rest - without).exp()) - rest_without).sum(0)

@@ -1,4 +1,4 @@
-"""The tail of importance weights: where a generalised Pareto distribution can be fitted to it, and ArviZ to do so."""
+"""Pareto fits to the tail of importance weights: which tails can be fitted, and the fit by ArviZ."""
 
 import functools
 import math
@@ -18,23 +18,31 @@ __all__ = ["smooth_tail"]
 
 _TIED_AT_THE_TOP = _FEWEST_DISTINCT = 5
 
-# k of a tail rounded to 1/40 of its span is less than 0.1 too low; rounded to 1/10, up to half of all tails look discrete.
+# If a tail is rounded to 1/40 of its range, k is less than 0.1 too low; at 1/10, up to half of all tails look discrete.
 _FEWEST_SPACINGS = 32
 
 
 def smooth_tail(log_weights: Tensor, spacing: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
-    """Shape k of the tail (N,) and log weights (S, N) with the tail smoothed; S of 25 or more, no -inf throughout.
+    """Fit the tail of each datum's weights, and smooth it.
 
-    The tail are the min(S/5, 3 sqrt S) largest weights. What is no tail is decided here, as ArviZ's answers to it differ
-    from version to version (an exception, inf, NaN, or a number that means nothing), and is not smoothed:
+    The tail consists of the min(S/5, 3 sqrt S) largest weights. Weights without a usable tail are detected here and not
+    smoothed, because ArviZ's answers for them vary with its version (an exception, inf, NaN, or a meaningless number).
+    Their k is:
 
-    0: five weights or more share the largest value, to rounding. They are bounded there, and the bound has been seen
-    NaN: the weights came in a dtype too coarse for their tail: it spans fewer than 32 of the dtype's numbers, so that ties
-        may be rounding
-    +inf: fewer than 5 distinct values in the tail, or a quarter of it tied at its foot. Few values, the largest of them
-        seen too rarely to tell whether there are larger ones
+    - 0 if five weights or more share the largest value, up to rounding: the weights are bounded by a value that was
+      drawn;
+    - NaN if the dtype of the weights is too coarse: the tail spans fewer than 32 spacings, so that ties may be
+      rounding;
+    - +inf if the tail has fewer than 5 distinct values, or a quarter of it is tied at its lower end: there are few
+      values, and the largest is too rare to tell whether larger ones exist.
 
-    spacing, rounding: of `Weights`, (N,)
+    Args:
+        log_weights: Log weights (S, N), S >= 25, not all -inf for any datum.
+        spacing: (N,), as in `Weights`.
+        rounding: (N,), as in `Weights`.
+
+    Returns:
+        Shape k of the tail (N,), and log weights (S, N) with the tail smoothed.
     """
     num_particles = len(log_weights)
     size = math.ceil(min(num_particles / 5, 3 * num_particles**0.5))
@@ -54,7 +62,7 @@ def smooth_tail(log_weights: Tensor, spacing: Tensor, rounding: Tensor) -> tuple
         torch.as_tensor(array).to(log_weights) for array in _arviz_psis(log_weights[:, fit].T.cpu().numpy())
     )
     k[fit] = fitted.nan_to_num(math.inf, posinf=math.inf)
-    # ArviZ shifts all weights of a row, 1.x always so that they add up to 1. Those below the tail it leaves alone otherwise.
+    # ArviZ changes weights below the tail only by a shift of the whole row (1.x normalises each row): undo the shift.
     anchor = below[fit].unsqueeze(0)
     raw = log_weights[:, fit]
     smoothed = smoothed.T + (raw - smoothed.T).gather(0, anchor)
@@ -65,20 +73,21 @@ def smooth_tail(log_weights: Tensor, spacing: Tensor, rounding: Tensor) -> tuple
 
 
 def _arviz_psis(log_weights: "numpy.ndarray") -> tuple["numpy.ndarray", "numpy.ndarray"]:
-    """Rows of (N, S) log weights -> smoothed (N, S), up to a number for each row, and k (N,); on ArviZ 0.x and 1.x."""
+    """Smooth rows of log weights (N, S) with ArviZ 0.x or 1.x; return them, up to a constant per row, and k (N,)."""
     import numpy
 
     psislw, sign = _psislw()
     with warnings.catch_warnings(), numpy.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # overflow in rows without a tail; they come back as inf or NaN
+        warnings.simplefilter("ignore")  # rows without a tail overflow and return inf or NaN
         return psislw(sign * log_weights)
 
 
 @functools.cache
 def _psislw() -> tuple[Callable, int]:
-    """ArviZ's PSIS, and the sign it wants: 0.x takes log weights, 1.x their negatives (log likelihoods, for LOO).
+    """ArviZ's PSIS and the sign of its argument: 0.x takes log weights, 1.x log likelihoods (for LOO), their negatives.
 
-    Asked of the function itself, by weights whose k is 1: the wrong sign gives a plausible and very wrong k.
+    The sign is found by calling the function on weights whose k is 1, because the wrong sign gives a plausible but
+    wrong k.
     """
     try:
         from arviz_stats.base import array_stats as statistics

@@ -1,4 +1,4 @@
-"""Bounds of log p(x) and their errors from log importance weights, (S, N) -> (N,)."""
+"""Bounds on log p(x) and their errors, from log importance weights (S, N) -> (N,)."""
 
 import math
 
@@ -20,26 +20,40 @@ __all__ = [
 
 
 def elbo(log_weights: Tensor | Weights) -> Tensor:
-    """Evidence lower bound, the mean log weight.
+    """Evidence lower bound: the mean log weight.
 
-    ELBO_n = 1/S sum_s log w[s, n]
+        ELBO_n = 1/S sum_s log w[s, n]
 
-    Shapes: (S, N) -> (N,), in nats per datum. -inf where any weight is 0.
+    Shapes: (S, N) -> (N,), in nats per datum. -inf if any weight is 0.
 
-    Raises ValueError if the array is not (S, N) with S >= 1.
+    Args:
+        log_weights: Log weights (S, N).
 
-    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014).
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
 
-    >>> elbo(torch.tensor([[0.0], [-2.0]]))
-    tensor([-1.], dtype=torch.float64)
+    Example:
+        >>> elbo(torch.tensor([[0.0], [-2.0]]))
+        tensor([-1.], dtype=torch.float64)
+
+    References:
+        Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
     return Weights.of(log_weights).log.mean(0)
 
 
 def elbo_stderr(log_weights: Tensor | Weights) -> Tensor:
-    """Monte Carlo standard error of the ELBO, sd(log w) / sqrt(S).
+    """Monte Carlo standard error of the ELBO.
+
+        se = sd(log w) / sqrt(S)
 
     Shapes: (S, N) -> (N,), in nats. NaN with fewer than 2 particles or a weight of 0; 0 for constant weights.
+
+    Args:
+        log_weights: Log weights (S, N).
+
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
     """
     weights = Weights.of(log_weights)
     if len(weights) < 2:
@@ -49,18 +63,24 @@ def elbo_stderr(log_weights: Tensor | Weights) -> Tensor:
 
 
 def importance_weighted_bound(log_weights: Tensor | Weights) -> Tensor:
-    """Importance-weighted bound: the estimate of log p(x), a lower bound of it on average.
+    """Importance-weighted bound: an estimate of log p(x) that is a lower bound on average.
 
-    L_S = log( 1/S sum_s w[s, n] ),   E[L_S] <= log p(x_n),   E[exp L_S] = p(x_n)
+        L_S = log( 1/S sum_s w[s, n] ),   E[L_S] <= log p(x_n),   E[exp L_S] = p(x_n)
 
-    Shapes: (S, N) -> (N,), in nats per datum. -inf where all weights are 0.
+    Shapes: (S, N) -> (N,), in nats per datum. -inf if all weights are 0.
 
-    Raises ValueError if the array is not (S, N) with S >= 1.
+    Args:
+        log_weights: Log weights (S, N).
 
-    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
 
-    >>> importance_weighted_bound(torch.tensor([[0.0], [-torch.inf]]))
-    tensor([-0.6931], dtype=torch.float64)
+    Example:
+        >>> importance_weighted_bound(torch.tensor([[0.0], [-torch.inf]]))
+        tensor([-0.6931], dtype=torch.float64)
+
+    References:
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
     """
     return Weights.of(log_weights).bound
 
@@ -68,11 +88,18 @@ def importance_weighted_bound(log_weights: Tensor | Weights) -> Tensor:
 def importance_weighted_bound_stderr(log_weights: Tensor | Weights) -> Tensor:
     """Monte Carlo standard error of the importance-weighted bound (delta method).
 
-    se = sd(w) / ( sqrt(S) mean(w) ), with the S - 1 variance
+        se = sd(w) / ( sqrt(S) mean(w) ), with the S - 1 variance
 
-    Shapes: (S, N) -> (N,), in nats. NaN with fewer than 2 particles or where all weights are 0; 0 for constant
-    weights. It is an error, not a bias: the bias (see `jackknife`) is invisible to it, and where the Pareto k
-    exceeds 0.5 the variance of the weights may be infinite and this number too small.
+    It measures the error, not the bias (see `jackknife`). If the Pareto k exceeds 0.5, the variance of the weights may
+    be infinite and this number too small.
+
+    Shapes: (S, N) -> (N,), in nats. NaN with fewer than 2 particles or if all weights are 0; 0 for constant weights.
+
+    Args:
+        log_weights: Log weights (S, N).
+
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
     """
     weights = Weights.of(log_weights)
     num_particles = len(weights)
@@ -83,12 +110,20 @@ def importance_weighted_bound_stderr(log_weights: Tensor | Weights) -> Tensor:
 
 
 def gap(log_weights: Tensor | Weights) -> Tensor:
-    """Estimate of KL(q(z|x) || p(z|x)), the tightness of the ELBO: importance-weighted bound minus ELBO.
+    """Tightness of the ELBO: an estimate of KL(q(z|x) || p(z|x)), the importance-weighted bound minus the ELBO.
 
-    log p(x) = ELBO + KL(q(z|x) || p(z|x)); as the bound lies below log p(x) on average, the gap is "at least" this.
+        log p(x) = ELBO + KL(q(z|x) || p(z|x))
 
-    Shapes: (S, N) -> (N,), in nats, never negative (Jensen); +inf where some but not all weights are 0, NaN where
-    all are.
+    The bound is below log p(x) on average, so the KL is at least this gap on average.
+
+    Shapes: (S, N) -> (N,), in nats, never negative (Jensen's inequality). +inf if some but not all weights are 0; NaN
+    if all are 0.
+
+    Args:
+        log_weights: Log weights (S, N).
+
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
     """
     weights = Weights.of(log_weights)
     difference = weights.bound - elbo(weights)
@@ -96,11 +131,17 @@ def gap(log_weights: Tensor | Weights) -> Tensor:
 
 
 def gap_stderr(log_weights: Tensor | Weights) -> Tensor:
-    """Monte Carlo standard error of the gap (delta method on both terms, which share their draws).
+    """Monte Carlo standard error of the gap (delta method for both terms, which share their draws).
 
-    se = sd( w / mean(w) - log w ) / sqrt(S)
+        se = sd( w / mean(w) - log w ) / sqrt(S)
 
     Shapes: (S, N) -> (N,), in nats. NaN with fewer than 2 particles or a weight of 0; 0 for constant weights.
+
+    Args:
+        log_weights: Log weights (S, N).
+
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
     """
     weights = Weights.of(log_weights)
     if len(weights) < 2:
@@ -112,14 +153,22 @@ def gap_stderr(log_weights: Tensor | Weights) -> Tensor:
 def effective_sample_size(log_weights: Tensor | Weights) -> Tensor:
     """Effective sample size of the weights, between 1 and S.
 
-    ESS = (sum_s w)^2 / sum_s w^2
+        ESS = (sum_s w)^2 / sum_s w^2
 
-    Shapes: (S, N) -> (N,), in particles. NaN where all weights are 0.
+    Shapes: (S, N) -> (N,), in particles. NaN if all weights are 0.
 
-    Source: Kong, A note on importance sampling using standardized weights (1992).
+    Args:
+        log_weights: Log weights (S, N).
 
-    >>> effective_sample_size(torch.zeros(4, 1))
-    tensor([4.], dtype=torch.float64)
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
+
+    Example:
+        >>> effective_sample_size(torch.zeros(4, 1))
+        tensor([4.], dtype=torch.float64)
+
+    References:
+        Kong, A note on importance sampling using standardized weights (1992).
     """
     weights = Weights.of(log_weights)
     ess = (2 * weights.log_sum - (2 * weights.log).logsumexp(0)).exp()
@@ -127,17 +176,27 @@ def effective_sample_size(log_weights: Tensor | Weights) -> Tensor:
 
 
 def bound_curve(log_weights: Tensor | Weights) -> tuple[list[int], Tensor]:
-    """The importance-weighted bound at growing numbers of particles, from one draw.
+    """The importance-weighted bound at increasing numbers of particles, from the same draws.
 
-    The S particles are cut into S/s blocks of s; the curve at s is the mean of the blocks' bounds: an unbiased
-    estimate of E[L_s]. The sizes are a chain of divisors of S, so that blocks nest and, by Jensen's inequality, the
-    curve never falls. It starts at the ELBO (s = 1) and ends at the bound of all S.
+    The S particles are split into S/s blocks of s. The curve at s is the mean of the blocks' bounds, an unbiased
+    estimate of E[L_s]. Each size divides the next, so that blocks nest and, by Jensen's inequality, the curve never
+    decreases. It starts at the ELBO (s = 1) and ends at the bound of all S particles.
 
-    Shapes: (S, N) -> ([1, ..., S], (len, N)), in nats. (S prime gives the two ends only.)
+    Shapes: (S, N) -> ([1, ..., S], (len, N)), in nats. If S is prime, the curve has two points.
 
-    >>> sizes, curve = bound_curve(torch.randn(1000, 3))
-    >>> sizes
-    [1, 2, 4, 8, 40, 200, 1000]
+    Args:
+        log_weights: Log weights (S, N).
+
+    Returns:
+        The sizes s, and the curve for each datum.
+
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
+
+    Example:
+        >>> sizes, curve = bound_curve(torch.randn(1000, 3))
+        >>> sizes
+        [1, 2, 4, 8, 40, 200, 1000]
     """
     weights = Weights.of(log_weights)
     sizes = _divisor_chain(len(weights))
@@ -146,7 +205,7 @@ def bound_curve(log_weights: Tensor | Weights) -> tuple[list[int], Tensor]:
 
 
 def _divisor_chain(number: int) -> list[int]:
-    """1 = d_0 | d_1 | ... | number, each the product of the smallest prime factors so far."""
+    """1 = d_0 | d_1 | ... | number, where each divides the next: products of the smallest prime factors of `number`."""
     chain, factor, rest = [1], 2, number
     while rest > 1:
         if factor * factor > rest:

@@ -1,4 +1,4 @@
-"""What a mean over data is uncertain by."""
+"""Standard error of a mean over data."""
 
 import math
 
@@ -8,8 +8,13 @@ __all__ = ["standard_error"]
 
 
 def standard_error(values: Tensor) -> float:
-    """Standard error of the mean over data, sd(values) / sqrt(N); NaN for one datum.
+    """Standard error of the mean over data; NaN for one datum.
 
-    Shapes: (N,), in the values' unit.
+        sd(values) / sqrt(N)
+
+    Shapes: (N,), in the unit of the values.
+
+    Args:
+        values: One value per datum, (N,).
     """
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan

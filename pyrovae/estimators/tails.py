@@ -1,4 +1,4 @@
-"""The tail of importance weights, (S, N) -> (N,): whether estimates can be trusted, and what else it gives."""
+"""The tail of importance weights: its Pareto k, which says if estimates can be trusted, and bounds from it."""
 
 import math
 from typing import NamedTuple
@@ -14,20 +14,32 @@ __all__ = ["ParetoTail", "chi_square_bound", "pareto_k", "pareto_k_limit", "pare
 
 
 class ParetoTail(NamedTuple):
-    """`pareto_k` and `pareto_smoothed_bound` of the same weights, each (N,)."""
+    """`pareto_k` and `pareto_smoothed_bound` of the same weights.
+
+    Attributes:
+        k: Shape k, (N,).
+        smoothed_bound: Pareto-smoothed bound, (N,), in nats per datum.
+    """
 
     k: Tensor
     smoothed_bound: Tensor
 
 
 def pareto_tail(log_weights: Tensor | Weights) -> ParetoTail:
-    """`pareto_k` and `pareto_smoothed_bound` from one fit, which is most of the work of either."""
+    """Compute `pareto_k` and `pareto_smoothed_bound` from one fit, which takes most of the time of either.
+
+    Args:
+        log_weights: Log weights (S, N).
+
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
+    """
     weights = Weights.of(log_weights)
     k, bound = weights.unknown(), weights.bound
     if len(weights) < 25:
         return ParetoTail(k, bound)
     k[weights.constant] = 0.0
-    # Neither NaN among them nor nothing but -inf.
+    # Skip data with NaN weights and data whose weights are all 0.
     fit = ~weights.constant & ~weights.log_sum.isnan() & (weights.log_sum > -math.inf)
     if fit.any():
         k[fit], smoothed = smooth_tail(weights.log[:, fit], weights.spacing[fit], weights.rounding[fit])
@@ -38,46 +50,63 @@ def pareto_tail(log_weights: Tensor | Weights) -> ParetoTail:
 def pareto_k(log_weights: Tensor | Weights) -> Tensor:
     """Shape k of the generalised Pareto distribution fitted to the largest weights: can the estimate be trusted?
 
-    The weights have about 1/k finite moments: k < 0.5 finite variance, k > 0.7 an error that falls so slowly that the
-    estimate and its standard error mean little. The limit at S particles is `pareto_k_limit(S)`.
+    The weights have about 1/k finite moments. k < 0.5 means finite variance. For k > 0.7 the error falls so slowly with
+    S that the estimate and its standard error mean little. The limit for S particles is `pareto_k_limit(S)`.
 
-    Shapes: (S, N) -> (N,). NaN with fewer than 25 particles, if all weights are 0 or one is NaN, and if the array's dtype is
-    too coarse to tell the large weights apart (bfloat16 from |log w| of about 10 on: evaluate in float32); 0 if the weights
-    are constant to rounding or five and more are tied at the top; +inf if no tail can be fitted (fewer than 5 distinct
-    large weights, or a quarter of them tied at the foot of the tail).
+    Shapes: (S, N) -> (N,). Special values:
 
-    Source: Vehtari et al., Pareto Smoothed Importance Sampling (2024); fitted by ArviZ.
+    - NaN with fewer than 25 particles, if all weights are 0 or one is NaN, or if the dtype is too coarse to tell the
+      large weights apart (bfloat16 from |log w| of about 10 on: evaluate in float32);
+    - 0 if the weights are constant up to rounding, or five or more are tied at the top;
+    - +inf if no tail can be fitted (fewer than 5 distinct large weights, or a quarter of them tied at the lower end of
+      the tail).
 
-    >>> pareto_k(torch.tensor([3.0, 2.0, 2.0] + 97 * [0.0])[:, None])
-    tensor([inf], dtype=torch.float64)
+    Args:
+        log_weights: Log weights (S, N).
+
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
+
+    Example:
+        >>> pareto_k(torch.tensor([3.0, 2.0, 2.0] + 97 * [0.0])[:, None])
+        tensor([inf], dtype=torch.float64)
+
+    References:
+        Vehtari et al., Pareto Smoothed Importance Sampling (2024); fitted by ArviZ.
     """
     return pareto_tail(log_weights).k
 
 
 def pareto_smoothed_bound(log_weights: Tensor | Weights) -> Tensor:
-    """Importance-weighted bound of Pareto-smoothed weights: less noise where the tail is heavy, and no longer a bound.
+    """Importance-weighted bound of Pareto-smoothed weights: less noisy for heavy tails, but no longer a bound.
 
-    log( 1/S sum_s w'[s, n] ),   w' the weights with the largest replaced by quantiles of the Pareto fit, none above the
-    largest of them
+        log( 1/S sum_s w'[s, n] )
 
-    Where it differs from `importance_weighted_bound` by more than its standard error, neither is to be trusted.
+    In w' the largest weights are replaced by quantiles of the Pareto fit, none above the largest weight. If the result
+    differs from `importance_weighted_bound` by more than its standard error, trust neither.
 
-    Shapes: (S, N) -> (N,), in nats per datum. The raw bound where no tail is fitted: with fewer than 25 particles, for
-    constant weights, and where `pareto_k` is 0 or +inf for want of a tail.
+    Shapes: (S, N) -> (N,), in nats per datum. It is the raw bound if no tail is fitted: with fewer than 25 particles,
+    for constant weights, and if `pareto_k` is 0 or +inf for lack of a tail.
 
-    Raises ValueError if the array is not (S, N) with S >= 1.
+    Args:
+        log_weights: Log weights (S, N).
 
-    Source: Vehtari et al., Pareto Smoothed Importance Sampling (2024); fitted by ArviZ.
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
+
+    References:
+        Vehtari et al., Pareto Smoothed Importance Sampling (2024); fitted by ArviZ.
     """
     return pareto_tail(log_weights).smoothed_bound
 
 
 def chi_square_bound(log_weights: Tensor | Weights, k: Tensor | None = None) -> Tensor:
-    """Chi-square upper bound of log p(x) as S grows; at finite S the estimate may lie below log p(x).
+    """Chi-square upper bound of log p(x) in the limit of large S; at finite S the estimate may be below log p(x).
 
-    CUBO_2 = 1/2 log( 1/S sum_s w[s, n]^2 ),   1/2 log E[w^2] >= log E[w] = log p(x_n)
+        CUBO_2 = 1/2 log( 1/S sum_s w[s, n]^2 ),   1/2 log E[w^2] >= log E[w] = log p(x_n)
 
-    Do not report it as a bound: results do not contain it for that reason. How often it lies below log p(x) though k < 0.5:
+    Do not report it as a bound; for this reason results do not contain it. How often it is below log p(x) although k <
+    0.5:
 
         weights, of mean 1                                     S = 25    100   1000   5000
         log-normal, s = 0.3                                       26%     9%     0%     0%
@@ -85,17 +114,24 @@ def chi_square_bound(log_weights: Tensor | Weights, k: Tensor | None = None) -> 
         log-normal, s = 2                                         44%    11%     0%     0%
         log-normal, s = 0.3, and 5,000 once in 10,000 draws      100%   100%   100%    79%
 
-    A large weight too rare to be among the S drawn shows in no diagnostic, so that no rule can tell when the bound holds.
+    No diagnostic shows a large weight that is too rare to be among the S draws. Therefore no rule can tell when the
+    bound holds.
 
-    Shapes: (S, N) -> (N,), in nats per datum. NaN if the Pareto k is 0.5 or more or not known.
-    k: `pareto_k` of the weights, if it is at hand
+    Shapes: (S, N) -> (N,), in nats per datum. NaN if the Pareto k is 0.5 or more, or unknown.
 
-    Raises ValueError if the array is not (S, N) with S >= 1.
+    Args:
+        log_weights: Log weights (S, N).
+        k: `pareto_k` of the weights, if already computed.
 
-    Source: Dieng, Tran, Ranganath, Paisley & Blei, Variational Inference via chi Upper Bound Minimization (2017).
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
 
-    >>> chi_square_bound(torch.zeros(30, 1))
-    tensor([0.], dtype=torch.float64)
+    Example:
+        >>> chi_square_bound(torch.zeros(30, 1))
+        tensor([0.], dtype=torch.float64)
+
+    References:
+        Dieng, Tran, Ranganath, Paisley & Blei, Variational Inference via chi Upper Bound Minimization (2017).
     """
     weights = Weights.of(log_weights)
     k = pareto_k(weights) if k is None else k
@@ -104,14 +140,22 @@ def chi_square_bound(log_weights: Tensor | Weights, k: Tensor | None = None) -> 
 
 
 def pareto_k_limit(num_particles: int) -> float:
-    """Largest Pareto k at which S particles give a usable estimate: min(1 - 1/log10 S, 0.7).
+    """Largest Pareto k at which S particles give a usable estimate.
 
-    Raises ValueError if `num_particles` is below 2.
+        min(1 - 1/log10 S, 0.7)
 
-    Source: Vehtari et al., Pareto Smoothed Importance Sampling (2024).
+    Args:
+        num_particles: S.
 
-    >>> pareto_k_limit(100), pareto_k_limit(5000)
-    (0.5, 0.7)
+    Raises:
+        ValueError: `num_particles` is below 2.
+
+    Example:
+        >>> pareto_k_limit(100), pareto_k_limit(5000)
+        (0.5, 0.7)
+
+    References:
+        Vehtari et al., Pareto Smoothed Importance Sampling (2024).
     """
     if num_particles < 2:
         raise ValueError(f"a Pareto k needs 2 particles or more, found num_particles={num_particles}")

@@ -1,4 +1,4 @@
-"""Log weights as every reducer wants them: checked, in float64, with what several reducers ask for worked out once."""
+"""Log weights, checked and in float64, with the intermediate results that estimators share."""
 
 import math
 from functools import cached_property
@@ -8,28 +8,36 @@ from torch import Tensor
 
 __all__ = ["Weights"]
 
-# Weights of an exact guide differ by rounding alone. Their range was up to 15 spacings (float32, 2 to 3,072 pixels, 1,000
-# particles; float64, 5 values, 200 particles) if the terms that a log weight is the sum of are no larger than the sum.
+# Weights of an exact guide differ only by rounding. Their measured range was up to 15 spacings (float32, 2 to 3,072
+# pixels, 1,000 particles; float64, 5 values, 200 particles) if no term of a log weight is larger than their sum.
 _FEW = 32
 
-# In nats, what the terms of any log weight may amount to. They may cancel; their rounding noise stays. In float32 the range was
-# up to 290 spacings at |log w| < 10, but 15 of those at 100.
+# Assumed size in nats of the terms of a log weight. If terms cancel, their rounding errors stay: in float32 the
+# measured range was up to 290 spacings at |log w| < 10, or 15 of the spacings at 100.
 _USUAL_TERMS = 100
 
-# In nats, the largest spread to take for rounding, whatever the dtype. It hides a gap of at most 1.3e-5 nats (range^2 / 8) and a
+# Largest range in nats that counts as rounding in any dtype. It hides a gap of at most 1.3e-5 nats (range^2 / 8) and a
 # standard error of at most 0.005 / sqrt(S).
 _NEGLIGIBLE = 0.01
 
 
 class Weights:
-    """An array (S, N) of log weights, looked at once for as many reducers as are wanted.
+    """An array (S, N) of log weights, processed once for any number of estimators.
 
-    log: the array in float64
-    spacing: (N,), distance between neighbouring numbers of the dtype given, at the largest weight: eps max(1, |log w|)
-    constant: (N,), True if all weights of a datum agree to 32 spacings and 0.01 nats, as those of an exact guide do
-    rounding: (N,), differences up to this may be noise of terms that cancelled: 32 eps max(100, |log w|), at most 0.01 nats
+    Args:
+        log_weights: The array (S, N), floating point.
 
-    Raises ValueError if the array is not (S, N) with S >= 1, TypeError for integers.
+    Attributes:
+        log: The array in float64.
+        spacing: (N,), distance of neighbouring numbers of the given dtype at the largest weight: eps max(1, |log w|).
+        constant: (N,), True if all weights of a datum agree within 32 spacings and 0.01 nats, as those of an exact
+            guide do.
+        rounding: (N,), largest difference that may be rounding of terms that cancelled: 32 eps max(100, |log w|), at
+            most 0.01 nats.
+
+    Raises:
+        ValueError: The array is not (S, N) with S >= 1.
+        TypeError: The array holds integers.
     """
 
     def __init__(self, log_weights: Tensor):
@@ -49,6 +57,7 @@ class Weights:
 
     @classmethod
     def of(cls, log_weights: "Tensor | Weights") -> "Weights":
+        """Return `log_weights` as `Weights`."""
         return log_weights if isinstance(log_weights, Weights) else cls(log_weights)
 
     def __len__(self) -> int:
@@ -62,7 +71,7 @@ class Weights:
 
     @property
     def bound(self) -> Tensor:
-        """`importance_weighted_bound`."""
+        """The importance-weighted bound, (N,); see `importance_weighted_bound`."""
         return self.log_sum - math.log(len(self))
 
     @cached_property
@@ -71,5 +80,5 @@ class Weights:
         return (self.log - self.bound).exp()
 
     def unknown(self) -> Tensor:
-        """(N,) NaN."""
+        """NaN for each datum, (N,)."""
         return torch.full_like(self.log[0], math.nan)

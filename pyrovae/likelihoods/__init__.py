@@ -1,13 +1,18 @@
-"""Likelihoods p(x|z). A likelihood is an `nn.Module` whose `forward(z)` gives a normalised distribution over x.
+"""Likelihoods p(x|z): an `nn.Module` whose `forward(z)` returns a normalised distribution over x.
 
-A new likelihood is one class: subclass `Likelihood`, say how many numbers the network must give per datum, turn those
+To write a likelihood, subclass `Likelihood`, say how many numbers the network must return per datum, and turn these
 numbers into a distribution.
 
-Which one: binary data `Bernoulli`; grey levels as they are stored `DiscretizedLogistic` or `Categorical`, whose log_prob
-is the log of a probability mass (minus it, over D ln 2, are bits per pixel); real-valued data the rest, whose log_prob is
-the log of a density in the units of x. A density of grey levels k / 255 is not comparable with a mass, and grows without
-bound with any model sure enough of a level: draw such data evenly within their levels first (`data.dequantize`). Then
-E log p(x) - D ln 256 is a lower bound of the log mass (Theis, van den Oord & Bethge 2016).
+How to choose:
+
+- Binary data: `Bernoulli`.
+- Grey levels as stored: `DiscretizedLogistic` or `Categorical`. Their log_prob is the log of a probability mass; its
+  negative over D ln 2 is in bits per pixel.
+- Real-valued data: the others. Their log_prob is the log of a density in the units of x.
+
+The density of grey levels k / 255 is not comparable with a mass, and it grows without bound as a model becomes certain
+of a level. Dequantise such data first (`data.dequantize`). Then E log p(x) - D ln 256 is a lower bound of the log mass
+(Theis, van den Oord & Bethge 2016).
 """
 
 from pyrovae.likelihoods.base import Likelihood

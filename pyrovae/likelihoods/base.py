@@ -1,4 +1,4 @@
-"""The contract of a likelihood p(x|z), which each of `pyrovae.likelihoods` keeps."""
+"""The contract of a likelihood p(x|z)."""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,30 +16,33 @@ __all__ = ["Likelihood"]
 
 
 class Likelihood(Component, ABC):
-    """Contract of a likelihood p(x|z): decoder parameters in, a distribution over data out.
+    """Contract of a likelihood p(x|z): latents in, a distribution over data out.
 
-    decoder_net: any module (rows, latent_dim) -> (rows, *parameters_shape), up to a reshape
-    data_shape: shape of one datum, (1, 28, 28) for instance
-
-    Networks are fed rows: whatever dimensions stand before the last one of z are flattened for the network and put back
-    after it, so that any network for batches works under any number of particles.
+    The network gets rows: all dimensions of z but the last are flattened for the network and restored after it.
+    Therefore any network for batches works with any number of particles.
 
     Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape.
 
-    Raises ValueError if the network's output has the wrong size, or data the wrong shape or values.
+    Args:
+        decoder_net: Any module (rows, latent_dim) -> (rows, *parameters_shape), up to a reshape.
+        data_shape: Shape of one datum, for example (1, 28, 28).
+
+    Raises:
+        ValueError: `data_shape` has no sizes or sizes below 1. When run: the network's output has the wrong size, or
+            the data have the wrong shape or values.
     """
 
     def __init__(self, decoder_net: nn.Module, data_shape: Sequence[int]):
         super().__init__()
         shape = (int(data_shape),) if isinstance(data_shape, Integral) else tuple(int(size) for size in data_shape)
         if not shape or min(shape) < 1:
-            raise ValueError(f"data_shape must hold sizes of 1 or more, (1, 28, 28) for instance; found {shape}")
+            raise ValueError(f"data_shape must hold sizes of 1 or more, for example (1, 28, 28); found {shape}")
         self.decoder_net = decoder_net
         self.data_shape = torch.Size(shape)
 
     @classmethod
     def num_parameters(cls) -> int:
-        """How many numbers the network gives per pixel; where a likelihood has options that tell, it takes them.
+        """The number of outputs of the network per pixel. Subclasses take the options on which it depends.
 
         A decoder with output (num_parameters, *data_shape) fits.
         """
@@ -47,38 +50,56 @@ class Likelihood(Component, ABC):
 
     @property
     def parameters_shape(self) -> torch.Size:
-        """Shape of what the network gives for one datum."""
+        """Shape of the network's output for one datum."""
         return self.data_shape
 
     @abstractmethod
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
-        """p(x|z) from the network's output (..., *parameters_shape)."""
+        """Return p(x|z).
+
+        Args:
+            parameters: The network's output (..., *parameters_shape).
+        """
 
     @abstractmethod
     def check(self, x: Tensor) -> None:
-        """Raise ValueError if `x` (N, *data_shape) lies outside the support, saying what was found."""
+        """Check that the data are in the support.
+
+        Args:
+            x: Data (N, *data_shape).
+
+        Raises:
+            ValueError: A value is outside the support; the message says what was found.
+        """
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
-        """p(x|z) for latents z (..., latent_dim)."""
+        """Return p(x|z).
+
+        Args:
+            z: Latents (..., latent_dim).
+        """
         rows = z.reshape(-1, z.shape[-1])
-        output = run_network(
-            self.decoder_net, rows, "make the decoder for as many latents as the prior has (latent_dim)"
-        )
+        output = run_network(self.decoder_net, rows, "make the decoder for the prior's number of latents (latent_dim)")
         size = math.prod(self.parameters_shape)
         if output.numel() != len(rows) * size:
             raise ValueError(
                 f"{type(self).__name__} needs {size} numbers per datum from its decoder network, to be shaped "
-                f"{tuple(self.parameters_shape)}; found {tuple(output.shape)} for {len(rows)} latents: set the network's "
-                f"output to {size}"
+                f"{tuple(self.parameters_shape)}; found {tuple(output.shape)} for {len(rows)} latents: set the width of the "
+                f"network's output to {size}"
             )
         return self.distribution(output.reshape(*z.shape[:-1], *self.parameters_shape))
 
     def check_shape(self, x: Tensor) -> None:
-        """Raise ValueError if `x` is not a batch of data, (N, *data_shape)."""
+        """Check that `x` is a floating-point batch of data, (N, *data_shape).
+
+        Raises:
+            ValueError: The shape is another, or N is 0.
+            TypeError: The dtype is not floating point.
+        """
         if x.ndim != 1 + len(self.data_shape) or x.shape[1:] != self.data_shape:
             raise ValueError(
-                f"expected data of shape (N, {', '.join(map(str, self.data_shape))}), found {tuple(x.shape)}; one datum "
-                f"needs a leading axis (x[None]), and flat data x.reshape(-1, {', '.join(map(str, self.data_shape))})"
+                f"expected data of shape (N, {', '.join(map(str, self.data_shape))}), found {tuple(x.shape)}; add a leading "
+                f"axis to one datum (x[None]), and reshape flat data by x.reshape(-1, {', '.join(map(str, self.data_shape))})"
             )
         if len(x) == 0:
             raise ValueError(f"expected one datum or more, found none: shape {tuple(x.shape)}")
@@ -91,7 +112,16 @@ class Likelihood(Component, ABC):
             raise TypeError(f"expected floating-point data, found {x.dtype}: {remedy}")
 
     def initial_mean(self, data_mean: Tensor | None, low: float = -math.inf, high: float = math.inf) -> Tensor | None:
-        """`data_mean` in the default dtype, on the CPU; ValueError unless it holds means of pixels within [low, high]."""
+        """Return `data_mean` in the default dtype on the CPU, or None if it is None.
+
+        Args:
+            data_mean: Mean of the training data, of shape `data_shape`.
+            low: Smallest mean allowed.
+            high: Largest mean allowed.
+
+        Raises:
+            ValueError: The shape is another, or a mean is outside [low, high].
+        """
         if data_mean is None:
             return None
         if data_mean.shape != self.data_shape or not ((data_mean >= low) & (data_mean <= high)).all():

@@ -1,7 +1,7 @@
-"""Likelihoods of grey levels as they are stored: probability masses, whose log_prob needs no units.
+"""Likelihoods of grey levels as stored: probability masses, whose log_prob has no units.
 
-Data come as levels k / (num_levels - 1), k = 0 ... num_levels - 1: 256 levels as bytes over 255 (`pyrovae.data` with
-binarization=None, torchvision's ToTensor), 17 as scikit-learn's digits over 16.
+Data are levels k / (num_levels - 1), k = 0 ... num_levels - 1: 256 levels for bytes over 255 (`pyrovae.data` with
+binarization=None, torchvision's ToTensor), 17 for scikit-learn's digits over 16.
 """
 
 import math
@@ -18,33 +18,38 @@ from pyrovae.likelihoods.base import Likelihood
 
 __all__ = ["Categorical", "DiscretizedLogistic"]
 
-# Scales go down to exp(-4) of a level, where a level has all the mass but 3e-12 of it, and not to 0.
+# The smallest scale is exp(-4) of a level, at which one level has all mass but 3e-12.
 _LOG_SMALLEST = -4.0
-_INITIAL_SCALE = 0.1  # of the logistic distribution that pixels start with, in units of x
+_INITIAL_SCALE = 0.1  # of the logistic distribution at the start of training, in units of x
 
 
 class DiscretizedLogistic(Likelihood):
     """Independent pixels of grey levels, each a mixture of logistic distributions rounded to the nearest level.
 
-    p(x|z) = prod_d sum_j w_dj [F((x_d + h - m_dj) / s_dj) - F((x_d - h - m_dj) / s_dj)],   F(t) = 1 / (1 + exp(-t)),
-    h = 1 / (2 (L - 1));   level 0 takes the tail below it and level L - 1 the one above, so that the masses sum to 1
+        p(x|z) = prod_d sum_j w_dj [F((x_d + h - m_dj) / s_dj) - F((x_d - h - m_dj) / s_dj)],
+        F(t) = 1 / (1 + exp(-t)),   h = 1 / (2 (L - 1))
 
-    decoder_net: any module (rows, latent_dim) -> (rows, 2, *data_shape): m, then log s, both up to a learned bias per
-        pixel and a soft floor of log s; with several components (rows, 3 num_components, *data_shape): m for all of
-        them, then log s, then log w up to their sum
-    num_components: J, in the mixture
-    num_levels: L; data come as k / (L - 1)
-    data_mean: mean of the training data, at which one component starts (several start around it); 1/2 without it
-
-    Colour channels are independent given z, as all pixels are; PixelCNN++ makes them depend on each other.
+    Level 0 includes the tail below it and level L - 1 the tail above it, so that the masses sum to 1. Colour channels
+    are independent given z, like all pixels; in PixelCNN++ they depend on each other.
 
     Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log masses in nats per datum.
 
-    Raises ValueError for data that are no such levels, for wrong shapes, and for a mean outside [0, 1].
+    Args:
+        decoder_net: With one component, any module (rows, latent_dim) -> (rows, 2, *data_shape) that returns m, then
+            log s, both up to a learned bias per pixel; log s has a soft floor. With several components, (rows, 3
+            num_components, *data_shape): m of all components, then log s, then log w up to a constant.
+        data_shape: Shape of one datum.
+        num_components: J, components of the mixture.
+        num_levels: L; data are k / (L - 1).
+        data_mean: Mean of the training data, at which one component starts (several start around it); 1/2 by default.
 
-    Source: Salimans, Karpathy, Chen & Kingma, PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture
-    Likelihood and Other Modifications (2017); one component: Kingma et al., Improved Variational Inference with Inverse
-    Autoregressive Flow (2016).
+    Raises:
+        ValueError: Data are not such levels, a shape is wrong, or the mean is outside [0, 1].
+
+    References:
+        Salimans, Karpathy, Chen & Kingma, PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture
+            Likelihood and Other Modifications (2017).
+        Kingma et al., Improved Variational Inference with Inverse Autoregressive Flow (2016): one component.
     """
 
     def __init__(
@@ -94,21 +99,25 @@ class DiscretizedLogistic(Likelihood):
 class Categorical(Likelihood):
     """Independent pixels of grey levels, with a probability for each level of each pixel.
 
-    p(x|z) = prod_d softmax(l_d)_(k_d),   x_d = k_d / (L - 1),   l = decoder_net(z) + bias
+        p(x|z) = prod_d softmax(l_d)_(k_d),   x_d = k_d / (L - 1),   l = decoder_net(z) + bias
 
-    decoder_net: any module (rows, latent_dim) -> (rows, num_levels, *data_shape), the logits up to a learned bias. 256
-        numbers per pixel: a convolutional decoder's last layer is far smaller than an MLP's, and with 784 pixels the
-        numbers alone take 0.8 MB per particle and datum
-    num_levels: L; data come as k / (L - 1)
-    data_mean: mean of the training data, around which levels start out likelier; all equally likely without it
-
-    Nothing tells it that neighbouring levels are alike: `DiscretizedLogistic` learns from less.
+    It does not know that neighbouring levels are similar; `DiscretizedLogistic` needs fewer data.
 
     Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log masses in nats per datum.
 
-    Raises ValueError for data that are no such levels, for wrong shapes, and for a mean outside [0, 1].
+    Args:
+        decoder_net: Any module (rows, latent_dim) -> (rows, num_levels, *data_shape) that returns the logits up to a
+            learned bias. With 256 numbers per pixel, the last layer of a convolutional decoder is far smaller than an
+            MLP's. For 784 pixels the logits alone take 0.8 MB per particle and datum.
+        data_shape: Shape of one datum.
+        num_levels: L; data are k / (L - 1).
+        data_mean: Mean of the training data; levels near it start out more likely. By default all are equally likely.
 
-    Source: van den Oord, Kalchbrenner & Kavukcuoglu, Pixel Recurrent Neural Networks (2016).
+    Raises:
+        ValueError: Data are not such levels, a shape is wrong, or the mean is outside [0, 1].
+
+    References:
+        van den Oord, Kalchbrenner & Kavukcuoglu, Pixel Recurrent Neural Networks (2016).
     """
 
     def __init__(
@@ -151,7 +160,7 @@ class Categorical(Likelihood):
 
 
 def _column(values: Tensor, data_shape: torch.Size) -> Tensor:
-    """One value per parameter, (P,), for all pixels: (P, 1, ..., 1)."""
+    """Shape one value per parameter, (P,), for all pixels: (P, 1, ..., 1)."""
     return values.reshape(-1, *(1 for _ in data_shape))
 
 
@@ -169,6 +178,6 @@ def _check_levels(x: Tensor, num_levels: int) -> None:
         raise ValueError(
             f"pixels must be one of {num_levels} grey levels, k / {last} with k = 0 ... {last}; found {found:g} = "
             f"{found * last:g} / {last}: divide bytes by 255 (pyrovae.data with binarization=None gives such images, "
-            f"with their num_levels), set num_levels=, or take a likelihood for real values (LearnedScaleNormal) if these are no "
-            f"grey levels"
+            f"with their num_levels), set num_levels=, or use a likelihood for real values (LearnedScaleNormal) if these are "
+            f"not grey levels"
         )

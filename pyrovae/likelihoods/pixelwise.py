@@ -1,4 +1,4 @@
-"""Likelihoods whose data elements are independent given z: binary and real-valued ones."""
+"""Likelihoods of binary and of real-valued data whose elements are independent given z."""
 
 import math
 from collections.abc import Sequence
@@ -21,18 +21,23 @@ _FILL_IN = "remove these data, or fill in their values"
 class Bernoulli(Likelihood):
     """Independent Bernoulli pixels, for binary data.
 
-    p(x|z) = prod_d Bernoulli(x_d; sigmoid(l_d)),   l = decoder_net(z) + bias
-
-    decoder_net: any module (rows, latent_dim) -> (rows, data_shape), the logits up to a learned bias per pixel
-    data_mean: mean of the training data, whose logit the bias starts at (0.001 to 0.999); zeros without it. A network
-        that starts near 0 then starts at the mean image instead of spending its first epochs on finding it.
+        p(x|z) = prod_d Bernoulli(x_d; sigmoid(l_d)),   l = decoder_net(z) + bias
 
     Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log masses in nats per datum.
 
-    Raises ValueError for data other than 0 and 1, for wrong shapes, and for a mean outside [0, 1].
+    Args:
+        decoder_net: Any module (rows, latent_dim) -> (rows, *data_shape) that returns the logits up to a learned bias
+            per pixel.
+        data_shape: Shape of one datum.
+        data_mean: Mean of the training data, clamped to [0.001, 0.999]; the bias starts at its logit, by default at 0.
+            A network that starts near 0 then starts at the mean image, instead of learning it in its first epochs.
 
-    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014); the bias: Burda, Grosse & Salakhutdinov,
-    Importance Weighted Autoencoders (2016).
+    Raises:
+        ValueError: Data are not 0 or 1, a shape is wrong, or the mean is outside [0, 1].
+
+    References:
+        Kingma & Welling, Auto-Encoding Variational Bayes (2014).
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016): the bias.
     """
 
     def __init__(self, decoder_net: nn.Module, data_shape: Sequence[int], *, data_mean: Tensor | None = None):
@@ -44,26 +49,34 @@ class Bernoulli(Likelihood):
         return BinaryImages(parameters + self.bias, len(self.data_shape))
 
     def check(self, x: Tensor) -> None:
-        if (x * x - x).any():  # false of 0 and 1 only (infinity gives NaN, which is true), and a fast way to ask
+        if (x * x - x).any():  # fast; zero only for 0 and 1 (infinity gives NaN, which counts as true)
             raise ValueError(
                 f"Bernoulli pixels are 0 or 1, found {x[(x != 0) & (x != 1)][0].item():g}: {_remedy_for_binary(x)}"
             )
 
 
 class ContinuousBernoulli(Likelihood):
-    """Independent continuous Bernoulli pixels, for data in [0, 1]: what "binary cross-entropy of grey pixels" lacks.
+    """Independent continuous Bernoulli pixels, for data in [0, 1].
 
-    p(x|z) = prod_d l_d exp(l_d x_d) / (exp(l_d) - 1),   l = decoder_net(z) + bias
+        p(x|z) = prod_d l_d exp(l_d x_d) / (exp(l_d) - 1),   l = decoder_net(z) + bias
 
-    decoder_net: any module (rows, latent_dim) -> (rows, data_shape), the logits up to a learned bias per pixel
-    data_mean: mean of the training data, which the bias gives at the start (0.02 to 0.98); zeros without it
+    "Binary cross-entropy of grey pixels" is the same without its normaliser.
 
     Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log densities in nats per datum.
 
-    Raises ValueError for data outside [0, 1], for wrong shapes, and for a mean outside [0, 1].
+    Args:
+        decoder_net: Any module (rows, latent_dim) -> (rows, *data_shape) that returns the logits up to a learned bias
+            per pixel.
+        data_shape: Shape of one datum.
+        data_mean: Mean of the training data, clamped to [0.02, 0.98]; the initial bias has this mean. By default it is
+            0.
 
-    Source: Loaiza-Ganem & Cunningham, The continuous Bernoulli: fixing a pervasive error in variational autoencoders
-    (2019).
+    Raises:
+        ValueError: Data are outside [0, 1], a shape is wrong, or the mean is outside [0, 1].
+
+    References:
+        Loaiza-Ganem & Cunningham, The continuous Bernoulli: fixing a pervasive error in variational autoencoders
+            (2019).
     """
 
     def __init__(self, decoder_net: nn.Module, data_shape: Sequence[int], *, data_mean: Tensor | None = None):
@@ -78,27 +91,33 @@ class ContinuousBernoulli(Likelihood):
         inside = (x >= 0) & (x <= 1)
         if not inside.all():
             found = x[~inside][0]
-            remedy = "scale the data to it (x / 255 for bytes), or take a normal likelihood (LearnedScaleNormal)"
+            remedy = "scale the data to [0, 1] (x / 255 for bytes), or use a normal likelihood (LearnedScaleNormal)"
             raise ValueError(
                 f"continuous Bernoulli pixels lie in [0, 1], found {found.item():g}: {remedy if found.isfinite() else _FILL_IN}"
             )
 
 
 class Normal(Likelihood):
-    """Independent normal pixels of one given standard deviation.
+    """Independent normal pixels with one given standard deviation.
 
-    p(x|z) = prod_d N(x_d; mu_d, scale^2),   mu = decoder_net(z) + bias
-
-    decoder_net: any module (rows, latent_dim) -> (rows, data_shape), the means up to a learned bias per pixel
-    scale: a hyper-parameter, in the units of x. 1 is the textbook's unit variance, under which maximising the likelihood
-        is least squares; for pixels in [0, 1] it is wide, and the KL then switches most latent dimensions off
-    data_mean: mean of the training data, at which the bias starts; zeros without it
+        p(x|z) = prod_d N(x_d; mu_d, scale^2),   mu = decoder_net(z) + bias
 
     Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log densities in nats per datum.
 
-    Raises ValueError for data that are not finite, for wrong shapes, and for a scale that is not positive.
+    Args:
+        decoder_net: Any module (rows, latent_dim) -> (rows, *data_shape) that returns the means up to a learned bias
+            per pixel.
+        data_shape: Shape of one datum.
+        scale: The standard deviation, a hyper-parameter, in the units of x. 1 is the unit variance of textbooks, for
+            which maximum likelihood is least squares. It is wide for pixels in [0, 1]: the KL then disables most latent
+            dimensions.
+        data_mean: Mean of the training data, at which the bias starts; 0 by default.
 
-    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014).
+    Raises:
+        ValueError: Data are not finite, a shape is wrong, or the scale is not positive.
+
+    References:
+        Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
 
     def __init__(
@@ -125,20 +144,25 @@ class Normal(Likelihood):
 
 
 class LearnedScaleNormal(Likelihood):
-    """Independent normal pixels of one standard deviation, which is learned.
+    """Independent normal pixels with one learned standard deviation.
 
-    p(x|z) = prod_d N(x_d; mu_d, sigma^2),   mu = decoder_net(z) + bias,   sigma = exp(log_scale)
-
-    decoder_net: any module (rows, latent_dim) -> (rows, data_shape), the means up to a learned bias per pixel
-    initial_scale: of sigma, in the units of x
-    data_mean: mean of the training data, at which the bias starts; zeros without it
+        p(x|z) = prod_d N(x_d; mu_d, sigma^2),   mu = decoder_net(z) + bias,   sigma = exp(log_scale)
 
     Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log densities in nats per datum. They are
-    bounded unless the network reproduces all pixels of all data without any error.
+    bounded unless the network reproduces all pixels of all data exactly.
 
-    Raises ValueError for data that are not finite, for wrong shapes, and for a scale that is not positive.
+    Args:
+        decoder_net: Any module (rows, latent_dim) -> (rows, *data_shape) that returns the means up to a learned bias
+            per pixel.
+        data_shape: Shape of one datum.
+        initial_scale: Initial sigma, in the units of x.
+        data_mean: Mean of the training data, at which the bias starts; 0 by default.
 
-    Source: Rybkin, Daniilidis & Levine, Simple and Effective VAE Training with Calibrated Decoders (2021).
+    Raises:
+        ValueError: Data are not finite, a shape is wrong, or the scale is not positive.
+
+    References:
+        Rybkin, Daniilidis & Levine, Simple and Effective VAE Training with Calibrated Decoders (2021).
     """
 
     def __init__(
@@ -162,25 +186,30 @@ class LearnedScaleNormal(Likelihood):
 
 
 class HeteroscedasticNormal(Likelihood):
-    """Independent normal pixels, the mean and the standard deviation of each from the network.
+    """Independent normal pixels whose means and standard deviations both come from the network.
 
-    p(x|z) = prod_d N(x_d; mu_d, sigma_d^2),   (mu, r) = decoder_net(z) + bias,   sigma = min_scale + softplus(r)
-
-    decoder_net: any module (rows, latent_dim) -> (rows, 2, *data_shape), means then r, up to a learned bias for each
-    min_scale: the floor of sigma, in the units of x. Without one the likelihood has no maximum: the density is unbounded
-        wherever the network meets a pixel exactly. 0.001 is about the standard deviation of rounding to 256 levels of
-        [0, 1], and lets a datum gain 6 nats per pixel at most; pixels that are always the same (a black rim) take all
-        of that, unless they are dequantised
-    initial_scale: where sigma starts
-    data_mean: mean of the training data, at which the bias of mu starts; zeros without it
+        p(x|z) = prod_d N(x_d; mu_d, sigma_d^2),   (mu, r) = decoder_net(z) + bias,   sigma = min_scale + softplus(r)
 
     Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log densities in nats per datum.
 
-    Raises ValueError for data that are not finite, for wrong shapes, and for scales that are not positive or an
-    initial_scale below min_scale.
+    Args:
+        decoder_net: Any module (rows, latent_dim) -> (rows, 2, *data_shape) that returns means, then r, up to a learned
+            bias for each.
+        data_shape: Shape of one datum.
+        min_scale: Floor of sigma, in the units of x. Without a floor the likelihood has no maximum, because the density
+            is unbounded if the network matches a pixel exactly. 0.001 is about the standard deviation of rounding to
+            256 levels of [0, 1]; it limits the gain to 6 nats per pixel. Pixels that are always the same (a black rim)
+            gain all of that unless they are dequantised.
+        initial_scale: Initial sigma, in the units of x.
+        data_mean: Mean of the training data, at which the bias of mu starts; 0 by default.
 
-    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014), appendix C.2; the floor: Mattei & Frellsen,
-    Leveraging the exact likelihood of deep latent variable models (2018).
+    Raises:
+        ValueError: Data are not finite, a shape is wrong, a scale is not positive, or `initial_scale` is not above
+            `min_scale`.
+
+    References:
+        Kingma & Welling, Auto-Encoding Variational Bayes (2014): appendix C.2.
+        Mattei & Frellsen, Leveraging the exact likelihood of deep latent variable models (2018): the floor.
     """
 
     def __init__(
@@ -196,7 +225,7 @@ class HeteroscedasticNormal(Likelihood):
         self.min_scale = _positive("min_scale", min_scale)
         above = _positive("initial_scale", initial_scale) - min_scale
         if not above > 0:
-            raise ValueError(f"initial_scale must lie above min_scale={min_scale:g}, found {initial_scale:g}")
+            raise ValueError(f"initial_scale must be above min_scale={min_scale:g}, found {initial_scale:g}")
         self.bias = nn.Parameter(torch.zeros(self.parameters_shape))
         mean = self.initial_mean(data_mean)
         with torch.no_grad():
@@ -229,21 +258,22 @@ def _check_finite(x: Tensor) -> None:
 
 
 def _remedy_for_binary(x: Tensor) -> str:
-    """How to mend data that are not binary: what their values can be decides it, as no advice for images helps counts."""
+    """How to fix data that are not binary, by their values: advice for images does not help with counts."""
     low, high = x.min().item(), x.max().item()
     if not (math.isfinite(low) and math.isfinite(high)):
         return _FILL_IN
     if low >= 0 and high <= 1:
         return (
             "binarise the data if they are grey values (pyrovae.data.binarize; fit(..., transform=pyrovae.data.binarize) "
-            "redraws at every use), or take a likelihood for grey values (ContinuousBernoulli, DiscretizedLogistic)"
+            "redraws at every use), or use a likelihood for grey values (ContinuousBernoulli, DiscretizedLogistic)"
         )
     if low >= 0 and not (x - x.round()).any():
         return (
-            f"values are whole, up to {high:g}; divide the bytes of images by 255 and binarise them (pyrovae.data.binarize), and "
-            f"for counts take a likelihood of your own (a subclass of pyrovae.likelihoods.Likelihood), or (x > 0).to(x.dtype)"
+            f"values are whole numbers up to {high:g}; if they are bytes of images, divide them by 255 and binarise them "
+            f"(pyrovae.data.binarize); if they are counts, write your own likelihood (a subclass of "
+            f"pyrovae.likelihoods.Likelihood), or use (x > 0).to(x.dtype)"
         )
-    return f"for data from {low:g} to {high:g} take a likelihood for real values (LearnedScaleNormal)"
+    return f"for data from {low:g} to {high:g} use a likelihood for real values (LearnedScaleNormal)"
 
 
 def _positive(name: str, value: float) -> float:
@@ -257,7 +287,7 @@ def _positive(name: str, value: float) -> float:
 def _logits_of_mean(mean: Tensor) -> Tensor:
     """Logits of continuous Bernoulli distributions with these means, clamped to (0.02, 0.98), by bisection."""
     wanted = mean.double().clamp(0.02, 0.98)
-    low, high = torch.full_like(wanted, -50.0), torch.full_like(wanted, 50.0)  # E[x] is 1/50 and 1 - 1/50 there
+    low, high = torch.full_like(wanted, -50.0), torch.full_like(wanted, 50.0)  # at which E[x] is 0.02 and 0.98
     for _ in range(50):
         middle = (low + high) / 2
         below = ContinuousBernoulliPixel(middle).mean < wanted

@@ -1,4 +1,4 @@
-"""Networks: tensors in, tensors out, no distributions. Any `nn.Module` can stand in their place."""
+"""Networks: tensors in, tensors out, no distributions. Any `nn.Module` can replace them."""
 
 from pyrovae.nets.conv import ConvDecoder, ConvEncoder, ResidualDecoder, ResidualEncoder
 from pyrovae.nets.mlp import MLP

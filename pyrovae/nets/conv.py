@@ -1,8 +1,8 @@
 """Convolutional networks for images of any size: encoders that halve the image, decoders that double it.
 
-Each stage of an encoder halves height and width (rounded up) and has a number of channels; a decoder goes the same way
-back to the exact size. Normalisation is `nn.GroupNorm`: within one datum, never across data, so that log p(x) of a datum
-does not depend on its batch (as BatchNorm makes it), and particles do not meet.
+Each stage of an encoder halves height and width (rounded up). A decoder reverses these steps and returns to the exact
+size. Normalisation is `nn.GroupNorm`, which works within one datum. With BatchNorm, log p(x) of a datum would depend on
+its batch, and particles would depend on each other.
 """
 
 import math
@@ -24,23 +24,29 @@ _CHANNELS_PER_GROUP = 8
 class ConvEncoder(Component):
     """Convolutional encoder: 3x3 convolutions of stride 2, then one fully connected layer.
 
-    h_0 = x,   h_l = activation(norm(conv_l(h_(l-1)))),   output = activation(norm(W flatten(h_L) + b))
-
-    data_shape: (height, width) or (channels, height, width), any sizes; frames, (frames, channels, height, width) with up to
-        4 channels, are more channels; (height, width, channels) and volumes are refused
-    channels: of the stages, each of which halves the image
-    out_features: width of the features
-    normalize: groups of 8 channels within a datum
+        h_0 = x,   h_l = activation(norm(conv_l(h_(l-1)))),   output = activation(norm(W flatten(h_L) + b))
 
     Shapes: (..., *data_shape) -> (..., out_features).
 
-    Raises ValueError for a shape that is no image's (a volume, channels last) or widths below 1; when run, for other data.
+    Args:
+        data_shape: (height, width) or (channels, height, width), of any size. In (frames, channels, height, width) with
+            up to 4 channels, frames count as more channels. Volumes and (height, width, channels) are rejected.
+        channels: Widths of the stages, each of which halves the image.
+        out_features: Width of the features.
+        activation: Makes an activation.
+        normalize: Normalise groups of 8 channels within a datum.
 
-    Source: Radford, Metz & Chintala, Unsupervised Representation Learning with Deep Convolutional GANs (2016); Wu & He,
-    Group Normalization (2018).
+    Raises:
+        ValueError: The shape is not that of an image (a volume, channels last), or a width is below 1. When run: the
+            data have another shape.
 
-    >>> ConvEncoder((28, 20))(torch.zeros(3, 28, 20)).shape
-    torch.Size([3, 256])
+    Example:
+        >>> ConvEncoder((28, 20))(torch.zeros(3, 28, 20)).shape
+        torch.Size([3, 256])
+
+    References:
+        Radford, Metz & Chintala, Unsupervised Representation Learning with Deep Convolutional GANs (2016).
+        Wu & He, Group Normalization (2018).
     """
 
     def __init__(
@@ -61,22 +67,32 @@ class ConvEncoder(Component):
 
 
 class ResidualEncoder(Component):
-    """Residual encoder: as `ConvEncoder`, with residual blocks after each halving.
+    """Residual encoder: a `ConvEncoder` with residual blocks after each halving.
 
-    h <- conv_l(h), of stride 2;   h <- h + conv(activation(norm(conv(activation(norm(h)))))), num_blocks times
-
-    data_shape, channels, out_features, normalize: those of `ConvEncoder`
-    num_blocks: per stage
+        h <- conv_l(h), of stride 2;   h <- h + conv(activation(norm(conv(activation(norm(h)))))), num_blocks times
 
     Shapes: (..., *data_shape) -> (..., out_features).
 
-    Raises ValueError for a shape that is no image's (a volume, channels last) or widths below 1; when run, for other data.
+    Args:
+        data_shape: As for `ConvEncoder`.
+        channels: As for `ConvEncoder`.
+        out_features: As for `ConvEncoder`.
+        num_blocks: Residual blocks per stage.
+        activation: As for `ConvEncoder`.
+        normalize: As for `ConvEncoder`.
 
-    Source: He, Zhang, Ren & Sun, Identity Mappings in Deep Residual Networks (2016); in a variational autoencoder: Kingma
-    et al., Improved Variational Inference with Inverse Autoregressive Flow (2016).
+    Raises:
+        ValueError: The shape is not that of an image (a volume, channels last), or a width is below 1. When run: the
+            data have another shape.
 
-    >>> ResidualEncoder((3, 32, 32), num_blocks=2)(torch.zeros(5, 3, 32, 32)).shape
-    torch.Size([5, 256])
+    Example:
+        >>> ResidualEncoder((3, 32, 32), num_blocks=2)(torch.zeros(5, 3, 32, 32)).shape
+        torch.Size([5, 256])
+
+    References:
+        He, Zhang, Ren & Sun, Identity Mappings in Deep Residual Networks (2016).
+        Kingma et al., Improved Variational Inference with Inverse Autoregressive Flow (2016): in a variational
+            autoencoder.
     """
 
     def __init__(
@@ -101,26 +117,32 @@ class ResidualEncoder(Component):
 class ConvDecoder(Component):
     """Convolutional decoder: one fully connected layer, then 4x4 transposed convolutions of stride 2.
 
-    h_0 = activation(norm(W z + b)),   h_l = activation(norm(conv_l(h_(l-1)))),   output = conv_L(h_(L-1))
+        h_0 = activation(norm(W z + b)),   h_l = activation(norm(conv_l(h_(l-1)))),   output = conv_L(h_(L-1))
 
-    Each doubles the image and cuts it to the size it has on the way down; 4x4 windows at a stride of 2 cover all pixels
-    alike, which avoids checkerboards.
-
-    in_features: width of z
-    out_shape: (height, width), (channels, height, width) or with more before these: (2, channels, height, width) for a
-        likelihood with two numbers per pixel (its `num_parameters`)
-    channels: of the stages, from the smallest image on
-    normalize: groups of 8 channels within a datum
+    Each convolution doubles the image and cuts it to the size that the encoder has at that stage. Windows of 4x4 at a
+    stride of 2 cover all pixels equally, which avoids checkerboard patterns.
 
     Shapes: (..., in_features) -> (..., *out_shape).
 
-    Raises ValueError for a shape that is no image's (a volume, channels last) or widths below 1; when run, for other data.
+    Args:
+        in_features: Width of z.
+        out_shape: (height, width) or (channels, height, width), with further dimensions before these if needed:
+            (2, channels, height, width) for a likelihood with two numbers per pixel (its `num_parameters`).
+        channels: Widths of the stages, starting at the smallest image.
+        activation: Makes an activation.
+        normalize: Normalise groups of 8 channels within a datum.
 
-    Source: Radford, Metz & Chintala, Unsupervised Representation Learning with Deep Convolutional GANs (2016); Odena,
-    Dumoulin & Olah, Deconvolution and Checkerboard Artifacts (2016).
+    Raises:
+        ValueError: The shape is not that of an image (a volume, channels last), or a width is below 1. When run: the
+            latents have another width.
 
-    >>> ConvDecoder(40, (2, 1, 28, 20))(torch.zeros(3, 40)).shape
-    torch.Size([3, 2, 1, 28, 20])
+    Example:
+        >>> ConvDecoder(40, (2, 1, 28, 20))(torch.zeros(3, 40)).shape
+        torch.Size([3, 2, 1, 28, 20])
+
+    References:
+        Radford, Metz & Chintala, Unsupervised Representation Learning with Deep Convolutional GANs (2016).
+        Odena, Dumoulin & Olah, Deconvolution and Checkerboard Artifacts (2016).
     """
 
     def __init__(
@@ -141,22 +163,32 @@ class ConvDecoder(Component):
 
 
 class ResidualDecoder(Component):
-    """Residual decoder: as `ConvDecoder`, with residual blocks before each doubling.
+    """Residual decoder: a `ConvDecoder` with residual blocks before each doubling.
 
-    h <- h + conv(activation(norm(conv(activation(norm(h)))))), num_blocks times;   h <- conv_l(activation(norm(h)))
-
-    in_features, out_shape, channels, normalize: those of `ConvDecoder`
-    num_blocks: per stage
+        h <- h + conv(activation(norm(conv(activation(norm(h)))))), num_blocks times;   h <- conv_l(activation(norm(h)))
 
     Shapes: (..., in_features) -> (..., *out_shape).
 
-    Raises ValueError for a shape that is no image's (a volume, channels last) or widths below 1; when run, for other data.
+    Args:
+        in_features: As for `ConvDecoder`.
+        out_shape: As for `ConvDecoder`.
+        channels: As for `ConvDecoder`.
+        num_blocks: Residual blocks per stage.
+        activation: As for `ConvDecoder`.
+        normalize: As for `ConvDecoder`.
 
-    Source: He, Zhang, Ren & Sun, Identity Mappings in Deep Residual Networks (2016); in a variational autoencoder: Kingma
-    et al., Improved Variational Inference with Inverse Autoregressive Flow (2016).
+    Raises:
+        ValueError: The shape is not that of an image (a volume, channels last), or a width is below 1. When run: the
+            latents have another width.
 
-    >>> ResidualDecoder(16, (8, 8), num_blocks=2)(torch.zeros(7, 3, 16)).shape
-    torch.Size([7, 3, 8, 8])
+    Example:
+        >>> ResidualDecoder(16, (8, 8), num_blocks=2)(torch.zeros(7, 3, 16)).shape
+        torch.Size([7, 3, 8, 8])
+
+    References:
+        He, Zhang, Ren & Sun, Identity Mappings in Deep Residual Networks (2016).
+        Kingma et al., Improved Variational Inference with Inverse Autoregressive Flow (2016): in a variational
+            autoencoder.
     """
 
     def __init__(
@@ -184,7 +216,7 @@ class _ResidualBlock(nn.Module):
     def __init__(self, channels: int, activation: Callable[[], nn.Module], normalize: bool):
         super().__init__()
         layers: list[nn.Module] = []
-        for gain in (1.0, 0.1):  # the sum starts near h: a stack of blocks starts shallow, and grows deep as it learns
+        for gain in (1.0, 0.1):  # the block starts near the identity, so that deep stacks train well
             conv = nn.Conv2d(channels, channels, 3, padding=1)
             layers += [*_norm(channels, normalize), activation(), _initialized(conv, 9 * channels, gain)]
         self.layers = nn.Sequential(*layers)
@@ -194,12 +226,12 @@ class _ResidualBlock(nn.Module):
 
 
 class _Double(nn.Module):
-    """Transposed convolution to twice the size, cut to `size`."""
+    """Transposed convolution that doubles the image and cuts it to `size`."""
 
     def __init__(self, in_channels: int, out_channels: int, size: tuple[int, int], gain: float):
         super().__init__()
         conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1)
-        self.conv = _initialized(conv, 4 * in_channels, gain)  # 2x2 positions reach each pixel
+        self.conv = _initialized(conv, 4 * in_channels, gain)  # each output pixel is a sum over 2x2 inputs
         self.size = size
 
     def forward(self, h: Tensor) -> Tensor:
@@ -248,7 +280,7 @@ def _decoder_layers(
         is_last = stage == len(channels)
         layers += [_ResidualBlock(num_channels, activation, normalize) for _ in range(num_blocks)]
         layers += [*_norm(num_channels, normalize), activation()]
-        # What comes out starts small, so that a likelihood starts where its bias is.
+        # The output starts small, so that a likelihood starts at its bias.
         layers += [_Double(num_channels, out_channels if is_last else channels[stage], size, 0.3 if is_last else 1.0)]
     return nn.Sequential(*layers)
 
@@ -260,10 +292,10 @@ def _encode(net: ConvEncoder | ResidualEncoder, x: Tensor) -> Tensor:
         moved = x.ndim > 2 and torch.Size((x.shape[-1], *x.shape[-3:-1])) == data_shape
         raise ValueError(
             f"this encoder is for data (..., {', '.join(map(str, data_shape))}), found {tuple(x.shape)}"
-            + (": its channels come last, x.movedim(-1, -3)" if moved else "")
+            + (": move the channels, which come last, to the front: x.movedim(-1, -3)" if moved else "")
         )
     images = x.reshape(-1, math.prod(data_shape[:-2]), *data_shape[-2:])
-    features = run_network(net.layers, images, "give it data as it was made for", type(net).__name__)
+    features = run_network(net.layers, images, "pass data of the shape it was made for", type(net).__name__)
     return features.reshape(*leading, features.shape[-1])
 
 
@@ -280,7 +312,7 @@ def _norm(channels: int, normalize: bool) -> list[nn.Module]:
 
 
 def _initialized(layer: Any, fan_in: int, gain: float = 1.0) -> nn.Module:
-    """Weights of variance 2 gain^2 / fan-in, under which activations keep their size from layer to layer (He 2015)."""
+    """Draw weights of variance 2 gain^2 / fan-in, which keep the size of activations from layer to layer (He 2015)."""
     nn.init.normal_(layer.weight, std=gain * math.sqrt(2 / fan_in))
     nn.init.zeros_(layer.bias)
     return layer

@@ -17,27 +17,36 @@ __all__ = ["MLP"]
 class MLP(Component):
     """Multilayer perceptron: fully connected layers, each hidden one followed by its activation.
 
-    h_0 = x,   h_l = activation(W_l h_(l-1) + b_l),   output = W h_L + b, or h_L itself without `out_features`
+        h_0 = x,   h_l = activation(W_l h_(l-1) + b_l),   output = W h_L + b, or h_L without `out_features`
 
-    Shapes: (..., in_features) -> (..., out_features): every leading dimension is kept, so that a program that is run for many
-    particles at once can call it on their latents. Data of several dimensions are flattened: (N, ..., *data_shape) with
-    prod(data_shape) = in_features -> (N, ..., out_features). If the last dimension is in_features, it alone is taken as the
-    datum, so that (N, 1, in_features) gives (N, 1, out_features). If not, as many trailing dimensions as fit are taken,
-    channels of 1 included, but never the first: (N, 1, 28, 28) gives (N, out_features). `out_features` defaults to the last
-    hidden width: an encoder's trunk, whose head is the guide's.
+    Shapes: (..., in_features) -> (..., out_features). All leading dimensions are kept, so that a program that runs many
+    particles at once can call the network on their latents.
 
-    layer_norm: normalise each hidden layer before its activation (Ba 2016)
-    gated: h_l = (W_l h_(l-1) + b_l) * sigmoid(V_l h_(l-1) + c_l) in place of the activation (Dauphin 2017); normalised before
-        the gate
-    dropout: share of each hidden layer's units set to 0 in training (Srivastava 2014)
+    Data of several dimensions are flattened: (N, ..., *data_shape) with prod(data_shape) = in_features -> (N, ...,
+    out_features). If the last dimension is in_features, it alone is the datum: (N, 1, in_features) gives (N, 1,
+    out_features). Otherwise the datum takes as many trailing dimensions as fit, including channels of 1 but never the
+    first dimension: (N, 1, 28, 28) gives (N, out_features).
 
-    Raises ValueError for widths below 1, no layer at all, or a share that is not in [0, 1); when run, for data of another size
-    or dtype.
+    Args:
+        in_features: Numbers in a datum.
+        hidden_features: Widths of the hidden layers.
+        out_features: Width of the output. By default there is no output layer, and the last hidden width is returned:
+            the trunk of an encoder, whose head belongs to the guide.
+        activation: Makes the activation of a hidden layer.
+        layer_norm: Normalise each hidden layer before its activation (Ba 2016).
+        gated: Use h_l = (W_l h_(l-1) + b_l) * sigmoid(V_l h_(l-1) + c_l) instead of the activation (Dauphin 2017). The
+            layer is normalised before the gate.
+        dropout: Fraction of each hidden layer's units that is set to 0 in training (Srivastava 2014).
 
-    >>> MLP(784, [500, 500]).out_features
-    500
-    >>> MLP(50, [500], 784)(torch.zeros(3, 50)).shape
-    torch.Size([3, 784])
+    Raises:
+        ValueError: A width is below 1, there is no layer, or `dropout` is outside [0, 1). When run: the data have
+            another size or dtype.
+
+    Example:
+        >>> MLP(784, [500, 500]).out_features
+        500
+        >>> MLP(50, [500], 784)(torch.zeros(3, 50)).shape
+        torch.Size([3, 784])
     """
 
     def __init__(
@@ -52,7 +61,7 @@ class MLP(Component):
         dropout: float = 0.0,
     ):
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is a share of units, 0 <= dropout < 1, found {dropout}")
+            raise ValueError(f"dropout is a fraction of units and must be in [0, 1), found {dropout}")
         widths = [index(width) for width in (in_features, *hidden_features)]
         layers: list[nn.Module] = [nn.Flatten()]
         for width, next_width in pairwise(widths):
@@ -75,9 +84,9 @@ class MLP(Component):
 
     def forward(self, x: Tensor) -> Tensor:
         leading = self._leading(x)
-        # Layers get rows, (rows, width): an activation may work along dimension 1.
+        # Layers get (rows, width) because an activation may work along dimension 1.
         rows = x.reshape(-1, self.in_features)
-        output = run_network(self.layers, rows, "give it data as it was made for", type(self).__name__)
+        output = run_network(self.layers, rows, "pass data of the shape it was made for", type(self).__name__)
         return output.reshape(*leading, output.shape[-1])
 
     def _leading(self, x: Tensor) -> torch.Size:
@@ -88,7 +97,7 @@ class MLP(Component):
             if prod(x.shape[num_leading:]) == self.in_features:
                 return x.shape[:num_leading]
         raise ValueError(
-            f"the network {type(self).__name__} does not take what it is given, of shape {tuple(x.shape)} and {x.dtype} (its "
-            f"in_features are {self.in_features}): give it data as it was made for, {self.in_features} numbers in the last "
-            f"dimension or in the trailing ones together, or make it for these"
+            f"the network {type(self).__name__} does not take input of shape {tuple(x.shape)} and dtype {x.dtype} (its "
+            f"in_features are {self.in_features}): pass data with {self.in_features} numbers in the last dimension or in the "
+            f"trailing dimensions together, or make the network for these data"
         )

@@ -1,4 +1,4 @@
-"""Which shapes a convolutional network takes, and the sizes of its stages."""
+"""Shape checks for convolutional networks, and the image sizes of their stages."""
 
 import math
 from collections.abc import Sequence
@@ -6,36 +6,42 @@ from operator import index
 
 __all__ = ["stages"]
 
-_MOST_COLOURS = 4  # channels of images: grey, RGB, with transparency
+_MOST_COLOURS = 4  # channels of an image: grey (1) or RGB (3), plus transparency
 
 
 def stages(shape: Sequence[int], num_stages: int, has_parameters: bool = False) -> list:
-    """[channels of the image, its (height, width), that after one halving, ...]
+    """List the number of image channels, then the (height, width) of each stage, from full size to the smallest.
 
-    has_parameters: the first axis counts the parameters of a likelihood, and is no part of the datum
+    Args:
+        shape: Shape of the image.
+        num_stages: Number of halvings.
+        has_parameters: Whether the first axis counts the parameters of a likelihood and is not part of the datum.
+
+    Raises:
+        ValueError: The shape is not that of an image, or there are no stages.
     """
     shape = [index(size) for size in shape]
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(
             f"a convolutional network is for images, (height, width) or (channels, height, width); found {tuple(shape)}: "
-            f"take an MLP for other data"
+            f"use an MLP for other data"
         )
     datum = tuple(shape[1:]) if has_parameters else tuple(shape)
     if _is_channels_last(datum):
         height, width, last = datum[-3:]
         raise ValueError(
             f"a convolutional network is for images, (channels, height, width); found {tuple(shape)}, which looks like "
-            f"channels last, {height}x{width} with {last}: move them to the front of the data, x.movedim(-1, -3), and give "
+            f"channels last, {height}x{width} with {last}: move the channels to the front, x.movedim(-1, -3), and pass "
             f"the shape {(*shape[:-3], last, height, width)}"
         )
     if len(datum) > 3 and datum[-3] > _MOST_COLOURS:
         raise ValueError(
             f"a convolutional network is for images, (height, width) or (channels, height, width); found {tuple(shape)}, "
-            f"which looks like a volume, {'x'.join(map(str, datum[-3:]))}: take a network of nn.Conv3d layers, an MLP, or "
-            f"data of slices {datum[-2:]}"
+            f"which looks like a volume, {'x'.join(map(str, datum[-3:]))}: use a network of nn.Conv3d layers or an MLP, or "
+            f"make each slice {datum[-2:]} a datum"
         )
     if not num_stages:
-        raise ValueError("channels must name the widths of one stage or more, found none")
+        raise ValueError("channels must hold the widths of one stage or more, found none")
     sizes = [(shape[-2], shape[-1])]
     for _ in range(num_stages):
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
@@ -43,11 +49,11 @@ def stages(shape: Sequence[int], num_stages: int, has_parameters: bool = False) 
 
 
 def _is_channels_last(shape: Sequence[int]) -> bool:
-    """Whether the last of three axes can only be the channels: 1, 3 or 4 of them, after the sides of an ordinary image.
+    """Whether the last of three axes must be channels: 1, 3 or 4 of them, after the sides of an ordinary image.
 
-    Signals are images of width 1 to 4 too, and are taken: (6 sensors, 128 times, 3 directions), (64 electrodes, 1000 times, 1),
-    (16 channels, 8, 3). Their first two axes have less to do with each other than the sides of an image, of which one is
-    taken to be less than twice the other here.
+    Signals are also images of width 1 to 4 and are accepted: (6 sensors, 128 times, 3 directions), (64 electrodes, 1000
+    times, 1), (16 channels, 8, 3). Their first two axes usually differ more than the sides of an image. Therefore the
+    longer side of an image is assumed to be less than twice the shorter one.
     """
     if len(shape) < 3 or shape[-1] not in (1, 3, _MOST_COLOURS):
         return False

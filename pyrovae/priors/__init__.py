@@ -1,7 +1,6 @@
-"""Priors p(z). A prior is an `nn.Module` whose `forward()` gives a distribution over z with event shape (D,).
+"""Priors p(z): an `nn.Module` whose `forward()` returns a distribution over z with event shape (D,).
 
-A new prior is one class here: subclass `Prior`, give `latent_dim` to its constructor, return a distribution. Those that
-are flows have their own file.
+To write a prior, subclass `Prior`, pass `latent_dim` to its constructor, and return a distribution from `forward()`.
 """
 
 from pyrovae.priors.base import Prior

@@ -1,4 +1,4 @@
-"""What a prior p(z) is: an `nn.Module` whose `forward()` gives a distribution over z with event shape (D,)."""
+"""The contract of a prior p(z)."""
 
 from abc import ABC, abstractmethod
 
@@ -11,9 +11,16 @@ __all__ = ["Prior"]
 
 
 class Prior(Component, ABC):
-    """Contract of a prior p(z): a module without inputs that gives a distribution.
+    """Contract of a prior p(z): a module without inputs that returns a distribution.
 
     Shapes: batch shape (), event shape (latent_dim,).
+
+    Args:
+        latent_dim: Dimension of z.
+
+    Raises:
+        ValueError: `latent_dim` is below 1.
+        TypeError: `latent_dim` is not a whole number.
     """
 
     def __init__(self, latent_dim: int):
@@ -23,7 +30,7 @@ class Prior(Component, ABC):
 
     @abstractmethod
     def forward(self) -> dist.TorchDistribution:
-        """p(z), on the device and in the dtype of the prior."""
+        """Return p(z), on the device and in the dtype of the prior."""
 
     def extra_repr(self) -> str:
         return f"latent_dim={self.latent_dim}, {super().extra_repr()}"

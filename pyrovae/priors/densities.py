@@ -1,4 +1,4 @@
-"""Priors with a density by formula: normals, mixtures, VampPrior."""
+"""Priors with a closed-form density: normals, mixtures of normals, VampPrior."""
 
 from typing import Any
 
@@ -16,16 +16,22 @@ __all__ = ["DiagonalNormal", "MixtureOfNormals", "StandardNormal", "VampPrior"]
 class StandardNormal(Prior):
     """Standard normal prior.
 
-    p(z) = N(z; 0, I)
+        p(z) = N(z; 0, I)
 
-    Shapes: event shape (latent_dim,); nothing is learned.
+    Shapes: event shape (latent_dim,). Nothing is learned.
 
-    Raises ValueError for latent_dim < 1.
+    Args:
+        latent_dim: Dimension of z.
 
-    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014).
+    Raises:
+        ValueError: `latent_dim` is below 1.
 
-    >>> StandardNormal(2)().log_prob(torch.zeros(2))
-    tensor(-1.8379)
+    Example:
+        >>> StandardNormal(2)().log_prob(torch.zeros(2))
+        tensor(-1.8379)
+
+    References:
+        Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
 
     def __init__(self, latent_dim: int):
@@ -38,20 +44,26 @@ class StandardNormal(Prior):
 
 
 class DiagonalNormal(Prior):
-    """Normal prior with a diagonal covariance, learned.
+    """Normal prior with a learned mean and a learned diagonal covariance.
 
-    p(z) = N(z; m, diag s^2)
+        p(z) = N(z; m, diag s^2)
 
     It starts as the standard normal.
 
-    Shapes: event shape (latent_dim,); m and log s (latent_dim,) are learned.
+    Shapes: event shape (latent_dim,). m and log s (latent_dim,) are learned.
 
-    Raises ValueError for latent_dim < 1.
+    Args:
+        latent_dim: Dimension of z.
 
-    Source: Hoffman & Johnson, ELBO surgery (2016), on why to learn the prior.
+    Raises:
+        ValueError: `latent_dim` is below 1.
 
-    >>> DiagonalNormal(2)().log_prob(torch.zeros(5, 2)).shape
-    torch.Size([5])
+    Example:
+        >>> DiagonalNormal(2)().log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
+
+    References:
+        Hoffman & Johnson, ELBO surgery (2016): why to learn the prior.
     """
 
     def __init__(self, latent_dim: int):
@@ -64,22 +76,29 @@ class DiagonalNormal(Prior):
 
 
 class MixtureOfNormals(Prior):
-    """Mixture of normal distributions with diagonal covariances as a prior, all learned.
+    """Mixture of normals with diagonal covariances as a prior; weights, means and covariances are learned.
 
-    p(z) = sum_k w_k N(z; m_k, diag s_k^2)
+        p(z) = sum_k w_k N(z; m_k, diag s_k^2)
 
-    It starts with equal weights, random m_k of variance 1/4 and s_k^2 = 3/4: components that differ, in a mixture of mean
-    0 and covariance I on average over starts.
+    It starts with equal weights, random m_k of variance 1/4 and s_k^2 = 3/4. Thus the components differ, and on average
+    over initialisations the mixture has mean 0 and covariance I.
 
-    Shapes: event shape (latent_dim,); logits of w (num_components,), m and log s (num_components, latent_dim) are learned.
-    A density takes num_components * latent_dim numbers per value.
+    Shapes: event shape (latent_dim,). Logits of w (num_components,), m and log s (num_components, latent_dim) are
+    learned. A density takes num_components * latent_dim numbers per value.
 
-    Raises ValueError for sizes below 1.
+    Args:
+        latent_dim: Dimension of z.
+        num_components: Number of components.
 
-    Source: Tomczak & Welling, VAE with a VampPrior (2018), section 3 and its comparison.
+    Raises:
+        ValueError: A size is below 1.
 
-    >>> MixtureOfNormals(2, 10)().log_prob(torch.zeros(5, 2)).shape
-    torch.Size([5])
+    Example:
+        >>> MixtureOfNormals(2, 10)().log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
+
+    References:
+        Tomczak & Welling, VAE with a VampPrior (2018): section 3 and its comparison.
     """
 
     def __init__(self, latent_dim: int, num_components: int):
@@ -101,33 +120,39 @@ class MixtureOfNormals(Prior):
 class VampPrior(Prior):
     """Variational mixture of posteriors: the guide's posteriors at learned pseudo-inputs, as a prior.
 
-    p(z) = sum_k w_k q(z | u_k),   w_k = 1/K unless learned
+        p(z) = sum_k w_k q(z | u_k),   w_k = 1/K unless learned
 
-    guide: any with `posterior(x)`, a distribution with a density, and `latent_dim`. It is shared, not copied: its parameters
-        are also the prior's, count once, and move with both
-    pseudo_inputs: where u starts, (K, *data_shape), data drawn from the training set for instance
-    learn_weights: learn w too
-    data_range: smallest and largest value that data have; by default those found in `pseudo_inputs`
+    u_k is learned through v_k: u_k = low + (high - low) sigmoid(v_k), where low and high are the ends of `data_range`,
+    moved out by 5 % of its width on either side. Therefore pseudo-inputs start exactly as given, including black and
+    white pixels, stay near data that the encoder has seen, and always have a gradient.
 
-    u_k = low + (high - low) sigmoid(v_k)  is learned through v_k, between  low  and  high,  data_range made wider by 5 % of it
-    on either side: so pseudo-inputs start exactly as given, black and white pixels among them, stay near data that the
-    encoder has seen, and have a gradient everywhere.
+    The guide's networks see K more data at each call, as a separate batch. The density of a value takes K densities of
+    the guide. A flow with fast draws whose density needs an inversion (`InverseAutoregressiveFlow`) takes latent_dim
+    passes for each of these; here, use a guide whose density is fast. Each draw chooses one component and takes one
+    pass of the guide. Draws have no gradient (`has_rsample` is False). The mean is the weighted mean of the guide's
+    means.
 
-    Shapes: event shape (latent_dim,). The guide's networks see K more data at each call, as a batch of their own, and a
-    value's density takes K densities of the guide. A flow that draws quickly but has to be inverted for a density
-    (`InverseAutoregressiveFlow`) takes latent_dim passes for each of these: a flow whose density is quick is the better
-    guide here. Draws choose a component each, and take one pass of the guide for each. They have no gradient
-    (`has_rsample` is False), and the mean is that of the guide's means.
+    Shapes: event shape (latent_dim,).
 
-    Raises TypeError for a guide without `posterior` or `latent_dim`, or pseudo-inputs that are no floating-point tensor;
-    ValueError for pseudo-inputs that are all equal, outside `data_range` or not finite.
+    Args:
+        guide: Any guide with `latent_dim` and `posterior(x)`, which returns a distribution with a density. It is
+            shared, not copied: its parameters are also the prior's, are counted once, and are trained by both.
+        pseudo_inputs: Initial u, (K, *data_shape), for example a sample of the training data.
+        learn_weights: Whether to learn w too.
+        data_range: Smallest and largest value that the data can have; by default those found in `pseudo_inputs`.
 
-    Source: Tomczak & Welling, VAE with a VampPrior (2018).
+    Raises:
+        TypeError: The guide lacks `posterior` or `latent_dim`, or `pseudo_inputs` is not a floating-point tensor.
+        ValueError: The pseudo-inputs are all equal, outside `data_range`, or not finite.
 
-    >>> from pyrovae.guides.normals import MeanFieldNormal
-    >>> from pyrovae.nets.mlp import MLP
-    >>> VampPrior(MeanFieldNormal(MLP(4, [8]), latent_dim=2), torch.rand(10, 4))().log_prob(torch.zeros(5, 2)).shape
-    torch.Size([5])
+    Example:
+        >>> from pyrovae.guides.normals import MeanFieldNormal
+        >>> from pyrovae.nets.mlp import MLP
+        >>> VampPrior(MeanFieldNormal(MLP(4, [8]), latent_dim=2), torch.rand(10, 4))().log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
+
+    References:
+        Tomczak & Welling, VAE with a VampPrior (2018).
     """
 
     MARGIN = 0.05
@@ -158,13 +183,13 @@ class VampPrior(Prior):
         low, high = found if data_range is None else data_range
         if not low <= found[0] <= found[1] <= high or not low < high:
             raise ValueError(
-                f"pseudo_inputs lie in [{found[0]:g}, {found[1]:g}], data in [{low:g}, {high:g}]: give a data_range that "
-                f"contains them and is wider than a point"
+                f"pseudo_inputs lie in [{found[0]:g}, {found[1]:g}], data in [{low:g}, {high:g}]: pass a data_range that "
+                f"contains the pseudo_inputs and whose ends differ"
             )
         self.guide = guide
         self.num_components = len(pseudo_inputs)
         margin = self.MARGIN * (high - low)
-        # Buffers, so that a checkpoint of a VampPrior made from other data restores the same pseudo-inputs.
+        # As buffers, they are in the checkpoint: a VampPrior made from other data loads the same pseudo-inputs.
         self.register_buffer("low", pseudo_inputs.new_tensor(low - margin))
         self.register_buffer("high", pseudo_inputs.new_tensor(high + margin))
         unit = (pseudo_inputs.detach() - self.low) / (self.high - self.low)
@@ -177,7 +202,7 @@ class VampPrior(Prior):
 
     @property
     def pseudo_inputs(self) -> Tensor:
-        """u (K, *data_shape), as they are now."""
+        """The current u, (K, *data_shape)."""
         return self.low + (self.high - self.low) * self.unconstrained.sigmoid()
 
     def forward(self) -> dist.TorchDistribution:

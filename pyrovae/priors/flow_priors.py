@@ -1,6 +1,6 @@
-"""Priors p(z) that are normalizing flows of zuko's: a standard normal, bent by networks until it fits.
+"""Priors p(z) that are normalizing flows from zuko: a standard normal, transformed by networks.
 
-All run quick in the density's direction, as a prior is asked for the density of the guide's draws.
+All have fast densities, because a prior evaluates the density of the guide's draws.
 """
 
 from abc import abstractmethod
@@ -18,13 +18,20 @@ __all__ = ["FlowPrior", "MaskedAutoregressiveFlow", "NeuralSplineFlow", "RealNVP
 
 
 class FlowPrior(Prior):
-    """Contract of a prior that is a flow: `build` gives the flow, which starts near the standard normal.
+    """Contract of a prior that is a flow: `build` returns the flow, which then starts near the standard normal.
 
-    p(z) = N(f(z); 0, I) |det df/dz|
+        p(z) = N(f(z); 0, I) |det df/dz|
 
-    latent_dim: D
-    num_transforms: how many maps f is made of; one always sees the dimensions in the opposite order of the one before
-    hidden_features: widths of the network in each
+    Args:
+        latent_dim: D.
+        num_transforms: Number of maps that f consists of. Each sees the dimensions in the reverse order of the one
+            before.
+        hidden_features: Widths of the hidden layers in each map's network.
+        **sizes: Further sizes, checked and shown with the others.
+
+    Raises:
+        ValueError: A size is below 1.
+        TypeError: A size is not a whole number.
     """
 
     def __init__(self, latent_dim: int, num_transforms: int, hidden_features: Sequence[int], **sizes: int):
@@ -39,12 +46,17 @@ class FlowPrior(Prior):
 
     @abstractmethod
     def build(self, zuko: Any, common: dict[str, Any]) -> nn.Module:
-        """An unconditional zuko flow in `latent_dim` dimensions; `common` are the arguments that all of them take."""
+        """Return an unconditional zuko flow in `latent_dim` dimensions.
+
+        Args:
+            zuko: The library.
+            common: Arguments that all of zuko's flows take.
+        """
 
     def forward(self) -> dist.TorchDistribution:
         return FlowDistribution(self.flow(), parameters=self.flow.parameters())
 
-    def __repr__(self) -> str:  # zuko's own draws random numbers
+    def __repr__(self) -> str:  # zuko's own __repr__ draws random numbers
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
@@ -54,20 +66,30 @@ class FlowPrior(Prior):
 class NeuralSplineFlow(FlowPrior):
     """Neural spline flow as a prior: autoregressive rational-quadratic splines.
 
-    p(z) = N(f(z); 0, I) |det df/dz|,   f = spline ∘ ... ∘ spline ∘ affine
+        p(z) = N(f(z); 0, I) |det df/dz|,   f = spline ∘ ... ∘ spline ∘ affine
 
-    A spline bends [-5, 5] and leaves the rest as it is, so that tails are normal. The learned affine map before them moves
-    and scales each dimension, so that the knots come to lie where the guide's draws are. In one dimension there is nothing
-    to depend on, and the splines' knots themselves are learned.
+    A spline transforms [-5, 5] and is the identity outside, so that the tails are normal. The learned affine map before
+    the splines shifts and scales each dimension, which brings the guide's draws to the splines' knots. With latent_dim
+    = 1 there is nothing to condition on, and the knots themselves are learned.
 
-    Shapes: event shape (latent_dim,). A density takes one pass per transform; a draw latent_dim passes.
+    Shapes: event shape (latent_dim,). A density takes one pass per transform; a draw takes latent_dim passes.
 
-    Raises ValueError or TypeError for sizes that are no whole numbers of 1 or more (bins: of 2 or more).
+    Args:
+        latent_dim: Dimension of z.
+        num_transforms: Number of splines.
+        hidden_features: Widths of the hidden layers in each spline's network.
+        num_bins: Bins of a spline, 2 or more.
 
-    Source: Durkan, Bekasov, Murray & Papamakarios, Neural Spline Flows (2019).
+    Raises:
+        ValueError: A size is below 1, or `num_bins` is below 2.
+        TypeError: A size is not a whole number.
 
-    >>> NeuralSplineFlow(2)
-    NeuralSplineFlow(num_transforms=3, num_bins=8, hidden_features=(128, 128), latent_dim=2, 68,494 parameters)
+    Example:
+        >>> NeuralSplineFlow(2)
+        NeuralSplineFlow(num_transforms=3, num_bins=8, hidden_features=(128, 128), latent_dim=2, 68,494 parameters)
+
+    References:
+        Durkan, Bekasov, Murray & Papamakarios, Neural Spline Flows (2019).
     """
 
     def __init__(
@@ -92,21 +114,30 @@ class NeuralSplineFlow(FlowPrior):
 
 
 class MaskedAutoregressiveFlow(FlowPrior):
-    """Masked autoregressive flow as a prior: each dimension is moved and scaled by what precedes it.
+    """Masked autoregressive flow as a prior: each dimension is shifted and scaled depending on those before it.
 
-    p(z) = N(f(z); 0, I) |det df/dz|,   each transform  y_i = exp(a_i(z_1 ... z_(i-1))) z_i + b_i(z_1 ... z_(i-1))
+        p(z) = N(f(z); 0, I) |det df/dz|,   each transform  y_i = exp(a_i(z_1 ... z_(i-1))) z_i + b_i(z_1 ... z_(i-1))
 
-    In one dimension it is a normal distribution.
+    With latent_dim = 1 it is a normal distribution.
 
-    Shapes: event shape (latent_dim,). A density takes one pass per transform; a draw latent_dim passes.
+    Shapes: event shape (latent_dim,). A density takes one pass per transform; a draw takes latent_dim passes.
 
-    Raises ValueError or TypeError for sizes that are no whole numbers of 1 or more.
+    Args:
+        latent_dim: Dimension of z.
+        num_transforms: Number of transforms.
+        hidden_features: Widths of the hidden layers in each transform's network.
 
-    Source: Papamakarios, Pavlakou & Murray, Masked Autoregressive Flow for Density Estimation (2017).
+    Raises:
+        ValueError: A size is below 1.
+        TypeError: A size is not a whole number.
 
-    >>> import torch
-    >>> MaskedAutoregressiveFlow(2)().log_prob(torch.zeros(5, 2)).shape
-    torch.Size([5])
+    Example:
+        >>> import torch
+        >>> MaskedAutoregressiveFlow(2)().log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
+
+    References:
+        Papamakarios, Pavlakou & Murray, Masked Autoregressive Flow for Density Estimation (2017).
     """
 
     def __init__(self, latent_dim: int, *, num_transforms: int = 5, hidden_features: Sequence[int] = (128, 128)):
@@ -117,22 +148,32 @@ class MaskedAutoregressiveFlow(FlowPrior):
 
 
 class RealNVP(FlowPrior):
-    """Flow of affine coupling layers as a prior: one half of the dimensions moves and scales the other.
+    """Flow of affine coupling layers as a prior: one half of the dimensions shifts and scales the other half.
 
-    p(z) = N(f(z); 0, I) |det df/dz|,   each transform  y_b = exp(s(z_a)) z_b + t(z_a),   y_a = exp(s) z_a + t
+        p(z) = N(f(z); 0, I) |det df/dz|,   each transform  y_b = exp(s(z_a)) z_b + t(z_a),   y_a = exp(s) z_a + t
 
-    The halves change places from one transform to the next. The constants s and t that move and scale the first half itself
-    come with zuko's masked form of a coupling layer (they do what the original's batch normalisation is for); its other
-    form finds the halves' indices anew at each call, which makes a GPU wait. In one dimension it is a normal distribution.
+    The halves swap from one transform to the next. The constants s and t, which shift and scale the first half, come
+    with zuko's masked form of a coupling layer; they replace the batch normalisation of the original. zuko's other form
+    computes the indices of the halves at each call, which makes a GPU wait. With latent_dim = 1 the prior is a normal
+    distribution.
 
-    Shapes: event shape (latent_dim,). A density takes one pass per transform; a draw two.
+    Shapes: event shape (latent_dim,). A density takes one pass per transform; a draw takes two.
 
-    Raises ValueError or TypeError for sizes that are no whole numbers of 1 or more.
+    Args:
+        latent_dim: Dimension of z.
+        num_transforms: Number of coupling layers.
+        hidden_features: Widths of the hidden layers in each transform's network.
 
-    Source: Dinh, Sohl-Dickstein & Bengio, Density Estimation Using Real NVP (2017).
+    Raises:
+        ValueError: A size is below 1.
+        TypeError: A size is not a whole number.
 
-    >>> RealNVP(2)().sample((5,)).shape
-    torch.Size([5, 2])
+    Example:
+        >>> RealNVP(2)().sample((5,)).shape
+        torch.Size([5, 2])
+
+    References:
+        Dinh, Sohl-Dickstein & Bengio, Density Estimation Using Real NVP (2017).
     """
 
     def __init__(self, latent_dim: int, *, num_transforms: int = 6, hidden_features: Sequence[int] = (128, 128)):

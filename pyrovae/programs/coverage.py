@@ -9,6 +9,7 @@ support and the prior's. An error is raised if the missed share of p(x) exceeds 
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -128,7 +129,7 @@ def _refuse_uncovered_draws(pair: InspectedPair, prior_traces: Sequence[poutine.
         for name, site in sample_sites(guide_trace):
             if name not in prior_trace or is_delta(site):
                 continue  # an auxiliary draw, or a Delta that transforms one onto the whole support
-            uncovered = _uncovered(site, pair.layout)
+            uncovered = _uncovered(site, prior_trace.nodes[name], pair.layout)
             if uncovered is not None:
                 mass = torch.where(uncovered, likelihood, -torch.inf)
                 missed[name] = torch.logaddexp(missed[name], mass) if name in missed else mass
@@ -149,15 +150,18 @@ def _refuse_uncovered_draws(pair: InspectedPair, prior_traces: Sequence[poutine.
             )
 
 
-def _uncovered(site: dict, layout: Layout) -> Tensor | None:
+def _uncovered(site: dict, prior: dict, layout: Layout) -> Tensor | None:
     """The data for which the guide cannot draw the value of a site, (1, N); None if there are none."""
-    if isinstance(innermost(site["fn"]), _EVERYWHERE):
+    if type(innermost(site["fn"])) in _EVERYWHERE:
         return None
     try:
         log_prob = torch.where(_never_drawn(site), -torch.inf, site_log_prob(site))
     except Exception:  # planar flows, among others, only know the density of their own draws
         possible = is_possible(site)
         log_prob = torch.zeros(()) if possible is None else torch.where(possible, 0.0, -torch.inf)
+    if (seen := counted(prior)) is not None:  # elements that the model masks need not be covered
+        parts = num_parts(prior["fn"])
+        log_prob = torch.where(seen.flatten(-parts).any(-1) if parts else seen, log_prob, 0.0)
     if (log_prob > -torch.inf).all():
         return None
     return spread(torch.where(log_prob == -torch.inf, -torch.inf, 0.0), site, layout, None) == -torch.inf
@@ -187,6 +191,8 @@ def _has_no_mass(base: Any, value: Tensor) -> Tensor:
             base.batch_shape + base.event_shape, dtype=torch.bool
         )
         return beyond.flatten(-len(base.event_shape)).any(-1) if base.event_shape else beyond
+    if isinstance(base, torch.distributions.MixtureSameFamily):
+        return _no_component_has_mass(base, value)
     probs = getattr(base, "probs", None)
     if not isinstance(probs, Tensor):
         return nowhere
@@ -196,10 +202,24 @@ def _has_no_mass(base: Any, value: Tensor) -> Tensor:
         return probs.gather(-1, index[..., :1]).squeeze(-1) == 0
     if isinstance(base, torch.distributions.OneHotCategorical):
         return ((probs == 0) & (value > 0)).any(-1)
+    if isinstance(base, torch.distributions.Multinomial):
+        return ((probs == 0) & (value > 0)).any(-1)
+    if isinstance(base, torch.distributions.Geometric):
+        return (probs == 1) & (value > 0)
+    if isinstance(base, torch.distributions.NegativeBinomial):
+        return (probs == 0) & (value > 0)
     if isinstance(base, torch.distributions.Bernoulli | torch.distributions.Binomial):
         most = getattr(base, "total_count", 1)
         return ((probs == 0) & (value > 0)) | ((probs == 1) & (value < most))
     return nowhere
+
+
+def _no_component_has_mass(mixture: Any, value: Tensor) -> Tensor:
+    components, event_dims = mixture.component_distribution, len(mixture.event_shape)
+    never = _has_no_mass(innermost(components), value.unsqueeze(-1 - event_dims))
+    if (parts := num_parts(components)) and never.ndim:
+        never = never.flatten(-parts).any(-1)
+    return (never | (mixture.mixture_distribution.probs == 0)).all(-1)
 
 
 def _refuse_uncovered_values(pair: InspectedPair, name: str) -> None:
@@ -247,20 +267,16 @@ def _first(value: Tensor, base: Any) -> Any:
 
 
 def _values_of(prior: Any, proposal: Any) -> Iterator[Tensor]:
-    """Values of a discrete latent: all if they can be enumerated, else some just outside the guide's bounds."""
-    try:
+    """Values of a discrete latent: all if they can be enumerated, else integers to just outside the guide's bounds."""
+    with suppress(NotImplementedError):  # the total counts of the elements differ
         if prior.has_enumerate_support:
             yield from prior.enumerate_support(expand=False)[:_MOST_VALUES]
             return
-    except NotImplementedError:  # totals that differ from element to element
-        return
     bounds, limits = _bounds(proposal), _bounds(prior)
-    if bounds is None or limits is None:
+    if bounds is None or limits is None or prior.event_shape or not (bounds[0].isfinite() & bounds[1].isfinite()).all():
         return
-    for step in (1, 2, 4, 8):
-        for value in (bounds[1] + step, bounds[0] - step):
-            if (value.isfinite() & (value >= limits[0]) & (value <= limits[1])).all():
-                yield value
+    low, high = int(max(bounds[0].min() - 4, limits[0].min())), int(min(bounds[1].max() + 4, limits[1].max()))
+    yield from torch.arange(max(low, high - _MOST_VALUES), high + 1).to(torch.get_default_dtype())
 
 
 def _refuse_uncovered_ranges(pair: InspectedPair, name: str) -> None:

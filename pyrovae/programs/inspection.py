@@ -82,8 +82,7 @@ def inspect_pair(
     refuse_impossible_data(model_trace, prior_traces)
     pair = InspectedPair(model, guide, args, kwargs, layout, model_trace, guide_trace)
     refuse_other_reruns(pair)
-    if not is_split:
-        refuse_coupled_data(pair)
+    refuse_coupled_data(pair, prior_traces[:2], is_split=is_split)
     refuse_influence_of_masked(pair)
     refuse_uncovered(pair, prior_traces)
     return layout, model_trace, guide_trace
@@ -132,11 +131,12 @@ def layout_for_training(
     _refuse_enumeration(prior_trace, guide_trace)
     _refuse_mismatched_sites(model_trace, guide_trace, prior_trace)
     refuse_mass_against_density(model_trace, guide_trace)
+    refuse_turns(model_trace, guide_trace)
     refuse_other_dimensions(model_trace, guide_trace)
     layout = _find_layout(model_trace, guide_trace, plate)
     if not scales:
         _refuse_scales(layout, model_trace, guide_trace)
-        refuse_coupled_data(InspectedPair(model, guide, args, kwargs, layout, model_trace, guide_trace))
+        refuse_coupled_data(InspectedPair(model, guide, args, kwargs, layout, model_trace, guide_trace), [prior_trace])
     return layout
 
 

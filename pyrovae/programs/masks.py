@@ -23,7 +23,10 @@ from torch.distributions import Independent
 from pyrovae.common.arguments import checks_values
 from pyrovae.programs.supports import innermost, masks_of, num_parts
 
-__all__ = ["align_masks", "counted", "unmasked"]
+__all__ = ["SHARED", "align_masks", "counted", "unmasked"]
+
+# Suffix of NeuTraReparam for a latent that it masks; its prior is in the log_density of Delta sites.
+SHARED = "_shared_latent"
 
 _Sites = dict[str, dict]
 
@@ -69,14 +72,9 @@ def align_masks(model: _Sites, guide: _Sites) -> tuple[_Sites, _Sites]:
     Raises:
         ValueError: If the guide masks elements of a latent that the model does not mask.
     """
-    if any(isinstance(innermost(site["fn"]), dist.Delta) for site in model.values()):
-        return (
-            model,
-            guide,
-        )  # reparametrised (NeuTraReparam): the prior of masked elements is in the log_density of a Delta
     model, guide = dict(model), dict(guide)
     for name, site in list(model.items()):
-        if site["is_observed"] or name not in guide:
+        if site["is_observed"] or name not in guide or name.endswith(SHARED):
             continue
         seen, carriers = counted(site), _carriers(name, guide)
         if checks_values():

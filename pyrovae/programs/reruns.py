@@ -3,7 +3,7 @@
 Every comparison uses its own random numbers, so that an evaluation draws the same numbers with and without it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pyro
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.equivalence import equivalent
-from pyrovae.programs.masks import counted
+from pyrovae.programs.masks import SHARED, counted
 from pyrovae.programs.reach import changed_buffers
-from pyrovae.programs.supports import num_parts
+from pyrovae.programs.supports import innermost, num_parts
 from pyrovae.programs.traces import (
     InspectedPair,
     latents_of,
@@ -71,24 +71,36 @@ def refuse_other_reruns(pair: InspectedPair) -> None:
         )
 
 
-def refuse_coupled_data(pair: InspectedPair) -> None:
+def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *, is_split: bool = False) -> None:
     """Raise ValueError if the model's density of a datum changes with the latents of other data.
 
     Then the joint density is no product over the data, and per-datum estimates do not add up to log p of the data.
+
+    Args:
+        pair: The pair.
+        priors: Runs of the model alone, whose latents are tried too.
+        is_split: Try fewer latents, because the caller also compares pieces of the data with the whole.
+
+    Raises:
+        ValueError: If the model couples the data.
     """
     layout = pair.layout
     if layout.plate is None or layout.num_data < 2:
         return
     with random_numbers_apart(*pair.values()):
-        other = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, layout.pinned))
-        # Any two data differ in at least one bit of their codes (with more than 64 data, nearly all pairs do).
+        others = [latents_of(trace_program(pair.guide, pair.args, pair.kwargs, layout.pinned))]
+        others += [{name: trace.nodes[name]["value"] for name in others[0] if name in trace} for trace in priors]
+        others.append(_shaken(pair))
+        # Any two data differ in a bit of their codes (of more than 64 data, nearly all do).
         codes = torch.randperm(max(layout.num_data, 2**_BITS))[: layout.num_data] % 2**_BITS
-    if layout.num_data <= 2**_BITS:
+    if layout.num_data <= 2**_BITS and not is_split:
         codes = torch.arange(layout.num_data)
-    for bit in range(min(_BITS, (layout.num_data - 1).bit_length())):
-        for side in (0, 1):
-            changed = (codes >> bit) % 2 == side
-            kept = (~changed).nonzero().squeeze(1)
+    bits = min(_BITS, (layout.num_data - 1).bit_length())
+    trials = [(bit, side) for bit in range(min(bits, 2) if is_split else bits) for side in (0, 1)]
+    for number, (bit, side) in enumerate(trials):
+        changed = (codes >> bit) % 2 == side
+        kept = (~changed).nonzero().squeeze(1)
+        for other in others[number % len(others) :][:1] if is_split else others[:4]:
             if len(kept) and not _same_density(pair, _mixed(pair, other, changed), kept):
                 raise ValueError(
                     f"the model couples the data of plate '{layout.plate}': the log density of a datum changes with "
@@ -108,7 +120,8 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
     # A Delta outside plates may carry the prior of masked elements (NeuTraReparam). In a plate, Pyro would count that
     # prior once for each datum.
     carried = [site for _, site in sample_sites(pair.model_trace) if is_delta(site)]
-    if not hidden or (carried and not any(site["cond_indep_stack"] for site in carried)):
+    reparametrised = carried and any(name.endswith(SHARED) for name in hidden)
+    if not hidden or (reparametrised and not any(site["cond_indep_stack"] for site in carried)):
         return
     with random_numbers_apart(*pair.values()):
         other = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, pair.layout.pinned))
@@ -121,6 +134,21 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
                 f"the model masks latent site '{name}' (or a part of it), and sites that are not masked depend on it: "
                 f"without its prior there is no p(x). Mask these sites too, or remove the mask"
             )
+
+
+def _shaken(pair: InspectedPair) -> dict[str, Tensor]:
+    """Values of the model's latents, with uniform random values of the discrete ones that can be enumerated."""
+    values = latents_of(pair.model_trace)
+    for name, value in values.items():
+        base = innermost(pair.model_trace.nodes[name]["fn"])
+        try:
+            support = base.enumerate_support(expand=False) if base.has_enumerate_support else None
+        except NotImplementedError:  # the total counts of the elements differ
+            support = None
+        if support is not None:
+            shape = value.shape[: value.ndim - len(base.event_shape)]
+            values[name] = support.reshape(-1, *base.event_shape)[torch.randint(len(support), shape)].to(value)
+    return values
 
 
 def _same_density(pair: InspectedPair, values: dict[str, Tensor], data: Tensor | None) -> bool:

@@ -102,6 +102,8 @@ def supported_elements(distribution: Any, value: Tensor) -> Tensor | None:
         elements = support.check(value)
     except (AttributeError, NotImplementedError, ValueError):  # no support, or torch cannot check it
         return None
+    if isinstance(base, torch.distributions.TransformedDistribution):
+        elements = elements & _is_reached(base, value, support.event_dim)
     extra = len(base.event_shape) - support.event_dim
     if extra > 0:
         elements = elements.flatten(-extra).all(-1)
@@ -109,6 +111,29 @@ def supported_elements(distribution: Any, value: Tensor) -> Tensor | None:
         shape = distribution.batch_shape + distribution.event_shape[:parts]
         elements = elements.expand(torch.broadcast_shapes(elements.shape, shape))
     return elements
+
+
+def _is_reached(distribution: Any, value: Tensor, event_dim: int) -> Tensor:
+    """Whether elementwise transforms reach a value from the support of their base distribution.
+
+    torch's support may be too large: that of a shift is all real numbers.
+    """
+    always = torch.ones((), dtype=torch.bool, device=value.device)
+    transforms = distribution.transforms
+    if event_dim or any(transform.domain.event_dim or transform.codomain.event_dim for transform in transforms):
+        return always
+    reached = value
+    for transform in reversed(transforms):
+        reached = transform.inv(reached)
+    again = reached
+    for transform in transforms:
+        again = transform(again)
+    # Compare with a tolerance, because sigmoids clamp their inverses.
+    close = (again - value).abs() <= 1e-3 * (1 + value.abs())
+    support = support_of(innermost(distribution.base_dist))
+    if support is None or support.event_dim:
+        return close
+    return close & support.check(reached)
 
 
 def num_parts(distribution: Any) -> int:

@@ -242,7 +242,11 @@ def _check_event(site: dict) -> None:
     """Raise ValueError if value and distribution have different event shapes, which would be broadcast silently."""
     event_shape, shape = site["fn"].event_shape, tuple(site["value"].shape)
     found = shape[len(shape) - len(event_shape) :]
-    if event_shape and found != tuple(event_shape) and not site_is_factor(site):
+    shared = site["is_observed"]  # one parameter may be shared by all elements of a datum
+    fits = len(found) == len(event_shape) and all(
+        size == own or (shared and own == 1) for size, own in zip(found, event_shape, strict=True)
+    )
+    if event_shape and not fits and not site_is_factor(site):
         raise ValueError(
             f"site '{site['name']}' has values of shape {shape}, whose last {len(event_shape)} dimension(s) {found} "
             f"are not the event shape {tuple(event_shape)} of its distribution, so one would be broadcast against the "

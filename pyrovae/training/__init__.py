@@ -1,1 +1,1 @@
-"""Training by Pyro's own `SVI`."""
+"""Training with Pyro's `SVI`: the loop, checkpoints, and checks of what a step does."""

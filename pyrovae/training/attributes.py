@@ -1,4 +1,4 @@
-"""Which attributes of an object are its constants: set by the constructor, changed by no method."""
+"""Find the constants of an object: attributes that the constructor sets and no other method changes."""
 
 import dis
 import functools
@@ -11,20 +11,21 @@ from torch import nn
 
 __all__ = ["attributes_set", "constants_of", "is_circumstance", "names_in"]
 
-# What may differ between two uses of one model or function: where it runs, what it tells.
+# Names of attributes that may differ between two runs of one model: where it runs, what it reports.
 _CIRCUMSTANCES = re.compile(
     r"device|cuda|gpu|inplace|warning|verbose|debug|progress|logger|path|folder|file|dir$|(^|_)time$|^_pyro",
     re.IGNORECASE,
 )
-# In other people's classes: what it is called, how many data it is given.
+# In third-party classes, these may differ too: names, and numbers of data.
 _AMOUNTS = re.compile(r"name|seed|data|batch|size|step|epoch|^_?(n|num|len|count|total)(_|$)", re.IGNORECASE)
 _OURS = ("pyrovae", "pyro", "torch")
 
 
 def constants_of(thing: Any) -> dict[str, Any]:
-    """The attributes that an object's constructor sets and its other methods do not, so that training does not change them.
+    """Return the attributes that the constructor sets and no other method sets, so that training does not change them.
 
-    Those whose names speak of circumstances are left out, and in classes from elsewhere those that speak of amounts.
+    Attributes whose names suggest circumstances (device, path) are left out. In third-party classes, so are those whose
+    names suggest amounts (`num_data`).
     """
     by_constructor, elsewhere = attributes_set(type(thing))
     has = getattr(thing, "__dict__", {})
@@ -37,12 +38,12 @@ def constants_of(thing: Any) -> dict[str, Any]:
 
 
 def is_circumstance(name: str) -> bool:
-    """Whether a name speaks of where something runs or what it tells, not of what it computes: device, path, verbose."""
+    """Whether a name suggests where something runs or what it reports, not what it computes: device, path, verbose."""
     return _CIRCUMSTANCES.search(name) is not None
 
 
 def attributes_set(kind: type) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the attributes that the code of a class sets: in its constructor, in other methods."""
+    """Names of the attributes that a class sets: (in its constructor, in its other methods)."""
     return _attributes_set(kind)
 
 
@@ -62,7 +63,7 @@ def _attributes_set(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def names_in(code: types.CodeType, *operations: str) -> set[str]:
-    """Names that these operations of the interpreter take in a function's code, the functions inside included."""
+    """Names used by these bytecode operations in a function's code, including nested functions."""
     found = {i.argval for i in dis.get_instructions(code) if i.opname in operations}
     for constant in code.co_consts:
         if inspect.iscode(constant):

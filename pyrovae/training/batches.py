@@ -1,4 +1,4 @@
-"""Where the batches of an epoch come from: a tensor, held on the device whole, or a `DataLoader`, for more than memory holds."""
+"""The batches of an epoch, from a tensor held on the device or, for data that exceed memory, from a `DataLoader`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sized
@@ -20,12 +20,15 @@ Transform = Callable[[Any], Tensor] | None
 class Batches(ABC):
     """The training data, in batches.
 
-    num_data: of an epoch; batch_size: of all but perhaps the last; per_epoch: how many batches
-    full_size: how many of a full batch are this process's
-    device: where they are
-    name: whose positions are given
-    transform: what is still to be done to a batch at each use
-    in_one_order: whether each datum has the same place in the batch at every step
+    Attributes:
+        name: what the positions refer to, for messages: "train" or "batch".
+        num_data: data per epoch.
+        batch_size: data per batch, except perhaps in the last batch.
+        full_size: data of a full batch that this process gets.
+        per_epoch: batches per epoch.
+        device: device of the batches.
+        transform: function still to be applied to each batch, or None.
+        in_one_order: whether each datum has the same place in the batch at every step.
     """
 
     name: str
@@ -39,15 +42,15 @@ class Batches(ABC):
 
     @abstractmethod
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Data, and the positions in them that this process's part of a batch has, for each batch of one epoch, shuffled."""
+        """Yield (data, positions of this process's part of the batch in these data) for each batch of a shuffled epoch."""
 
     @abstractmethod
     def example(self) -> tuple[Tensor, Tensor]:
-        """Such a pair, of a full batch; may use up random numbers."""
+        """One such pair for a full batch. May consume random numbers."""
 
 
 def check_data(name: str, data: Any) -> None:
-    """Raise ValueError for what is not a tensor of data."""
+    """Raise ValueError if `data` is not a tensor of at least one datum."""
     if isinstance(data, Tensor) and data.ndim > 0 and len(data) > 0:
         return
     if isinstance(data, Tensor):
@@ -68,10 +71,12 @@ def check_data(name: str, data: Any) -> None:
 
 
 def batches_of(train: Any, batch_size: int | None, transform: Transform, device: torch.device) -> Batches:
-    """The batches of a tensor of data, in memory, or of a `DataLoader`.
+    """Make the batches of a tensor in memory or of a `DataLoader`.
 
-    Raises TypeError for a loader that does not tell its length, ValueError for one without batches, with a batch size beside
-    it, or unlike that of another process; and for batches of a tensor too small for the number of processes.
+    Raises:
+        TypeError: if a loader has no length.
+        ValueError: if a loader has no batches, is given together with `batch_size`, or has another number of batches
+            than in other processes; or if a batch of a tensor has fewer data than there are processes.
     """
     if isinstance(train, DataLoader):
         return _Loaded(train, batch_size, transform, device)
@@ -102,7 +107,7 @@ class _InMemory(Batches):
 
 
 def _sizes(num_data: int, batch_size: int) -> list[int]:
-    """Of the batches of an epoch. A single datum left over joins the batch before: BatchNorm needs two to train.
+    """Batch sizes of an epoch. A single leftover datum joins the batch before, because BatchNorm needs two to train.
 
     >>> _sizes(23, 10), _sizes(21, 10), _sizes(1, 10), _sizes(2, 1)
     ([10, 10, 3], [10, 11], [1], [1, 1])
@@ -124,7 +129,7 @@ class _Loaded(Batches):
             self.num_data, self.per_epoch = _num_drawn(loader), len(loader)
         except TypeError:
             raise TypeError(
-                "found a DataLoader of a data set or sampler without a length: the learning rate's schedule needs one; give it "
+                "found a DataLoader whose data set or sampler has no length, which the learning rate's schedule needs: give it "
                 "a __len__"
             ) from None
         if not self.per_epoch:
@@ -132,8 +137,8 @@ class _Loaded(Batches):
         counts = distributed.gather(self.per_epoch)
         if len(set(counts)) > 1:
             raise ValueError(
-                f"found DataLoaders with {counts} batches in {len(counts)} processes, which make each step together: use a "
-                f"DistributedSampler"
+                f"found DataLoaders with {counts} batches in {len(counts)} processes, but the processes make each step together: "
+                f"use a DistributedSampler"
             )
         self.loader, self.device = loader, device
         self.transform = self.of_items = transform
@@ -155,25 +160,25 @@ class _Loaded(Batches):
                 key = next(iter(data), 0) if isinstance(data, Mapping) else 0
                 raise TypeError(
                     f"a batch of the DataLoader must be a tensor of data, found {_described(data)}: the programs are called "
-                    f"with one tensor. Say by transform= which, and so what is left out: transform=lambda batch: "
+                    f"with one tensor. Select it with transform=, for example transform=lambda batch: "
                     f"batch[{key!r}]"
                 )
             data = self.of_items(data)
-            self.transform = None  # it is done, for the items of a batch belong together
+            self.transform = None  # already applied here, because it needs all items of the batch
             if not isinstance(data, Tensor):
                 raise TypeError(f"transform must make one tensor of a batch, found {_described(data)}")
         return data, torch.arange(len(data), device=self.device)
 
 
 def _draws_one_order(loader: DataLoader) -> bool:
-    """Whether the sampler gives the same batches again and again; no generator is moved on."""
+    """Whether the sampler yields the same batches every time; generators are left as they were."""
     if loader.batch_sampler is None:
         return False
     generators = {loader.generator, getattr(loader.sampler, "generator", None)} - {None}
     states = [(generator, generator.get_state()) for generator in generators]
     with torch.random.fork_rng([]):
         first = list(loader.batch_sampler)
-        tries = 1 if sum(map(len, first)) > _FEW else 40  # few data come in one order by chance
+        tries = 1 if sum(map(len, first)) > _FEW else 40  # few data may repeat an order by chance
         is_one = all(list(loader.batch_sampler) == first for _ in range(tries))
     for generator, state in states:
         generator.set_state(state)
@@ -181,7 +186,7 @@ def _draws_one_order(loader: DataLoader) -> bool:
 
 
 def _num_drawn(loader: DataLoader) -> int:
-    """Data of an epoch: what the sampler draws, in full batches with `drop_last`; those of the data set if it is hidden."""
+    """Data per epoch: the sampler's length, less what `drop_last` drops; the data set's length if the sampler is hidden."""
     batches = loader.batch_sampler
     drawn: Any = loader.dataset
     size, drops = loader.batch_size, loader.drop_last

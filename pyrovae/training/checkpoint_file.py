@@ -1,7 +1,7 @@
-"""Files that are whole or not there: written beside their place, moved when complete, checked when read.
+"""Checkpoint files, written atomically and checked when read.
 
-A file is what `torch.save` makes of tensors and plain values, and behind it a mark and a digest of all before, so that any
-byte that changed is noticed. `torch.load` reads it too.
+A file holds the output of `torch.save` for tensors and plain values, then a marker and a digest of the bytes before it,
+so that any changed byte is detected. `torch.load` can read the file too.
 """
 
 import errno
@@ -26,14 +26,17 @@ _DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 def write(path: str | os.PathLike, content: dict[str, Any], *, keep: bool = False) -> None:
-    """Write a checkpoint; what stood in its place stays whole until the new one is, and with `keep` beyond that.
+    """Write a checkpoint; a file already there stays intact until the new one is complete.
 
-    content: tensors, numbers, strings, None, and lists, tuples and dicts of them
-    keep: leave the file before at `earlier(path)`
+    If the path is a symbolic link, its target is written, and temporary files are made beside the target.
 
-    A path that is a symbolic link stays one: its target is written, and what else is written lies beside the target.
+    Args:
+        path: file to write.
+        content: tensors, numbers, strings, None, and lists, tuples and dicts of them.
+        keep: keep the previous file as `earlier(path)`.
 
-    Raises OSError, naming the path, where it cannot be written.
+    Raises:
+        OSError: if the file cannot be written; the message names the path.
     """
     path = Path(path)
     buffer = io.BytesIO()
@@ -43,7 +46,7 @@ def write(path: str | os.PathLike, content: dict[str, Any], *, keep: bool = Fals
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # Given back at once: Python 3.13 complains of a buffer that is collected before its view, as after an error.
+            # Release the view at once: after an error, Python 3.13 warns if the buffer is collected before its view.
             with buffer.getbuffer() as data, temporary.open("wb") as file:
                 file.write(data)
                 file.write(_MARK + hashlib.sha256(data).digest())
@@ -64,10 +67,12 @@ def write(path: str | os.PathLike, content: dict[str, Any], *, keep: bool = Fals
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """Read what `write` wrote, tensors on the CPU.
+    """Read what `write` wrote, with tensors on the CPU.
 
-    Raises FileNotFoundError; ValueError for a file that is damaged in any byte, is no checkpoint of this library, holds
-    anything but tensors and plain values, or has a newer format.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged in any byte, is no checkpoint of this library, holds anything but tensors and
+            plain values, or has a newer format.
     """
     try:
         data = Path(path).read_bytes()
@@ -80,8 +85,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     try:
         archive = content if is_marked else _checked_parts(data)
         found = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch and zipfile raise for a damaged file is not one type
-        # Without torch's own words, which advise to run whatever code the file holds.
+    except Exception as error:  # torch and zipfile raise many types for a damaged file
+        # Leave out torch's message, which advises to run any code that the file holds.
         raise ValueError(
             f"{path} is damaged or no checkpoint of pyrovae ({type(error).__name__}){_or_earlier(path)}"
         ) from error
@@ -92,24 +97,24 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
             f"{path} has format {found['format']}, this version of pyrovae reads up to {FORMAT}: update it"
         )
     if found["format"] > 1 and not is_marked:
-        raise ValueError(f"{path} is damaged: it lacks its end{_or_earlier(path)}")
+        raise ValueError(f"{path} is damaged: its end is missing{_or_earlier(path)}")
     if not is_marked:
         _logger.warning(
             "%s has format 1, which has no digest of the whole file: only the checksums of its parts were checked; "
-            "pyrovae.save writes it anew, with one",
+            "pyrovae.save writes it anew with a digest",
             path,
         )
     return found
 
 
 def earlier(path: str | os.PathLike) -> Path:
-    """Where `write` leaves the file before, with `keep`: beside the file itself if the path is a symbolic link."""
+    """Where `write` with `keep` puts the previous file; if the path is a symbolic link, beside its target."""
     path = target_of(path)
     return path.with_name(f"{path.name}.previous")
 
 
 def target_of(path: str | os.PathLike) -> Path:
-    """The path, or that of the file that a symbolic link there leads to, whether or not there is one yet."""
+    """The path itself or, if it is a symbolic link, its target, which need not exist yet."""
     path = Path(path)
     if not path.is_symlink():
         return path
@@ -120,12 +125,12 @@ def target_of(path: str | os.PathLike) -> Path:
 
 
 def plain(name: str, value: Any) -> Any:
-    """The value as a checkpoint can hold it; raises TypeError, with this name, for what could only be pickled."""
+    """Convert a value to plain types; raise TypeError, with this name, if it could only be pickled."""
     if value is None or isinstance(value, torch.Tensor):
         return value
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
-            return kind(value)  # NumPy's float64 is a float that would be pickled as NumPy's
+            return kind(value)  # NumPy's float64 is a float, but would be pickled as NumPy's type
     if isinstance(value, dict):
         return {key: plain(f"{name}[{key!r}]", item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -136,7 +141,7 @@ def plain(name: str, value: Any) -> Any:
 
 
 def _keep(path: Path) -> None:
-    # Linked, not moved: the path itself must never be empty, whenever the process is killed.
+    # Link instead of moving, so that a file is at the path even if the process is killed here.
     link = path.with_name(f".{path.name}.{os.getpid()}.link")
     try:
         link.unlink(missing_ok=True)
@@ -150,9 +155,10 @@ def _keep(path: Path) -> None:
 
 
 def _checked_parts(data: bytes) -> bytes:
-    """The archive that `torch.save` made, written anew from what its checksums fit: torch does not look at them.
+    """Check the checksums in an archive of `torch.save`, which torch does not, and return its content as a new archive.
 
-    Raises zipfile.BadZipFile, and more, for one that is damaged.
+    Raises:
+        zipfile.BadZipFile: if the archive is damaged; other errors are possible.
     """
     checked = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as found, zipfile.ZipFile(checked, "w") as again:
@@ -162,7 +168,7 @@ def _checked_parts(data: bytes) -> bytes:
 
 
 def _sync_folder(folder: Path) -> None:
-    """So that the new name outlives a loss of power, where the system can do that for folders."""
+    """Make the new name survive a power failure, if the system can sync folders."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -178,4 +184,4 @@ def _sync_folder(folder: Path) -> None:
 def _or_earlier(path: str | os.PathLike) -> str:
     before, target = earlier(path), target_of(path)
     where = "here" if target == Path(path) else f"to {target}"
-    return f"; the one before it is {before}: move it {where} to take it" if before.exists() else ""
+    return f"; the one before it is {before}: move it {where} to use it" if before.exists() else ""

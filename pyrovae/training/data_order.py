@@ -1,7 +1,7 @@
-"""Whether a datum's numbers go by its place in the batch, which shuffling changes at every step.
+"""Detect programs whose numbers depend on a datum's place in the batch, which shuffling changes at every step.
 
-Parameters per datum do it (an automatic guide of local latents has one for each place), and data that the programs hold
-instead of being given them.
+Causes are parameters per datum (an automatic guide of local latents has one for each place) and data that a program
+holds itself instead of receiving them as an argument.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,30 +20,31 @@ from pyrovae.programs.traces import Program, run_pair, sample_sites, site_log_pr
 
 __all__ = ["by_position", "site_by_position"]
 
-_FEW = 32  # rows that tell as much as all, where a program takes so few
+_FEW = 32  # rows that suffice, if the program accepts so few
 
 
 def by_position(site: str) -> str:
-    """What is said of such a site."""
+    """The error message for such a site."""
     return (
-        f"the numbers of site '{site}' go by the place of a datum in the batch, and fit shuffles the data, so that each place "
-        f"gets other data at every step. If the guide has parameters per datum (an automatic guide of local latents does), take "
-        f"a guide that computes them from the datum, by a network; if a program holds data of its own, pass them with the rest. "
-        f"Or keep the order, with all data in one batch: DataLoader(TensorDataset(x), batch_size=len(x)) in place of x"
+        f"the numbers of site '{site}' go by the place of a datum in the batch, but fit shuffles the data, so each place gets "
+        f"other data at every step. If the guide has parameters per datum (an automatic guide of local latents does), use a "
+        f"guide that computes them from the datum with a network. If a program holds data itself, pass them with the rest. "
+        f"Or keep the order, with all data in one batch: pass DataLoader(TensorDataset(x), batch_size=len(x)) instead of x"
     )
 
 
 def site_by_position(
     model: Program, guide: Program, batch: Tensor, parameters: Sequence[Tensor], modules: Sequence[nn.Module]
 ) -> str | None:
-    """The name of a site in the datum plate whose numbers go by the place in the batch, not by the datum.
+    """Find a site in the datum plate whose numbers depend on the place in the batch instead of the datum.
 
-    The programs are run on some rows and on the same rows in another order, with the latents carried along. Parameters are
-    turned a little meanwhile, since those of all places may start alike. Random numbers, parameters and buffers are as
-    before afterwards.
+    The programs run on some rows and on the same rows in another order, with the latents reordered alike. Parameters
+    are perturbed meanwhile, because those of all places may start equal. Random state, parameters and buffers are
+    restored.
 
-    Returns None if all numbers move with their data, and for programs that cannot be judged: without a plate of the data, with
-    randomness outside of sample sites, or of another form from run to run.
+    Returns:
+        The name of the site. None if all numbers move with their data, and for programs that cannot be judged: without
+        a plate of the data, with randomness outside sample sites, or with sites that change from run to run.
     """
     if batch.ndim < 1 or len(batch) < 2:
         return None
@@ -54,7 +55,7 @@ def site_by_position(
                 try:
                     with precision():
                         return _look(model, guide, batch[:rows].detach())
-                except Exception:  # a program for whole batches, or one that minds float64
+                except Exception:  # a program that needs whole batches, or fails in float64
                     continue
     return None
 
@@ -63,7 +64,7 @@ def _look(model: Program, guide: Program, batch: Tensor) -> str | None:
     rows = len(batch)
     order = torch.arange(rows, device=batch.device).roll(1)
     traces, others = (run_pair(model, guide, (batch,), {}) for _ in range(2))
-    # A subsample that the program draws itself stays what it was; one that it is given comes with the data.
+    # A subsample that the program draws itself stays the same; one that it is given moves with the data.
     given = {name for name, site in traces[0].nodes.items() if _is_same_subsample(site, others[0].nodes.get(name))}
     latents = [site for _, site in sample_sites(traces[0]) if not site["is_observed"]]
     found = None
@@ -72,12 +73,12 @@ def _look(model: Program, guide: Program, batch: Tensor) -> str | None:
         raise ValueError(f"no plate of {rows} rows")
     for plate in plates:
         outside = [site["value"].numel() for site in latents if plate not in _dims(site, rows)]
-        # Data that no plate declares, which cannot be carried along.
+        # Latents per datum outside any plate cannot be reordered.
         if len(outside) >= rows or any(numel > 1 and numel % rows == 0 for numel in outside):
             return None
         carried = [_carried(trace, plate, order, given) for trace in traces]
         other = run_pair(model, guide, (batch[order],), {}, *carried)
-        # The last run tells whether the programs go by more than what they are given: a count of their runs, other randomness.
+        # The last run detects state beyond the arguments: a count of runs, randomness outside sites.
         again = run_pair(
             model, guide, (batch,), {}, *(_carried(trace, plate, order.sort().values, given) for trace in traces)
         )
@@ -94,7 +95,7 @@ def _first_apart(
     plate: str,
     order: Tensor,
 ) -> str | None:
-    """The first site whose numbers in the other order are not those of its data, though they are the same when run again."""
+    """The first site whose numbers repeat in a second run but do not move with their data."""
     for first, second, moved in zip(traces, again, other, strict=True):
         for name, site in sample_sites(first):
             dim = _dims(site, len(order)).get(plate)
@@ -104,7 +105,7 @@ def _first_apart(
                 _per_datum(trace.nodes[name], dim, len(order)) for trace in (first, second, moved)
             )
             if _close(numbers, repeated) and not _close(numbers[order], there):
-                return name.removesuffix("_unconstrained")  # an automatic guide's name for the draw behind a site
+                return name.removesuffix("_unconstrained")  # the suffix that automatic guides give to auxiliary sites
     return None
 
 
@@ -113,7 +114,7 @@ def _close(first: Tensor, second: Tensor) -> bool:
 
 
 def _per_datum(site: dict, dim: int, rows: int) -> Tensor:
-    """Numbers (rows, any) of a site: its log density, or the point of a Delta; 0 for what is not finite."""
+    """Numbers of a site, shape (rows, any): log density, or the point of a Delta; 0 if not finite."""
     numbers = site_log_prob(site)
     if is_delta(site):
         numbers, dim = innermost(site["fn"]).v, dim - len(site["fn"].event_shape)
@@ -124,7 +125,7 @@ def _per_datum(site: dict, dim: int, rows: int) -> Tensor:
 
 
 def _plates(trace: poutine.Trace, rows: int) -> list[str]:
-    """The plates that may be the data's, by their size."""
+    """Plates whose size is the number of rows."""
     return list(dict.fromkeys(plate for _, site in sample_sites(trace) for plate in _dims(site, rows)))
 
 
@@ -138,7 +139,7 @@ def _is_same_subsample(site: dict, other: dict | None) -> bool:
 
 
 def _carried(trace: poutine.Trace, plate: str, order: Tensor, left_out: set[str]) -> poutine.Trace:
-    """A trace to be replayed, with the values of a plate in another order."""
+    """A trace to replay, with the values in a plate reordered."""
     carried = poutine.Trace()
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site["is_observed"] or name in left_out:
@@ -156,7 +157,7 @@ def _carried(trace: poutine.Trace, plate: str, order: Tensor, left_out: set[str]
 @contextmanager
 @torch.no_grad()
 def _turned(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Parameters a little off, each number by a tenth of itself at most, so that it keeps its sign; put back afterwards."""
+    """Perturb the parameters inside by at most a tenth of each number, which keeps the signs; restore them afterwards."""
     buffers = [buffer for module in modules for buffer in module.buffers()]
     kept = [(tensor, tensor.detach().clone()) for tensor in (*parameters, *buffers)]
     try:

@@ -1,6 +1,7 @@
-"""Describe a module by what its state dict does not hold, so that the one of a file can be compared with another.
+"""Describe what the state dict of a module does not hold, to compare a module with that of a file.
 
-That is the class of each module in it, and constants: attributes that a constructor sets and no other method changes.
+A description holds the class of each submodule and its constants: attributes that the constructor sets and no other
+method changes.
 """
 
 from collections.abc import Iterator
@@ -20,27 +21,28 @@ __all__ = ["Description", "describe_module", "difference"]
 Description = dict[str, dict[str, Any]]
 
 _CLASS, _NOTHING = "class", "nothing"
-# They hold others or reshape: what they hold is described by itself, and a wrong shape is noticed anyway.
+# Containers and reshaping modules: their children are described separately, and shape errors show up anyway.
 _PASSIVE = {
     *(nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict),
     *(nn.Identity, nn.Flatten, nn.Unflatten, pyro.nn.PyroModule, pyro.nn.PyroModuleList),
 }
-_LARGEST = 4096  # numbers of a tensor outside the state dict, if it is to be compared
+_LARGEST = 4096  # larger tensors outside the state dict are not compared
 
 
 def describe_module(module: nn.Module) -> Description:
     """{"likelihood": {"class": "Normal", "scale": "0.5"}, "likelihood.decoder_net.layers.2": {"class": "SiLU"}, ...}.
 
-    Values are text, or small tensors. A lazy module has an empty description before its first call, which fits any.
+    Values are text or small tensors. A lazy module has an empty description before its first call, which matches any
+    other.
     """
     found = {path: _constants(part) for path, part in _parts(module, "")}
     return {path: part for path, part in found.items() if part != {_CLASS: _NOTHING}}
 
 
 def difference(there: Description, here: Description) -> str | None:
-    """The first difference, "'likelihood' (Normal) has scale=0.5 in the file and scale=1 here"; None without any.
+    """The first difference, "'likelihood' (Normal) has scale=0.5 in the file and scale=1 here"; None if there is none.
 
-    An attribute that only one of them has is none: a class may have got it since the file was written.
+    An attribute that only one side has does not count: the class may have gained it since the file was written.
     """
     for path in dict.fromkeys((*there, *here)):
         found, expected = (side.get(path, {_CLASS: _NOTHING}) for side in (there, here))
@@ -59,9 +61,9 @@ def difference(there: Description, here: Description) -> str | None:
 
 
 def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """A module and all in it, those that are shared under each of their names."""
+    """A module and its submodules; shared ones come under each of their names."""
     yield path, module
-    if not isinstance(module, AutoGuide):  # it makes what is in it at its first call
+    if not isinstance(module, AutoGuide):  # it creates its submodules at the first call
         for name, child in module._modules.items():
             if child is not None:
                 yield from _parts(child, f"{path}.{name}" if path else name)
@@ -75,7 +77,7 @@ def _constants(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return {}
     found: dict[str, Any] = {_CLASS: _NOTHING if _is_passive(type(module)) else type(module).__name__}
-    if isinstance(module, AutoGuide):  # its arguments tell where it starts
+    if isinstance(module, AutoGuide):  # its arguments only set initial values
         return found
     _, set_by_methods = attributes_set(type(module))
     buffers = {name: module._buffers[name] for name in sorted(module._non_persistent_buffers_set - set_by_methods)}
@@ -94,7 +96,7 @@ def _constants(module: nn.Module) -> dict[str, Any]:
 
 
 def _same(there: Any, here: Any) -> bool:
-    """Tensors up to rounding."""
+    """Whether two values are equal, tensors up to rounding."""
     if isinstance(there, Tensor) and isinstance(here, Tensor):
         if there.shape != here.shape or there.is_complex() != here.is_complex():
             return False

@@ -1,4 +1,4 @@
-"""The two parts of the ELBO, reconstruction and KL, read off what a loss computes anyway."""
+"""Reconstruction and KL, the two parts of the ELBO, collected from what the loss computes."""
 
 import math
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ __all__ = ["ElboParts", "parts_of"]
 
 
 class ElboParts:
-    """Sums of log p(x|z) and of log q(z|x) - log p(z) over the traces that a loss makes anyway.
+    """Sums of log p(x|z) and of log q(z|x) - log p(z) over the traces that a loss makes.
 
-    What is added belongs to a step, and counts once the step does (`count`).
+    Added values belong to the current step and enter the sums with `count`.
     """
 
     def __init__(self, full_size: int | None) -> None:
         self.reconstruction: Any = math.nan
         self.kl: Any = math.nan
-        self.full_size = full_size  # of a subsampled plate, whose sites are scaled up to it
+        self.full_size = full_size  # size of a subsampled plate, to which its sites are scaled
         self.num_data: Any = 0
         self._of_step: list[tuple[Any, Any]] = []
 
@@ -32,7 +32,7 @@ class ElboParts:
         self._of_step.append((reconstruction, kl))
 
     def add_parts(self, parts: Any) -> None:
-        """Add what an objective of ours reports of a step (`pyrovae.objectives.Parts`)."""
+        """Add the parts that an objective of `pyrovae.objectives` reports for a step (`pyrovae.objectives.Parts`)."""
         self.full_size = parts.full_size or self.full_size
         self.add(parts.reconstruction, parts.kl)
 
@@ -40,7 +40,8 @@ class ElboParts:
         reconstruction: Tensor | float = 0.0
         kl: Tensor | float = 0.0
         for trace in (model_trace, guide_trace):
-            # In parallel: tables of log densities, not those of draws. In sequence: a trace per value, each of another weight.
+            # Enumerated in parallel, densities are tables; in sequence, each trace has another weight. Neither has
+            # parts.
             if any(site["infer"].keys() & {"_enumerate_dim", "_enum_total"} for _, site in sample_sites(trace)):
                 reconstruction = kl = torch.tensor(math.nan)
         for _, site in sample_sites(model_trace):
@@ -56,7 +57,7 @@ class ElboParts:
         self.add(reconstruction / num_particles, kl / num_particles)
 
     def count(self, batch_size: int, was_made: Tensor | None = None) -> None:
-        """Count one step, after it; not if it was not made."""
+        """Count the last step, unless it was skipped."""
         size: Any = self.full_size or batch_size
         self.num_data = self.num_data + (size if was_made is None else was_made * size)
         for reconstruction, kl in self._of_step:
@@ -71,11 +72,11 @@ class ElboParts:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was added since the last step was counted: it was not of a step."""
+        """Drop what was added since the last count, because it does not belong to a step."""
         self._of_step.clear()
 
     def means(self) -> tuple[float, float, float]:
-        """(elbo, reconstruction, kl) per datum; NaN of none."""
+        """(elbo, reconstruction, kl) per datum; NaN without data."""
         if not self.num_data:
             return math.nan, math.nan, math.nan
         reconstruction, kl = float(self.reconstruction) / self.num_data, float(self.kl) / self.num_data
@@ -84,7 +85,7 @@ class ElboParts:
 
 @contextmanager
 def parts_of(loss: ELBO, full_size: int | None = None) -> Iterator[ElboParts]:
-    """Read the two parts of the ELBO off what a loss computes anyway: our objectives' `surrogate`, Pyro's traces."""
+    """Collect both parts of the ELBO inside, from our objectives' `surrogate` or from the traces of Pyro's losses."""
     parts = ElboParts(full_size)
     name = "surrogate" if hasattr(loss, "surrogate") else "_get_trace"
     original = getattr(loss, name, None)

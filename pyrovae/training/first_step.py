@@ -1,7 +1,8 @@
-"""What the first step of a run shows of its programs, looked at before anything is moved.
+"""Check what the first step of a run declares and uses, before any parameter changes.
 
-Pyro trains the parameters that a run declares (`pyro.param`, `pyro.module`, a `PyroModule`), whether or not the loss goes
-through them. The first step tells which do: the tensors behind the log densities of its sites are compared with those declared.
+Pyro trains the parameters that the programs declare (`pyro.param`, `pyro.module`, a `PyroModule`), whether or not the
+loss depends on them. The check compares the declared parameters with the tensors that the log densities of the first
+step depend on.
 """
 
 import gc
@@ -24,13 +25,14 @@ __all__ = ["FirstStep"]
 
 _logger = logging.getLogger("pyrovae")
 _SHOWN = 4  # names in a message
-_OF_MODULES = "$$$"  # in the names that Pyro's store gives the parameters of a module
+_OF_MODULES = "$$$"  # separator in the names that Pyro's store gives to a module's parameters
 
 
 class FirstStep(Messenger):
-    """Sees what the first step declares and uses.
+    """Record what the first step declares and uses.
 
-    modules: those behind the programs, as found before the step
+    Args:
+        modules: the modules behind the programs, as found before the step.
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
@@ -62,15 +64,15 @@ class FirstStep(Messenger):
             self.enumerated[name] = bool(infer.get("enumerate"))
         if torch.is_grad_enabled():
             self.used += leaves_of(message["value"], self._seen)
-            with suppress(Exception):  # the loss asks the same, and says what is wrong
+            with suppress(Exception):  # the loss computes it too, and reports the error
                 self.used += leaves_of(message["fn"].log_prob(message["value"]), self._seen)
 
     def run(
         self, step: Callable[[Program, Program, Tensor], float], model: Program, guide: Program, batch: Tensor
     ) -> float:
-        """The loss of the first step, with its gradients left in the parameters; a gradient from before fit is dropped."""
+        """Run the first step and return its loss. Gradients from before fit are dropped; those of the step stay."""
         self.drop_gradients()
-        leaves_of(batch, self._seen)  # data may have a gradient of their own
+        leaves_of(batch, self._seen)  # the data may require gradients themselves
         with self:
             return step(model, guide, batch)
 
@@ -80,21 +82,21 @@ class FirstStep(Messenger):
                 parameter.grad = None
 
     def check(self, loss: ELBO) -> None:
-        """Raise ValueError for programs that the step cannot train, naming sites or parameters.
+        """Raise ValueError, naming sites or parameters, for programs that the step cannot train.
 
-        That is: a model that observes nothing; latents marked for enumeration that the loss draws from the prior;
-        parameters that the loss goes through and no program declares; and those that another model has, too.
+        Refused are a model that observes nothing; latents marked for enumeration that the loss would draw from the
+        prior; parameters that the loss depends on and no program declares; and parameters taken from another model.
         """
         self._check_sites(loss)
         if taken := self._taken():
             names = _some(_name(module, name, self.modules) for module, name in taken)
             self._give_back(taken)
             raise ValueError(
-                f"Pyro's store has parameters of another model under the names of this one's, and the programs took those in "
-                f"place of their own: {names}. Training one model would change the other. Call pyro.clear_param_store() before "
-                f"fit, once the other is no longer used; or give each PyroModule a name, super().__init__(name=...)"
+                f"Pyro's store has parameters of another model under the names of this one's, and the programs used those "
+                f"instead of their own: {names}. Training one model would change the other. Call pyro.clear_param_store() "
+                f"before fit if the other model is no longer used, or give each PyroModule a name, super().__init__(name=...)"
             )
-        if not self.declared:  # the optimizer says so
+        if not self.declared:  # the optimizer reports this
             return
         trained = set(self.declared.values())
         if left_out := [leaf for leaf in dict.fromkeys(self.used) if leaf not in trained]:
@@ -102,7 +104,7 @@ class FirstStep(Messenger):
         still = [name for name, parameter in self.declared.items() if parameter.grad is None]
         if len(still) == len(self.declared):
             raise ValueError(
-                f"no parameter gets a gradient, so that training would move nothing: {_some(still)}. Look for detach(), "
+                f"no parameter gets a gradient, so training would change nothing: {_some(still)}. Look for detach(), "
                 f"torch.no_grad(), .item() or .numpy() between the parameters and the sample sites"
             )
         if still:
@@ -115,13 +117,13 @@ class FirstStep(Messenger):
         if not self.observed:
             raise ValueError(
                 f"the model observes nothing (latent sites: {sorted(self.enumerated) or 'none'}), so there is nothing to learn "
-                f"from: give pyro.sample its data, obs=; it is missing, or None"
+                f"from: give pyro.sample its data with obs=, which is missing or None"
             )
         drawn = [name for name, marked in self.enumerated.items() if marked and name not in self.replayed]
         if drawn and not isinstance(loss, TraceEnum_ELBO | TraceTMC_ELBO):
             raise ValueError(
                 f"site '{drawn[0]}' of the model is marked for enumeration, the guide does not sample it, and "
-                f"{type(loss).__name__} would draw it from the prior, which gives no bound: take "
+                f"{type(loss).__name__} would draw it from the prior, which gives no bound: use "
                 f"loss=TraceEnum_ELBO(max_plate_nesting=...)"
             )
 
@@ -136,19 +138,19 @@ class FirstStep(Messenger):
             for name, parameter in self.declared.items()
             if parameter.grad is None and parameter in self.stored and parameter.shape in shapes
         ]
-        said = f"the loss goes through {len(left_out)} parameters that training would not move: {shown}. "
+        said = f"the loss goes through {len(left_out)} parameters that training would not change: {shown}. "
         if strangers:
             return said + (
                 f"Pyro's store has those of another model under their names ({_some(strangers)}): call pyro.clear_param_store() "
-                f"before fit, or give the modules of each model names of their own"
+                f"before fit, or give the modules of each model unique names"
             )
         return said + (
             "No program declares them: call pyro.module(name, module) in the model or the guide, or requires_grad_(False) on "
-            "what is to stay as it is"
+            "parameters that training should not change"
         )
 
     def _taken(self) -> list[tuple[nn.Module, str]]:
-        """The modules' parameters that were in Pyro's store before, not theirs, and are another living module's."""
+        """The modules' parameters that came from Pyro's store and belong to another live module."""
         before = {id(slot) for slot in self.slots.values()}
         return [
             where
@@ -168,7 +170,7 @@ class FirstStep(Messenger):
         return False
 
     def _give_back(self, taken: list[tuple[nn.Module, str]]) -> None:
-        """Put the modules' own parameters back, a copy if they had none yet."""
+        """Restore the modules' own parameters; a module that had none yet gets a copy."""
         for module, name in taken:
             own = self.slots.get((module, name))
             there = module._parameters[name]
@@ -186,7 +188,7 @@ def _slots(modules: Sequence[nn.Module]) -> dict[tuple[nn.Module, str], nn.Param
 
 
 def _name(module: nn.Module, name: str, modules: Sequence[nn.Module]) -> str:
-    """As `VAE.decoder.weight`."""
+    """Name of a parameter, for example `VAE.decoder.weight`."""
     for root in modules:
         for path, part in root.named_modules():
             if part is module:

@@ -1,4 +1,4 @@
-"""What `fit` refuses to be told, apart from programs and data."""
+"""Check the arguments of `fit`, except programs and data."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_
 def check_numbers(
     epochs: int, batch_size: int | None, max_skipped_steps: int, learning_rate: float, clip_norm: float | None
 ) -> None:
-    """Raise TypeError or ValueError for a number that makes no training."""
+    """Raise TypeError or ValueError for a number that training cannot use."""
     check_count("epochs", epochs)
     if batch_size is not None:
         check_count("batch_size", batch_size)
@@ -39,7 +39,7 @@ def check_numbers(
 
 
 def check_functions(schedule: Callable[[float], float] | None, transform: Callable | None) -> None:
-    """Raise TypeError for what is no schedule of the learning rate, or no function of a batch."""
+    """Raise TypeError if the schedule or the transform cannot be called as `fit` does."""
     if transform is not None and not callable(transform):
         raise TypeError(f"transform must be a function of a batch, or None; found {transform!r}")
     if schedule is None:
@@ -49,29 +49,29 @@ def check_functions(schedule: Callable[[float], float] | None, transform: Callab
         try:
             float(schedule(0.5))
             return
-        except Exception as error:  # a scheduler of torch is called with an optimizer
+        except Exception as error:  # for example a torch scheduler, which expects an optimizer
             problem = f"raises {type(error).__name__} when called with 0.5: {error}"
     raise TypeError(
-        f"schedule must be a function from the fraction of the training done, 0 to 1, to a factor of the learning rate (by "
+        f"schedule must be a function from the fraction of training done, 0 to 1, to a factor of the learning rate (by "
         f"default pyrovae.training.optimization.cosine_schedule), or None for a constant rate; {schedule!r} {problem}"
     )
 
 
 def checked_loss(loss: ELBO | None) -> ELBO:
-    """The loss, `Trace_ELBO()` for None; TypeError for what is none, or does not see the modules' parameters."""
+    """Return the loss, `Trace_ELBO()` for None; raise TypeError if it is no loss or cannot train modules."""
     loss = Trace_ELBO() if loss is None else loss
     if not isinstance(loss, ELBO):
         raise TypeError(f"loss must be a pyro.infer.ELBO, Trace_ELBO() for instance; found {loss!r}")
     if isinstance(loss, _JIT):
         name = type(loss).__name__
         raise TypeError(
-            f"loss={name}() reads its parameters from Pyro's global store, where those of modules are not: take "
-            f"{name.removeprefix('Jit')}(), with compile=True to have the step recorded and compiled"
+            f"loss={name}() reads its parameters from Pyro's global store, which does not hold those of modules: take "
+            f"{name.removeprefix('Jit')}(), with compile=True to record and compile the step"
         )
     if isinstance(loss, ReweightedWakeSleep | TraceTailAdaptive_ELBO):
         gives = "two losses" if isinstance(loss, ReweightedWakeSleep) else "gradients without a loss"
         raise TypeError(
-            f"loss={type(loss).__name__}() gives {gives}, and fit reports one and stops where it is not finite: take "
-            f"RenyiELBO or an objective of pyrovae.objectives, or train by pyro.infer.SVI"
+            f"loss={type(loss).__name__}() gives {gives}, but fit needs one loss, to report it and to stop if it is not finite: take "
+            f"RenyiELBO or an objective of pyrovae.objectives, or train with pyro.infer.SVI"
         )
     return loss

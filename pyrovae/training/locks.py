@@ -1,4 +1,4 @@
-"""A lock on a file or folder, so that two runs do not write into one place."""
+"""A lock on a file or folder, so that two runs do not write to the same place."""
 
 import os
 from collections.abc import Iterator
@@ -17,22 +17,25 @@ __all__ = ["locked"]
 
 @contextmanager
 def locked(path: str | os.PathLike, advice: str = "wait until it has ended, or name another place") -> Iterator[None]:
-    """Hold the lock on `path` inside; it is a file beside (for a folder: in) it, gone when the lock is given back.
+    """Hold a lock on `path` inside the context.
 
-    The lock is the system's, not the file's being there: one that a killed process left behind locks nothing. (Where the
-    system has none of this kind, on Windows, nothing is locked.)
+    The lock file lies beside a file and inside a folder, and is removed on release. The operating system holds the
+    lock, so a file left behind by a killed process locks nothing. On Windows, which lacks this kind of lock, nothing is
+    locked.
 
-    Raises RuntimeError if another run holds it, OSError where its file cannot be made.
+    Raises:
+        RuntimeError: if another run holds the lock.
+        OSError: if the lock file cannot be created.
     """
     path = Path(path)
-    real = target_of(path)  # one lock, whichever link leads to the file
+    real = target_of(path)  # the same lock for all links to the file
     file = path / ".lock" if path.is_dir() else real.with_name(f".{real.name}.lock")
     descriptor = _acquire(path, file, advice)
     try:
         yield
     finally:
         with suppress(OSError):
-            file.unlink(missing_ok=True)  # before the lock is given back: who waits finds that this file is gone
+            file.unlink(missing_ok=True)  # before the release, so that others see that this file is gone
         os.close(descriptor)
 
 
@@ -57,4 +60,4 @@ def _acquire(path: Path, file: Path, advice: str) -> int:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), file.stat()):
                 return descriptor
-        os.close(descriptor)  # the holder before us has just removed this file: take the new one
+        os.close(descriptor)  # the previous holder has just removed this file: try again

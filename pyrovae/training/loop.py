@@ -1,4 +1,4 @@
-"""Training by Pyro's own `SVI`: the loop around it, one optimizer for all parameters, and what it reports."""
+"""`fit`: the training loop around Pyro's `SVI`, and its result."""
 
 import math
 import os
@@ -38,17 +38,22 @@ __all__ = ["FitResult", "fit", "pick_device"]
 
 @dataclass(frozen=True)
 class FitResult:
-    """What `fit` did.
+    """The result of `fit`.
 
-    history: one dict per epoch: epoch, objective (minus the loss, per training datum), elbo, reconstruction
-        (E_q log p(x|z)) and kl (E_q log q(z|x) - log p(z)) of the training data, validation_bound, validation_elbo,
-        validation_reconstruction, validation_kl, learning_rate, seconds (since the start), data_per_second. In nats per
-        datum; elbo = reconstruction - kl whatever the objective; NaN if a value is unavailable. A loss that sums latents out
-        (`TraceEnum_ELBO`) has no such parts: its elbo is the objective. skipped_steps: those of the epoch that were not
-        finite (`max_skipped_steps`), whose data do not count.
-    best_epoch: the epoch whose state the model and guide now have: the best on validation data, else the last
-    seconds: wall time, validation included
-    num_skipped_steps: those of all epochs
+    Attributes:
+        history: one dict per epoch. Keys: epoch, objective (minus the loss, per training datum), elbo, reconstruction
+            (E_q log p(x|z)) and kl (E_q log q(z|x) - log p(z)) of the training data, validation_bound, validation_elbo,
+            validation_reconstruction, validation_kl, learning_rate, skipped_steps, seconds (since the start) and
+            data_per_second. Bounds and their parts are in nats per datum, and NaN if unavailable. elbo is
+            reconstruction minus kl for every objective, except for losses that sum latents out (`TraceEnum_ELBO`):
+            these have no parts, and their elbo is the objective. skipped_steps counts the steps of the epoch that were
+            not finite (`max_skipped_steps`); their data do not enter the means.
+        best_epoch: epoch whose state the model and guide now have: the best on the validation data, or the last epoch
+            without validation data.
+        num_steps: steps of all epochs.
+        seconds: wall time, including validation.
+        device: device of the training.
+        num_skipped_steps: skipped steps of all epochs.
     """
 
     history: list[dict[str, float]]
@@ -92,65 +97,83 @@ def fit(
 ) -> FitResult:
     """Train a Pyro model and guide together by stochastic variational inference.
 
-    maximises  ELBO = E_q(z|x) [ log p(x|z) ] - KL( q(z|x) || p(z) ),  averaged over the data, by
-    `pyro.infer.SVI(model, guide, optimizer, loss).step(batch)` on shuffled batches.
+    Training maximises, averaged over the data,
 
-    model, guide: any Pyro pair that takes a batch of data; modules train in the mode they are in, in `eval()` without dropout
-    train: data (N, ...), moved to the device whole and shuffled; or, for data that memory does not hold, a `DataLoader`
-        whose batches are tensors of data
-    batch_size: 200 by default; a loader has its own. A single datum left over at the end joins the batch before
-    transform: makes a batch ready, on the device, at every use (`data.binarize`: dynamic binarisation). Of a loader whose
-        batches have several items it is given all of them: `lambda batch: batch[0]` leaves labels out
-    loss: any `pyro.infer.ELBO`; `Trace_ELBO()` by default
-    learning_rate, schedule: of Adam; the schedule maps the fraction done to a factor (None: constant)
-    validation: data whose ELBO (one particle, the same noise each time) is measured after each epoch, or with an objective of
-        `pyrovae.objectives` on the importance-weighted bound that bound, with a loss that sums latents out (`TraceEnum_ELBO`)
-        the loss; the best epoch's state is the one kept
-    clip_norm: largest global gradient norm
-    max_skipped_steps: so many steps of the run whose loss or gradient is NaN or infinite are passed over: they change neither
-        parameters nor buffers, their data do not count in the history, and the log (logger "pyrovae") names site and data.
-        One more stops the run, and so does an epoch's end if no step was made until then. For rare accidents: data that do
-        it every time are left out of training in this way.
-        Among several processes a distribution that refuses its data stops the run
-    compile: record the step (see `pyrovae.compiled.record`) and let Inductor compile it: same noise, same numbers up to rounding,
-        a quarter faster on a CPU. "auto" does so for model and guide made of parts of this library in a run long enough to win back the
-        compilation. The first epoch is run eagerly, with every check
-    precision: "bf16" computes linear and convolutional layers in bfloat16 while training, which pays on hardware that has
-        it; densities, parameters and their updates stay float32, and so does the ELBO of the validation data
-    checkpoint, checkpoint_every: a file for the state of the run, written at the end of an epoch when so many seconds have
-        passed since (0: at every epoch), and at the last one; the file before stays beside it, as `.previous`. It holds all
-        that decides how training goes on; `load` takes the pair out of it, in the state that `fit` would return
-    resume: go on with the run in `checkpoint`, or begin it where there is none. On a CPU the numbers are, bit for bit, those
-        of a run never stopped, with the same versions and number of threads
-    device: "auto" takes CUDA where there is one
+        ELBO = E_q(z|x) [ log p(x|z) ] - KL( q(z|x) || p(z) )
 
-    Where `torchrun` started several processes (`pyrovae.common.distributed.joined`), each trains on its share of every batch (with a
-    loader: on the batches of its own, of a `DistributedSampler`), with noise of its own, and the numbers reported are those
-    of all. The first writes the checkpoint, which cannot be resumed by several.
+    with `pyro.infer.SVI(model, guide, optimizer, loss).step(batch)` on shuffled batches. Model and guide are changed in
+    place and moved to the device.
 
-    Model and guide are changed in place (and moved to the device); the result tells the history, in nats per datum.
+    Before the first step changes anything, its programs are checked. Refused are parameters that the loss depends on
+    and no program declares, because training would not change them (a plain module without `pyro.module`; a second
+    model under the names of the first in Pyro's store); a model that observes nothing; and, if the data are shuffled,
+    sites whose numbers depend on the place of a datum in the batch (a guide with parameters per datum). Declared
+    parameters without a gradient are logged.
 
-    The first step is looked at before it moves anything. Parameters that the loss goes through and no program declares
-    (a plain module without `pyro.module`; a second model under the names of the first in Pyro's store) would stay as they
-    are, and are refused; the log names declared ones without a gradient. So are a model that observes nothing, and sites
-    whose numbers go by the place of a datum in the batch (a guide with parameters per datum), if the data are shuffled.
+    If `torchrun` started several processes (`pyrovae.common.distributed.joined`), each trains on its share of every
+    batch with its own noise; with a loader, on its own batches, from a `DistributedSampler`. The reported numbers are
+    those of all processes. The first process writes the checkpoint, which several processes cannot resume.
 
-    Ctrl-C puts back the state of the last finished epoch, where there is a checkpoint to save it in.
+    If there is a checkpoint, Ctrl-C restores and saves the state of the last finished epoch.
 
-    Raises TypeError/ValueError for arguments out of range, for programs that the first step shows to train nothing, or
-    nothing right, and for a checkpoint that is damaged, of another run, or there
-    already and not to be resumed; RuntimeError (`NotFiniteError`) if the loss or a gradient is not finite in more than
-    `max_skipped_steps`, with the site, the step and the data that made it, the state of the last finished epoch being put
-    back, and saved where there is a checkpoint; RuntimeError if another run has the checkpoint, OSError where it cannot be
-    written.
+    Args:
+        model, guide: any Pyro programs that take a batch of data. Modules train in their current mode; in `eval()` mode
+            there is no dropout.
+        train: data (N, ...), moved to the device as a whole and shuffled; or, for data that exceed memory, a
+            `DataLoader` whose batches are tensors of data.
+        epochs: passes over the data.
+        batch_size: 200 by default; leave it out with a loader, which has its own. A single leftover datum joins the
+            batch before it.
+        learning_rate: learning rate of Adam.
+        schedule: function from the fraction of training done to a factor of the learning rate; None for a constant
+            rate.
+        loss: any `pyro.infer.ELBO`; `Trace_ELBO()` by default.
+        transform: applied to each batch, on the device, at every use (`data.binarize` gives dynamic binarisation). If
+            the batches of a loader have several items, it gets all of them: `lambda batch: batch[0]` drops labels.
+        validation: data whose bound is measured after each epoch with the same noise; the state of the best epoch is
+            kept. The bound is the one-particle ELBO, or the importance-weighted bound if an objective of
+            `pyrovae.objectives` trains that, or the loss itself if it sums latents out (`TraceEnum_ELBO`).
+        clip_norm: largest global gradient norm.
+        max_skipped_steps: number of steps with a NaN or infinite loss or gradient that the run may skip. A skipped step
+            changes neither parameters nor buffers, its data do not enter the history, and the log (logger "pyrovae")
+            names site and data. One more stops the run, and so does the end of an epoch if no step was made so far.
+            This is for rare accidents, because data that fail every time are in effect left out of training. With
+            several processes, a distribution that rejects its data stops the run.
+        compile: record the step (see `pyrovae.compiled.record`) and compile it with Inductor: same noise, same numbers
+            up to rounding, a quarter faster on a CPU. "auto" does so if model and guide consist of parts of this
+            library and the run is long enough to recover the compilation time. The first epoch always runs eagerly,
+            with every check.
+        precision: "bf16" computes linear and convolutional layers in bfloat16 while training, which is faster on
+            hardware that supports it. Densities, parameters, updates and the ELBO of the validation data stay float32.
+        checkpoint: file for the state of the run. The previous file is kept beside it as `.previous`. It holds
+            everything that training depends on; `load` restores the pair from it, in the state that `fit` would return.
+        checkpoint_every: write the checkpoint at the end of an epoch if this many seconds have passed since the last
+            one (0: after every epoch), and after the last epoch.
+        resume: resume the run in `checkpoint`, or start it if there is none. On a CPU, with the same versions and
+            number of threads, the numbers are bit for bit those of an uninterrupted run.
+        device: "auto" takes CUDA if there is a GPU, else the CPU.
+        progress: show a progress bar.
 
-    Source: Wingate & Weber, Automated Variational Inference in Probabilistic Programming (2013); Kingma & Welling,
-    Auto-Encoding Variational Bayes (2014).
+    Returns:
+        The history in nats per datum, the best epoch and the run time: see `FitResult`.
+
+    Raises:
+        TypeError, ValueError: if an argument is invalid, if the check of the first step refuses a program, or if the
+            checkpoint is damaged, belongs to another run, or exists already and `resume` is False.
+        NotFiniteError: if the loss or a gradient is not finite in more than `max_skipped_steps` steps. The error, a
+            RuntimeError, names site, step and data. The state of the last finished epoch is restored, and saved if
+            there is a checkpoint.
+        RuntimeError: if another run is using the checkpoint.
+        OSError: if the checkpoint cannot be written.
+
+    References:
+        Wingate & Weber, Automated Variational Inference in Probabilistic Programming (2013).
+        Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
     check_program("model", model)
     check_program("guide", guide)
     check_numbers(epochs, batch_size, max_skipped_steps, learning_rate, clip_norm)
-    epochs, max_skipped_steps = int(epochs), int(max_skipped_steps)  # a checkpoint takes no NumPy numbers
+    epochs, max_skipped_steps = int(epochs), int(max_skipped_steps)  # a checkpoint holds plain numbers, not NumPy's
     learning_rate = float(learning_rate)
     batch_size = None if batch_size is None else int(batch_size)
     clip_norm = None if clip_norm is None else float(clip_norm)
@@ -167,8 +190,8 @@ def fit(
     batches = batches_of(train, batch_size, transform, device)
     if resume and distributed.num_ranks() > 1:
         raise ValueError(
-            f"found resume=True in one of {distributed.num_ranks()} processes: what they draw is not in a checkpoint; go on "
-            f"with one process, or begin anew"
+            f"found resume=True in one of {distributed.num_ranks()} processes, but a checkpoint holds the random state of one: "
+            f"resume with one process, or start a new run"
         )
     modules = [module.to(device) for module in modules_behind(model, guide)]
     settings = {
@@ -220,7 +243,7 @@ def fit(
                 seconds = time.perf_counter() - epoch_start
                 checked = validate(model, guide, validation, loss, batches.batch_size)
                 elbo, reconstruction, kl = parts.means()
-                bar.total = epochs * num_rows  # a loader may have told another number
+                bar.total = epochs * num_rows  # a loader may give another number of data than its length says
                 state.finish_epoch(
                     {
                         "epoch": epoch,
@@ -249,9 +272,13 @@ def fit(
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """ "auto": CUDA where there is a GPU, else the CPU; any other name as it is.
+    """Choose the device.
 
-    Raises ValueError if CUDA is asked for where there is none.
+    Args:
+        device: "auto" takes CUDA if there is a GPU, else the CPU; any other name is taken as given.
+
+    Raises:
+        ValueError: if the name is unknown, or CUDA is requested and there is no GPU.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -260,12 +287,12 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', or one of torch's; found {device!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but torch finds no GPU: device='auto' or 'cpu'")
+        raise ValueError("device 'cuda' was requested, but torch finds no GPU: take device='auto' or 'cpu'")
     return device
 
 
 def _shown(row: dict[str, float], epochs: int) -> dict[str, str]:
-    """What the progress bar says of an epoch; what comes last a narrow terminal cuts off."""
+    """Numbers of an epoch for the progress bar, the most important first because a narrow terminal cuts off the end."""
     checked = "bound" if _bounded_otherwise(row) else "elbo"
     columns = {"elbo": "elbo", f"val {checked}": f"validation_{checked}", "rec": "reconstruction", "kl": "kl"}
     numbers = {name: f"{row[column]:.2f}" for name, column in columns.items() if not math.isnan(row[column])}
@@ -273,7 +300,7 @@ def _shown(row: dict[str, float], epochs: int) -> dict[str, str]:
 
 
 def _bounded_otherwise(row: dict[str, float]) -> bool:
-    """Whether validation went by another bound than the ELBO."""
+    """Whether validation used another bound than the ELBO."""
     return row["validation_bound"] > row["validation_elbo"]
 
 
@@ -285,7 +312,7 @@ def _restore(path: Path, state: TrainingState, found: dict[str, Any]) -> None:
 
 
 def _end(stop: BaseException, file: RunFile | None, state: TrainingState, good: dict[str, Any]) -> None:
-    """Put back (and save) the state of the last epoch that was finished, and say so in the error that stops the run."""
+    """Restore and save the state of the last finished epoch, and say so in the error that stops the run."""
     if file is None and isinstance(stop, KeyboardInterrupt):
         return
     state.restore(good)
@@ -299,7 +326,7 @@ def _end(stop: BaseException, file: RunFile | None, state: TrainingState, good: 
 
 @contextmanager
 def _without_warnings_of_nan() -> Iterator[None]:
-    """Pyro warns of a NaN in a loss, which is an error here."""
+    """Silence Pyro's warning of a NaN loss, which `fit` handles itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Encountered NaN", UserWarning)
         yield

@@ -1,4 +1,4 @@
-"""When a number stops being finite: which site of which program made it, and of which data."""
+"""Find where a number stops being finite: the site, the program and the data."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,15 +16,16 @@ from pyrovae.programs.traces import Program
 
 __all__ = ["NonFiniteSource", "NotFiniteError", "find_non_finite", "leaves_of"]
 
-_ROWS, _SHOWN = 512, 8  # whose gradients are looked at one by one; how many indices a message holds
+_ROWS, _SHOWN = 512, 8  # rows whose gradients are checked singly; indices in a message
 
 
 class NotFiniteError(RuntimeError):
-    """A loss or a gradient was NaN or infinite.
+    """Raised if a loss or a gradient is NaN or infinite.
 
-    site: the sample site that made it, None if running the step again did not tell
-    epoch, step: where, counted from 1
-    index: positions in `train` of the data that made it; all of the batch's where it cannot be told apart
+    Attributes:
+        site: sample site that caused it; None if running the step again did not find it.
+        epoch, step: where it happened, counted from 1.
+        index: positions in `train` of the data that caused it; of the whole batch if the data cannot be told apart.
     """
 
     def __init__(self, message: str, site: str | None, epoch: int, step: int, index: Tensor):
@@ -33,9 +34,12 @@ class NotFiniteError(RuntimeError):
 
 
 class NonFiniteSource(NamedTuple):
-    """What a step's numbers went wrong at.
+    """Where the numbers of a step stopped being finite.
 
-    site: its name; what: a clause that tells; rows: which of the batch's data, None if it cannot be told
+    Attributes:
+        site: name of the site, or None.
+        what: a clause that says what is wrong.
+        rows: which data of the batch, None if unknown.
     """
 
     site: str | None
@@ -43,7 +47,7 @@ class NonFiniteSource(NamedTuple):
     rows: Tensor | None
 
     def at(self, index: Tensor, name: str) -> tuple[str, Tensor]:
-        """(the data, in words; their positions), for a batch of these positions in what has that name."""
+        """Return (the data in words, their positions) for a batch at positions `index` of the data called `name`."""
         known = self.rows is not None and 0 < len(self.rows) < len(index)
         index = index[self.rows] if known else index
         shown = ", ".join(map(str, index[:_SHOWN].tolist())) + (", ..." if len(index) > _SHOWN else "")
@@ -54,10 +58,12 @@ class NonFiniteSource(NamedTuple):
 
 
 def find_non_finite(model: Program, guide: Program, loss: ELBO, batch: Tensor) -> NonFiniteSource | None:
-    """Run a step's loss eagerly and look at each site as it goes: which number is the first that is not finite.
+    """Run the loss of a step eagerly and find the first number that is not finite.
 
-    The random state is to be that of the step. Returns None where everything is finite; what the programs raise is not
-    caught.
+    Set the random state to that of the step first. Errors of the programs are not caught.
+
+    Returns:
+        The source, or None if all numbers are finite.
     """
     watch = _Watch(len(batch))
     if not batch.isfinite().all():
@@ -73,7 +79,7 @@ def find_non_finite(model: Program, guide: Program, loss: ELBO, batch: Tensor) -
 
 
 class _Watch(Messenger):
-    """Looks at every site that is sampled inside, until it finds a number that is not finite."""
+    """Check every site sampled inside, until a number is not finite."""
 
     def __init__(self, num_rows: int):
         super().__init__()
@@ -101,7 +107,7 @@ def _what_is_wrong(message: dict[str, Any], log_prob: Tensor) -> str | None:
     distribution, value = innermost(message["fn"]), message["value"]
     if log_prob.isfinite().all() and value.isfinite().all():
         return None
-    for name in distribution.arg_constraints:  # where it began
+    for name in distribution.arg_constraints:  # parameters first: they come before the value
         parameter = vars(distribution).get(name)
         if isinstance(parameter, Tensor) and not parameter.isfinite().all():
             return f"has a {type(distribution).__name__} whose {name} is {_example(parameter)}"
@@ -111,7 +117,7 @@ def _what_is_wrong(message: dict[str, Any], log_prob: Tensor) -> str | None:
 
 
 def _culprit_of_gradient(value: Tensor, terms: list[tuple[str, str, Tensor]]) -> tuple[str | None, str] | None:
-    """(name, clause) of the site whose log density is finite, and has a gradient that is not."""
+    """(name, clause) of a site whose log density is finite but has a gradient that is not."""
     if not _has_bad_gradient(value):
         return None
     for program, name, log_prob in terms:
@@ -128,21 +134,21 @@ def _has_bad_gradient(term: Any) -> bool:
 
 
 def _rows_with_bad_gradients(loss: Callable[[Tensor], Any], batch: Tensor) -> Tensor | None:
-    """Which data have such a gradient alone; together they share it, as NaN times 0 is NaN."""
+    """The data whose own gradient is not finite. In a batch they spoil all gradients, because NaN times 0 is NaN."""
     try:
         bad = [row for row in range(min(len(batch), _ROWS)) if _has_bad_gradient(loss(batch[row : row + 1]))]
-    except Exception:  # a program for whole batches alone
+    except Exception:  # the program needs whole batches
         return None
     return torch.tensor(bad, dtype=torch.long)
 
 
 def _rows(tensor: Tensor, dim: int) -> Tensor:
-    """What a tensor holds for each datum along `dim`, flat."""
+    """The entries of a tensor for each datum along `dim`, flattened."""
     return tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1)
 
 
 def leaves_of(value: Any, seen: set[Any] | None = None) -> list[Tensor]:
-    """The tensors that a number is computed from and differentiated to; without those behind steps seen before."""
+    """Leaf tensors of the autograd graph behind a value, skipping nodes in `seen`."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return []
     seen = set() if seen is None else seen
@@ -164,7 +170,7 @@ def _differentiable(loss: ELBO) -> Callable[..., Any]:
         return lambda *programs: loss.surrogate(*programs)[0]
 
     def run(*programs: Any) -> Any:
-        with suppress(NotImplementedError, AttributeError):  # not every loss of Pyro's has it
+        with suppress(NotImplementedError, AttributeError):  # not every Pyro loss has it
             return loss.differentiable_loss(*programs)
         return loss.loss_and_grads(*programs)
 

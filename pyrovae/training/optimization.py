@@ -1,4 +1,4 @@
-"""One optimizer for all parameters, as Pyro's `SVI` wants it, and its learning-rate schedule."""
+"""One optimizer for all parameters, with the interface that Pyro's `SVI` expects, and a learning-rate schedule."""
 
 import math
 from typing import Any
@@ -15,12 +15,20 @@ __all__ = ["OneAdam", "cosine_schedule"]
 
 
 def cosine_schedule(fraction: float) -> float:
-    """Factor of the learning rate at a fraction of the training: 2 % linear warm-up, then half a cosine down to 0.
+    """Factor of the learning rate: linear warm-up over the first 2% of the training, then half a cosine down to 0.
 
-    Source: Loshchilov & Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts (2017).
+    Args:
+        fraction: fraction of the training done, 0 to 1.
 
-    >>> cosine_schedule(0.0), cosine_schedule(0.02), cosine_schedule(1.0)
-    (0.0, 1.0, 0.0)
+    Returns:
+        The factor, 0 to 1.
+
+    Example:
+        >>> cosine_schedule(0.0), cosine_schedule(0.02), cosine_schedule(1.0)
+        (0.0, 1.0, 0.0)
+
+    References:
+        Loshchilov & Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts (2017).
     """
     warm_up = 0.02
     if fraction < warm_up:
@@ -31,14 +39,20 @@ def cosine_schedule(fraction: float) -> float:
 class OneAdam(pyro.optim.PyroOptim):
     """One fused Adam over all parameters, as a Pyro optimizer for `SVI`.
 
-    `pyro.optim.Adam` makes one optimizer per parameter, which costs time and clips each gradient by itself; here
-    `clip_norm` bounds the global norm. `learning_rate` may be set at any step. Parameters join when `SVI` first sees
-    them, in the order of `parameters` (sums over them are then the same in every run).
+    `pyro.optim.Adam` makes one optimizer per parameter, which is slower and clips each gradient separately; here
+    `clip_norm` bounds the global norm. `learning_rate` may be set at any step. Parameters join when `SVI` first passes
+    them, in the order of `parameters`, so that sums over them are the same in every run.
 
-    max_skipped: a step whose gradient, or loss (`watch`), is not finite changes nothing; so many of these are passed over,
-        and after one more nothing changes any longer. `verdicts` says so on the device, without the host being asked
+    Args:
+        parameters: parameters in their order.
+        learning_rate: learning rate.
+        clip_norm: largest global gradient norm; None for no clipping.
+        max_skipped: a step whose gradient or loss (`watch`) is not finite changes nothing. This many such steps are
+            skipped; after one more, no step changes anything. `verdicts` keeps this count on the device, without
+            waiting for the host.
 
-    Source: Kingma & Ba, Adam: A Method for Stochastic Optimization (2015).
+    References:
+        Kingma & Ba, Adam: A Method for Stochastic Optimization (2015).
     """
 
     def __init__(
@@ -56,15 +70,15 @@ class OneAdam(pyro.optim.PyroOptim):
 
     @property
     def has_moved(self) -> bool:
-        """Whether a step was made: one that was passed over is none."""
+        """Whether any step was made; skipped steps do not count."""
         return self.adam is not None and any(state["step"] > 0 for state in self.adam.state.values())
 
     def watch(self, loss: Tensor) -> None:
-        """Do not make the next step if this loss is not finite."""
+        """Skip the next step if this loss is not finite."""
         self._watched.copy_(loss)
 
     def restore(self, parameters: list[Tensor], state: dict[str, Any] | None) -> None:
-        """Go on with these parameters from the `state_dict` of an `adam` over as many; None: before the first step."""
+        """Continue with these parameters from the `state_dict` of an `adam` over as many, or from the start if it is None."""
         self.parameters, self.adam = list(parameters), None
         self.verdicts.restart()
         if state is not None:
@@ -96,7 +110,7 @@ class OneAdam(pyro.optim.PyroOptim):
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.verdicts((norm + self._watched).isfinite())
         self._watched.zero_()
-        # The fused step asks for it on the device, as in mixed precision.
-        self.adam.found_inf = (~self.verdicts.was_made).float()  # type: ignore[attr-defined]  # set by torch's scaler, too
+        # The fused step reads this flag on the device, as in mixed precision.
+        self.adam.found_inf = (~self.verdicts.was_made).float()  # type: ignore[attr-defined]  # torch's GradScaler sets it too
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros

@@ -1,4 +1,4 @@
-"""Networks in bfloat16, densities in float32."""
+"""Compute networks in bfloat16 and densities in float32."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from pyrovae.programs.traces import Program
 
 __all__ = ["PRECISIONS", "in_precision"]
 
-# What linear and convolutional layers call; distributions multiply matrices by other functions.
+# The functions of linear and convolutional layers. Distributions use other functions to multiply matrices.
 _LAYERS = {
     F.linear,
     F.bilinear,
@@ -23,9 +23,9 @@ _LAYERS = {
 
 
 class _Rounded(TorchFunctionMode):
-    """Layers inside see their input, weights and bias rounded to bfloat16, and give their output as float32.
+    """Round input, weights and bias of the layers inside to bfloat16, and return their output as float32.
 
-    `torch.autocast` would take the distributions' own arithmetic along, and leave features in bfloat16 to them.
+    `torch.autocast` would also change the arithmetic of the distributions, and pass bfloat16 features to them.
     """
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -53,13 +53,18 @@ PRECISIONS: dict[str, Callable[[Program], Program]] = {"float32": lambda program
 
 
 def in_precision(precision: str, *programs: Program) -> list[Program]:
-    """The programs with their layers computed in a precision: "float32" as they are, "bf16".
+    """Return the programs with their layers computed in a precision.
 
-    bf16: linear layers and convolutions round their input and weights to bfloat16 (3 significant digits) and add up in
-    float32 or better, and their outputs and weight gradients are rounded to bfloat16 too. Parameters, their updates and all
-    else stay float32. Layers of float64 are left alone.
+    "bf16" rounds input and weights of linear and convolutional layers to bfloat16 (3 significant digits) and
+    accumulates in float32 or better; outputs and weight gradients are rounded to bfloat16 too. Parameters, updates and
+    everything else stay float32. Layers in float64 are unchanged.
 
-    Raises ValueError for another name.
+    Args:
+        precision: "float32" (no change) or "bf16".
+        programs: models and guides.
+
+    Raises:
+        ValueError: if the precision has another name.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {list(PRECISIONS)}, found {precision!r}")

@@ -1,4 +1,4 @@
-"""One step of SVI as a recorded tensor function, behind the calls of the eager one."""
+"""A step of SVI as a recorded tensor function, with the interface of the eager step."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,15 +14,15 @@ from pyrovae.training.optimization import OneAdam
 
 __all__ = ["RecordedStep", "pays_off", "record_step"]
 
-# What recording saves per step on two cores, in seconds: handlers and constructors, and a share of the arithmetic; and
-# how much has to be saved for it. Constants, not timings: the same run must take the same path every time.
+# Seconds that recording saves per step on two cores (handlers and constructors) and per product (arithmetic), and the
+# seconds that a run must save. These are constants, not timings, so that the same run takes the same path every time.
 _SAVED_PER_STEP, _SAVED_PER_PRODUCT, _WORTH = 2e-3, 1e-11, 15.0
 
 
 def pays_off(
     num_steps: int, batch_size: int, programs: Sequence[Program], loss: ELBO, transform: Callable | None
 ) -> bool:
-    """Whether `compile="auto"` compiles: parts of this library alone, in a run that wins the compilation back."""
+    """Whether `compile="auto"` compiles: the run uses only parts of this library and is long enough to gain from it."""
     size = sum(parameter.numel() for module in modules_behind(*programs) for parameter in module.parameters())
     saved = num_steps * (_SAVED_PER_STEP + _SAVED_PER_PRODUCT * batch_size * size)
     drawing = getattr(transform, "func", transform)  # of a partial
@@ -40,21 +40,24 @@ def record_step(
     train: Tensor,
     index: Tensor,
 ) -> "RecordedStep | None":
-    """The step of `SVI(model, guide, optimizer, loss)` on transform(train[index]); None where it cannot be recorded."""
+    """Record the step of `SVI(model, guide, optimizer, loss)` on transform(train[index]); None if that is impossible."""
 
     def objective(train: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         batch = train[index] if transform is None else transform(train[index])
         return _surrogate(loss, model, guide, batch)
 
-    # An objective that changes with the steps (KL warm-up) keeps what changes in buffers of modules of its own.
+    # An objective that changes with the steps (KL warm-up) keeps its state in buffers of its own modules.
     extracted = extract(objective, [*modules, *getattr(loss, "modules", ())], (train, index), gradients=True)
     return None if extracted is None else RecordedStep(extracted, optimizer, getattr(loss, "advance", None))
 
 
 class RecordedStep:
-    """Gradients from a recording, then the optimizer's step on the parameters it has, as `SVI.step` does.
+    """Compute gradients with a recording, then make the optimizer's step, as `SVI.step` does.
 
-    advance: tells the objective that a step was made
+    Args:
+        extracted: the recording.
+        optimizer: optimizer of the parameters.
+        advance: function that tells the objective that a step was made, or None.
     """
 
     def __init__(self, extracted: Extracted, optimizer: OneAdam, advance: Callable[[], None] | None):
@@ -62,7 +65,7 @@ class RecordedStep:
         self.parameters = extracted.parameters
 
     def __call__(self, train: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, reconstruction, kl), summed over the batch."""
+        """Make a step and return (loss, reconstruction, kl), summed over the batch."""
         (value, reconstruction, kl), gradients = self.extracted(train, index)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -78,7 +81,7 @@ def _has_surrogate(loss: ELBO) -> bool:
 
 
 def _surrogate(loss: ELBO, model: Program, guide: Program, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, reconstruction, kl) of `Trace_ELBO` without its host synchronisations, where all draws are reparameterised."""
+    """(loss, reconstruction, kl) of `Trace_ELBO` without synchronising with the host, if all draws are reparameterised."""
     if hasattr(loss, "surrogate"):
         value, parts = loss.surrogate(model, guide, batch)
         return value, parts.reconstruction, parts.kl

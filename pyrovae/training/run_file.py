@@ -1,4 +1,4 @@
-"""The file of a run: where its state is saved while it goes on, and found when it is resumed."""
+"""The checkpoint file of a run: saving its state during training and finding it to resume."""
 
 import os
 import time
@@ -23,9 +23,13 @@ __all__ = ["RunFile", "run_file"]
 
 
 class RunFile:
-    """Where the state of a run is saved: at most every so many seconds, and when told to.
+    """The checkpoint file of a run.
 
-    settings: what must be the same when the run is resumed
+    Args:
+        path: the file.
+        every: seconds between two saves at least, except when told to save.
+        settings: what must stay the same when the run is resumed.
+        model, guide: the programs of the run.
     """
 
     def __init__(self, path: Path, every: float, settings: dict[str, Any], model: Program, guide: Program):
@@ -40,20 +44,19 @@ class RunFile:
         self.saved_at = -float("inf")
 
     def found(self) -> dict[str, Any] | None:
-        """The state that was saved there, None where there is no file.
+        """Return the saved state, or None if there is no file.
 
-        Raises ValueError for a file that is damaged, is no run's, or that of a run with other settings.
+        Raises:
+            ValueError: if the file is damaged, holds no run, or holds a run with other settings.
         """
         if not self.path.exists():
             return None
         content = read(self.path)
         if "training" not in content:
-            raise ValueError(f"{self.path} holds a model and a guide, but no run to go on with: give fit another path")
+            raise ValueError(f"{self.path} holds a model and a guide, but no run to resume: give fit another path")
         for name, there in content["training"]["settings"].items():
             here = self.settings.get(name)
-            known = (
-                name in self.settings or "." not in name
-            )  # what one version reads of a loss or loader, another may not
+            known = name in self.settings or "." not in name  # versions differ in what they record of a loss or loader
             if known and here != there and not _same(there, here):
                 raise ValueError(
                     f"{self.path} is of a run with {name}={there}, and this one has {name}={here}: call fit as before, or "
@@ -61,7 +64,7 @@ class RunFile:
                 )
         for name, described in described_in(content).items():
             here = self.pair["description"].get(name)
-            # Tensors of other shapes are named when the state is put back.
+            # Restoring the state reports tensors of other shapes.
             if here is None or (name in self.modules and not _fits(content[name], self.modules[name])):
                 continue
             if found := difference(described, here):
@@ -71,7 +74,7 @@ class RunFile:
         return content["training"]["state"]
 
     def save(self, state: TrainingState, captured: dict[str, Any]) -> None:
-        """Write what was captured of the state as it is now, the file before being kept."""
+        """Write the captured state of now, and keep the previous file."""
         content = {**self.pair, "training": {"settings": self.settings, "state": captured}}
         for name, module in self.modules.items():
             content[name] = state.best_of(module.state_dict(keep_vars=True))
@@ -87,9 +90,11 @@ class RunFile:
 def run_file(
     path: str | os.PathLike | None, resume: bool, every: float, settings: dict[str, Any], model: Program, guide: Program
 ) -> Iterator[RunFile | None]:
-    """The file of a run, locked; None without a path.
+    """Lock the file of a run inside the context; give None without a path.
 
-    Raises ValueError where one is there already and is not to be resumed, RuntimeError if another run has it.
+    Raises:
+        ValueError: if the file exists already and `resume` is False.
+        RuntimeError: if another run is using the file.
     """
     if path is None:
         yield None
@@ -98,11 +103,11 @@ def run_file(
     with locked(path):
         if path.exists() and not resume:
             raise ValueError(
-                f"{path} is there already: resume=True goes on with the run in it, another checkpoint= begins a new one"
+                f"{path} is there already: resume=True goes on with its run, another checkpoint= starts a new one"
             )
         target = target_of(path)
         for kind in ("tmp", "link"):
-            for leftover in target.parent.glob(f".{target.name}.*.{kind}"):  # of runs that were killed as they wrote
+            for leftover in target.parent.glob(f".{target.name}.*.{kind}"):  # left by runs killed while writing
                 leftover.unlink(missing_ok=True)
         yield RunFile(path, every, settings, model, guide)
 

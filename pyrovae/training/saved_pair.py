@@ -16,15 +16,20 @@ __all__ = ["described_in", "load", "pair_content", "save", "versions"]
 
 
 def save(path: str | os.PathLike, model: nn.Module, guide: nn.Module, **extra: Any) -> None:
-    """Save a model and a guide, with whatever plain values are given.
+    """Save a model and a guide, with any plain values.
 
-    extra: tensors, numbers, strings, lists and dicts of them
+    The file is written under a temporary name and renamed when complete, so that it is never half written. Tensors that
+    model and guide share are saved once and loaded into both. If the two consist of parts of this library, the file
+    also says how to build them: the names of their classes and the arguments of their constructors.
 
-    The file is written beside its place and moved there when complete, so that no half-written file is left under its
-    name. Tensors that model and guide share are saved once and loaded into both. With them goes how to make the two again,
-    where they consist of parts of this library: classes by name, and the arguments that they were made with.
+    Args:
+        path: file to write.
+        model, guide: the modules to save.
+        extra: tensors, numbers, strings, and lists and dicts of them.
 
-    Raises TypeError for an extra value that could only be pickled, OSError where the file cannot be written.
+    Raises:
+        TypeError: if an extra value could only be pickled.
+        OSError: if the file cannot be written.
     """
     write(path, {**pair_content(model, guide), "extra": plain("extra", extra)})
 
@@ -32,23 +37,34 @@ def save(path: str | os.PathLike, model: nn.Module, guide: nn.Module, **extra: A
 def load(path: str | os.PathLike, model: nn.Module | None = None, guide: nn.Module | None = None) -> dict[str, Any]:
     """Load what `save`, or `fit` with a checkpoint, wrote.
 
-    Without a model and a guide, both are made again, as they were saved, and come under "model" and "guide" with the
-    extra values; parts that are not this library's cannot be made from a file. With one or both, the file is loaded into
-    them, which must be the same as those saved, and the extra values are returned.
+    Without a model and a guide, both are built again from the file. This works only for parts of this library. With one
+    or both, the file is loaded into them, and they must be the same as those saved.
 
-    The same: tensors of the same names, shapes and dtypes, modules of the same classes (an activation, for instance), and
-    the same constants: numbers, text, functions and tensors that a class's constructor sets as attributes and none of its
-    methods changes (the scale of a likelihood). Free to differ are devices and, in classes of your own, paths and numbers of
-    data by their attributes' names (`num_data`, `batch_size`). What only initial values come from is not compared. The code
-    of a `forward` is not compared either.
+    "The same" means tensors of the same names, shapes and dtypes, modules of the same classes (activations, for
+    instance), and the same constants: numbers, text, functions and tensors that a constructor sets as attributes and no
+    method changes (the scale of a likelihood). Devices may differ and, in your own classes, attributes whose names
+    suggest paths or amounts of data (`num_data`, `batch_size`). Arguments that only set initial values, and the code of
+    `forward`, are not compared.
 
-    Raises ValueError for a file that is no checkpoint of this library, is damaged, does not fit the modules (which are
-    then as they were) or holds parts of your own where none are given; FileNotFoundError. Only tensors and plain values
-    are read: a file with code in it is refused, and none of it runs.
+    Only tensors and plain values are read: a file that contains code is refused, and none of it runs.
+
+    Args:
+        path: file to read.
+        model, guide: modules to load into, or None to build them from the file.
+
+    Returns:
+        The extra values; if neither module is given, also the two modules, under "model" and "guide".
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged or no checkpoint of this library, does not fit the modules (which then stay
+            unchanged), or holds third-party parts and no modules are given.
     """
     content = read(path)
     if content.get("model") is None:
-        raise ValueError(f"{path} holds no model and guide: a run on plain functions goes on by fit(..., resume=True)")
+        raise ValueError(
+            f"{path} holds no model and guide: a run on plain functions can only be resumed, with fit(..., resume=True)"
+        )
     given = model is not None or guide is not None
     if not given:
         model, guide = _built(path, content)
@@ -67,7 +83,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, guide: nn.Modu
 
 
 def pair_content(model: nn.Module, guide: nn.Module) -> dict[str, Any]:
-    """What a checkpoint holds of a pair."""
+    """The content of a checkpoint for a model and a guide."""
     content = {"versions": versions(), "model": model.state_dict(), "guide": guide.state_dict()}
     content["description"] = {"model": describe_module(model), "guide": describe_module(guide)}
     try:
@@ -77,19 +93,19 @@ def pair_content(model: nn.Module, guide: nn.Module) -> dict[str, Any]:
 
 
 def described_in(content: dict[str, Any]) -> dict[str, Description]:
-    """What a checkpoint tells of its modules beside their tensors; of an older one, what its specification makes."""
+    """The descriptions of the modules in a checkpoint; for older files, those of the modules that it specifies."""
     if "description" in content or "specification" not in content:
         return content.get("description", {})
     with torch.random.fork_rng(devices=[]):
         try:
             modules = build(content["specification"])
-        except Exception:  # what a constructor of another version makes of these arguments is not one type
+        except Exception:  # constructors of another version may raise any error
             return {}
     return dict(zip(("model", "guide"), map(describe_module, modules), strict=True))
 
 
 def versions() -> dict[str, str]:
-    """Which versions wrote a file, for whoever wonders later."""
+    """The versions that write a file, for the record."""
     from pyrovae import __version__
 
     return {
@@ -104,15 +120,15 @@ def _built(path: Any, content: dict[str, Any]) -> list[nn.Module]:
     if "specification" not in content:
         reason = content.get("not_specified", "it is an older file")
         raise ValueError(
-            f"{path} does not tell how to make its model and guide ({reason}): make them as they were, and give them, "
+            f"{path} does not say how to make its model and guide ({reason}): make them as they were, and give them to load: "
             f"load(path, model, guide)"
         )
     try:
         return build(content["specification"])
-    except Exception as error:  # what a constructor of another version makes of these arguments is not one type
+    except Exception as error:  # constructors of another version may raise any error
         raise ValueError(
             f"this version of pyrovae cannot make the model and guide of {path} again ({error}; written by "
-            f"{content['versions']}): make them yourself, and give them, load(path, model, guide)"
+            f"{content['versions']}): make them yourself, and give them to load: load(path, model, guide)"
         ) from error
 
 
@@ -135,6 +151,6 @@ def _check_fit(path: Any, name: str, expected: dict, found: dict) -> None:
 def _check_same(path: Any, name: str, described: Description, module: nn.Module) -> None:
     if found := difference(described, describe_module(module)):
         raise ValueError(
-            f"{path} is of another {name}: {found}: build it as it was when saved; if it computes the same all the same, "
-            f"take the tensors alone: {name}.load_state_dict(torch.load(path)['{name}'])"
+            f"{path} is of another {name}: {found}: build it as it was when saved. If the two compute the same anyway, "
+            f"load only the tensors: {name}.load_state_dict(torch.load(path)['{name}'])"
         )

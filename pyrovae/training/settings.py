@@ -1,4 +1,4 @@
-"""What a run must have in common with the one that it goes on with: loss, functions and data, in plain values."""
+"""Describe loss, functions and data of a run in plain values, to compare them when the run is resumed."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,9 +15,9 @@ from pyrovae.training.values import checksum, describe, describe_callable
 
 __all__ = ["settings_of"]
 
-# Where the data sets of torch and torchvision keep lists of what is in memory.
+# Attributes in which data sets of torch and torchvision keep lists of data in memory.
 _LISTS = ("tensors", "targets", "labels", "indices", "datasets")
-_MOST_ITEMS, _MOST_BYTES = 1000, 2**28  # of what is larger, evenly spaced items or rows are read
+_MOST_ITEMS, _MOST_BYTES = 1000, 2**28  # of larger data, only evenly spaced items or rows are read
 
 
 def settings_of(
@@ -27,9 +27,9 @@ def settings_of(
     transform: Callable | None,
     schedule: Callable | None,
 ) -> dict[str, Any]:
-    """What a run must have in common with the one that it goes on with, beside numbers, in plain values.
+    """Describe, in plain values, what must stay the same when a run is resumed, besides the numeric settings.
 
-    Names with a dot, and those "in full", tell what files of earlier versions do not hold.
+    Names with a dot or "in full" may be missing in files of earlier versions.
     """
     described = repr(loss)
     if type(loss).__repr__ is object.__repr__:
@@ -56,7 +56,7 @@ def _function_name(function: Callable | None) -> str | None:
 
 
 def _of_loader(loader: DataLoader) -> dict[str, str | None]:
-    """What decides the batches of a loader, if it can be read without changing them."""
+    """What determines the batches of a loader, as far as reading it does not change them."""
     dataset: Any = loader.dataset
     found: dict[str, str | None] = {
         "drop_last": str(loader.drop_last),
@@ -67,27 +67,27 @@ def _of_loader(loader: DataLoader) -> dict[str, str | None]:
     for name, value in constants_of(loader.sampler).items():
         if name != "data_source":
             found[f"sampler.{name}"] = describe(value) or _checksum_of(value)
-    # With workers, a data set may open its files at its first reading, which must be the workers'.
+    # With workers, do not read an item: a data set may open files at the first read, and a worker must do that.
     if not loader.num_workers and not isinstance(dataset, IterableDataset):
         found["dataset.items"] = _checksum_of(_items(dataset))
     return found
 
 
 def _items(dataset: Any) -> list:
-    """The first, a middle and the last item of a data set; none if it does not give the same ones twice."""
+    """The first, middle and last item of a data set; none if a second read gives others."""
     kept = get_rng_state()
     try:
         places = sorted({0, len(dataset) // 2, len(dataset) - 1})
         once, again = ([dataset[place] for place in places] for _ in range(2))
         return once if _checksum_of(once) == _checksum_of(again) else []
-    except Exception:  # its items may go by other names than these
+    except Exception:  # its items may have other keys
         return []
     finally:
         set_rng_state(kept)
 
 
 def _checksum_of(thing: Any) -> str | None:
-    """A checksum of all arrays, numbers and text in lists, tuples, dicts and data sets; None if there are none."""
+    """Checksum of all arrays, numbers and texts in lists, tuples, dicts and data sets; None if there are none."""
     total, count = 0, 0
     for leaf in _leaves(thing):
         text = checksum(leaf) if isinstance(leaf, Tensor | np.ndarray) else repr(leaf)
@@ -109,9 +109,9 @@ def _leaves(thing: Any) -> Iterator[Any]:
         are_numbers = len(thing) > 0 and isinstance(thing[0], int | float)
         for item in thing if are_numbers else thing[:: max(1, len(thing) // _MOST_ITEMS)]:
             yield from _leaves(item)
-    elif callable(getattr(thing, "tobytes", None)):  # an image of Pillow, a number of NumPy
+    elif callable(getattr(thing, "tobytes", None)):  # a Pillow image or a NumPy number
         yield thing.tobytes()
-    elif isinstance(thing, Dataset):  # lists of other names may be caches, which fill
+    elif isinstance(thing, Dataset):  # other lists may be caches, which grow
         for name, value in sorted(getattr(thing, "__dict__", {}).items()):
             if name in _LISTS or isinstance(value, Tensor | np.ndarray | Dataset):
                 yield from _leaves(value)

@@ -1,9 +1,9 @@
-"""How to make a model and a guide again, in plain values: names of the library's parts, and their arguments.
+"""Specify how to build a model and a guide again, in plain values: names of the library's parts, and their arguments.
 
     {"parts": [{"part": "nets.MLP", "arguments": [12, [8]], "options": {}}, ...], "roots": [4, 6]}
 
-Parts come before those they are arguments of, each once: what two parts share is shared again. Only names listed here are
-looked up, so that a file can make these parts and nothing else.
+Each part comes once, before the parts that it is an argument of, so that shared parts are shared again. Only names
+listed here are looked up, so that a file can build these parts and nothing else.
 """
 
 import inspect
@@ -37,14 +37,15 @@ _NAMES = {kind: name for name, kind in (_PARTS | _ACTIVATIONS).items()}
 
 
 class NotSpecifiedError(ValueError):
-    """Modules that plain values cannot tell how to make; the message says which and why."""
+    """Raised if plain values cannot specify a module; the message says which one and why."""
 
 
 def specify(*modules: nn.Module) -> dict[str, Any]:
-    """How to make these modules again.
+    """Specify how to build these modules again.
 
-    Raises NotSpecifiedError for parts that are not the library's, arguments that no file can hold, and modules that were
-    changed since they were made, so that what their arguments make is no longer like them.
+    Raises:
+        NotSpecifiedError: if a part is not the library's, a file cannot hold an argument, or a module was changed after
+            construction, so that its arguments no longer build it.
     """
     writer = _Writer()
     tensors = list(_tensors(modules).values())
@@ -58,7 +59,7 @@ def specify(*modules: nn.Module) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         try:
             again = build(specification)
-        except Exception as error:  # whatever a constructor makes of arguments that were changed since
+        except Exception as error:  # arguments that were changed later may raise any error
             raise NotSpecifiedError(f"its arguments do not make it again ({error})") from error
         for module, other in zip(modules, again, strict=True):
             if repr(module) != repr(other) or _kinds([module]) != _kinds([other]):
@@ -67,9 +68,10 @@ def specify(*modules: nn.Module) -> dict[str, Any]:
 
 
 def build(specification: dict[str, Any]) -> list[nn.Module]:
-    """The modules that a specification tells of, with new parameters, on the CPU.
+    """Build the modules of a specification, with new parameters, on the CPU.
 
-    Raises ValueError for names that are not listed here, and what the parts' constructors raise.
+    Raises:
+        ValueError: if a name is not listed here. Constructors of the parts may raise other errors.
     """
     built: list[nn.Module] = []
     with torch.device("cpu"):
@@ -89,7 +91,7 @@ def build(specification: dict[str, Any]) -> list[nn.Module]:
 
 
 class _Writer:
-    """Writes parts into a list, each once; a part stands for its place in it."""
+    """Write each part once into a list; other entries refer to it by its place."""
 
     def __init__(self) -> None:
         self.parts: list[dict[str, Any]] = []
@@ -124,7 +126,7 @@ class _Writer:
             items = [self._plain(where, item) for item in value]
             return items if isinstance(value, list) else tuple(items)
         kinds = (kind for kind in (bool, int, float, str) if isinstance(value, kind))
-        return value if value is None else next(kinds)(value)  # NumPy's float64 is a float, and no plain one
+        return value if value is None else next(kinds)(value)  # NumPy's float64 is a subclass of float
 
 
 def _read(value: Any, built: Sequence[nn.Module]) -> Any:

@@ -1,4 +1,4 @@
-"""Everything that decides how a training goes on: what it changes, where it is, and the random numbers it will draw."""
+"""The state of a training run: what training changes, its progress, and the random generators."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,18 +16,21 @@ from pyrovae.training.validation import bounds_otherwise
 
 __all__ = ["TrainingState"]
 
-_STORE = "pyro.param "  # before the names of parameters in Pyro's store
+_STORE = "pyro.param "  # prefix of parameters in Pyro's store
 
 
 class TrainingState:
-    """What a training changes, between two epochs.
+    """The state of a training run between two epochs.
 
-    history: rows of the epochs done; best_epoch: the one with the best validation, 0 without any
-    full_size: of a subsampled plate, as the epochs before saw it
+    `capture()` copies the state into plain values, and `restore()` restores such a copy. The state is made of
+    parameters (those of the modules, and those in Pyro's store that the optimizer has), buffers, the optimizer's
+    moments, the objective's own state, the state of every random generator (torch's on all devices, NumPy's, Python's),
+    the history, and the tensors of the best epoch.
 
-    `capture()` copies all of it into plain values, `restore()` puts such a copy back: parameters (those of the modules, and
-    those in Pyro's store that the optimizer has), buffers, the optimizer's moments, the objective's own state, the state
-    of every random generator (torch's on all devices, NumPy's, Python's), history, and the best epoch's tensors.
+    Attributes:
+        history: rows of the finished epochs.
+        best_epoch: epoch with the best validation bound; 0 if there is none.
+        full_size: size of a subsampled plate, as found in earlier epochs.
     """
 
     def __init__(self, loss: ELBO, optimizer: OneAdam, modules: Sequence[nn.Module], device: torch.device):
@@ -40,22 +43,22 @@ class TrainingState:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the epochs done."""
+        """Wall time of the finished epochs."""
         return self.history[-1]["seconds"] if self.history else 0.0
 
     @property
     def num_skipped_steps(self) -> int:
-        """Steps of the epochs done that were passed over."""
+        """Skipped steps of the finished epochs."""
         return int(sum(row["skipped_steps"] for row in self.history))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything training changes, each once: the modules' parameters and buffers, then parameters of Pyro's store."""
+        """All tensors that training changes: parameters and buffers of the modules, then parameters in Pyro's store."""
         found = dict(chain(self.modules.named_parameters(), self.modules.named_buffers()))
         known = {id(tensor) for tensor in found.values()}
         return found | {_STORE + str(_store_name(p)): p for p in self.optimizer.parameters if id(p) not in known}
 
     def finish_epoch(self, row: dict[str, float]) -> None:
-        """Note what an epoch gave, and its state if it is the best so far."""
+        """Record the row of an epoch, and its state if it is the best so far."""
         best = self.history[self.best_epoch - 1]["validation_bound"] if self.best_epoch else -math.inf
         self.history.append(row)
         if row["validation_bound"] > best:
@@ -63,16 +66,16 @@ class TrainingState:
             self._best = _copied(self.tensors())
 
     def take_best(self) -> None:
-        """Put back the tensors of the best epoch, where validation chose one."""
+        """Restore the tensors of the best epoch, if validation chose one."""
         _put(self._best, self.tensors())
 
     def best_of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A module's state dict (kept with its variables) with the tensors that `take_best` would put there."""
+        """A module's state dict (made with keep_vars=True) with the tensors that `take_best` would restore."""
         best = {id(tensor): self._best[name] for name, tensor in self.tensors().items() if name in self._best}
         return {name: best.get(id(tensor), tensor.detach()) for name, tensor in state.items()}
 
     def capture(self) -> dict[str, Any]:
-        """All of it as plain values, which do not change when training goes on."""
+        """Copy the state into plain values, which later training does not change."""
         names = {id(tensor): name for name, tensor in self.tensors().items()}
         adam = self.optimizer.adam
         return {
@@ -87,20 +90,21 @@ class TrainingState:
         }
 
     def restore(self, captured: dict[str, Any]) -> None:
-        """Put back what `capture` gave, here or in another process.
+        """Restore what `capture` returned, here or in another process.
 
-        Raises ValueError, with nothing changed, for the state of other modules.
+        Raises:
+            ValueError: if it is the state of other modules; nothing is changed.
         """
         there = captured["tensors"]
         here = self.tensors() | _of_store(there)
         for name in sorted(here.keys() | there.keys()):
             if name.startswith(_STORE) and name not in there:
-                continue  # made after that state
+                continue  # created after that state
             shapes = [tuple(tensors[name].shape) if name in tensors else "none" for tensors in (there, here)]
             kinds = [tensors[name].dtype if name in tensors else "none" for tensors in (there, here)]
             if shapes[0] != shapes[1] or kinds[0] != kinds[1]:
                 raise ValueError(
-                    f"it is the state of another model and guide: '{name}' is {shapes[0]}, {kinds[0]} there, and "
+                    f"it is the state of another model and guide: '{name}' is {shapes[0]}, {kinds[0]} there and "
                     f"{shapes[1]}, {kinds[1]} here"
                 )
         best_epoch, best = captured["best"]["epoch"], captured["best"]["tensors"]
@@ -113,7 +117,7 @@ class TrainingState:
         self.optimizer.restore([here[name] for name in captured["optimized"]], _copied_tree(captured["adam"]))
         if hasattr(self.loss, "load_state_dict"):
             self.loss.load_state_dict(captured["loss"])
-        # Checkpoints may be older than these columns.
+        # Older checkpoints lack these columns.
         self.history = [
             row | {"validation_bound": row["validation_elbo"], "skipped_steps": 0} | row for row in captured["history"]
         ]
@@ -143,7 +147,7 @@ def _store_name(parameter: Tensor) -> str | None:
 
 
 def _of_store(names: Iterable[str]) -> dict[str, Tensor]:
-    """The parameters of Pyro's store among these tensors, those that the programs have made there."""
+    """Those of the named parameters that exist in Pyro's store."""
     store = pyro.get_param_store()
     wanted = {name: name.removeprefix(_STORE) for name in names if name.startswith(_STORE)}
     return {name: store[key].unconstrained() for name, key in wanted.items() if key in store}

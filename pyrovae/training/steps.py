@@ -1,4 +1,4 @@
-"""The steps of an epoch: Pyro's `SVI.step`, or its recording; and a stop where numbers stop being finite."""
+"""The steps of an epoch, by Pyro's `SVI.step` or its recording, with checks for numbers that are not finite."""
 
 import logging
 import math
@@ -25,25 +25,27 @@ __all__ = ["Schedule", "Steps"]
 
 _logger = logging.getLogger("pyrovae")
 
-_LARGE = 5.0  # root mean square of data that are not scaled, or more
-_LOOK_EVERY = 50  # steps, on a GPU: to look at a number there is to wait for it
+_LARGE = 5.0  # root mean square above which data count as unscaled
+_LOOK_EVERY = 50  # steps on a GPU, because reading a number there waits for the device
 
 
 class Schedule(NamedTuple):
-    """The learning rate at a fraction of the training.
+    """The learning rate as a function of the fraction of training done.
 
-    shape: factor at a fraction done, None: constant
+    Attributes:
+        learning_rate: the rate at factor 1.
+        shape: function from the fraction to a factor; None for a constant rate.
     """
 
     learning_rate: float
     shape: Callable[[float], float] | None
 
     def __call__(self, done: float) -> float:
-        return self.learning_rate * float(self.shape(done) if self.shape else 1.0)  # NumPy's is none in a checkpoint
+        return self.learning_rate * float(self.shape(done) if self.shape else 1.0)  # float: for the checkpoint
 
 
 class _Tried(NamedTuple):
-    """A step, as it may have to be run again; was_made: None until its verdict is known."""
+    """A step with all that is needed to run it again; `was_made` is None until known."""
 
     step: int
     data: Tensor
@@ -55,7 +57,11 @@ class _Tried(NamedTuple):
 class Steps:
     """The steps of `SVI(model, guide, optimizer, loss)` on batches of the training data.
 
-    compiles: record the step once an epoch has been run eagerly
+    Args:
+        model, guide, loss, optimizer: arguments of `SVI`.
+        modules: the modules behind the programs.
+        batches: the training data.
+        compiles: record the step after one eager epoch.
     """
 
     def __init__(
@@ -79,12 +85,12 @@ class Steps:
         self.look_every = _LOOK_EVERY if self.device.type == "cuda" else 1
 
     def get_ready(self) -> None:
-        """Run the loss once, in place of the epochs before: for what it, Pyro's store and we learn of programs in a first step.
+        """Run the loss once when a run is resumed, because the loss, Pyro's store and the checks need a first step.
 
-        To be called before the state is put back, which undoes everything else that this changes.
+        Call this before the state is restored, which undoes all other changes.
         """
         data, index = self.batches.example()
-        # Not with data that a step is to be skipped for.
+        # Leave out data that would make the step be skipped.
         rows = data.reshape(len(data), -1).isfinite().all(1).nonzero().squeeze(1)
         rows = rows[torch.arange(len(index), device=rows.device) % len(rows)] if len(rows) else index
         self._first(self.loss.loss_and_grads, self._batch(data, rows))
@@ -96,11 +102,17 @@ class Steps:
     def epoch(
         self, number: int, epochs: int, rate: Schedule, full_size: int | None, progress: Callable[[int], object]
     ) -> tuple[float, ElboParts, int]:
-        """(minus the loss per datum, its parts, how many data this process was given) of one epoch.
+        """Run one epoch.
 
-        A step whose loss or gradient is NaN or infinite changes neither parameters nor buffers, and its data do not count;
-        the log names it. Raises NotFiniteError at the first of these that the optimizer does not skip, and when all steps of
-        the run have been skipped.
+        A step whose loss or gradient is NaN or infinite changes neither parameters nor buffers, its data do not count,
+        and the log names it.
+
+        Returns:
+            (minus the loss per datum, its parts, number of data that this process received).
+
+        Raises:
+            NotFiniteError: at the first such step that the optimizer does not skip, and if all steps of the run were
+                skipped.
         """
         full, per_epoch = self.batches.full_size, self.batches.per_epoch
         batches = self.batches.epoch()
@@ -135,11 +147,11 @@ class Steps:
                     if not verdicts.goes_on:
                         self._stop(number, unseen[int(verdicts.num_steps) - num_steps])
                     self._warn(number, unseen)
-                    parts.forget()  # of steps that were looked at again
+                    parts.forget()  # of steps that were run again
                     unseen, num_steps = [], int(verdicts.num_steps)
                 num_rows += len(index)
                 progress(len(index))
-        # One bad step may be an accident, even the only one of a first epoch.
+        # A single bad step may be an accident, even if it is the only step of the first epoch.
         if verdicts.num_skipped and not self.optimizer.has_moved and (number == epochs or number * per_epoch > 1):
             self._stop(number, last, none_made=True)
         total, parts.reconstruction, parts.kl, num_data = distributed.sums(
@@ -154,19 +166,19 @@ class Steps:
 
     def _eager(self, epoch: int, unseen: list[_Tried], validates: bool) -> float:
         try:
-            # The first step runs with Pyro's checks on; they cost a fifth of the time.
+            # Only the first step runs with Pyro's checks, which take a fifth of the time.
             with pyro.validation_enabled(validates):
                 return self.svi.step(self._batch(unseen[-1].data, unseen[-1].rows))
-        except ValueError as error:  # a distribution refuses NaN; other errors come again when the step is run again
+        except ValueError as error:  # a distribution rejects NaN; other errors recur when the step is run again
             if error is self.refusal:
                 raise
             if len(unseen[-1].rows) == 1 and "more than 1 value per channel" in str(error):
                 raise ValueError(
-                    "a batch of a single datum came to BatchNorm, which needs two or more to train: leave it out, "
-                    "DataLoader(..., drop_last=True), or take another batch size"
+                    "a batch of a single datum came to BatchNorm, which needs at least two to train: leave it out, "
+                    "DataLoader(..., drop_last=True), or use another batch size"
                 ) from error
             verdicts = self.optimizer.verdicts
-            # Other processes wait for this one's gradients.
+            # With several processes no step can be skipped: the others wait for this one's gradients.
             if verdicts.num_skipped >= verdicts.max_skipped or distributed.num_ranks() > 1:
                 self._stop(epoch, unseen[-1], error)
             if self._culprit(unseen[-1])[0] is None:
@@ -175,7 +187,7 @@ class Steps:
             return math.nan
 
     def _watched(self, loss_and_grads: Callable[..., float]) -> Callable[..., float]:
-        """With the optimizer told of a loss that is not finite, before it makes the step; the first one is looked at."""
+        """Wrap `loss_and_grads`: check the first step, and report a loss that is not finite to the optimizer."""
 
         def run(model: Program, guide: Program, batch: Tensor) -> float:
             value = loss_and_grads(model, guide, batch) if self.was_checked else self._first(loss_and_grads, batch)
@@ -186,7 +198,7 @@ class Steps:
         return run
 
     def _first(self, loss_and_grads: Callable[..., float], batch: Tensor) -> float:
-        """A step's loss, and an error with nothing moved if no step of these programs can train what they are made of."""
+        """Run the first step and return its loss; raise ValueError, with nothing changed, if it cannot train the programs."""
         look, buffers = FirstStep(self.modules), self._buffers()
         value = look.run(loss_and_grads, self.model, self.guide, batch)
         if not math.isfinite(value):
@@ -206,7 +218,7 @@ class Steps:
         return value
 
     def _buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """The modules' buffers, each with a copy: running means see the numbers of a step that is then not made."""
+        """The modules' buffers with copies, because running means see the numbers of a step before it is skipped."""
         return [(buffer, buffer.clone()) for buffer in nn.ModuleList(self.modules).buffers()]
 
     def _random_state(self) -> list[Tensor]:
@@ -214,7 +226,7 @@ class Steps:
         return [torch.get_rng_state(), *on_gpu]
 
     def _culprit(self, tried: _Tried) -> tuple[NonFiniteSource | None, str]:
-        """What a step's numbers go wrong at as it is run again, in words too; nothing is changed by it."""
+        """Run a step again, without side effects, and return the source of its bad numbers, and a text about it."""
         devices = [self.device] if self.device.type == "cuda" else []
         buffers = self._buffers()
         with torch.random.fork_rng(devices):
@@ -223,33 +235,37 @@ class Steps:
                 torch.cuda.set_rng_state(tried.random[1], self.device)
             try:
                 culprit = find_non_finite(self.model, self.guide, self.loss, self._batch(tried.data, tried.rows))
-            except Exception as again:  # what a program makes of NaN is not one type
+            except Exception as again:  # programs may raise any error for NaN
                 return None, f"running that step again raises {type(again).__name__}: {again}"
             finally:
                 _put_back(buffers)
                 for parameter in self.optimizer.parameters:
                     parameter.grad = None
         finite = "running that step again, eagerly, gives finite numbers"
-        elsewhere = "; look at what the other processes say" if distributed.num_ranks() > 1 else ""
+        elsewhere = "; look at the messages of the other processes" if distributed.num_ranks() > 1 else ""
         return culprit, culprit.what if culprit else finite + elsewhere
 
     def _warn(self, epoch: int, tried: list[_Tried]) -> None:
-        """Log which of these steps were not made."""
+        """Log which of these steps were skipped."""
         verdicts = self.optimizer.verdicts
         for step in tried if verdicts.max_skipped and verdicts.num_skipped else ():
             if not step.was_made:
                 culprit, what = self._culprit(step)
                 where = f", for {culprit.at(step.rows, self.batches.name)[0]}" if culprit else ""
                 _logger.warning(
-                    "epoch %d, step %d was skipped, as its loss or gradient is not finite: %s%s (skipped so far: %d of at "
+                    "epoch %d, step %d was skipped because its loss or gradient is not finite: %s%s (skipped so far: %d of at "
                     "most %d)",
                     *(epoch, step.step, what, where, int(verdicts.num_skipped), verdicts.max_skipped),
                 )
 
     def _stop(self, epoch: int, tried: _Tried, error: ValueError | None = None, none_made: bool = False) -> None:
-        """Raise NotFiniteError, saying where the numbers of this step went wrong; the `error` it raised if they did not.
+        """Raise NotFiniteError with the source of this step's bad numbers, or `error` if they are finite.
 
-        none_made: it was the last of an epoch, and all steps of the run were passed over
+        Args:
+            epoch: number of the epoch.
+            tried: the step.
+            error: error that the step raised.
+            none_made: whether the epoch ended with all steps of the run skipped.
         """
         culprit, what = self._culprit(tried)
         if culprit is None and error is not None:
@@ -276,7 +292,7 @@ class Steps:
             )
         numbers = tried.data[tried.rows].double()
         if not numbers.isfinite().all():
-            return "Leave these data out, or fill in what is not finite in them"
+            return "Leave these data out, or replace their values that are not finite"
         if numbers.square().mean().sqrt() <= _LARGE:
             return "No step was made before it, so the learning rate is not the cause: look at these data and at the parameters"
         return (
@@ -288,6 +304,6 @@ class Steps:
 
 @torch.no_grad()
 def _put_back(buffers: list[tuple[Tensor, Tensor]], unless: Tensor | None = None) -> None:
-    """Give buffers the values of their copies."""
+    """Restore buffers from their copies."""
     for buffer, before in buffers:
         buffer.copy_(before if unless is None else torch.where(unless, buffer, before))

@@ -1,4 +1,4 @@
-"""The bounds of data held out, measured alike at every epoch."""
+"""Bounds on validation data, measured with the same noise at every epoch."""
 
 import math
 
@@ -19,28 +19,34 @@ _ROWS, _SEED = 500, 20260101
 
 
 def bounds_otherwise(loss: ELBO) -> bool:
-    """Whether an objective is on the importance-weighted bound: what makes that tighter may lower the ELBO."""
+    """Whether an objective trains the importance-weighted bound, which may improve while the ELBO falls."""
     return isinstance(loss, WeightObjective) and loss.num_particles > 1
 
 
 def elbo_of(loss: ELBO, elbo: float, objective: float) -> float:
-    """The ELBO, from its parts, or where latents were summed out and there are none from the loss that did so."""
+    """The ELBO from its parts; from the loss if it sums latents out and so has no parts."""
     return objective if math.isnan(elbo) and isinstance(loss, TraceEnum_ELBO) else elbo
 
 
 def validate(model: Program, guide: Program, data: Tensor | None, loss: ELBO, batch_size: int) -> dict[str, float]:
-    """Columns of the history, per datum, under the same noise at every call; NaN without data.
+    """Measure the bounds on validation data, with the same noise at every call.
 
-    batch_size: of training: so many data with the particles of the loss are known to fit
+    Args:
+        model, guide: the programs.
+        data: validation data, or None.
+        loss: loss of the training.
+        batch_size: batch size of the training, because that many data are known to fit with the particles of the loss.
 
-    validation_bound: what to choose an epoch by: the importance-weighted bound, with as many particles, where that is trained
-        (`bounds_otherwise`); the loss itself for Pyro's losses that sum out latents; else the ELBO, whatever the objective
-        weighs its parts by
-    validation_elbo, validation_reconstruction, validation_kl: of the same particles; NaN for parts that latents summed out have
+    Returns:
+        Columns of the history, in nats per datum; NaN without data. validation_bound chooses the best epoch. It is the
+        importance-weighted bound, with as many particles, if that is trained (`bounds_otherwise`); the loss itself for
+        Pyro's losses that sum latents out; otherwise the ELBO, however the objective weighs its parts. validation_elbo,
+        validation_reconstruction and validation_kl use the same particles; the last two are NaN if latents are summed
+        out.
     """
-    if data is None:  # and no generator is touched
+    if data is None:  # use no random numbers
         return dict.fromkeys(_COLUMNS, math.nan)
-    # Drawn one by one, latents that the loss sums out would come from the prior, with nothing against them.
+    # Latents that the loss sums out are not in the guide: drawing them would take them from the prior.
     by_loss = bounds_otherwise(loss) or isinstance(loss, TraceEnum_ELBO | TraceTMC_ELBO)
     objective, rows = (loss, batch_size) if by_loss else (Trace_ELBO(), _ROWS)
     sums = torch.zeros(len(_COLUMNS), dtype=torch.float64)

@@ -1,7 +1,8 @@
-"""Describe values and functions as text, so that those of a file can be compared with those of today.
+"""Describe values and functions as text, to compare those in a file with those of now.
 
-A function of the user's is told by its name, a digest of its code, and the plain values that it takes from outside itself.
-The functions of installed packages are told by their names: another version of a package is no other function.
+A user's function is described by its name, a digest of its code, and the plain values that it uses from outside.
+Functions of installed packages are described by name only, so that a new version of a package counts as the same
+function.
 """
 
 import dataclasses
@@ -36,18 +37,20 @@ _INSTALLED = tuple(os.path.join(folder, "") for folder in _FOLDERS)
 
 
 def describe(value: Any, depth: int = 0, seen: frozenset[int] = frozenset()) -> str | None:
-    """Text for a number, string, class, function, or a tuple or data class of them; None for what is not plain.
+    """Describe a number, string, class, function, or a tuple or data class of them as text; None for other values.
 
-    depth: above 0, take lists, dicts, tensors and callable objects as plain, too, so many inside each other. They may change
-        without any name being set anew, so this is for arguments alone
-    seen: functions that hold this value
+    Args:
+        value: the value.
+        depth: if above 0, also describe lists, dicts, tensors and callable objects, nested up to this depth. Use it
+            only for arguments, because these can change in place.
+        seen: ids of the functions that hold this value.
     """
     if value is None or isinstance(value, bool | str | torch.dtype | enum.Enum):
         return repr(value)
     if isinstance(value, numbers.Integral):
         return repr(int(value))
     if isinstance(value, numbers.Real):
-        return f"{float(value):.7g}"  # 1.0 and 1 are one number, and so are float32's 0.1 and float64's
+        return f"{float(value):.7g}"  # 1.0 and 1 count as equal, and so do 0.1 in float32 and in float64
     if isinstance(value, type):
         return value.__name__
     if isinstance(value, functools.partial) or inspect.isroutine(value):
@@ -66,12 +69,12 @@ def describe(value: Any, depth: int = 0, seen: frozenset[int] = frozenset()) -> 
 
 
 def describe_callable(function: Any) -> str:
-    """Text for a function, class, method, partial, or an object that is called."""
+    """Describe a function, class, method, partial or callable object as text."""
     return str(describe(function, _DEPTH))
 
 
 def checksum(data: Tensor | np.ndarray) -> str:
-    """Shape, dtype, and a checksum of all numbers."""
+    """Describe an array by its shape, its dtype and a checksum of its numbers."""
     if isinstance(data, Tensor):
         tensor = data.detach().cpu().to_dense().resolve_conj().resolve_neg()
         content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -83,7 +86,7 @@ def checksum(data: Tensor | np.ndarray) -> str:
 
 
 def same_text(there: str, here: str) -> bool:
-    """Whether two descriptions are the same; the code in them is compared if one version of Python compiled it."""
+    """Whether two descriptions are equal; code is compared only if the same version of Python compiled it."""
     if set(_CODE.findall(there)) == set(_CODE.findall(here)):
         return there == here
     return _CODE.sub("", there) == _CODE.sub("", here)
@@ -99,7 +102,7 @@ def _or_kind(value: Any, depth: int, seen: frozenset[int]) -> str:
 
 
 def _object(thing: Any, depth: int, seen: frozenset[int]) -> str:
-    """An object that is called, by its class and its constants."""
+    """Describe a callable object by its class and its constants."""
     kind, has_repr = type(thing), type(thing).__repr__ not in (object.__repr__, nn.Module.__repr__)
     if has_repr and _is_installed(kind) and " at 0x" not in repr(thing):
         return repr(thing)
@@ -131,7 +134,7 @@ def _function(function: Any, seen: frozenset[int]) -> str:
 
 
 def _outside(function: types.FunctionType, seen: frozenset[int]) -> Iterator[tuple[str, str]]:
-    """What a function takes from outside by name, if it is plain and the function does not change it itself."""
+    """Names and descriptions of the plain outside values that a function uses and does not change."""
     code = function.__code__
     defaults = function.__defaults__ or ()
     with_default = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
@@ -140,7 +143,7 @@ def _outside(function: types.FunctionType, seen: frozenset[int]) -> Iterator[tup
         name: function.__globals__[name] for name in names_in(code, "LOAD_GLOBAL") if name in function.__globals__
     }
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # not filled yet
+        with suppress(ValueError):  # an empty cell
             found[name] = cell.cell_contents
     changed = names_in(code, "STORE_DEREF", "STORE_GLOBAL")
     for name, value in sorted(found.items()):
@@ -152,13 +155,13 @@ def _outside(function: types.FunctionType, seen: frozenset[int]) -> Iterator[tup
 
 
 def _digest(code: types.CodeType, documentation: str | None = None) -> str:
-    """Of what a function does: not of where it is written, nor of its documentation."""
+    """Digest of a function's code, independent of its location and docstring."""
     constants = []
     for constant in code.co_consts:
         if inspect.iscode(constant):
             constants.append(_digest(constant))
         elif isinstance(constant, frozenset):
-            constants.append(str(sorted(map(repr, constant))))  # sets have no order of their own
+            constants.append(str(sorted(map(repr, constant))))  # sets have no fixed order
         else:
             constants.append(repr(None if constant == documentation else constant))
     content = [code.co_code.hex(), *code.co_names, *code.co_varnames, *code.co_freevars, *constants]
