@@ -108,7 +108,7 @@ def test_a_guide_of_the_library():
     found = pv.simulation_based_calibration(model, guide, torch.zeros(50, 6), num_draws=19)
     assert found.ranks.shape == (50, 2)
     assert found.num_bins == 10
-    assert "Calibration(50 simulated data, 2 latent numbers, 19 draws" in repr(found)
+    assert "Calibration(50 simulated data, 2 latent dimensions, 19 draws" in repr(found)
 
 
 def test_what_is_refused(linear_gaussian):

@@ -78,7 +78,7 @@ def test_bias_is_noted_for_the_rows_it_concerns(double):
 
 def test_an_unknown_bias_is_noted(double):
     table = pv.compare({"one": result(torch.zeros(50), num_particles=1), "many": result(torch.ones(50))})
-    assert any("bias of 'one' is not known" in note for note in table.notes)
+    assert any("bias of 'one' is unknown" in note for note in table.notes)
     assert not any("'many'" in note and "bias" in note for note in table.notes)
     assert math.isnan(next(row for row in table.rows if row.name == "one").gap)
 

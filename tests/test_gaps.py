@@ -103,7 +103,7 @@ def test_few_steps_are_reported(linear_gaussian):
     found = pv.inference_gaps(linear_gaussian.model, guide, x, num_particles=50, max_num_steps=5)
     assert not found.converged.any()
     assert (found.num_steps == 5).all()
-    assert "6 of 6 data had not settled after 5 steps" in found.summary()
+    assert "6 of 6 data had not converged after 5 steps" in found.summary()
     assert found.approximation.mean() > 1
 
 
@@ -113,7 +113,7 @@ def test_steps_too_large_or_too_few_are_no_convergence(linear_gaussian, learning
     options = {"num_particles": 50, "learning_rate": learning_rate, "max_num_steps": max_num_steps}
     found = pv.inference_gaps(linear_gaussian.model, guide, linear_gaussian.data(4), **options)
     assert not found.converged.any()
-    assert "had not settled" in found.summary()
+    assert "had not converged" in found.summary()
 
 
 def test_annealed_weights_are_averaged_in(linear_gaussian):

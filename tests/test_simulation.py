@@ -119,7 +119,7 @@ def test_a_summary_of_bounds_that_crossed():
     lower, upper = torch.tensor([-3.0, -4.0]), torch.tensor([-3.5, -3.9])
     crossed = pv.BidirectionalMonteCarlo(2, lower=lower, upper=upper, **bounds, data={}, latents={})
     assert "crossed" in crossed.summary()
-    assert "no more than this" not in crossed.summary()
+    assert "at most this" not in crossed.summary()
     ordered = pv.BidirectionalMonteCarlo(2, lower=upper, upper=lower, **bounds, data={}, latents={})
     assert "crossed" not in ordered.summary()
 

@@ -254,7 +254,7 @@ def test_draws_from_a_hierarchy_go_through_every_layer(double):
 @pytest.mark.parametrize(
     ("use", "match"),
     [
-        (lambda m, g, x: uses.interpolate(m, g, x, x[:2]), r"one shape, found \(4, 5\) and \(2, 5\)"),
+        (lambda m, g, x: uses.interpolate(m, g, x, x[:2]), r"same shape, found \(4, 5\) and \(2, 5\)"),
         (lambda m, g, x: uses.interpolate(m, g, x, x, 1), "must be 2 or more, found 1"),
         (lambda m, g, x: uses.interpolate(m, g, x, x, 0), "num_steps must be 1 or more"),
         (lambda m, g, x: uses.sample_posterior(g, x, 0), "num_samples must be 1 or more"),
@@ -262,22 +262,22 @@ def test_draws_from_a_hierarchy_go_through_every_layer(double):
         (lambda m, g, x: uses.traverse(m, torch.zeros(1, 3), 3, [1.0]), "found .* and 3"),
         (lambda m, g, x: uses.traverse(m, torch.zeros(1, 3), 0, []), "values must be a list of at least one number"),
         (lambda m, g, x: uses.traverse(m, torch.zeros(1, 3), 0, 1.0), "values must be a list"),
-        (lambda m, g, x: uses.edit(m, g, x, torch.zeros(2), [1.0]), r"must be \(3,\), as codes are, found \(2,\)"),
+        (lambda m, g, x: uses.edit(m, g, x, torch.zeros(2), [1.0]), r"must be \(3,\), like the codes, found \(2,\)"),
         (lambda m, g, x: uses.edit(m, g, x, torch.zeros(3), [[1.0]]), "amounts must be a list"),
         (
             lambda m, g, x: uses.attribute_direction(g, x, torch.arange(4)),
-            r"bool \(4,\), labels == 7 .* found torch.int64",
+            r"bool \(4,\), for instance labels == 7; found torch.int64",
         ),
         (lambda m, g, x: uses.attribute_direction(g, x, torch.ones(3) > 0), r"bool \(4,\)"),
         (lambda m, g, x: uses.attribute_direction(g, x, torch.ones(4) > 0), "4 of 4 with it"),
         (lambda m, g, x: uses.attribute_direction(g, x, torch.zeros(4) > 0), "0 of 4 with it"),
         (
             lambda m, g, x: uses.attribute_direction(g, x, torch.arange(4) > 1, groups=(torch.arange(4) > 1).long()),
-            "in one group, found 2 of 4",
+            "in the same group; found 2 of 4",
         ),
         (
             lambda m, g, x: uses.attribute_direction(g, x, torch.arange(4) > 1, groups=torch.ones(4)),
-            r"whole numbers \(4,\), labels for instance; found torch.float64",
+            r"whole numbers \(4,\), for instance labels; found torch.float64",
         ),
     ],
 )
@@ -312,8 +312,8 @@ def test_table_of_images_puts_each_in_its_place():
     [
         (np.ones((6, 1, 4, 4)), {}, r"\(rows, columns, 1 or 3, height, width\), found shape \(6, 1, 4, 4\)"),
         (np.ones((2, 3, 2, 4, 4)), {}, "1 or 3"),
-        (np.ones((2, 3, 1, 4, 4)), {"row_labels": ["a"]}, "row_labels must be 2, found 1"),
-        (np.ones((2, 3, 1, 4, 4)), {"column_labels": "ab"}, "column_labels must be 3, found 2"),
+        (np.ones((2, 3, 1, 4, 4)), {"row_labels": ["a"]}, "row_labels must have 2 entries, found 1"),
+        (np.ones((2, 3, 1, 4, 4)), {"column_labels": "ab"}, "column_labels must have 3 entries, found 2"),
     ],
 )
 def test_errors_of_tables(images, options, match):

@@ -1,4 +1,4 @@
-"""What bidirectional Monte Carlo gives."""
+"""Result of bidirectional Monte Carlo."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,15 @@ __all__ = ["BidirectionalMonteCarlo"]
 class BidirectionalMonteCarlo:
     """Bounds of log p(x) from both sides, for data simulated from the model: float64 tensors (N,), in nats.
 
-    lower, lower_stderr: annealed importance sampling from the start density, a lower bound on average
-    upper, upper_stderr: from the exact posterior draw backwards, an upper bound on average; the error is too small, as
-        the chains of a datum share that draw
-    acceptance: mean acceptance rate of both directions
-    data, latents: what was simulated, by site
+    Attributes:
+        num_chains: chains per datum and direction
+        lower: estimate by annealed importance sampling from the start density, a lower bound on average
+        lower_stderr: its Monte Carlo standard error
+        upper: estimate by chains that run backwards from the exact posterior draw, an upper bound on average
+        upper_stderr: its Monte Carlo standard error; too small, because the chains of a datum share that draw
+        acceptance: mean acceptance rate of both directions
+        data: simulated data, by site
+        latents: simulated latents, by site
     """
 
     num_chains: int
@@ -34,7 +38,7 @@ class BidirectionalMonteCarlo:
 
     @property
     def width(self) -> Tensor:
-        """upper - lower (N,): its mean bounds the mean error of either side; single data may cross."""
+        """upper - lower (N,). Its mean bounds the mean error of either side; the bounds of a single datum may cross."""
         return self.upper - self.lower
 
     @property
@@ -43,15 +47,15 @@ class BidirectionalMonteCarlo:
         return standard_error(self.width)
 
     def summary(self) -> str:
-        """A few lines to print."""
-        meaning = "on data of this model, annealed importance sampling is too low by no more than this, on average"
+        """Return a few lines to print."""
+        meaning = "on data of this model, annealed importance sampling is too low by at most this, on average"
         if self.width.mean() < 0:
-            meaning = "the bounds hold on average and have crossed here: they agree, as far as this error can tell"
+            meaning = "the bounds, which hold on average, have crossed: they agree to within this error"
         return (
             f"log p(x) by bidirectional Monte Carlo: {len(self):,} simulated data, {self.num_chains} chains; nats per datum\n"
             f"  lower bound {self.lower.mean():10.3f}\n"
             f"  upper bound {self.upper.mean():10.3f}\n"
-            f"  width       {self.width.mean():10.3f}   +- {self.width_stderr:.3f} over data: {meaning}\n"
+            f"  width       {self.width.mean():10.3f}   ± {self.width_stderr:.3f} over data: {meaning}\n"
             f"  acceptance  {self.acceptance.mean():10.2f}"
         )
 

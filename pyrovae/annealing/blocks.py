@@ -1,4 +1,4 @@
-"""The blocks of data that annealing goes through, each with its potential and its tuned kernels."""
+"""Blocks of data for annealing, each with its potential and its tuned kernels."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ _FEWEST_PILOT_CHAINS = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """How chains run, as `annealed_importance_sampling` says it."""
+    """Settings of the chains; see `annealed_importance_sampling`."""
 
     num_chains: int
     num_temperatures: int
@@ -36,7 +36,7 @@ class Settings:
 
     def __post_init__(self):
         for name in ("num_chains", "num_temperatures", "num_leapfrog_steps"):
-            object.__setattr__(self, name, check_count(name, getattr(self, name)))  # frozen
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))  # the dataclass is frozen
         if self.data_batch_size not in ("auto", None):
             object.__setattr__(self, "data_batch_size", check_count("data_batch_size", self.data_batch_size))
         if self.schedule not in ("adaptive", "sigmoidal"):
@@ -46,7 +46,7 @@ class Settings:
 
 
 class TunedBlock(NamedTuple):
-    """A range of data with what its chains need; `tick` is to be called after each kernel."""
+    """A range of data with what its chains need; call `tick` after each kernel."""
 
     start: int
     stop: int
@@ -56,9 +56,10 @@ class TunedBlock(NamedTuple):
 
 
 def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) -> Iterator[TunedBlock]:
-    """The blocks of a pair's data, in order; each will be gone through `passes` times.
+    """Yield the blocks of a pair's data, in order; the caller goes through each one `passes` times.
 
-    Chains run together under an outer plate; one by one, with a warning, if the program takes no such plate.
+    Chains run together under an outer plate. If the program does not support such a plate, they run one by one, with a
+    warning.
     """
     num_chains, num_temperatures = settings.num_chains, settings.num_temperatures
     size = pair.num_data
@@ -67,8 +68,8 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
     if reason:
         warn_once(
             pair.model,
-            f"chains are run one by one, which is slow: under an outer plate the program fails ({reason}); networks that keep "
-            f"leading dimensions (no view(-1, D), no fixed dim=1) allow it",
+            f"chains are run one by one, which is slow: under an outer plate the program fails ({reason}); use networks "
+            f"that keep leading dimensions (no view(-1, D), no fixed dim=1)",
         )
     if pair.split_size is not None and most is not None:
         together = 1 if reason else num_chains
@@ -87,7 +88,7 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
     def potential_of(start: int, stop: int, num_chains: int) -> Potential:
         potential = Potential(pair, start, stop, num_chains, from_prior=from_prior, vectorised=not reason)
         sizes = (stop - start, num_chains)
-        if record and not reason and stop - start == size:  # a last block of another size is not worth a compilation
+        if record and not reason and stop - start == size:  # not worth a compilation for a last block of another size
             if sizes not in recorded:
                 potential.record(modules, inductor=inductor)
                 recorded[sizes] = potential.recorded
@@ -101,7 +102,7 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
             pilot = potential
             if num_chains < _FEWEST_PILOT_CHAINS:
                 pilot = potential_of(start, stop, _FEWEST_PILOT_CHAINS)
-            # Random numbers of its own, so that the kernels are independent of the chains that count.
+            # Tune with separate random numbers, so that the kernels are independent of the chains whose weights count.
             seed = int(torch.randint(2**62, ()))
             with torch.random.fork_rng([potential.device] if potential.device.type == "cuda" else []):
                 torch.manual_seed(seed)

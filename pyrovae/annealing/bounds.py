@@ -1,4 +1,4 @@
-"""Bounds of log p(x) by annealing: from below on any data, from both sides on data simulated from the model."""
+"""Bounds of log p(x) by annealing: a lower bound on any data, both bounds on data simulated from the model."""
 
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -40,36 +40,50 @@ def annealed_importance_sampling(
     progress: bool = False,
     **kwargs: Any,
 ) -> LogMarginalLikelihood:
-    """Annealed importance sampling of log p(x) for any Pyro model with continuous latents, per datum.
+    """Estimate log p(x) by annealed importance sampling for any Pyro model with continuous latents, per datum.
 
-    log p(x_n) ~ log 1/S sum_s w_sn,   w = prod_t [ p(x, z_{t-1}) / q(z_{t-1}) ]^(beta_t - beta_{t-1}),   z_0 ~ q
+        log p(x_n) ~ log 1/S sum_s w_sn,   w = prod_t [ p(x, z_{t-1}) / q(z_{t-1}) ]^(beta_t - beta_{t-1}),   z_0 ~ q
 
-    Chains pass from q (the guide; without one, the prior) to the posterior through q(z)^(1 - beta) p(x, z)^beta, by one
-    Hamiltonian trajectory per temperature in unconstrained coordinates. Temperatures, step sizes (for each temperature and
-    datum, acceptance near 0.65) and the metric are tuned in pilot runs with random numbers of their own, then fixed: the
-    estimate is a lower bound on average, as importance sampling's is, but does not depend on a guide that may miss modes
-    when it starts from the prior.
+    Chains move from q (the guide, or the prior if there is none) to the posterior through q(z)^(1 - beta) p(x, z)^beta,
+    with one Hamiltonian trajectory per temperature in unconstrained coordinates. Temperatures, step sizes (per
+    temperature and datum, for an acceptance near 0.65) and the metric are tuned in pilot runs with separate random
+    numbers, then fixed. The estimate is therefore a lower bound on average, as importance sampling's is. Started from
+    the prior, it does not depend on a guide that may miss modes.
 
-    model: a Pyro program, called as model(*args, **kwargs); modules are put in eval mode meanwhile
-    num_chains, num_temperatures: S and T
-    num_leapfrog_steps: most steps per trajectory; each temperature draws its number from 1 to this. The model is evaluated
-        with its gradient about 0.8 S T steps times per datum, pilots included
-    schedule: "adaptive" spends half of the temperatures where log w varies most in the pilot, half as "sigmoidal"
-    plate, data_batch_size, compile, progress: as in `log_marginal_likelihood`
+    The call warns if the program does not support an outer plate (view(-1, D), BatchNorm1d), because its chains then
+    run one by one, which is slow. It also warns if draws pile up at the edge of their support, as those of Beta(0.05,
+    0.05) do because float32 cannot tell them from 1: the bound is then not strict. Ctrl-C returns the result for the
+    blocks of data that are done, as in `log_marginal_likelihood`.
 
-    Returns a `LogMarginalLikelihood` of annealed weights, in nats: `elbo` and `gap` are NaN (they belong to importance
-    sampling), `acceptance` is the mean acceptance rate, each (N,). Ctrl-C gives the blocks of data that are done, as in
-    `log_marginal_likelihood`.
+    Args:
+        model: Pyro program, called as model(*args, **kwargs); its modules are in eval mode during the call
+        *args: arguments of the programs
+        guide: Pyro program to start from; None starts from the prior
+        num_chains: S
+        num_temperatures: T
+        num_leapfrog_steps: maximum number of steps per trajectory; each temperature draws its number from 1 to this.
+            The model is evaluated with its gradient about 0.8 S T num_leapfrog_steps times per datum, pilots included
+        schedule: "adaptive" spends half of the temperatures where log w varies most in the pilot, the other half as
+            "sigmoidal" does
+        plate: as in `log_marginal_likelihood`
+        data_batch_size: as in `log_marginal_likelihood`
+        compile: as in `log_marginal_likelihood`
+        progress: show a progress bar
+        **kwargs: further arguments of the programs
 
-    Raises ValueError, naming the site, for discrete latents, angles and directions (distributions of Pyro on a circle or a
-    sphere, in whatever wrappers: they have no coordinates on the line; one of your own has to be kept away by you),
-    improper priors, distributions whose support is not known, densities without a gradient, and whatever
-    `log_marginal_likelihood` refuses; for a model without latents. Warns if the program takes no outer plate (view(-1, D),
-    BatchNorm1d), so that its chains run one by one, which is slow; and if draws pile up at the edge of their support, as
-    those of Beta(0.05, 0.05) do where float32 cannot tell them from 1: then the bound is not strict.
+    Returns:
+        A `LogMarginalLikelihood` of annealed weights, in nats, each array (N,): `elbo` and `gap` are NaN (only
+        importance sampling defines them), `acceptance` is the mean acceptance rate.
 
-    Source: Neal, Annealed Importance Sampling (2001); Wu, Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of
-    Decoder-Based Generative Models (2017).
+    Raises:
+        ValueError: naming the site, for discrete latents, angles and directions (Pyro's distributions on a circle or a
+            sphere, even wrapped, because they have no coordinates on the line; custom distributions of this kind are
+            not detected), improper priors, distributions with unknown support, densities without a gradient, and
+            everything that `log_marginal_likelihood` refuses; also for a model without latents.
+
+    References:
+        Neal, Annealed Importance Sampling (2001).
+        Wu, Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of Decoder-Based Generative Models (2017).
     """
     settings = Settings(num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress)
     with evaluation_mode(model, guide) as device:
@@ -101,29 +115,50 @@ def bidirectional_monte_carlo(
     progress: bool = False,
     **kwargs: Any,
 ) -> BidirectionalMonteCarlo:
-    """Bounds of log p(x) from both sides, on data simulated from the model: how far annealed importance sampling is off.
+    """Bound log p(x) from both sides on simulated data, to measure the error of annealed importance sampling.
 
-    E[lower] <= log p(x) <= E[upper],   upper = -log 1/S sum_s 1 / w_s along chains that run back from (x, z) ~ p(x, z)
+        E[lower] <= log p(x) <= E[upper],
+        upper = -log 1/S sum_s 1 / w_s along chains that run back from (x, z) ~ p(x, z)
 
-    The arguments give shapes only: observed sites are simulated together with their latents, which are exact draws of the
-    posterior, and these are where the chains of the upper bound start. Both directions use the same kernels, tuned in
-    pilot runs that see the simulated data but not their latents. The upper bound holds for simulated data alone; how far
-    the result carries over to real data is a matter of how alike they are. Arguments are those of
-    `annealed_importance_sampling`. The simulated data take the place of the arguments whose values are observed; arguments
-    for several observed sites must differ in value to be told apart, which a guide needs. Ctrl-C gives the bounds of the
-    blocks that are done, with their data.
+    The arguments give shapes only. Observed sites are simulated together with their latents, which are exact draws of
+    the posterior; the chains of the upper bound start there. Both directions use the same kernels, tuned in pilot runs
+    that see the simulated data but not their latents. The upper bound holds for simulated data only; how far the result
+    applies to real data depends on how similar they are.
 
-    `upper_stderr` is too small: the chains of a datum start at one draw, and it does not see how much another would change;
-    the error over data, `width_stderr`, contains that. A likelihood that is zero on a part of the start density (a hard
-    constraint) leaves a width that no number of chains and temperatures closes: backward chains never get there, and the
-    upper bound stays too high by minus the log of the share that is left.
+    The simulated data replace the arguments whose values are observed. Arguments for several observed sites must differ
+    in value, because a guide needs to receive each one in its place. Ctrl-C returns the bounds of the blocks that are
+    done, with their data.
 
-    Raises ValueError for `pyro.factor`, masked observations, masked latents with a guide, subsampled plates, programs
-    whose simulation depends on the values of the data passed, a guide that cannot be shown the simulated data, and what
-    `annealed_importance_sampling` refuses.
+    `upper_stderr` is too small: the chains of a datum start at one draw, and it does not include the variation over
+    that draw. The error over data, `width_stderr`, does. If the likelihood is zero on a part of the start density (a
+    hard constraint), no number of chains and temperatures closes the width: backward chains never reach that part, and
+    the upper bound stays too high by minus the log of the share that remains.
 
-    Source: Grosse, Ghahramani & Adams, Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (2015); Wu,
-    Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of Decoder-Based Generative Models (2017).
+    Args:
+        model: as in `annealed_importance_sampling`
+        *args: arguments of the programs, for their shapes
+        guide: as in `annealed_importance_sampling`
+        num_chains: S
+        num_temperatures: T
+        num_leapfrog_steps: as in `annealed_importance_sampling`
+        schedule: as in `annealed_importance_sampling`
+        plate: as in `log_marginal_likelihood`
+        data_batch_size: as in `log_marginal_likelihood`
+        compile: as in `log_marginal_likelihood`
+        progress: show a progress bar
+        **kwargs: further arguments of the programs
+
+    Returns:
+        The bounds, each (N,) in nats, with the simulated data, as a `BidirectionalMonteCarlo`.
+
+    Raises:
+        ValueError: for `pyro.factor`, masked observations, masked latents with a guide, subsampled plates, programs
+            whose simulation depends on the values of the data passed, a guide that cannot be given the simulated data,
+            and everything that `annealed_importance_sampling` refuses.
+
+    References:
+        Grosse, Ghahramani & Adams, Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (2015).
+        Wu, Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of Decoder-Based Generative Models (2017).
     """
     settings = Settings(num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress)
     with evaluation_mode(model, guide) as device:
@@ -173,22 +208,22 @@ def _sandwiched(
 
 
 def _exact_draws(pair: Pair, trace: poutine.Trace, guide: Program | None, num_chains: int) -> Tensor:
-    """The simulated latents as u (S, N, D), the same for all chains."""
+    """Return the simulated latents as u (S, N, D), the same for all chains."""
     latents = poutine.Trace()
     for name, site in sample_sites(trace):
         if not site["infer"].get("was_observed"):
             latents.add_node(name, **site)
             if guide is not None and any(True for _ in masks_of(site)):
                 raise ValueError(
-                    f"the model masks latent site '{name}', whose masked elements are distributed as the guide draws them, and "
-                    f"not as the model simulates them: start from the prior (guide=None)"
+                    f"the model masks latent site '{name}', whose masked elements follow the guide's distribution, not the "
+                    f"model's: start from the prior (guide=None)"
                 )
     if guide is not None:
         replayed = trace_program(guide, pair.args, pair.kwargs, latents)
         if strange := sorted(name for name, _ in sample_sites(replayed) if name not in latents):
             raise ValueError(
-                f"the guide draws auxiliary site(s) {strange}, whose values belonging to a simulated latent are not at "
-                f"hand: start from the prior (guide=None), or sample the latents directly in the guide"
+                f"the guide draws auxiliary site(s) {strange}, whose values for a simulated latent are unknown: "
+                f"start from the prior (guide=None), or sample the latents directly in the guide"
             )
         latents = replayed
     return unconstrained(latents, pair.layout_of(0, pair.num_data), None).expand(num_chains, -1, -1)

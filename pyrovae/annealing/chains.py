@@ -1,9 +1,9 @@
 """Annealed importance sampling: Hamiltonian chains from a start density to the joint density, in arrays.
 
 A chain passes through f_t(u) = q(u) w(u)^beta_t, 0 = beta_0 < ... < beta_T = 1, under kernels that leave each f_t
-invariant; its weight is prod_t f_t(u_{t-1}) / f_{t-1}(u_{t-1}). Everything about the kernels (temperatures, step sizes,
-metric) is tuned in pilot runs with random numbers of their own and then fixed (`Kernels`): nothing adapts in a chain whose
-weight counts, so E[weight] = p(x) strictly, and the log of a mean of weights is a lower bound on average.
+invariant; its weight is prod_t f_t(u_{t-1}) / f_{t-1}(u_{t-1}). All properties of the kernels (temperatures, step
+sizes, metric) are tuned in pilot runs with separate random numbers and then fixed (`Kernels`). Nothing adapts in a
+chain whose weight counts, so E[weight] = p(x) strictly, and the log of a mean of weights is a lower bound on average.
 """
 
 import math
@@ -29,11 +29,14 @@ _GAIN = 0.3  # how fast log step sizes follow the acceptance in a pilot
 class Kernels:
     """One Hamiltonian kernel per temperature, for each datum.
 
-    temperatures: beta, (T + 1,), from 0 to 1
-    step_sizes: (T + 1, N), in units of the metric
-    start_variance, end_variance: (N, D), of u at beta = 0 and 1; the metric between is that of a path between normals,
-        1 / variance_beta = (1 - beta) / start_variance + beta / end_variance
-    num_steps: leapfrog steps of each kernel, (T + 1,): trajectories of one length would resonate with the posterior
+    Attributes:
+        temperatures: beta, (T + 1,), from 0 to 1
+        step_sizes: (T + 1, N), in units of the metric
+        start_variance: (N, D), of u at beta = 0
+        end_variance: (N, D), of u at beta = 1. Between the two, the metric is that of a path between normals, 1 /
+            variance_beta = (1 - beta) / start_variance + beta / end_variance
+        num_steps: leapfrog steps of each kernel, (T + 1,); they vary, because trajectories of one length would resonate
+            with the posterior
     """
 
     temperatures: Tensor
@@ -43,13 +46,19 @@ class Kernels:
     num_steps: list[int]
 
     def scale(self, beta: Tensor) -> Tensor:
-        """Standard deviations (N, D) of the metric."""
+        """Return the standard deviations (N, D) of the metric."""
         return ((1 - beta) / self.start_variance + beta / self.end_variance).rsqrt()
 
 
 @dataclass(frozen=True)
 class Annealed:
-    """What chains give: log weights (S, N), their last states (S, N, D), and the mean acceptance per datum (N,)."""
+    """Result of running chains.
+
+    Attributes:
+        log_weights: (S, N)
+        u: last states (S, N, D)
+        acceptance: mean acceptance rate per datum (N,)
+    """
 
     log_weights: Tensor
     u: Tensor
@@ -57,16 +66,23 @@ class Annealed:
 
 
 def sigmoidal_schedule(num_temperatures: int, steepness: float = 4.0) -> Tensor:
-    """Temperatures 0 = beta_0 < ... < beta_T = 1, dense at both ends.
+    """Return temperatures 0 = beta_0 < ... < beta_T = 1, dense at both ends.
 
-    beta_t = (s(t) - s(0)) / (s(T) - s(0)),   s(t) = sigmoid(steepness (2 t / T - 1))
+        beta_t = (s(t) - s(0)) / (s(T) - s(0)),   s(t) = sigmoid(steepness (2 t / T - 1))
 
-    Shape: (T + 1,), float64.
+    Args:
+        num_temperatures: T
+        steepness: of the sigmoid; larger values put more temperatures at the ends
 
-    Source: Wu, Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of Decoder-Based Generative Models (2017).
+    Returns:
+        (T + 1,), float64.
 
-    >>> sigmoidal_schedule(2)
-    tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
+    Example:
+        >>> sigmoidal_schedule(2)
+        tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
+
+    References:
+        Wu, Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of Decoder-Based Generative Models (2017).
     """
     s = torch.sigmoid(steepness * torch.linspace(-1, 1, num_temperatures + 1, dtype=torch.float64))
     return (s - s[0]) / (s[-1] - s[0])
@@ -80,9 +96,15 @@ class _State(NamedTuple):
 
 @torch.no_grad()
 def anneal(potential: Potential, kernels: Kernels, tick: Callable[[], object] = lambda: None) -> Annealed:
-    """Chains from draws of the start density to the joint density: the mean of their weights is p(x) in expectation.
+    """Run chains from draws of the start density to the joint density; the expected mean of their weights is p(x).
 
-    Source: Neal, Annealed Importance Sampling (2001).
+    Args:
+        potential: densities of the block
+        kernels: tuned kernels
+        tick: called after each kernel
+
+    References:
+        Neal, Annealed Importance Sampling (2001).
     """
     state = _state(potential, potential.draw())
     log_weights, acceptance = _nothing_yet(state)
@@ -98,12 +120,19 @@ def anneal(potential: Potential, kernels: Kernels, tick: Callable[[], object] = 
 def anneal_back(
     potential: Potential, kernels: Kernels, u: Tensor, tick: Callable[[], object] = lambda: None
 ) -> Annealed:
-    """Chains the other way, from posterior draws u (S, N, D): the mean of 1 / weight is 1 / p(x) in expectation.
+    """Run chains backwards from exact posterior draws; the expected mean of 1 / weight is 1 / p(x).
 
-    The kernels are reversible, so that this runs `anneal`'s path backwards, and -log(mean(1 / weight)) is an upper bound
-    of log p(x) on average.
+    The kernels are reversible, so this follows the path of `anneal` backwards, and -log(mean(1 / weight)) is an upper
+    bound of log p(x) on average.
 
-    Source: Grosse, Ghahramani & Adams, Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (2015).
+    Args:
+        potential: densities of the block
+        kernels: tuned kernels
+        u: posterior draws (S, N, D)
+        tick: called after each kernel
+
+    References:
+        Grosse, Ghahramani & Adams, Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (2015).
     """
     state = _state(potential, u)
     log_weights, acceptance = _nothing_yet(state)
@@ -124,11 +153,18 @@ def tune(
     adaptive: bool = True,
     tick: Callable[[], object] = lambda: None,
 ) -> Kernels:
-    """Kernels from two pilot runs: the first finds the metric, the second the step sizes and the temperatures.
+    """Tune the kernels in two pilot runs: the first finds the metric, the second the step sizes and the temperatures.
 
-    Step sizes follow the acceptance of the pilot's chains, for each datum on its own, towards 0.65. An adaptive schedule
-    spends half of its temperatures in proportion to the standard deviation of log w (so that each step loses as much),
-    half as `sigmoidal_schedule`.
+    Step sizes follow the acceptance of the pilot's chains, per datum, towards 0.65. An adaptive schedule spends half of
+    its temperatures in proportion to the standard deviation of log w (so that each step loses the same amount), and the
+    other half as `sigmoidal_schedule` does.
+
+    Args:
+        potential: densities of the block
+        num_temperatures: T
+        num_leapfrog_steps: maximum number of steps per trajectory
+        adaptive: whether the schedule adapts to the pilot
+        tick: called after each kernel
     """
     draws = torch.cat([potential.draw() for _ in range(math.ceil(64 / potential.num_chains))])
     potential.coordinates.warn_of_ties(draws, potential.pair.model)
@@ -138,12 +174,12 @@ def tune(
     num_steps = _draw_num_steps(len(pilot_temperatures), num_leapfrog_steps)
     kernels = Kernels(pilot_temperatures, first_guess, start_variance, start_variance, num_steps)
     settled, _, _ = _pilot(potential, kernels, tick)
-    # Shrunk as Stan does: a few draws may by chance hardly differ in one of many dimensions.
+    # Shrink the variance as Stan does, because a few draws may by chance hardly differ in one of many dimensions.
     share = len(settled) / (len(settled) + 5)
     kernels = replace(kernels, end_variance=share * settled.var(0) + (1 - share) * 1e-3 * start_variance)
     _, log_step_sizes, spread = _pilot(potential, kernels, tick)
     temperatures = sigmoidal_schedule(num_temperatures).to(start_variance)
-    if adaptive and 0 < spread.sum() < math.inf:  # weights without spread say nothing of where to go slowly
+    if adaptive and 0 < spread.sum() < math.inf:  # without spread, the weights do not show where to slow down
         length = torch.cat([spread.new_zeros(1), (spread * pilot_temperatures.diff()).cumsum(0)])
         steps = torch.linspace(0, 1, num_temperatures + 1).to(start_variance)
         temperatures = (temperatures + _interpolate(steps, length / length[-1], pilot_temperatures)) / 2
@@ -161,15 +197,15 @@ def _num_pilot_temperatures(num_temperatures: int) -> int:
 
 
 def num_pilot_kernels(num_temperatures: int) -> int:
-    """How many kernels `tune` runs."""
+    """Return how many kernels `tune` runs."""
     return 2 * (_num_pilot_temperatures(num_temperatures) - 1 + 2 * _SETTLING)
 
 
 def _pilot(potential: Potential, kernels: Kernels, tick: Callable[[], object]) -> tuple[Tensor, Tensor, Tensor]:
-    """Chains whose step sizes follow the acceptance.
+    """Run chains whose step sizes follow the acceptance.
 
     Returns their states at beta = 1 (draws, N, D); log step sizes (T + 1, N), smoothed; and the standard deviation of
-    log w among chains at each temperature but the last, averaged over data, (T,).
+    log w among chains at each temperature except the last, averaged over data, (T,).
     """
     temperatures = kernels.temperatures
     last = len(temperatures) - 1
@@ -186,7 +222,7 @@ def _pilot(potential: Potential, kernels: Kernels, tick: Callable[[], object]) -
         log_steps.append(log_step)
         spread.append(spread_here.nan_to_num(posinf=0.0).mean())
         tick()
-    # One row per temperature: the settling at either end is dropped down to its last part.
+    # Keep one row per temperature: of the settling kernels at either end, only the last.
     rows = log_steps[_SETTLING - 1 : _SETTLING - 1 + last] + log_steps[-1:]
     smoothed = nn.functional.avg_pool1d(torch.stack(rows).T.unsqueeze(0), 9, 1, 4, count_include_pad=False)[0].T
     return torch.cat(settled), smoothed, torch.stack(spread[_SETTLING - 1 : _SETTLING - 1 + last])
@@ -202,7 +238,7 @@ def _nothing_yet(state: _State) -> tuple[Tensor, Tensor]:
 
 
 def _factor(state: _State, kernels: Kernels, t: int) -> Tensor:
-    """log f_t(u) - log f_{t-1}(u)."""
+    """Return log f_t(u) - log f_{t-1}(u)."""
     return (kernels.temperatures[t] - kernels.temperatures[t - 1]) * state.log_weight
 
 
@@ -214,7 +250,7 @@ def _move(potential: Potential, state: _State, kernels: Kernels, t: int) -> tupl
 def _leap(
     potential: Potential, state: _State, beta: Tensor, scale: Tensor, step_size: Tensor, num_steps: int
 ) -> tuple[_State, Tensor]:
-    """One Hamiltonian kernel for each chain; also the mean acceptance probability of each datum (N,).
+    """Apply one Hamiltonian kernel to each chain; also return the mean acceptance probability of each datum (N,).
 
     Source: Neal, MCMC Using Hamiltonian Dynamics (2011).
     """
@@ -222,7 +258,7 @@ def _leap(
     step = (step_size * jitter).unsqueeze(-1)
     u, momentum = state.u, torch.randn_like(state.u)
     before = state.log_start + beta * state.log_weight - 0.5 * momentum.square().sum(-1)
-    with without_checks():  # a trajectory may leave for infinity: it is rejected
+    with without_checks():  # a trajectory may diverge to infinity; it is then rejected
         energy = potential.energy(u, beta)
         momentum = momentum + 0.5 * step * scale * energy.gradient
         for number in range(num_steps):
@@ -242,7 +278,7 @@ def _leap(
 
 
 def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Piecewise linear y(at) from increasing x (K,) and y (K, ...)."""
+    """Interpolate y(at) linearly from increasing x (K,) and y (K, ...)."""
     upper = torch.searchsorted(x, at).clamp(1, len(x) - 1)
     width = (x[upper] - x[upper - 1]).clamp_min(torch.finfo(x.dtype).tiny)
     fraction = ((at - x[upper - 1]) / width).clamp(0, 1)

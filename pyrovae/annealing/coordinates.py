@@ -1,4 +1,4 @@
-"""Unconstrained coordinates of a program's latents: its draws as u (chains, data, D), and u put back into its sites."""
+"""Unconstrained coordinates of a program's latents: its draws as u (chains, data, D), and u as values of its sites."""
 
 import sys
 from collections.abc import Iterator
@@ -19,21 +19,26 @@ from pyrovae.programs.traces import Layout, Program, sample_sites
 
 __all__ = ["Coordinates", "Placed", "random_sites", "refuse_without_coordinates", "unconstrained"]
 
-_TIES = 1e-3  # share of draws in one extreme point from which a density cannot describe them
+_TIES = 1e-3  # share of draws on one extreme point above which a density no longer describes them
 
 
 class _Site(NamedTuple):
-    shape: torch.Size  # of one chain's unconstrained value, as the program takes it: plates, event
+    shape: torch.Size  # of one chain's unconstrained value in the program: plates, then event
     data_axis: int | None  # negative
     width: int  # numbers per datum
 
 
 class Coordinates:
-    """Which columns of u are whose: made from a trace of the start density's program, whose draws are `u`, (S, N, D).
+    """Mapping between the columns of u (S, N, D) and the sites of the start density's program.
 
-    num_chains: S of a trace under a plate of chains; None: a trace of one chain without that plate, S = 1
+    Args:
+        trace: trace of that program; its draws become `u`
+        layout: plates of the program
+        num_chains: S if the trace is under a plate of chains; None for one chain without that plate, S = 1
 
-    Raises ValueError, naming the site, for a latent without a bijection from the real numbers; for a trace without latents.
+    Raises:
+        ValueError: naming the site, for a latent without a bijection from the real numbers; for a trace without
+            latents.
     """
 
     def __init__(self, trace: poutine.Trace, layout: Layout, num_chains: int | None):
@@ -62,7 +67,7 @@ class Coordinates:
         self.u = torch.cat(columns, -1)
 
     def values(self, u: Tensor) -> dict[str, Tensor]:
-        """The unconstrained value of each site, in the shape that the program takes: without chains if `num_chains` is None."""
+        """Return each site's unconstrained value in the program's shape; without chains if `num_chains` is None."""
         values, parts = {}, u.split([site.width for site in self.sites.values()], -1)
         for (name, site), part in zip(self.sites.items(), parts, strict=True):
             if site.data_axis is None:
@@ -75,7 +80,7 @@ class Coordinates:
         return values
 
     def join(self, values: dict[str, Tensor]) -> Tensor:
-        """The way back: u (S, N, D)."""
+        """Invert `values`: return u (S, N, D)."""
         return torch.cat(
             [
                 flatten(value.unsqueeze(0) if self.num_chains is None else value, self.sites[name].data_axis)
@@ -85,44 +90,45 @@ class Coordinates:
         )
 
     def warn_of_ties(self, draws: Tensor, program: Program) -> None:
-        """Warn where many of the draws (any, N, D) fall on the outermost value that their floating-point numbers reach.
+        """Warn if many of the draws (any, N, D) fall on the outermost value that their floating-point type has.
 
-        There they have no density in u, so that the kernels do not leave their distribution invariant, and the bounds are
-        not strict. Ties at the extremes of a column show it: where numbers are fine enough there are none.
+        Such draws have no density in u, so the kernels do not leave their distribution invariant and the bounds are not
+        strict. They show as ties at the extremes of a column, which do not occur if the floating-point type is fine
+        enough.
         """
         columns = draws.flatten(0, 1)
         extremes = torch.stack([columns.amin(0), columns.amax(0)])
         ties = (columns == extremes.unsqueeze(1)).sum(1).amax(0)
-        ties = torch.where(extremes[1] > extremes[0], ties, 0)  # a column that does not vary is another matter
+        ties = torch.where(extremes[1] > extremes[0], ties, 0)  # ignore constant columns
         for name, here in zip(self.sites, ties.split([site.width for site in self.sites.values()]), strict=True):
             if here.max() > max(2, _TIES * len(columns)):
                 warn_once(
                     program,
-                    f"more than {_TIES:.1%} of the draws of site '{name}' fall on one outermost value, as {draws.dtype} has "
-                    f"no finer numbers at the edge of their support, so that the bounds are not strict: take float64 if it "
-                    f"is not that yet, or a distribution with less mass at its edge",
+                    f"more than {_TIES:.1%} of the draws of site '{name}' fall on one outermost value, because {draws.dtype} "
+                    f"is too coarse at the edge of their support, so the bounds are not strict: use float64 if you do not "
+                    f"yet, or a distribution with less mass at its edge",
                 )
 
 
 def flatten(value: Tensor, data_axis: int | None) -> Tensor:
-    """(S, plates with N among them at a negative axis, event) -> (S, N, D)."""
+    """Reshape (S, plates with N among them at a negative axis, event) to (S, N, D)."""
     flat = value.unsqueeze(1) if data_axis is None else value.movedim(data_axis, 1)
     return flat.reshape(*flat.shape[:2], -1)
 
 
 def random_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
-    """The sites that draw numbers: a Delta carries an auxiliary draw to a latent."""
+    """Yield the sites that draw random numbers; a Delta, which maps an auxiliary draw to a latent, does not."""
     for name, site in sample_sites(trace):
         if not is_delta(site):
             yield name, site
 
 
 def refuse_without_coordinates(trace: poutine.Trace) -> None:
-    """Raise ValueError for a latent that no bijection takes to the real numbers: discrete, on a circle, on a sphere.
+    """Raise ValueError for a latent without a bijection to the real numbers: discrete, on a circle, or on a sphere.
 
-    torch calls the support of an angle real, and the density of a VonMises goes on beyond a turn for ever: a chain on the
-    line would see the same mass again and again, and its "lower bound" lie above log p(x). That is known by the family,
-    under whatever wrappers, in mixtures and under transforms; a family of one's own is not known.
+    torch calls the support of an angle real, and the density of a VonMises is periodic: a chain on the line would see
+    the same mass again and again, and its "lower bound" would lie above log p(x). Angles are recognised by their
+    family, even wrapped, in mixtures and under transforms; custom families are not recognised.
     """
     for name, site in random_sites(trace):
         if site["is_observed"]:
@@ -131,19 +137,19 @@ def refuse_without_coordinates(trace: poutine.Trace) -> None:
         if is_angle_or_direction(distribution):
             raise ValueError(
                 f"site '{name}' is an angle or a direction ({innermost(distribution)}), which has no coordinates on the "
-                f"real line: write an angle as Uniform(-pi, pi) with its log density as a pyro.factor, or take "
+                f"real line: write an angle as Uniform(-pi, pi) with its log density as a pyro.factor, or use "
                 f"log_marginal_likelihood with a guide on the circle"
             )
         support = _support_of(distribution)
         if support is not None and support.is_discrete:
             raise ValueError(
                 f"site '{name}' is discrete ({distribution}), and Hamiltonian dynamics need a gradient: sum it out in the "
-                f"model, or take log_marginal_likelihood"
+                f"model, or use log_marginal_likelihood"
             )
 
 
 def _bijection_of(site: dict[str, Any]) -> Any:
-    """The map from the real numbers to a site's support; ValueError, naming the site, if none is known."""
+    """Return the map from the real numbers to a site's support; raise ValueError, naming the site, if none is known."""
     support, name = _support_of(site["fn"]), site["name"]
     if support is None:
         raise ValueError(
@@ -156,21 +162,21 @@ def _bijection_of(site: dict[str, Any]) -> Any:
     except NotImplementedError as error:
         raise ValueError(
             f"torch knows no bijection from the real numbers to the support of site '{name}' ({support}), so annealing has no "
-            f"coordinates for it: register one with torch.distributions.biject_to, or take log_marginal_likelihood"
+            f"coordinates for it: register one with torch.distributions.biject_to, or use log_marginal_likelihood"
         ) from error
 
 
 def _support_of(distribution: Any) -> Constraint | None:
     try:
         return distribution.support
-    except (AttributeError, NotImplementedError, ValueError):  # none declared, or one that depends on what is not known
-        inside, adapter = innermost(distribution), sys.modules.get("pyro.contrib.zuko")  # which takes long to import
+    except (AttributeError, NotImplementedError, ValueError):  # undeclared, or dependent on unknown parameters
+        inside, adapter = innermost(distribution), sys.modules.get("pyro.contrib.zuko")  # slow to import
         return support_of_flow(inside.dist) if adapter and isinstance(inside, adapter.ZukoToPyro) else None
 
 
 @torch.no_grad()
 def unconstrained(trace: poutine.Trace, layout: Layout, num_chains: int | None) -> Tensor:
-    """u (S, N, D) of the draws in a trace under a plate of S chains; (1, N, D) in a trace without that plate."""
+    """Return the draws of a trace as u: (S, N, D) under a plate of S chains, (1, N, D) without that plate."""
     return Coordinates(trace, layout, num_chains).u
 
 

@@ -1,9 +1,9 @@
-"""A model/guide pair as densities of unconstrained numbers: what gradients and Markov chains need.
+"""A model/guide pair as densities of unconstrained numbers, as gradients and Markov chains require.
 
-The guide's draws, mapped to unconstrained numbers u (chains, data, D), have the density q(u); the importance weight w(u)
-then belongs to each u, and q(u) w(u)^beta leads from the guide (beta = 0) to the joint density p(x, z) (beta = 1), whose
-normaliser is p(x). Any pair that `pyrovae.weights` takes will do, auxiliary draws of AutoNormal included. Without a guide
-the prior takes its place, and log w is log p(x|z).
+The guide's draws, mapped to unconstrained numbers u (chains, data, D), have the density q(u), and each u has an
+importance weight w(u). Then q(u) w(u)^beta leads from the guide (beta = 0) to the joint density p(x, z) (beta = 1),
+whose normaliser is p(x). Any pair that `pyrovae.log_weights` accepts will do, including auxiliary draws of AutoNormal.
+Without a guide, the prior takes its place, and log w is log p(x|z).
 """
 
 from functools import reduce
@@ -41,7 +41,7 @@ class Energy(NamedTuple):
 
 
 def prior_of(model: Program) -> Program:
-    """The model's latent draws alone, as a guide."""
+    """Return the model's latent draws alone, as a guide."""
 
     def prior(*args, **kwargs):
         observed = poutine.block(hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
@@ -54,19 +54,24 @@ def prior_of(model: Program) -> Program:
 class Potential:
     """Densities of one block of data, under S chains at once.
 
-    pair: a pair that has been looked at; its guide is `prior_of(model)` where `from_prior`
-    start, stop: the range of data
-    num_chains: S
-    vectorised: whether the chains run together, under an outer plate; else one by one, for programs that take no such plate
+    Args:
+        pair: an inspected pair; its guide is `prior_of(model)` if `from_prior`
+        start: first datum of the block
+        stop: end of the block
+        num_chains: S
+        from_prior: whether the start density is the prior
+        vectorised: whether the chains run together under an outer plate, or one by one for programs without support for
+            it
 
-    Raises ValueError, naming the site, for latents that are discrete, on a circle or sphere, or without a gradient.
+    Raises:
+        ValueError: naming the site, for latents that are discrete, on a circle or sphere, or without a gradient.
     """
 
     def __init__(
         self, pair: Pair, start: int, stop: int, num_chains: int, *, from_prior: bool, vectorised: bool = True
     ):
         self.pair, self.num_chains, self.from_prior = pair, num_chains, from_prior
-        self.plate_size = num_chains if vectorised else None  # of the outer plate of chains
+        self.plate_size = num_chains if vectorised else None  # size of the outer plate of chains
         self.layout = pair.layout_of(start, stop)
         if self.layout.sequential:
             raise ValueError(
@@ -90,26 +95,26 @@ class Potential:
 
     @torch.no_grad()
     def draw(self) -> Tensor:
-        """Draws u (S, N, D) from the guide."""
+        """Return draws u (S, N, D) from the guide."""
         runs = 1 if self.plate_size is not None else self.num_chains
         traces = (self._run(Placed({}), self.encoded, self.args, self.kwargs)[1] for _ in range(runs))
         return torch.cat([unconstrained(trace, self.layout, self.plate_size) for trace in traces])
 
     def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(log q(u), log w(u)), each (S, N); differentiable."""
+        """Return (log q(u), log w(u)), each (S, N); differentiable."""
         return self._log_densities(u, self.encoded, self.args, self.kwargs)
 
     def energy(self, u: Tensor, beta: Tensor) -> Energy:
-        """Both densities and the gradient of log q(u) + beta log w(u), without a graph; beta () or (N,)."""
+        """Return both densities and the gradient of log q(u) + beta log w(u), without a graph; beta () or (N,)."""
         if self.recorded is not None:
             energy = Energy(*self.recorded(u, beta, *self._tensors())[0])
             if not checks_values() or (torch.maximum(energy.log_start, energy.log_weight) < torch.inf).all():
                 return energy
-        # Where a recorded density comes out NaN or +inf, once more eagerly, which names the site.
+        # If a recorded density is NaN or +inf, evaluate it eagerly: the error then names the site.
         return Energy(*self._energy(u, beta, self.encoded, self.args, self.kwargs))
 
     def record(self, modules: list[nn.Module], *, inductor: bool) -> None:
-        """Record `energy` (and compile it), where that can be done; `recorded` then serves every block of as many data."""
+        """Record `energy` (and compile it) if possible; `recorded` then serves every block of the same size."""
 
         def flat(u: Tensor, beta: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             rest = iter(tensors)
@@ -143,17 +148,17 @@ class Potential:
         model_trace, guide_trace = self._run(placed, encoded, args, kwargs)
         terms = {}
         for name, site in random_sites(guide_trace):
-            # Masks do not change what is drawn, and under a density of 0 the masked elements of a chain would walk off.
+            # Masks do not change what is drawn. With a log density of 0, masked elements of a chain would drift without limit.
             site = {**site, "mask": None, "fn": unmasked(site["fn"])}
             terms[name] = spread(site_log_prob(site) + placed.log_jacobians[name], site, self.layout, self.plate_size)
         for name, term in terms.items() if checks_values() else ():
             if not (term < torch.inf).all():
                 raise ValueError(
                     f"the start density of site '{name}' is NaN or +inf at one of its draws: look for NaN in the data or "
-                    f"parameters, or for a density without bound"
+                    f"parameters, or for an unbounded density"
                 )
         log_start = reduce(add, terms.values())
-        if self.from_prior:  # the latents' own terms cancel
+        if self.from_prior:  # the prior terms of the latents cancel
             for name, _ in random_sites(guide_trace):
                 model_trace.remove_node(name)
             guide_trace = poutine.Trace()
@@ -162,7 +167,7 @@ class Potential:
     def _run(
         self, placed: Placed, encoded: Tensor | None, args: tuple, kwargs: dict
     ) -> tuple[poutine.Trace, poutine.Trace]:
-        """(model trace, guide trace) of one run, under the plate of chains if there is one; with gradients if those are on."""
+        """Run both programs, under the plate of chains if there is one, and return (model trace, guide trace)."""
         guide, model = self.pair.guide_given(encoded), self.pair.model
         if self.plate_size is not None:
             guide, model = (under_particles(program, self.layout, self.plate_size) for program in (guide, model))

@@ -1,1 +1,1 @@
-"""Estimates of log p(x) and what is made of them."""
+"""Estimates of log p(x), and the analyses built on them."""

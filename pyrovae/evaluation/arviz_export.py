@@ -1,4 +1,4 @@
-"""Export to ArviZ: an InferenceData with ArviZ 0.x, an xarray DataTree with ArviZ 1.x, the same groups in both."""
+"""Export to ArviZ: an InferenceData with ArviZ 0.x, an xarray DataTree with ArviZ 1.x, with the same groups."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -34,30 +34,45 @@ def to_inference_data(
 ) -> Any:
     """Export an evaluation to ArviZ.
 
-    result: gives group sample_stats, each estimate along dimension "datum", and "bound" along ("num_particles", "datum")
-    model, guide, args: if given, draws z ~ q(z|x) for the data in `args` (a few of those evaluated, usually) give group
-        posterior, dimensions ("chain", "draw", "drawn_datum", ...), the observed sites group observed_data, and the
-        draws' log weights join sample_stats as "log_weight". Group posterior_resampled holds as many of the draws, chosen
-        with replacement by their weights: nearer to the posterior, up to what the guide leaves out (not there for a
-        sequential plate, or where all weights of a datum are 0)
-    num_draws: draws per datum
-    predictive: also groups log_likelihood (log p(x|z) of each datum under each draw), posterior_predictive (data simulated at
-        the draws), prior and prior_predictive (as many draws of the model); these are as large as data times draws
-    progress: show a bar of the draws
+    Group sample_stats holds each estimate along dimension "datum", and "bound" along ("num_particles", "datum"). With a
+    model and a guide, the export also draws z ~ q(z|x) and adds:
 
-    Returns arviz.InferenceData or xarray.DataTree; both have `.to_netcdf(path)`. Values in nats.
+    - posterior: the draws, dimensions ("chain", "draw", "drawn_datum", ...); their log weights join sample_stats as
+      "log_weight";
+    - observed_data: the observed sites;
+    - posterior_resampled: as many of the draws, chosen with replacement by their weights. They are closer to the
+      posterior, except where the guide has no mass. Absent for a sequential plate, and if all weights of a datum are 0;
+    - with `predictive`: log_likelihood (log p(x|z) of each datum under each draw), posterior_predictive (data simulated
+      at the draws), prior and prior_predictive (as many draws of the model).
 
-    Raises ValueError if only one of model and guide is given.
+    Values are in nats.
 
-    Source: Kumar, Carroll, Hartikainen & Martin, ArviZ: a unified library for exploratory analysis of Bayesian models
-    in Python (2019).
+    Args:
+        result: the evaluation to export
+        model: Pyro model; together with `guide`, adds the groups of draws
+        guide: Pyro guide
+        args: data to draw for, usually a few of those evaluated
+        plate: name of the plate that indexes the data, as in `log_marginal_likelihood`
+        num_draws: draws per datum
+        predictive: add the log likelihood and the simulated data, whose size is data times draws
+        progress: show a progress bar of the draws
+
+    Returns:
+        arviz.InferenceData or xarray.DataTree; both have `.to_netcdf(path)`.
+
+    Raises:
+        ValueError: if only one of `model` and `guide` is given.
+
+    References:
+        Kumar, Carroll, Hartikainen & Martin, ArviZ: a unified library for exploratory analysis of Bayesian models in
+        Python (2019).
     """
     import xarray
 
     arviz = import_arviz()
 
     if (model is None) != (guide is None):
-        raise ValueError("draws need both the model and the guide: pass both, or neither")
+        raise ValueError("drawing needs both the model and the guide: pass both, or neither")
     stats: dict[str, tuple[Any, np.ndarray]] = {
         name: ("datum", getattr(result, name).numpy()) for name in result.per_datum()
     }
@@ -89,14 +104,19 @@ def to_inference_data(
 
 
 def to_elpd_data(result: "LogMarginalLikelihood") -> Any:
-    """The Pareto k of an evaluation in the form that `arviz.plot_khat` takes, on ArviZ 0.x and 1.x.
+    """Convert the Pareto k of an evaluation to the form that `arviz.plot_khat` takes, on ArviZ 0.x and 1.x.
 
-    ArviZ keeps k with the expected log predictive densities of leave-one-out; here log p(x_n) stands in their place, and what
-    belongs to cross-validation alone is NaN.
+    ArviZ stores k with the expected log predictive densities of leave-one-out cross-validation. Here log p(x_n) takes
+    their place, and fields that only cross-validation defines are NaN.
 
-    Returns ArviZ's ELPDData, dimension "datum".
+    Args:
+        result: the evaluation to convert
 
-    Source: Vehtari, Simpson, Gelman, Yao & Gabry, Pareto Smoothed Importance Sampling (2024).
+    Returns:
+        ArviZ's ELPDData, dimension "datum".
+
+    References:
+        Vehtari, Simpson, Gelman, Yao & Gabry, Pareto Smoothed Importance Sampling (2024).
     """
     import xarray
 
@@ -130,7 +150,7 @@ def to_elpd_data(result: "LogMarginalLikelihood") -> Any:
 def _draws(
     model: Program, guide: Program, args: tuple, plate: str | None, num_draws: int, predictive: bool, progress: bool
 ) -> tuple[dict[str, dict], np.ndarray]:
-    """({group: {site: (dimensions, values)}}, log weights (1, draws, N))."""
+    """Return ({group: {site: (dimensions, values)}}, log weights (1, draws, N))."""
     draws: dict[str, dict[str, list]] = {}
 
     def add(group: str, layout: Layout, name: str, site: dict, value: torch.Tensor, event_dim: int) -> None:
@@ -189,14 +209,14 @@ def _draws(
 
 
 def _chosen(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Draws (1, draws, N, ...), or (1, draws, ...) of a single datum, at indices (draws, N)."""
+    """Select draws (1, draws, N, ...), or (1, draws, ...) for a single datum, at indices (draws, N)."""
     if chosen.shape[1] == 1:
         return values[:, chosen[:, 0]]
     return values[:, chosen, np.arange(chosen.shape[1])]
 
 
 def _array(layout: Layout, site: dict, value: torch.Tensor, event_dim: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """(dimension names, values) of something of a site: the datum axis first, the others by site and number."""
+    """Return (dimension names, values) of a site's tensor: the datum axis first, the others named by site and number."""
     value = value.detach().cpu()
     names = []
     if layout.dim is not None:

@@ -1,4 +1,4 @@
-"""Whether a guide's spread is that of the posterior, from data simulated together with their latents."""
+"""Simulation-based calibration: check a guide's spread on data simulated together with their latents."""
 
 import math
 from dataclasses import dataclass
@@ -22,11 +22,12 @@ _MOST_BINS, _FEWEST_PER_BIN = 20, 5
 
 @dataclass(frozen=True, repr=False)
 class Calibration:
-    """Ranks of exact posterior draws among a guide's draws, for N simulated data and D latent numbers.
+    """Ranks of exact posterior draws among a guide's draws, for N simulated data and D latent dimensions.
 
-    num_draws: L, of the guide for each datum
-    names: of the D latent numbers, by site: "z[0]", ...
-    ranks: (N, D) of 0 ... L, uniform where the guide is the posterior
+    Attributes:
+        num_draws: L, draws of the guide per datum
+        names: of the D latent dimensions, by site: "z[0]", ...
+        ranks: (N, D) from 0 to L; uniform if the guide is the posterior
     """
 
     num_draws: int
@@ -38,14 +39,18 @@ class Calibration:
 
     @property
     def num_bins(self) -> int:
-        """B: 20 at most, no more than there are ranks, and 5 data or more for each; one fewer or so if they are then equal."""
+        """Number of bins B of the rank histogram.
+
+        At most 20, at most L + 1, and with at least 5 data per bin. Reduced, by no more than half, to a divisor of L +
+        1 if there is one, so that all bins hold the same number of ranks.
+        """
         most = max(1, min(_MOST_BINS, len(self) // _FEWEST_PER_BIN, self.num_draws + 1))
         equal = max(bins for bins in range(1, most + 1) if (self.num_draws + 1) % bins == 0)
         return equal if equal > most / 2 else most
 
     @property
     def bin_shares(self) -> Tensor:
-        """Shares of the L + 1 ranks that the bins hold (B,): 1/B each, or as near to it as whole ranks allow."""
+        """Share of the L + 1 ranks in each bin (B,): 1/B, or as close to it as whole ranks allow."""
         return torch.bincount(self._bin_of(torch.arange(self.num_draws + 1))).double() / (self.num_draws + 1)
 
     def _bin_of(self, ranks: Tensor) -> Tensor:
@@ -53,18 +58,21 @@ class Calibration:
 
     @property
     def counts(self) -> Tensor:
-        """Data in each bin of ranks (D, B)."""
+        """Number of data in each bin of ranks (D, B)."""
         return torch.nn.functional.one_hot(self._bin_of(self.ranks), self.num_bins).sum(0)
 
     @property
     def statistic(self) -> Tensor:
-        """sum_b (count_b - N share_b)^2 / (N share_b), (D,): about B - 1 where the ranks are uniform."""
+        """Chi-square statistic of uniform ranks (D,): about B - 1 if the ranks are uniform.
+
+        sum_b (count_b - N share_b)^2 / (N share_b)
+        """
         expected = len(self) * self.bin_shares
         return ((self.counts - expected).square() / expected).sum(1)
 
     @property
     def p_value(self) -> Tensor:
-        """Of the chi-square test of uniform ranks (D,); NaN with too few data for two bins."""
+        """p-value of the chi-square test of uniform ranks (D,); NaN if there are too few data for two bins."""
         if self.num_bins < 2:
             return torch.full((len(self.names),), math.nan, dtype=torch.float64)
         freedom = torch.tensor((self.num_bins - 1) / 2, dtype=torch.float64)
@@ -72,39 +80,41 @@ class Calibration:
 
     @property
     def overall_p_value(self) -> float:
-        """Of all latents together: D times the smallest (Bonferroni), 1 at most; NaN with too few data for two bins."""
+        """p-value of all latents together: D times the smallest (Bonferroni), at most 1; NaN if `p_value` is."""
         return (self.p_value.min() * len(self.names)).clamp_max(1.0).item()
 
     @property
     def offset(self) -> Tensor:
-        """Mean of (rank + 1/2) / (L + 1), less 1/2 (D,): above 0 where the guide lies too low."""
+        """Mean of (rank + 1/2) / (L + 1), minus 1/2 (D,): positive if the guide's draws are too low."""
         return ((self.ranks + 0.5) / (self.num_draws + 1)).double().mean(0) - 0.5
 
     @property
     def spread(self) -> Tensor:
-        """Variance of the ranks around their middle over that of uniform ones (D,): above 1 where the guide is too narrow."""
+        """Variance of the ranks around their middle, relative to uniform ranks (D,): above 1 if the guide is too
+        narrow.
+        """
         middle = self.ranks.double() - self.num_draws / 2
         return middle.square().mean(0) * 12 / (self.num_draws * (self.num_draws + 2))
 
     def summary(self) -> str:
-        """A few lines to print."""
+        """Return a few lines to print."""
         low = self.p_value < 0.05 / len(self.names)
         lines = [
-            f"calibration of a guide: {len(self):,} simulated data, {self.num_draws} draws of the guide for each",
-            f"  uniform ranks   p = {self.overall_p_value:.2g} for all {len(self.names)} latent numbers together",
-            f"  spread of ranks {self.spread.mean():8.3f}   1 is right; above: the guide is too narrow; below: too wide",
+            f"calibration of a guide: {len(self):,} simulated data, {self.num_draws} draws of the guide per datum",
+            f"  uniform ranks   p = {self.overall_p_value:.2g} for all {len(self.names)} latent dimensions together",
+            f"  spread of ranks {self.spread.mean():8.3f}   1: correct; above: the guide is too narrow; below: too wide",
         ]
         if low.any():
             worst = int(self.statistic.argmax())
             lines.append(
-                f"  {int(low.sum())} of {len(self.names)} are not uniform (p < 0.05 / {len(self.names)}), the least "
+                f"  {int(low.sum())} of {len(self.names)} are not uniform (p < 0.05 / {len(self.names)}); the worst is "
                 f"'{self.names[worst]}': spread {self.spread[worst]:.2f}, offset {self.offset[worst]:+.2f}"
             )
         return "\n".join(lines)
 
     def __repr__(self) -> str:
         return (
-            f"Calibration({len(self)} simulated data, {len(self.names)} latent numbers, {self.num_draws} draws: "
+            f"Calibration({len(self)} simulated data, {len(self.names)} latent dimensions, {self.num_draws} draws: "
             f"p = {self.overall_p_value:.2g})"
         )
 
@@ -118,26 +128,36 @@ def simulation_based_calibration(
     progress: bool = False,
     **kwargs: Any,
 ) -> Calibration:
-    """Simulation-based calibration of a guide: is the latent behind simulated data like a draw of q(z|x)?
+    """Check a guide by simulation-based calibration: does the latent behind simulated data look like a draw of q(z|x)?
 
-    (x_n, z_n) ~ p(x, z),   z_nl ~ q(. | x_n),   rank_nd = #{ l : z_nl < z_nd, dimension d },   l = 1 ... L
+        (x_n, z_n) ~ p(x, z),   z_nl ~ q(. | x_n),   rank_nd = #{ l : z_nl < z_nd, dimension d },   l = 1 ... L
 
-    z_n is an exact draw of p(z | x_n). Where q is the posterior the ranks are uniform on 0 ... L in every dimension; where
-    it is too narrow they crowd at both ends, where it is too wide in the middle, where it lies too low or high at one end.
-    Uniform ranks are necessary, not sufficient: the prior as a guide gives uniform ranks too, as any q that is right on
-    average over the data does, and each dimension is looked at alone.
-
-    model, guide, plate: as in `log_marginal_likelihood`; the arguments give shapes only, their data are simulated
-    num_draws: L; with 99 there are 100 ranks, which divide into 20 bins
-    progress: show a bar
+    z_n is an exact draw of p(z | x_n). If q is the posterior, the ranks are uniform on 0 ... L in every dimension. If q
+    is too narrow, they crowd at both ends; if too wide, in the middle; if too low or too high, at one end. Uniform
+    ranks are necessary, not sufficient: the prior used as a guide has uniform ranks too, as does any q that is right on
+    average over the data, and each dimension is tested alone.
 
     Ties (discrete latents) are ranked at random.
 
-    Raises ValueError for what `bidirectional_monte_carlo` refuses to simulate, for sequential plates, subsampled plates, and
-    programs without a datum plate.
+    Args:
+        model: Pyro model, as in `log_marginal_likelihood`
+        guide: Pyro guide, as in `log_marginal_likelihood`
+        *args: arguments of both programs; they give shapes only, because their data are simulated
+        num_draws: L; 99 draws give 100 ranks, which divide evenly into 20 bins
+        plate: as in `log_marginal_likelihood`
+        progress: show a progress bar
+        **kwargs: further arguments of both programs
 
-    Source: Talts, Betancourt, Simpson, Vehtari & Gelman, Validating Bayesian Inference Algorithms with Simulation-Based
-    Calibration (2018).
+    Returns:
+        The ranks, as a `Calibration`.
+
+    Raises:
+        ValueError: for programs that `bidirectional_monte_carlo` cannot simulate, sequential plates, subsampled plates,
+            and programs without a datum plate.
+
+    References:
+        Talts, Betancourt, Simpson, Vehtari & Gelman, Validating Bayesian Inference Algorithms with Simulation-Based
+        Calibration (2018).
     """
     num_draws = check_count("num_draws", num_draws)
     with evaluation_mode(model, guide) as device:
@@ -148,7 +168,7 @@ def simulation_based_calibration(
         layout, _, _ = inspect_pair(program, guide, args, kwargs, plate)
         if layout.dim is None or layout.subsampled:
             raise ValueError(
-                f"ranks are taken over data of a plate that holds them all at once; found "
+                f"calibration needs a datum plate that holds all data at once; found "
                 f"{'no datum plate' if layout.plate is None else f'plate {layout.plate!r}, sequential or subsampled'}"
             )
         exact = {
@@ -179,5 +199,5 @@ def simulation_based_calibration(
 
 
 def _by_datum(values: Tensor, dim: int, event_dim: int) -> Tensor:
-    """Values of a site (*batch_shape, *event_shape) as (N, numbers of one datum)."""
+    """Reshape the values of a site (*batch_shape, *event_shape) to (N, numbers per datum)."""
     return values.movedim(dim - event_dim, 0).flatten(1) if values.ndim > 1 else values.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Fitted pairs against each other on the same data: paired differences of log p(x) and of the ELBO."""
+"""Compare fitted pairs on the same data: paired differences of log p(x) and of the ELBO."""
 
 import math
 from collections.abc import Mapping
@@ -15,15 +15,21 @@ __all__ = ["Comparison", "ComparisonRow", "compare"]
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One pair in a comparison, in nats per datum.
+    """One model/guide pair in a comparison, in nats per datum.
 
-    rank: by log_prob or elbo, as asked, 0 the best; a mean that is NaN comes last
-    log_prob, stderr: mean over the data, with its standard error as an estimate for new data
-    difference, difference_stderr: log_prob minus that of the best, and the standard error of this paired difference
-    bias_estimate: how much log_prob is too low, at least
-    elbo, elbo_difference, elbo_difference_stderr: of the ELBO, against the same pair; NaN for annealed results
-    gap: log_prob - elbo, at least KL(q(z|x) || p(z|x)); NaN with one particle
-    bad_k: share of data whose Pareto k is above its limit
+    Attributes:
+        name: of the pair
+        rank: by `log_prob` or `elbo`, as requested; 0 is the best, and a NaN mean comes last
+        log_prob: mean over the data
+        stderr: its standard error as an estimate for new data
+        difference: log_prob minus that of the best pair
+        difference_stderr: standard error of this paired difference
+        bias_estimate: log_prob is too low by at least this much
+        elbo: mean ELBO; NaN for annealed results
+        elbo_difference: elbo minus that of the best pair
+        elbo_difference_stderr: standard error of this paired difference
+        gap: log_prob - elbo, a lower estimate of KL(q(z|x) || p(z|x)); NaN with one particle
+        bad_k: share of data whose Pareto k is above its limit
     """
 
     name: str
@@ -42,14 +48,20 @@ class ComparisonRow:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What `compare` gives: `rows` from best to worst, `num_data`, and `notes` on how to read them."""
+    """Result of `compare`.
+
+    Attributes:
+        rows: from best to worst
+        num_data: number of data that all pairs were evaluated on
+        notes: remarks on how to read the rows
+    """
 
     rows: list[ComparisonRow]
     num_data: int
     notes: list[str]
 
     def to_dataframe(self) -> Any:
-        """The table as a pandas DataFrame indexed by name, as `arviz.compare` gives it."""
+        """Return the table as a pandas DataFrame indexed by name, as `arviz.compare` does."""
         import pandas
 
         return pandas.DataFrame([asdict(row) for row in self.rows]).set_index("name")
@@ -74,21 +86,28 @@ def compare(
 ) -> Comparison:
     """Compare fitted pairs on the same data.
 
-    difference_k = mean_n( log p_k(x_n) - log p_best(x_n) ),   standard error sd_n / sqrt(N)
+        difference_k = mean_n( log p_k(x_n) - log p_best(x_n) ),   standard error sd_n / sqrt(N)
 
-    results: what `log_marginal_likelihood` (or `annealed_importance_sampling`) gave for each pair, all for the same data in
-        the same order
-    by: what ranks them. "elbo" suits guides of one model, whose log p(x) is one number: the differences of the ELBO are
-        those of the gaps
+    The standard errors are for a new draw of data and include Monte Carlo noise. They do not include the bias of each
+    estimate (unequal tightness looks like a difference between models: see `bias_estimate`), nor the effect of another
+    training seed.
 
-    The standard errors are those of a draw of new data, Monte Carlo noise included. They contain neither the bias of each
-    estimate (unequal tightness looks like a difference between models: see `bias_estimate`) nor what another training seed
-    would change.
+    Args:
+        results: name -> result of `log_marginal_likelihood` or `annealed_importance_sampling`, all for the same data in
+            the same order
+        by: quantity to rank by. "elbo" suits guides of one model, which share one log p(x): differences of the ELBO are
+            then differences of the gap
 
-    Raises ValueError for fewer than two results, another `by`, or results of different numbers of data; TypeError for other things.
+    Returns:
+        The pairs from best to worst, as a `Comparison`.
 
-    Source: Vehtari, Gelman & Gabry, Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and WAIC
-    (2017), section 5, for paired differences.
+    Raises:
+        ValueError: for fewer than two results, an unknown `by`, or results for different numbers of data.
+        TypeError: if `results` is not a mapping of such results.
+
+    References:
+        Vehtari, Gelman & Gabry, Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and WAIC
+        (2017), section 5, for paired differences.
     """
     if by not in ("log_prob", "elbo"):
         raise ValueError(f"by must be 'log_prob' or 'elbo', found {by!r}")
@@ -100,7 +119,7 @@ def compare(
         if not isinstance(result, LogMarginalLikelihood):
             raise TypeError(f"'{name}' is a {type(result).__name__}: pass what log_marginal_likelihood gives")
     if len(results) < 2:
-        raise ValueError(f"a comparison needs two results or more, found {len(results)}")
+        raise ValueError(f"a comparison needs two results or more; found {len(results)}")
     lengths = {name: len(result) for name, result in results.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(
@@ -151,15 +170,17 @@ def _notes(rows: list[ComparisonRow]) -> list[str]:
             )
     for row in rows:
         if math.isnan(row.log_prob):
-            notes.append(f"The mean log p(x) of '{row.name}' is NaN: it is ranked last, and compares with nothing.")
+            notes.append(
+                f"The mean log p(x) of '{row.name}' is NaN: it is ranked last, and its differences are undefined."
+            )
         elif not math.isfinite(row.bias_estimate):
-            notes.append(f"The bias of '{row.name}' is not known: take more particles.")
+            notes.append(f"The bias of '{row.name}' is unknown: use more particles.")
     for row in rows[1:]:
         unequal = abs(row.bias_estimate - rows[0].bias_estimate)
         if math.isfinite(unequal) and unequal > abs(row.difference):
             notes.append(
                 f"The bias estimates of '{row.name}' and '{rows[0].name}' differ by {unequal:.2f} nats, their log p(x) by "
-                f"{abs(row.difference):.2f}: take more particles before you say which is better."
+                f"{abs(row.difference):.2f}: use more particles before you conclude which is better."
             )
-    notes.append("Standard errors are for new data; they do not contain what another training seed would change.")
+    notes.append("Standard errors are for new data; they do not include the effect of another training seed.")
     return notes

@@ -1,11 +1,13 @@
-"""log p(x) as a detector of data from elsewhere: how well two sets are told apart, and sets to try it on.
+"""Out-of-distribution detection with log p(x), and transforms that make outside data.
 
-A high density is no proof that a datum belongs: models of images often give simpler ones (fewer edges, black or smooth areas,
-another data set) a higher density than their own training data, so that the AUC falls below 1/2 (Nalisnick, Matsukawa, Teh,
-Gorur & Lakshminarayanan, Do Deep Generative Models Know What They Don't Know?, 2019). Inverted, shuffled and rotated digits
-are easy cases, constant images are not; say which sets were tried. And log p(x) has to be estimated: for data from elsewhere
-the guide is at its worst, so that importance sampling is too low by far more there than inside, which makes a detector look
-better than the model is. Look at `pareto_k`, or anneal.
+A high density does not prove that a datum belongs to the training distribution. Image models often give simpler images
+(fewer edges, black or smooth areas, another data set) a higher density than their own training data, so that the AUC
+falls below 1/2 (Nalisnick, Matsukawa, Teh, Gorur & Lakshminarayanan, Do Deep Generative Models Know What They Don't
+Know?, 2019). Inverted, shuffled and rotated digits are easy cases; constant images are not. Report which sets were
+tried.
+
+log p(x) is itself an estimate. The guide is worst on outside data, so importance sampling is too low by far more there
+than on inside data, and the detector looks better than the model is. Check `pareto_k`, or use annealing.
 """
 
 import math
@@ -24,10 +26,15 @@ __all__ = ["Detection", "inverted", "roc", "rotated", "shuffled"]
 
 @dataclass(frozen=True, repr=False)
 class Detection:
-    """How well a score tells data inside from data outside.
+    """How well a score separates inside data from outside data.
 
-    auc, stderr: the probability that an inside datum has the higher score than an outside one (ties half), and its error
-    false_alarms, caught: the curve: shares of inside and of outside data below each threshold, both from 0 to 1
+    Attributes:
+        num_inside: number of inside data
+        num_outside: number of outside data
+        auc: probability that an inside datum scores higher than an outside one (ties count half)
+        stderr: standard error of `auc`
+        false_alarms: share of inside data below each threshold, from 0 to 1
+        caught: share of outside data below each threshold, from 0 to 1
     """
 
     num_inside: int
@@ -38,45 +45,57 @@ class Detection:
     caught: np.ndarray
 
     def caught_at(self, false_alarms: float = 0.05) -> float:
-        """Largest share of outside data caught with this share of inside data taken for outside ones, or less."""
+        """Return the largest share of outside data caught at a false-alarm rate of at most `false_alarms`."""
         return float(self.caught[self.false_alarms <= false_alarms].max())
 
     def __repr__(self) -> str:
         return (
-            f"Detection({self.num_inside} inside, {self.num_outside} outside: AUC {self.auc:.4f} +- {self.stderr:.4f}, "
+            f"Detection({self.num_inside} inside, {self.num_outside} outside: AUC {self.auc:.4f} ± {self.stderr:.4f}, "
             f"{self.caught_at():.1%} caught at 5% false alarms)"
         )
 
 
 def roc(inside: Any, outside: Any) -> Detection:
-    """How well log p(x) (or any score) tells data inside from data outside, which should have the lower one.
+    """Measure how well log p(x), or any other score, separates inside data from outside data, which should score lower.
 
-    AUC = P( score of an inside datum > score of an outside one ) + 1/2 P( equal )
+        AUC = P( score of an inside datum > score of an outside one ) + 1/2 P( equal )
 
-    1: told apart; 1/2: not at all; below 1/2: outside data have the higher density, as is known to happen (see the module).
+    1: perfect separation; 1/2: none; below 1/2: outside data have the higher density, which is known to happen (see the
+    module).
 
-    inside, outside: scores, or results of `log_marginal_likelihood`, whose log_prob then is the score
+    The standard error is for other draws of data. It does not include the bias of the scores. It is 0 if all data are
+    told apart, which N and M data cannot show more precisely than to about 3 / min(N, M).
 
-    Shapes: inside (N,), outside (M,), in any unit: only their order counts. -inf is a score like others. The standard error
-    is that of other draws of data; the bias of the scores is not in it, and it is 0 where all data are told apart, which N and
-    M of them cannot show more exactly than to about 3 / min(N, M).
+    Args:
+        inside: scores (N,), or a result of `log_marginal_likelihood`, whose `log_prob` is then the score
+        outside: scores (M,), or a result likewise
 
-    Raises ValueError for NaN, other shapes, or fewer than 2 scores; TypeError for what holds no numbers.
+    Scores may have any unit, because only their order counts; -inf is a valid score.
 
-    Source: Fawcett, An introduction to ROC analysis (2006); the error: DeLong, DeLong & Clarke-Pearson, Comparing the Areas
-    under Two or More Correlated Receiver Operating Characteristic Curves (1988). The curve and its area: scikit-learn.
+    Returns:
+        The curve and its area, as a `Detection`; both come from scikit-learn.
 
-    >>> roc([1.0, 2.0, 3.0], [0.0, 2.0])
-    Detection(3 inside, 2 outside: AUC 0.7500 +- 0.2887, 50.0% caught at 5% false alarms)
+    Raises:
+        ValueError: for NaN, other shapes, or fewer than 2 scores.
+        TypeError: if the scores are not numbers.
+
+    Example:
+        >>> roc([1.0, 2.0, 3.0], [0.0, 2.0])
+        Detection(3 inside, 2 outside: AUC 0.7500 ± 0.2887, 50.0% caught at 5% false alarms)
+
+    References:
+        Fawcett, An introduction to ROC analysis (2006).
+        DeLong, DeLong & Clarke-Pearson, Comparing the Areas under Two or More Correlated Receiver Operating
+        Characteristic Curves (1988), for the standard error.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
     first, second = (_scores(name, scores) for name, scores in (("inside", inside), ("outside", outside)))
-    # Order alone: scikit-learn takes no infinities.
+    # Pass ranks instead of scores, because scikit-learn rejects infinities.
     order = np.unique(np.concatenate([first, second]), return_inverse=True)[1].astype(float)
     is_outside = np.r_[np.zeros(len(first)), np.ones(len(second))]
     false_alarms, caught, _ = roc_curve(is_outside, -order, drop_intermediate=False)
-    # Of each datum, the share of the other set on its right side.
+    # For each datum, the share of the other set that it is ranked correctly against.
     above, level = order[: len(first)], np.sort(order[len(first) :])
     right_of_inside = (np.searchsorted(level, above, "left") + np.searchsorted(level, above, "right")) / 2 / len(level)
     below, level = order[len(first) :], np.sort(above)
@@ -112,26 +131,43 @@ def _scores(name: str, scores: Any) -> np.ndarray:
 
 
 def inverted(x: Tensor) -> Tensor:
-    """1 - x: ink for paper. Shapes: any, values in [0, 1]; raises ValueError for others."""
+    """Return 1 - x.
+
+    Args:
+        x: values in [0, 1], any shape
+
+    Raises:
+        ValueError: for values outside [0, 1].
+    """
     check_grey_values("inverted: x", x if x.is_floating_point() else x.float())
     return 1 - x
 
 
 def rotated(x: Tensor, quarter_turns: int = 1) -> Tensor:
-    """Images turned to the left by quarters. Shapes: (..., height, width); height and width change places at odd turns."""
+    """Rotate images to the left by quarter turns.
+
+    Args:
+        x: images (..., height, width); an odd number of turns swaps height and width
+        quarter_turns: number of turns by 90 degrees
+    """
     return torch.rot90(x, quarter_turns, (-2, -1))
 
 
 def shuffled(x: Tensor) -> Tensor:
-    """Each image with its pixels in a random order of its own: the same histogram, and nothing else left.
+    """Permute the pixels of each image at random, which keeps the histogram and destroys all structure.
 
-    Shapes: (N, channels, height, width); channels of a pixel stay together. Drawn from torch's generator.
-    Raises ValueError for another number of dimensions.
+    Each image has its own order, drawn from torch's generator. The channels of a pixel stay together.
+
+    Args:
+        x: images (N, channels, height, width)
+
+    Raises:
+        ValueError: for any other number of dimensions.
     """
     if x.ndim < 4:
         raise ValueError(
-            f"shuffled: x must be images (N, channels, height, width), found {tuple(x.shape)}: images without channels need "
-            f"an axis for them, x.unsqueeze(1)"
+            f"shuffled: x must be images (N, channels, height, width), found {tuple(x.shape)}: add a channel "
+            f"axis to images without channels, x.unsqueeze(1)"
         )
     flat = x.flatten(2)
     order = torch.rand(len(x), 1, flat.shape[2], device=x.device).argsort(-1).expand_as(flat)

@@ -1,4 +1,4 @@
-"""Estimates of log p(x) from log weights, with the evidence of how far each can be trusted."""
+"""Importance-sampling estimates of log p(x), the number of particles they need, and the latent dimensions in use."""
 
 import math
 from typing import Any, Literal
@@ -30,41 +30,53 @@ def log_marginal_likelihood(
     progress: bool = False,
     **kwargs: Any,
 ) -> LogMarginalLikelihood:
-    """Importance-sampled log p(x) of any Pyro model/guide pair, per datum, in bounded memory.
+    """Estimate log p(x) of any Pyro model/guide pair by importance sampling, per datum, in bounded memory.
 
-    log p(x_n) ~ log 1/S sum_s p(x_n, z_sn) / q(z_sn | x_n),   z_sn ~ q(. | x_n),   s = 1 ... S
+        log p(x_n) ~ log 1/S sum_s p(x_n, z_sn) / q(z_sn | x_n),   z_sn ~ q(. | x_n),   s = 1 ... S
 
-    model, guide: Pyro programs, called as model(*args, **kwargs); modules are put in eval mode meanwhile
-    num_particles: S, drawn exactly
-    plate: name of the plate that indexes the data. None: the one plate that all sample sites of both programs share;
-        where they share none, the whole program is one datum. A sequential plate has to be named.
-    vectorize_particles: draw particles under an outer plate. "auto" does so where two particles drawn together are
-        the same as two drawn apart, and warns where they are not
-    data_batch_size: data per block. "auto" cuts the tensors among the arguments whose first size is that of the plate,
-        where pieces give what the whole gives (looked at for some data drawn from all and for the first ones, up to half a
-        million numbers); None does not cut. A single datum left over joins the block before it
-    particle_batch_size: particles per run of the programs; half as many, and the log says so, whenever the device's memory does
-        not hold them
-    compile: record the programs (see `pyrovae.compiled.record`) and let Inductor compile them: same draws, same numbers up to
-        rounding. "auto" does so for parts of this library where there is work enough to win the compilation back
-    progress: show a bar
+    The estimate is a lower bound on average. It is too low by an unknown amount that the standard error does not
+    include: see `bias_estimate` and `pareto_k`. Neither detects a guide that misses a mode of the posterior altogether.
 
-    Returns a `LogMarginalLikelihood`, each array (N,) in nats. Plate subsampling is divided out (N is then the size of
-    the subsample, drawn once); masks are honoured; `pyro.factor` counts as likelihood; a latent value outside the
-    prior's support has weight 0. The estimate is a lower bound on average, by an unknown amount that the standard
-    error does not contain: see `bias_estimate` and `pareto_k`. A guide that misses a mode of the posterior altogether
-    is not noticed by either.
+    Plate subsampling is divided out (N is then the size of the subsample, which is drawn once). Masks are respected.
+    `pyro.factor` counts as likelihood. A latent value outside the prior's support has weight 0.
 
-    Ctrl-C during a long run returns the result of the blocks of data that are done, with a RuntimeWarning that says how
-    many; see `LogMarginalLikelihood.concatenate` for how to go on. In the first block it is a KeyboardInterrupt as ever.
+    Ctrl-C during a long run returns the result for the blocks of data that are done, with a RuntimeWarning that says
+    how many; `LogMarginalLikelihood.concatenate` explains how to continue. During the first block it raises
+    KeyboardInterrupt as usual.
 
-    Raises ValueError, naming the site, for: latent sites that model and guide do not share, enumerated sites, factors
-    or observations in the guide, guides with all mass on a point, Delta sites with a `log_density` that is not that of
-    their change of variables, `poutine.scale`, data outside their support, a guide that does not cover the prior's draws
-    where the data are possible, a latent outside the named plate, several plates to choose from, NaN.
+    Args:
+        model: Pyro program, called as model(*args, **kwargs); its modules are in eval mode during the call
+        guide: Pyro program, called likewise
+        *args: arguments of both programs
+        num_particles: S, the exact number of draws
+        plate: name of the plate that indexes the data. None: the one plate that all sample sites of both programs
+            share; if they share none, the whole program is one datum. A sequential plate must be named.
+        vectorize_particles: draw particles under an outer plate. "auto" does so if two particles drawn together equal
+            two drawn separately, and warns if they do not
+        data_batch_size: data per block. "auto" cuts those tensor arguments whose first size is that of the plate, if
+            the pieces give the same result as the whole (checked on some data drawn from all and on the first ones, up
+            to half a million numbers); None does not cut. A single leftover datum joins the block before it
+        particle_batch_size: particles per run of the programs. If they do not fit in the device's memory, it is halved
+            until they do, and the log says so
+        compile: record the programs (see `pyrovae.compiled.record`) and compile them with Inductor: same draws, and the
+            same numbers up to rounding. "auto" does so for components of this library if there is enough work to make
+            up for the compilation time
+        progress: show a progress bar
+        **kwargs: further arguments of both programs
 
-    Source: Rezende, Mohamed & Wierstra, Stochastic Backpropagation (2014), appendix E; Burda, Grosse &
-    Salakhutdinov, Importance Weighted Autoencoders (2016).
+    Returns:
+        A `LogMarginalLikelihood`, each array (N,) in nats.
+
+    Raises:
+        ValueError: naming the site, for latent sites that model and guide do not share, enumerated sites, factors or
+            observations in the guide, guides with all mass on a point, Delta sites whose `log_density` is not that of
+            their change of variables, `poutine.scale`, data outside their support, a guide that does not cover the
+            prior's draws where the data are possible, a latent outside the named plate, several plates to choose from,
+            NaN.
+
+    References:
+        Rezende, Mohamed & Wierstra, Stochastic Backpropagation (2014), appendix E.
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
     """
     blocks = log_weight_blocks(
         model,
@@ -83,7 +95,7 @@ def log_marginal_likelihood(
     return LogMarginalLikelihood.concatenate(until_interrupted(parts))
 
 
-_FEWEST_PARTICLES = 25  # below that no Pareto k
+_FEWEST_PARTICLES = 25  # Pareto k is undefined with fewer
 
 
 def particles_for(
@@ -96,25 +108,33 @@ def particles_for(
     progress: bool = False,
     **kwargs: Any,
 ) -> int:
-    """How many particles bring the Monte Carlo standard error of log p(x) down to `stderr`, by a pilot run.
+    """Find how many particles bring the Monte Carlo standard error of log p(x) down to `stderr`, from a pilot run.
 
-    S = ceil( S_pilot (se_pilot / stderr)^2 ),   25 or more
+        S = ceil( S_pilot (se_pilot / stderr)^2 ),   at least 25
 
-    The pilot only chooses; estimate with fresh draws, as `log_marginal_likelihood(model, guide, x,
-    num_particles=particles_for(model, guide, x, stderr=0.05))` does. (Drawing on until the error looks small stops where no
-    large weight has come up yet, and so biases the estimate downwards.)
+    The pilot only chooses S. Estimate with fresh draws: `log_marginal_likelihood(model, guide, x,
+    num_particles=particles_for(model, guide, x, stderr=0.05))`. (Adding draws until the error looks small stops before
+    a large weight has appeared, which biases the estimate downwards.)
 
-    stderr: in nats per datum
-    share: of the data that are to have it or less: half by default, so that the median does
-    num_pilot_particles: S_pilot, for each datum
-    progress: show a bar of the pilot
-    other arguments: those of `log_marginal_likelihood`
+    The standard error does not include the bias. If a few weights dominate all others, the pilot underestimates the
+    spread, so S is too small as well: check `stderr` and `pareto_k` of the final estimate.
 
-    The standard error says nothing of the bias, and where a few weights outweigh all others the pilot sees too small a
-    spread, so that S is too small as well: look at `stderr` and `pareto_k` of the estimate.
+    Args:
+        model: as in `log_marginal_likelihood`
+        guide: as in `log_marginal_likelihood`
+        *args: as in `log_marginal_likelihood`
+        stderr: target, in nats per datum
+        share: share of the data that must reach the target; the default, half, means that the median does
+        num_pilot_particles: S_pilot, per datum
+        progress: show a progress bar of the pilot
+        **kwargs: as in `log_marginal_likelihood`
 
-    Raises ValueError for stderr <= 0, a share outside (0, 1], fewer than 2 pilot particles, and where the pilot knows no
-    error for enough of the data; and what `log_marginal_likelihood` refuses.
+    Returns:
+        S.
+
+    Raises:
+        ValueError: for stderr <= 0, a share outside (0, 1], fewer than 2 pilot particles, a pilot whose error is
+            unknown for too many data, and everything that `log_marginal_likelihood` refuses.
     """
     if not stderr > 0:
         raise ValueError(f"stderr must be positive, in nats per datum; found {stderr}")
@@ -128,8 +148,8 @@ def particles_for(
     reached = errors[math.ceil(share * len(errors)) - 1].item()
     if math.isinf(reached):
         raise ValueError(
-            f"all {num_pilot_particles} pilot weights are 0 for {int(errors.isinf().sum()):,} of {len(errors):,} data: take "
-            f"more pilot particles, or a guide that reaches where the model puts mass"
+            f"all {num_pilot_particles} pilot weights are 0 for {int(errors.isinf().sum()):,} of {len(errors):,} data: use "
+            f"more pilot particles, or a guide that covers the model's mass"
         )
     return max(_FEWEST_PARTICLES, math.ceil(num_pilot_particles * (reached / stderr) ** 2))
 
@@ -138,18 +158,25 @@ def particles_for(
 def active_units(
     guide: Guide, x: Tensor, *, threshold: float = 0.01, batch_size: int = 500, progress: bool = False
 ) -> Tensor:
-    """Which latent dimensions the guide uses.
+    """Find which latent dimensions the guide uses.
 
-    A_d = Var_x( E_q(z|x)[ z_d ] ) > threshold
+        A_d = Var_x( E_q(z|x)[ z_d ] ) > threshold
 
-    batch_size: data encoded at once
-    progress: show a bar
+    Args:
+        guide: a `pyrovae.guides.Guide`
+        x: data (N, *data_shape)
+        threshold: variance above which a dimension counts as active
+        batch_size: number of data encoded at once
+        progress: show a progress bar
 
-    Shapes: x (N, *data_shape) -> bool (latent_dim,).
+    Returns:
+        Bool (latent_dim,), True for active dimensions.
 
-    Raises ValueError for fewer than 2 data.
+    Raises:
+        ValueError: for fewer than 2 data.
 
-    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
+    References:
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
     """
     if len(x) < 2:
         raise ValueError(f"a variance over data needs 2 data or more, found {len(x)}")

@@ -1,4 +1,4 @@
-"""Where the gap between ELBO and log p(x) comes from: the guide's family, and the encoder's share."""
+"""Split the gap between ELBO and log p(x) into the share of the guide's family and that of its encoder."""
 
 import functools
 import math
@@ -23,23 +23,33 @@ from pyrovae.programs.traces import Program
 
 __all__ = ["InferenceGaps", "inference_gaps"]
 
-_FIRST_STEPS = 100  # of refinement, doubled until the gain is small
+_FIRST_STEPS = 100  # of refinement; doubled until the gain is small
 _DRAWS = 8  # per datum and step
-_PILOT_PARTICLES = 100  # that tell the gain
+_PILOT_PARTICLES = 100  # to measure the gain
 
 
 @dataclass(frozen=True, repr=False)
 class InferenceGaps:
-    """The parts of log p(x) - ELBO per datum: tensors (N,) on the CPU, in nats.
+    """Parts of log p(x) - ELBO per datum: tensors (N,) on the CPU, in nats.
 
-    log_prob, stderr: estimate of log p(x), a lower bound on average, with its Monte Carlo standard error
-    elbo, elbo_stderr: of the guide as it is
-    best_elbo, best_elbo_stderr: of the best member of its family that was found for the datum
-    approximation, approximation_stderr: log_prob - best_elbo, what the family cannot follow; too small by as much as log_prob
-        is, too large by what refinement left, about the tolerance
-    amortization, amortization_stderr: best_elbo - elbo, what the encoder loses against the best member
-    pareto_k: of the importance weights from the best member
-    num_steps, converged: steps of refinement, and whether twice as many gained less than the tolerance (bool)
+    The best member is the best set of parameters of the guide's family that was found for the datum.
+
+    Attributes:
+        num_particles: number of particles of each estimate
+        log_prob: estimate of log p(x), a lower bound on average
+        stderr: its Monte Carlo standard error
+        elbo: ELBO of the guide as given
+        elbo_stderr: its Monte Carlo standard error
+        best_elbo: ELBO of the best member
+        best_elbo_stderr: its Monte Carlo standard error
+        approximation: log_prob - best_elbo, the loss due to the guide's family. Too small by as much as `log_prob` is
+            too low; too large by what refinement failed to gain, about the tolerance
+        approximation_stderr: its Monte Carlo standard error
+        amortization: best_elbo - elbo, the loss due to the encoder
+        amortization_stderr: its Monte Carlo standard error
+        pareto_k: of the importance weights of the best member
+        num_steps: steps of refinement
+        converged: whether doubling the steps gained less than the tolerance (bool)
     """
 
     num_particles: int
@@ -62,16 +72,16 @@ class InferenceGaps:
 
     @property
     def total(self) -> Tensor:
-        """log_prob - elbo (N,): KL(q(z|x) || p(z|x)), at least."""
+        """log_prob - elbo (N,), a lower estimate of KL(q(z|x) || p(z|x))."""
         return self.log_prob - self.elbo
 
     def summary(self) -> str:
-        """A few lines to print."""
+        """Return a few lines to print."""
         num_data = len(self)
 
         def line(name: str, values: Tensor, stderr: Tensor, remark: str) -> str:
             monte_carlo = stderr.square().sum().sqrt().item() / num_data
-            return f"  {name:17}{values.mean():9.3f}   +- {standard_error(values):.3f} over data, +- {monte_carlo:.3f} Monte Carlo; {remark}"
+            return f"  {name:17}{values.mean():9.3f}   ± {standard_error(values):.3f} over data, ± {monte_carlo:.3f} Monte Carlo; {remark}"
 
         count = f"{num_data:,} {'datum' if num_data == 1 else 'data'}"
         lines = [
@@ -79,13 +89,13 @@ class InferenceGaps:
             line("log p(x)", self.log_prob, self.stderr, "a lower bound"),
             line("approximation gap", self.approximation, self.approximation_stderr, "the guide's family"),
             line("amortization gap", self.amortization, self.amortization_stderr, "the encoder's share"),
-            line("ELBO", self.elbo, self.elbo_stderr, "of the guide as it is"),
+            line("ELBO", self.elbo, self.elbo_stderr, "of the guide as given"),
         ]
         open_end = int((~self.converged).sum())
         if open_end:
             lines.append(
-                f"  {open_end:,} of {count} had not settled after {int(self.num_steps.max()):,} steps: their amortization gap may be "
-                f"larger and their approximation gap smaller than this; raise max_num_steps, or lower learning_rate"
+                f"  {open_end:,} of {count} had not converged after {int(self.num_steps.max()):,} steps: their true amortization gap may "
+                f"be larger and their approximation gap smaller; raise max_num_steps or lower learning_rate"
             )
         return "\n".join(lines)
 
@@ -110,45 +120,53 @@ def inference_gaps(
     compile: bool | Literal["auto"] = "auto",
     progress: bool = False,
 ) -> InferenceGaps:
-    """Split log p(x) - ELBO into what the guide's family cannot follow and what its encoder loses, per datum.
+    """Split log p(x) - ELBO into the loss due to the guide's family and the loss due to its encoder, per datum.
 
-    log p(x) - ELBO(x; lambda(x)) = [ log p(x) - ELBO(x; lambda*) ] + [ ELBO(x; lambda*) - ELBO(x; lambda(x)) ],
-    lambda(x) = guide.encode(x),   lambda* = the best parameters found for x, starting from lambda(x)
+        log p(x) - ELBO(x; lambda(x)) = [ log p(x) - ELBO(x; lambda*) ] + [ ELBO(x; lambda*) - ELBO(x; lambda(x)) ],
+        lambda(x) = guide.encode(x),   lambda* = the best parameters found for x, starting from lambda(x)
 
-    The family is what `guide.distribution` makes of its parameters: all normals with a diagonal covariance; for a flow,
-    and for the upper layers of a hierarchy, what the context reaches while the weights stay. lambda* is a local optimum:
-    `Refined` with 100, 200, 400 ... steps, until twice as many gain less than `tolerance`; what it falls short of the best is
-    counted as approximation gap. Each ELBO is evaluated with draws that had no part in finding lambda*.
+    The family is the set of distributions that `guide.distribution` makes of its parameters: for a mean-field guide,
+    all normals with a diagonal covariance; for a flow, and for the upper layers of a hierarchy, what the context can
+    reach while the weights stay fixed. lambda* is a local optimum: `Refined` runs 100, 200, 400 ... steps until
+    doubling them gains less than `tolerance`. Any remaining shortfall counts as approximation gap. Each ELBO is
+    evaluated with draws that were not used to find lambda*.
 
-    log p(x) is importance-sampled from the best member. With annealed weights of the same data, the two estimates of p(x)
-    are averaged, log p(x) ~ logaddexp(importance, annealed) - log 2: a lower bound on average like either, 0.69 nats or less
-    below the better one. (The larger of the two for each datum would be biased upwards.)
+    log p(x) is importance-sampled from the best member. With annealed weights of the same data, the two estimates of
+    p(x) are averaged, log p(x) ~ logaddexp(importance, annealed) - log 2: a lower bound on average as both are, and at
+    most 0.69 nats below the better one. (Taking the larger of the two per datum would be biased upwards.)
 
-    model: Pyro program of x with the latent sites of the guide
-    guide: a guide with reparameterised draws
-    num_particles: for each ELBO and for log p(x)
-    annealed: `annealed_importance_sampling(model, x)`, for data where importance sampling cannot be trusted
-    tolerance: in nats per datum
-    max_num_steps: at which refinement ends, converged or not
-    learning_rate: see `Refined`
-    data_batch_size: data refined at once
-    compile: whether the gradients of full batches are recorded and compiled; "auto": where that is won back, and model and
-        guide are parts of this library
-    progress: show bars: of the refinement, and of each ELBO
+    Args:
+        model: Pyro program of x with the latent sites of the guide
+        guide: a guide with reparameterised draws
+        x: data (N, *data_shape)
+        num_particles: for each ELBO and for log p(x)
+        annealed: result of `annealed_importance_sampling(model, x)`, for data whose importance weights cannot be
+            trusted
+        tolerance: gain below which refinement stops, in nats per datum
+        max_num_steps: steps after which refinement stops even if it has not converged
+        learning_rate: see `Refined`
+        data_batch_size: number of data refined at once
+        compile: record and compile the gradients of full batches; "auto" does so if model and guide are components of
+            this library and there is enough work to make up for the compilation time
+        progress: show progress bars, of the refinement and of each ELBO
 
-    Shapes: x (N, *data_shape) -> (N,) each, in nats.
+    Returns:
+        The parts of the gap, as an `InferenceGaps`, each (N,) in nats.
 
-    Raises ValueError for settings out of range, annealed weights of another number of data, a guide without reparameterised draws, and
-    what `log_marginal_likelihood` refuses; TypeError for a guide that is no `pyrovae.guides.Guide`.
+    Raises:
+        ValueError: for settings out of range, annealed weights for another number of data, a guide without
+            reparameterised draws, and everything that `log_marginal_likelihood` refuses.
+        TypeError: if the guide is not a `pyrovae.guides.Guide`.
 
-    Source: Cremer, Li & Duvenaud, Inference Suboptimality in Variational Autoencoders (2018).
+    References:
+        Cremer, Li & Duvenaud, Inference Suboptimality in Variational Autoencoders (2018).
     """
     check_guide(guide)
     max_num_steps = check_count("max_num_steps", max_num_steps)
     data_batch_size = check_count("data_batch_size", data_batch_size)
     num_particles = check_count("num_particles", num_particles)
     if num_particles < 2:
-        raise ValueError("one particle tells no gap: num_particles must be 2 or more")
+        raise ValueError("the gap is unknown with one particle: num_particles must be 2 or more")
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
     if not tolerance > 0:
@@ -160,14 +178,14 @@ def inference_gaps(
     with evaluation_mode(guide, model) as device:
         x = x if device is None else x.to(device)
         if compile == "auto":
-            # At least so many steps, where there is more than a first round; a gradient is about three weights' work.
+            # A lower bound on the number of gradients; one gradient costs about as much as three weights.
             num_gradients = len(x) * _DRAWS * min(3 * _FIRST_STEPS, max_num_steps)
             compile = pays_off(3 * num_gradients, model, guide)
         steps = _Steps(model, guide, tolerance, max_num_steps, learning_rate, min(data_batch_size, len(x)), compile)
         with progress_bar("refining", len(x), "data", progress) as bar:
             parameters, num_steps, converged = steps.best(x, bar.update)
     start = log_marginal_likelihood(model, guide, x, num_particles=num_particles, progress=progress)
-    # An evaluation that was interrupted has the first data only.
+    # An interrupted evaluation returns the first data only.
     x, parameters = x[: len(start)], parameters[: len(start)]
     best = log_marginal_likelihood(*_known(model, guide), x, parameters, num_particles=num_particles, progress=progress)
     start, num_steps, converged = start[: len(best)], num_steps[: len(best)], converged[: len(best)]
@@ -197,9 +215,9 @@ def inference_gaps(
 
 
 def _approximation_stderr(best: LogMarginalLikelihood, stderr: Tensor, share: Tensor) -> Tensor:
-    """Of log_prob - best.elbo, which share the draws of the importance weights.
+    """Return the standard error of log_prob - best.elbo, whose two terms share the draws of the importance weights.
 
-    share: of the importance weights in log_prob, 1 without annealed ones
+    share: of the importance weights in log_prob; 1 without annealed weights
     """
     bound, elbo = best.stderr.square(), best.elbo_stderr.square()
     covariance = (bound + elbo - best.gap_stderr.square()) / 2
@@ -207,7 +225,7 @@ def _approximation_stderr(best: LogMarginalLikelihood, stderr: Tensor, share: Te
 
 
 class _Steps:
-    """How the best parameters are looked for."""
+    """Search for the best parameters."""
 
     def __init__(
         self,
@@ -226,7 +244,7 @@ class _Steps:
 
     @torch.no_grad()
     def best(self, x: Tensor, settle: Callable[[int], Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """(parameters (N, P), steps (N,), whether converged (N,)); `settle` hears of data that are done."""
+        """Return (parameters (N, P), steps (N,), converged (N,)), and report to `settle` how many data are done."""
         parameters = torch.cat([self.guide.encode(batch) for batch in x.split(self.batch_size)])
         num_steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
         converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -238,10 +256,10 @@ class _Steps:
                 rows = x[some]
                 refined = self._refine(rows, steps)
                 gain = self._gain(rows, parameters[some], refined)
-                # A worse end is not taken, so that the encoder's own parameters are the least there is.
+                # Keep the old parameters if the new ones are worse: the result is never below the encoder's own.
                 parameters[some] = torch.where((gain > 0).unsqueeze(1), refined, parameters[some])
                 num_steps[some] = steps
-                # A loss is no convergence: steps that are too large end below where they began.
+                # A large loss does not count as convergence: steps that are too large end below where they began.
                 settled = gain.abs() < self.tolerance if steps > _FIRST_STEPS else torch.zeros_like(gain).bool()
                 converged[some[settled]] = True
                 left.append(some[~settled])
@@ -257,7 +275,7 @@ class _Steps:
         return refined.encode(x)
 
     def _gain(self, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """ELBO of some parameters (N, P) over that of others, (N,), under the same noise."""
+        """Return the ELBO of parameters `after` (N, P) minus that of `before`, (N,), under the same noise."""
         seed = int(torch.randint(2**62, ()))
         elbos = []
         for parameters in (before, after):
@@ -269,7 +287,7 @@ class _Steps:
 
 
 def _known(model: Program, guide: Guide) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Model and guide as programs of data and of the guide's parameters for them, which are cut into blocks together."""
+    """Return model and guide as functions of data and parameters, so that both are cut into blocks together."""
     return functools.partial(_model_alone, model), functools.partial(_guide_given, guide)
 
 

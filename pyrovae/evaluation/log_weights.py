@@ -1,7 +1,7 @@
 """Log importance weights of any Pyro model/guide pair: programs in, (S, N) arrays out.
 
-Data are the outer loop and particles the inner one, so that for one block of data all S weights are at hand (the
-reducers of `pyrovae.estimators` need them together) while memory stays flat in S.
+The outer loop runs over blocks of data and the inner one over particles. All S weights of a block are then available at
+once, which the reducers of `pyrovae.estimators` require, while memory does not grow with S.
 """
 
 import warnings
@@ -39,14 +39,18 @@ def log_weights(
     progress: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Log importance weights of any Pyro model/guide pair, per datum.
+    """Compute the log importance weights of any Pyro model/guide pair, per datum.
 
-    log w[s, n] = log p(x_n, z_sn) - log q(z_sn | x_n),   z_sn ~ q(. | x_n)
+        log w[s, n] = log p(x_n, z_sn) - log q(z_sn | x_n),   z_sn ~ q(. | x_n)
 
-    Shapes: (S, N), S = num_particles, N the size of the datum plate; in nats. The whole array is returned; take
-    `log_marginal_likelihood` where it would not fit. Arguments and errors are those of `log_marginal_likelihood`.
+    The arguments and errors are those of `log_marginal_likelihood`, which suits results that do not fit in memory as
+    one array.
 
-    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
+    Returns:
+        The whole array (S, N) in nats, S = num_particles, N the size of the datum plate.
+
+    References:
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
     """
     blocks = log_weight_blocks(
         model,
@@ -78,7 +82,7 @@ def log_weight_blocks(
     compile: bool | Literal["auto"],
     progress: bool,
 ) -> Iterator[tuple[Tensor, int, int]]:
-    """The log weights of `log_weights` in blocks of data, in order: (array (S, B), how many data are done, of how many)."""
+    """Yield the log weights in blocks of data, in order: (array (S, B), number of data done, number of data in all)."""
     num_particles = check_count("num_particles", num_particles)
     if data_batch_size not in ("auto", None):
         data_batch_size = check_count("data_batch_size", data_batch_size)
@@ -104,7 +108,7 @@ def log_weight_blocks(
             warn_once(
                 model,
                 f"particles are drawn one by one, which is slow: under an outer plate the program fails ({reason}); "
-                f"networks that keep leading dimensions (no view(-1, D), no fixed dim=1) allow it",
+                f"use networks that keep leading dimensions (no view(-1, D), no fixed dim=1)",
             )
             vectorised = False
         modules = modules_behind(model, guide)
@@ -126,9 +130,10 @@ def log_weight_blocks(
 
 
 def until_interrupted(blocks: Iterator[tuple[_Part, int, int]]) -> list[_Part]:
-    """What blocks of data give, each with how many data are then done, of how many: all of it, or that before Ctrl-C.
+    """Collect the results of blocks of data, all of them or those finished before Ctrl-C.
 
-    Warns where it is interrupted; raises KeyboardInterrupt where nothing is done yet.
+    Each item is (result, number of data done, number of data in all). An interruption gives a warning, or
+    KeyboardInterrupt if nothing is done yet.
     """
     parts: list[_Part] = []
     reached = "", ""
@@ -140,8 +145,8 @@ def until_interrupted(blocks: Iterator[tuple[_Part, int, int]]) -> list[_Part]:
         if not parts:
             raise
         warnings.warn(
-            f"interrupted: the result holds the first {reached[0]} of {reached[1]} data alone; go on from "
-            f"x[len(result):], and put both results together by LogMarginalLikelihood.concatenate",
+            f"interrupted: the result holds only the first {reached[0]} of {reached[1]} data; continue with "
+            f"x[len(result):], and join both results with LogMarginalLikelihood.concatenate",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""The generative model p(z) p(x|z), as a Pyro program, and what it shares with models of several layers."""
+"""The generative model p(z) p(x|z) as a Pyro program, and the base class it shares with models of several layers."""
 
 import math
 from abc import ABC, abstractmethod
@@ -20,13 +20,18 @@ __all__ = ["GenerativeModel", "LatentVariableModel", "check_decoder"]
 
 
 class LatentVariableModel(Component, ABC):
-    """Contract of a model p(x, z) = p(z) p(x|z), where z is all of its latents side by side.
+    """Contract of a model p(x, z) = p(z) p(x|z), where z holds all of its latents side by side.
 
     As a Pyro program, `model(x)` has plate "data" (dim -1), the latent sites of the subclass, and site "x" (observed).
 
-    Shapes: x (N, *data_shape); z (N, D), D numbers in all.
+    Shapes: x (N, *data_shape); z (N, D), D latent dimensions in all.
 
-    Raises ValueError for data of the wrong shape or outside the likelihood's support.
+    Args:
+        prior: p(z), or that of the top layer
+        likelihood: p(x|z)
+
+    Raises:
+        ValueError: for data of the wrong shape or outside the likelihood's support.
     """
 
     def __init__(self, prior: Prior, likelihood: Likelihood):
@@ -36,17 +41,32 @@ class LatentVariableModel(Component, ABC):
 
     @abstractmethod
     def latents(self, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
-        """Go through the latent sites as they are drawn: `visit(name, distribution)` gives each its value.
+        """Visit the latent sites in the order of drawing.
 
-        Returns all values side by side, z (..., D).
+        Args:
+            visit: called as `visit(name, distribution)`; returns the site's value
+
+        Returns:
+            All values side by side, z (..., D).
         """
 
     @abstractmethod
     def likelihood_at(self, z: Tensor) -> dist.TorchDistribution:
-        """p(x|z) for latents z (..., D)."""
+        """Return p(x|z).
+
+        Args:
+            z: latents (..., D)
+        """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run as a Pyro model on data x (N, *data_shape); returns x, simulated where a handler unobserves it."""
+        """Run as a Pyro model.
+
+        Args:
+            x: data (N, *data_shape)
+
+        Returns:
+            x, or simulated data if a handler makes the site unobserved.
+        """
         self.likelihood.check_shape(x)
         if checks_values():
             self.likelihood.check(x)
@@ -58,7 +78,7 @@ class LatentVariableModel(Component, ABC):
                 raise ValueError(
                     f"{type(self.likelihood).__name__} must give batch shape {tuple(z.shape[:-1])} and event shape "
                     f"{tuple(x.shape[1:])}, its data_shape; found {tuple(distribution.batch_shape)} and "
-                    f"{tuple(distribution.event_shape)}: its distribution ends with .to_event({x.ndim - 1})"
+                    f"{tuple(distribution.event_shape)}: end its distribution with .to_event({x.ndim - 1})"
                 )
             return pyro.sample("x", distribution, obs=x)
 
@@ -66,9 +86,14 @@ class LatentVariableModel(Component, ABC):
     def generate(self, num_samples: int, *, mean: bool = False) -> Tensor:
         """Draw data from the model.
 
-        x ~ p(x):  z ~ p(z), then x ~ p(x|z); with `mean=True` E[x|z] in place of the draw, as pictures usually show.
+            x ~ p(x):  z ~ p(z), then x ~ p(x|z)
 
-        Shapes: (num_samples, *data_shape).
+        Args:
+            num_samples: number of data to draw
+            mean: return E[x|z] instead of the draw, as is usual for images
+
+        Returns:
+            (num_samples, *data_shape).
         """
         num_samples = check_count("num_samples", num_samples)
         with evaluation_mode(self):
@@ -77,9 +102,14 @@ class LatentVariableModel(Component, ABC):
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, mean: bool = True) -> Tensor:
-        """Data for given latents: E[x|z], or a draw from p(x|z).
+        """Return the data for given latents: E[x|z], or a draw from p(x|z).
 
-        Shapes: (..., D) -> (..., *data_shape).
+        Args:
+            z: latents (..., D)
+            mean: return E[x|z] instead of a draw
+
+        Returns:
+            (..., *data_shape).
         """
         with evaluation_mode(self):
             return self._data(z, mean)
@@ -90,18 +120,24 @@ class LatentVariableModel(Component, ABC):
 
 
 class GenerativeModel(LatentVariableModel):
-    """Latent-variable model: a prior and a likelihood, run as a Pyro model.
+    """Latent-variable model of a prior and a likelihood, run as a Pyro model.
 
-    p(x, z) = p(z) p(x|z)
+        p(x, z) = p(z) p(x|z)
 
     As a Pyro program, `model(x)` has plate "data" (dim -1) and sites "z" and "x" (observed).
 
     Shapes: x (N, *data_shape); z (N, latent_dim).
 
-    Raises ValueError for a decoder of another number of latents than the prior has, a prior or a likelihood that gives
-    another shape than it says, and for data of the wrong shape or outside the likelihood's support.
+    Args:
+        prior: p(z)
+        likelihood: p(x|z)
 
-    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014).
+    Raises:
+        ValueError: for a decoder with another number of latents than the prior's, a prior or likelihood that gives
+            another shape than it declares, and data of the wrong shape or outside the likelihood's support.
+
+    References:
+        Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
 
     def __init__(self, prior: Prior, likelihood: Likelihood):
@@ -115,8 +151,8 @@ class GenerativeModel(LatentVariableModel):
         if distribution.batch_shape != () or distribution.event_shape != (latent_dim,):
             raise ValueError(
                 f"{type(self.prior).__name__} must give batch shape () and event shape ({latent_dim},), its latent_dim; found "
-                f"{tuple(distribution.batch_shape)} and {tuple(distribution.event_shape)}: independent dimensions end with "
-                f".to_event(1)"
+                f"{tuple(distribution.batch_shape)} and {tuple(distribution.event_shape)}: end independent dimensions "
+                f"with .to_event(1)"
             )
         return visit("z", distribution)
 
@@ -125,7 +161,15 @@ class GenerativeModel(LatentVariableModel):
 
 
 def check_decoder(likelihood: Likelihood, latent_dim: int) -> None:
-    """Raise ValueError if the likelihood's network is known to take another number of latents."""
+    """Check that the likelihood's network takes as many latents as the prior has.
+
+    Args:
+        likelihood: likelihood with a decoder network; not checked if the network has no `in_features`
+        latent_dim: number of latents of the prior
+
+    Raises:
+        ValueError: if the network takes another number of latents.
+    """
     in_features = getattr(likelihood.decoder_net, "in_features", latent_dim)
     if in_features != latent_dim:
         raise ValueError(
@@ -135,11 +179,11 @@ def check_decoder(likelihood: Likelihood, latent_dim: int) -> None:
 
 
 def _sample(name: str, distribution: dist.TorchDistribution) -> Tensor:
-    """pyro.sample, for values of the size that the prior has: a single number would be broadcast without a word."""
+    """Call pyro.sample and check the size of the value, because a single number would be broadcast silently."""
     value = pyro.sample(name, distribution)
     if value.shape[-1:] != distribution.event_shape:
         raise ValueError(
             f"site '{name}' has {distribution.event_shape.numel()} dimensions in the model, and a value of shape "
-            f"{tuple(value.shape)} was given for it, {value.shape[-1]} per datum: make prior and guide with one latent_dim"
+            f"{tuple(value.shape)} was given for it, {value.shape[-1]} per datum: use one latent_dim for prior and guide"
         )
     return value

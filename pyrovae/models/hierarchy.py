@@ -1,10 +1,10 @@
-"""Models of two or more layers of latents, and their guides: the layers are sites z1 (nearest the data), z2, ..., zL.
+"""Models with two or more layers of latents, and their guides. Layers are sites z1 (nearest the data), z2, ..., zL.
 
     model       p(zL) p(z(L-1) | zL) ... p(z1 | z2) p(x | z1)
-    bottom-up   q(z1 | x) q(z2 | z1) ... q(zL | z(L-1))            the guide of Burda et al. (2016)
-    top-down    q(zL | x) q(z(L-1) | zL, x) ... q(z1 | z2, x)      that of Tomczak & Welling (2018), for a VampPrior on top
+    bottom-up   q(z1 | x) q(z2 | z1) ... q(zL | z(L-1))            guide of Burda et al. (2016)
+    top-down    q(zL | x) q(z(L-1) | zL, x) ... q(z1 | z2, x)      guide of Tomczak & Welling (2018), for a VampPrior
 
-Where one tensor z stands for all layers (`decode`, `posterior`), they lie side by side, z1 first.
+If one tensor z holds all layers (`decode`, `posterior`), they lie side by side, z1 first.
 """
 
 from abc import abstractmethod
@@ -34,21 +34,25 @@ Visit = Callable[[str, dist.TorchDistribution], Tensor]
 class HierarchicalModel(LatentVariableModel):
     """Latent-variable model of L layers, run as a Pyro model.
 
-    p(x, z1, ..., zL) = p(zL) p(z(L-1) | zL) ... p(z1 | z2) p(x | z1),   or p(x | z1, ..., zL) with `skip`
-
-    prior: p(zL), any prior (a VampPrior takes the `top` of a `TopDownGuide`)
-    layers: p(z(L-1) | zL), ..., p(z1 | z2), in the order of drawing; modules given (..., size of the layer before) that
-        give a distribution and have a `latent_dim`: `ConditionalNormal`
-    likelihood: its network takes z1; with `skip`, all layers side by side, z1 first
+        p(x, z1, ..., zL) = p(zL) p(z(L-1) | zL) ... p(z1 | z2) p(x | z1),   or p(x | z1, ..., zL) with `skip`
 
     As a Pyro program, `model(x)` has plate "data" (dim -1), sites "z1", ..., "zL", and site "x" (observed).
 
-    Shapes: x (N, *data_shape); zl (N, latent_dims[l - 1]); z, all of them, (N, latent_dim).
+    Shapes: x (N, *data_shape); zl (N, latent_dims[l - 1]); z, all layers, (N, latent_dim).
 
-    Raises ValueError without a layer, and for data of the wrong shape or outside the likelihood's support.
+    Args:
+        prior: p(zL), any prior (a VampPrior takes the `top` of a `TopDownGuide`)
+        layers: p(z(L-1) | zL), ..., p(z1 | z2), in the order of drawing: modules, such as `ConditionalNormal`, that
+            have a `latent_dim` and map (..., size of the layer before) to a distribution
+        likelihood: its network takes z1; with `skip`, all layers side by side, z1 first
+        skip: condition the data on all layers
 
-    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016); with `skip`: Tomczak & Welling, VAE with
-    a VampPrior (2018).
+    Raises:
+        ValueError: without a layer, and for data of the wrong shape or outside the likelihood's support.
+
+    References:
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
+        Tomczak & Welling, VAE with a VampPrior (2018), for `skip`.
     """
 
     def __init__(self, prior: Prior, layers: Sequence[nn.Module], likelihood: Likelihood, *, skip: bool = False):
@@ -60,7 +64,7 @@ class HierarchicalModel(LatentVariableModel):
         check_decoder(likelihood, self.latent_dim if skip else self.latent_dims[0])
 
     def latent_prior(self) -> Chain:
-        """p(z1, ..., zL): batch shape (), event shape (latent_dim,)."""
+        """Return p(z1, ..., zL): batch shape (), event shape (latent_dim,)."""
         return Chain(self.prior(), list(self.layers), self.latent_dims, top_down=True)
 
     def latents(self, visit: Visit) -> Tensor:
@@ -71,14 +75,19 @@ class HierarchicalModel(LatentVariableModel):
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, mean: bool = True) -> Tensor:
-        """Data for given latents: E[x|z], or a draw from p(x|z).
+        """Return the data for given latents: E[x|z], or a draw from p(x|z).
 
-        z: all layers side by side, z1 first; or only the upper ones, zL alone for instance. The layers below these then
-            take their conditional means, or are drawn with `mean=False`.
+        Args:
+            z: all layers side by side, z1 first, (..., latent_dim); or only the upper ones, for instance zL alone,
+                (..., size of the upper layers). The layers below these take their conditional means, or are drawn with
+                `mean=False`
+            mean: return E[x|z] instead of a draw
 
-        Shapes: (..., latent_dim), or (..., size of the upper layers) -> (..., *data_shape).
+        Returns:
+            (..., *data_shape).
 
-        Raises ValueError for any other width.
+        Raises:
+            ValueError: for any other width.
         """
         widths = [sum(self.latent_dims[below:]) for below in range(len(self.latent_dims))]
         if z.shape[-1] not in widths:
@@ -104,7 +113,7 @@ class HierarchicalModel(LatentVariableModel):
 
 
 class _HierarchicalGuide(Guide):
-    """Contract of a guide whose distribution is a `Chain`, with a site for each layer."""
+    """Contract of a guide whose distribution is a `Chain`, with one site per layer."""
 
     def __init__(self, latent_dims: Sequence[int]):
         super().__init__(sum(latent_dims))
@@ -112,7 +121,7 @@ class _HierarchicalGuide(Guide):
 
     @abstractmethod
     def distribution(self, parameters: Tensor) -> Chain:
-        """q(z1, ..., zL) from its parameters (N, P): batch shape (N,), event shape (latent_dim,)."""
+        """Return q(z1, ..., zL) from its parameters (N, P): batch shape (N,), event shape (latent_dim,)."""
 
     def latents(self, parameters: Tensor, visit: Visit) -> Tensor:
         return self.distribution(parameters).walk(visit)
@@ -124,20 +133,24 @@ class _HierarchicalGuide(Guide):
 class BottomUpGuide(_HierarchicalGuide):
     """Guide that goes up from the data.
 
-    q(z1, ..., zL | x) = q(z1 | x) q(z2 | z1) ... q(zL | z(L-1))
+        q(z1, ..., zL | x) = q(z1 | x) q(z2 | z1) ... q(zL | z(L-1))
 
-    bottom: q(z1|x), any guide
-    layers: q(z2 | z1), ..., q(zL | z(L-1)), modules like those of `HierarchicalModel`
-
-    Of the layers only q(z1|x) has a density of its own: a VampPrior on top takes a `TopDownGuide`.
+    Of the layers only q(z1|x) has a density of its own: a VampPrior on top requires a `TopDownGuide`.
 
     As a Pyro guide, `guide(x)` has plate "data" (dim -1) and sites "z1", ..., "zL"; it encodes as `bottom` does.
 
-    Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,), z1 first. Its `.mean` passes means along.
+    Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,), z1 first. Its `.mean` propagates means
+    through the layers.
 
-    Raises ValueError without a layer.
+    Args:
+        bottom: q(z1|x), any guide
+        layers: q(z2 | z1), ..., q(zL | z(L-1)), modules like those of `HierarchicalModel`
 
-    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
+    Raises:
+        ValueError: without a layer.
+
+    References:
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
     """
 
     def __init__(self, bottom: Guide, layers: Sequence[nn.Module]):
@@ -155,25 +168,32 @@ class BottomUpGuide(_HierarchicalGuide):
 class TopDownGuide(_HierarchicalGuide):
     """Guide that goes down from the top layer, as the model does.
 
-    q(z1, ..., zL | x) = q(zL | x) q(z(L-1) | zL, h) ... q(z1 | z2, h),   h = encoder_net(x)
+        q(z1, ..., zL | x) = q(zL | x) q(z(L-1) | zL, h) ... q(z1 | z2, h),   h = encoder_net(x)
 
-    top: q(zL|x), any guide. It has a density of its own: `VampPrior(guide.top, pseudo_inputs)`
-    layers: q(z(L-1) | zL, h), ..., q(z1 | z2, h), modules given (..., size of the layer before) and (N, num_features) that
-        give a distribution and have a `latent_dim`: `ConditionalNormal`, its network for both widths together
-    encoder_net: any module data (N, *data_shape) -> h (N, num_features); that of `top` may be given again
-    num_features: width of h; by default the network's `out_features`
+    As a Pyro guide, `guide(x)` has plate "data" (dim -1) and sites "z1", ..., "zL"; its encoding is that of `top`, then
+    h.
 
-    As a Pyro guide, `guide(x)` has plate "data" (dim -1) and sites "z1", ..., "zL"; its encoding is that of `top` and h.
+    Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,), z1 first. Its `.mean` propagates means
+    through the layers.
 
-    Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,), z1 first. Its `.mean` passes means along.
+    Args:
+        top: q(zL|x), any guide. It has a density of its own: `VampPrior(guide.top, pseudo_inputs)`
+        layers: q(z(L-1) | zL, h), ..., q(z1 | z2, h): modules, such as `ConditionalNormal` (its network takes both
+            widths together), that have a `latent_dim` and map (..., size of the layer before) and (N, num_features) to
+            a distribution
+        encoder_net: any module data (N, *data_shape) -> h (N, num_features); may be that of `top`
+        num_features: width of h; by default the network's `out_features`
 
-    Raises ValueError without a layer and if the width of the features is unknown or wrong.
+    Raises:
+        ValueError: without a layer, and if the width of the features is unknown or wrong.
 
-    Source: Tomczak & Welling, VAE with a VampPrior (2018).
+    Example:
+        >>> top = MeanFieldNormal(MLP(784, [300, 300]), latent_dim=40)
+        >>> TopDownGuide(top, [ConditionalNormal(MLP(40 + 300, [300]), 40)], MLP(784, [300])).latent_dims
+        (40, 40)
 
-    >>> top = MeanFieldNormal(MLP(784, [300, 300]), latent_dim=40)
-    >>> TopDownGuide(top, [ConditionalNormal(MLP(40 + 300, [300]), 40)], MLP(784, [300])).latent_dims
-    (40, 40)
+    References:
+        Tomczak & Welling, VAE with a VampPrior (2018).
     """
 
     def __init__(
@@ -203,22 +223,31 @@ def two_layer_vae(
     prior: Prior | None = None,
     data_mean: Tensor | None = None,
 ) -> tuple[HierarchicalModel, BottomUpGuide]:
-    """The model of two stochastic layers of Burda et al., and its guide; for binary data.
+    """Return the model of two stochastic layers of Burda et al. and its guide, for binary data.
 
-    p(z2) p(z1|z2) p(x|z1),  q(z1|x) q(z2|z1):  x 784 - 200 - 200 - z1 100 - 100 - 100 - z2 50, and the same way back
+        p(z2) p(z1|z2) p(x|z1),  q(z1|x) q(z2|z1),
+        x 784 - 200 - 200 - z1 100 - 100 - 100 - z2 50, and the same way back
 
-    latent_dims: sizes of z1 and z2
-    hidden_features: widths of the two hidden layers between x and z1, and of the two between z1 and z2
-    prior: p(z2); standard normal by default
-    data_mean: see `Bernoulli`
+    Sizes and activations are the paper's; the initial weights are this library's.
 
-    Sizes and activations are the paper's, starting values this library's.
+    Args:
+        data_shape: shape of one datum
+        latent_dims: sizes of z1 and z2
+        hidden_features: widths of the two hidden layers between x and z1, and of the two between z1 and z2
+        activation: makes the activation of the hidden layers
+        prior: p(z2); standard normal by default
+        data_mean: see `Bernoulli`
 
-    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016), section 5.
+    Returns:
+        (model, guide).
 
-    >>> model, guide = two_layer_vae()
-    >>> model(torch.zeros(3, 1, 28, 28)).shape, guide(torch.zeros(3, 1, 28, 28)).shape
-    (torch.Size([3, 1, 28, 28]), torch.Size([3, 150]))
+    Example:
+        >>> model, guide = two_layer_vae()
+        >>> model(torch.zeros(3, 1, 28, 28)).shape, guide(torch.zeros(3, 1, 28, 28)).shape
+        (torch.Size([3, 1, 28, 28]), torch.Size([3, 150]))
+
+    References:
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016), section 5.
     """
     (size1, size2), (near_data, near_top) = latent_dims, hidden_features
     data_dim = torch.Size(data_shape).numel()

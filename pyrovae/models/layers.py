@@ -16,24 +16,29 @@ __all__ = ["Chain", "ConditionalNormal"]
 
 
 class ConditionalNormal(Component):
-    """Normal with a diagonal covariance, given the layer before it, and whatever else.
+    """Normal with a diagonal covariance, given the layer before it and any other tensors.
 
-    p(z|c) = N(z; mu(c), diag sigma(c)^2),   (mu, log sigma) = head(net(c)),   c all that is given, side by side
-
-    net: any module (rows, width of c) -> features (rows, num_features); `nn.Identity()` with num_features= leaves a
-        linear layer
-    num_features: width of the features; by default the network's `out_features`
+        p(z|c) = N(z; mu(c), diag sigma(c)^2),   (mu, log sigma) = head(net(c)),   c all that is given, side by side
 
     Shapes: given (..., width) each, leading dimensions broadcast -> batch shape (...), event shape (latent_dim,). The
-    network is fed rows, so that any network for batches works under any number of particles.
+    network receives rows, so any network for batches works with any number of particles.
 
-    Raises ValueError if the width of the features is unknown or wrong, or the network takes another width of c.
+    Args:
+        net: any module (rows, width of c) -> features (rows, num_features); `nn.Identity()` with `num_features` leaves
+            a linear layer
+        latent_dim: dimensions of z
+        num_features: width of the features; by default the network's `out_features`
 
-    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
+    Raises:
+        ValueError: if the width of the features is unknown or wrong, or the network takes another width of c.
 
-    >>> from pyrovae.nets.mlp import MLP
-    >>> ConditionalNormal(MLP(2, [8]), latent_dim=3)(torch.zeros(5, 4, 2)).mean.shape
-    torch.Size([5, 4, 3])
+    Example:
+        >>> from pyrovae.nets.mlp import MLP
+        >>> ConditionalNormal(MLP(2, [8]), latent_dim=3)(torch.zeros(5, 4, 2)).mean.shape
+        torch.Size([5, 4, 3])
+
+    References:
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
     """
 
     def __init__(self, net: nn.Module, latent_dim: int, *, num_features: int | None = None):
@@ -45,7 +50,11 @@ class ConditionalNormal(Component):
         self.head = nn.Linear(self.num_features, 2 * latent_dim)
 
     def forward(self, *given: Tensor) -> dist.TorchDistribution:
-        """p(z|c) for what is given: tensors (..., width)."""
+        """Return p(z|c).
+
+        Args:
+            *given: tensors (..., width) that make up c
+        """
         batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in given))
         joined = torch.cat([part.expand(*batch_shape, -1) for part in given], -1)
         width = joined.shape[-1]
@@ -66,20 +75,24 @@ class ConditionalNormal(Component):
 class Chain(dist.TorchDistribution):
     """Joint distribution of layers z1, ..., zL, each drawn given the one drawn before it; its values lie side by side.
 
-    top_down:  p(z1, ..., zL) = p(zL) p(z(L-1) | zL) ... p(z1 | z2);   else   p(z1) p(z2 | z1) ... p(zL | z(L-1))
+        top_down:  p(z1, ..., zL) = p(zL) p(z(L-1) | zL) ... p(z1 | z2);   else   p(z1) p(z2 | z1) ... p(zL | z(L-1))
 
-    first: distribution of the layer that is drawn first, event shape (its size,)
-    conditionals: of the other layers, in the order of drawing: functions of the layer before, (..., size) -> distribution
-    latent_dims: sizes of z1, ..., zL
+    `mean` propagates means: that of each layer at the mean of the one before. It is the true mean of the layer drawn
+    first, and of the others only if their conditional means are linear.
 
     Shapes: batch shape of `first`, event shape (sum(latent_dims),), z1 first.
 
-    `mean` passes means along: that of each layer at the mean of the one before. Of the layer drawn first it is the mean;
-    of the others only where the conditional means are linear.
+    Args:
+        first: distribution of the layer that is drawn first, event shape (its size,)
+        conditionals: of the other layers, in the order of drawing: functions of the layer before, (..., size) ->
+            distribution
+        latent_dims: sizes of z1, ..., zL
+        top_down: whether zL is drawn first, and not z1
 
-    >>> first, rest = dist.Normal(torch.zeros(1), 1.0).to_event(1), lambda z: dist.Normal(z + 2, 1.0).to_event(1)
-    >>> Chain(first, [rest], (1, 1), top_down=True).mean
-    tensor([2., 0.])
+    Example:
+        >>> first, rest = dist.Normal(torch.zeros(1), 1.0).to_event(1), lambda z: dist.Normal(z + 2, 1.0).to_event(1)
+        >>> Chain(first, [rest], (1, 1), top_down=True).mean
+        tensor([2., 0.])
     """
 
     arg_constraints: ClassVar[dict[str, dist.constraints.Constraint]] = {}
@@ -103,9 +116,13 @@ class Chain(dist.TorchDistribution):
         return self.first.has_rsample
 
     def walk(self, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
-        """Go through the layers as they are drawn: `visit("z2", distribution)` gives z2 its value (..., its size).
+        """Visit the layers in the order of drawing.
 
-        Returns the values side by side, z1 first.
+        Args:
+            visit: called as `visit("z2", distribution)`; returns the layer's value (..., its size)
+
+        Returns:
+            The values side by side, z1 first.
         """
         order = self.names[::-1] if self.top_down else self.names
         values = {order[0]: visit(order[0], self.first)}

@@ -1,10 +1,11 @@
-"""What a trained pair is used for: pictures and codes of data, from a model's `decode` and a guide's `posterior`.
+"""Uses of a trained pair: codes and images of data, from a model's `decode` and a guide's `posterior`.
 
-A code is a point z of the latent space; that of a datum is its embedding, the mean of q(z|x). Everything is evaluated in
-eval mode, without gradients, on the device of the modules; results are on the device of the data given.
+A code is a point z of the latent space; the code of a datum (its embedding) is the mean of q(z|x). Everything is
+evaluated in eval mode, without gradients, on the device of the modules; results are on the device of the data given.
 
-Of a hierarchical pair z is all layers side by side. `decode` takes upper layers alone too, so with a `TopDownGuide` every
-function here works on the top layer where `guide.top` stands for the guide: `interpolate(model, guide.top, a, b)`.
+For a hierarchical pair, z holds all layers side by side. `decode` accepts upper layers alone too, so with a
+`TopDownGuide` every function here works on the top layer if it is given `guide.top` as the guide: `interpolate(model,
+guide.top, a, b)`.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,17 +20,23 @@ from pyrovae.programs.reach import evaluation_mode
 
 __all__ = ["attribute_direction", "edit", "embed", "interpolate", "reconstruct", "sample_posterior", "traverse"]
 
-_ROWS = 500  # data or codes that go through the networks at once
+_ROWS = 500  # number of data or codes that pass through the networks at once
 
 
 def embed(guide: Guide, x: Tensor) -> Tensor:
-    """Codes of data: the means of q(z|x).
+    """Return the codes of data, the means of q(z|x).
 
-    z_n = E_q(z|x_n) [ z ]
+        z_n = E_q(z|x_n) [ z ]
 
-    Shapes: x (N, *data_shape) -> (N, D). A Monte Carlo mean where the guide has no other (flows).
+    Args:
+        guide: guide of the pair
+        x: data (N, *data_shape)
 
-    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014).
+    Returns:
+        (N, D). A Monte Carlo mean if the guide has no closed-form mean (flows).
+
+    References:
+        Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
     return _of_posterior(guide, x, lambda posterior: posterior.mean, dim=0)
 
@@ -37,24 +44,40 @@ def embed(guide: Guide, x: Tensor) -> Tensor:
 def sample_posterior(guide: Guide, x: Tensor, num_samples: int) -> Tensor:
     """Draw codes of data from q(z|x).
 
-    z_sn ~ q(z|x_n)
+        z_sn ~ q(z|x_n)
 
-    Shapes: x (N, *data_shape) -> (num_samples, N, D); `model.decode` takes them as they are.
+    Args:
+        guide: guide of the pair
+        x: data (N, *data_shape)
+        num_samples: draws per datum
 
-    Raises TypeError/ValueError unless `num_samples` is a whole number of 1 or more.
+    Returns:
+        (num_samples, N, D), as `model.decode` accepts them.
+
+    Raises:
+        TypeError: if `num_samples` is not a whole number.
+        ValueError: if `num_samples` is below 1.
     """
     num_samples = check_count("num_samples", num_samples)
     return _of_posterior(guide, x, lambda posterior: posterior.sample((num_samples,)), dim=1)
 
 
 def reconstruct(model: LatentVariableModel, guide: Guide, x: Tensor, *, mean: bool = True) -> Tensor:
-    """Data as the pair remembers them: encoded, and decoded again.
+    """Encode data and decode them again.
 
-    E[x' | z = E_q(z|x) z],   or with `mean=False` a draw x' ~ p(x'|z), z ~ q(z|x)
+        E[x' | z = E_q(z|x) z],   or with `mean=False` a draw x' ~ p(x'|z), z ~ q(z|x)
 
-    Shapes: x (N, *data_shape) -> (N, *data_shape).
+    Args:
+        model: model of the pair
+        guide: guide of the pair
+        x: data (N, *data_shape)
+        mean: use means instead of draws
 
-    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014).
+    Returns:
+        (N, *data_shape).
+
+    References:
+        Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
     z = embed(guide, x) if mean else sample_posterior(guide, x, 1)[0]
     return _decode(model, z, mean=mean)
@@ -63,23 +86,36 @@ def reconstruct(model: LatentVariableModel, guide: Guide, x: Tensor, *, mean: bo
 def interpolate(
     model: LatentVariableModel, guide: Guide, a: Tensor, b: Tensor, num_steps: int = 10, *, spherical: bool = False
 ) -> Tensor:
-    """Pictures on the way from one datum to another, through the space of codes.
+    """Return images on the way from one datum to another, through the space of codes.
 
-    x(t) = E[x | z(t)],   t = 0 ... 1 in num_steps steps,   z_a, z_b the codes of a and b,
-    z(t) = (1 - t) z_a + t z_b,   or with `spherical`  [ sin((1 - t) w) z_a + sin(t w) z_b ] / sin w,  w the angle between
+        x(t) = E[x | z(t)],   t = 0 ... 1 in num_steps steps,   z_a, z_b the codes of a and b,
+        z(t) = (1 - t) z_a + t z_b,   or with `spherical`
+        z(t) = [ sin((1 - t) w) z_a + sin(t w) z_b ] / sin w,   w the angle between z_a and z_b
 
-    The straight line is the default, as it supposes nothing of the prior. Between draws from a standard normal of many
-    dimensions it passes closer to 0 than any draw lies, and the arc does not; under a learned prior, and for codes of
-    unlike lengths, the arc has no such meaning. (Where the codes point the same way or are opposite, the line is taken.)
+    The straight line is the default, because it assumes nothing about the prior. Between draws from a standard normal
+    of many dimensions, it passes closer to 0 than any draw lies; the arc does not. Under a learned prior, and for codes
+    of different lengths, the arc has no such justification. (If the codes point in the same or opposite directions, the
+    line is used.)
 
-    Shapes: a, b (N, *data_shape) -> (N, num_steps, *data_shape); the first and last pictures are the reconstructions.
+    Args:
+        model: model of the pair
+        guide: guide of the pair
+        a: data to start from (N, *data_shape)
+        b: data to end at (N, *data_shape)
+        num_steps: images per pair of data, both ends included
+        spherical: follow the arc instead of the line
 
-    Raises ValueError for shapes that differ or fewer than 2 steps.
+    Returns:
+        (N, num_steps, *data_shape); the first and last images are the reconstructions.
 
-    Source: White, Sampling Generative Networks (2016).
+    Raises:
+        ValueError: for shapes that differ or fewer than 2 steps.
+
+    References:
+        White, Sampling Generative Networks (2016).
     """
     if a.shape != b.shape:
-        raise ValueError(f"a and b must be as many data of one shape, found {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"a and b must have the same shape, found {tuple(a.shape)} and {tuple(b.shape)}")
     num_steps = check_count("num_steps", num_steps)
     if num_steps < 2:
         raise ValueError(f"num_steps counts both ends and must be 2 or more, found {num_steps}")
@@ -95,16 +131,21 @@ def interpolate(
 
 
 def traverse(model: LatentVariableModel, z: Tensor, dimension: int, values: Sequence[float] | Tensor) -> Tensor:
-    """Pictures as one latent takes other values and all others stay.
+    """Return images as one latent dimension changes and all others stay fixed.
 
-    E[x | z_1, ..., z_d = v, ..., z_D]   for each value v
+        E[x | z_1, ..., z_d = v, ..., z_D]   for each value v
 
-    z: where to start, (N, D): `embed(guide, x)`, or draws from the prior
-    dimension: d, from 0; values: -3 to 3 under a standard normal prior
+    Args:
+        model: model of the pair
+        z: codes to start from (N, D): `embed(guide, x)`, or draws from the prior
+        dimension: d, counted from 0
+        values: values v; for a standard normal prior, from -3 to 3
 
-    Shapes: -> (N, len(values), *data_shape).
+    Returns:
+        (N, len(values), *data_shape).
 
-    Raises ValueError if z is not (N, D), there are no values or no such dimension.
+    Raises:
+        ValueError: if z is not (N, D), there are no values, or there is no such dimension.
     """
     if z.ndim != 2 or not -z.shape[-1] <= dimension < z.shape[-1]:
         raise ValueError(f"expected codes z (N, D) and a dimension below D, found {tuple(z.shape)} and {dimension}")
@@ -115,31 +156,42 @@ def traverse(model: LatentVariableModel, z: Tensor, dimension: int, values: Sequ
 
 
 def attribute_direction(guide: Guide, x: Tensor, mask: Tensor, *, groups: Tensor | None = None) -> Tensor:
-    """Direction of an attribute in the space of codes: from the mean code of data without it to that of data with it.
+    """Return the direction of an attribute in the space of codes.
 
-    v = mean( z_n : mask_n ) - mean( z_n : not mask_n ),   z_n the code of x_n;   with `groups`, the mean of the v_g found
-    in each group g, a group counting as often as it has data
+    It leads from the mean code of data without the attribute to that of data with it.
 
-    mask: which data have it, bool (N,): `labels == 7`, or a measured attribute cut in two, `slant > slant.median()`
-    groups: what to hold constant, whole numbers (N,): bold digits are rarely ones, and without `groups=labels` the
-        direction "less bold" turns every digit into a one. A group with only one kind of data tells nothing and is left out
+        v = mean( z_n : mask_n ) - mean( z_n : not mask_n ),   z_n the code of x_n
 
-    Shapes: x (N, *data_shape) -> (D,).
+    With `groups`, v is the mean of the v_g found in each group g, weighted by the number of data in the group.
 
-    Raises ValueError unless the mask is bool (N,), groups are whole numbers (N,), and some data of a group have the
-    attribute and some do not.
+    Args:
+        guide: guide of the pair
+        x: data (N, *data_shape)
+        mask: which data have the attribute, bool (N,): `labels == 7`, or a measured attribute cut in two, `slant >
+            slant.median()`
+        groups: what to hold constant, whole numbers (N,). For example, bold digits are rarely ones, so without
+            `groups=labels` the direction "less bold" turns every digit into a one. A group whose data all have the
+            attribute, or all lack it, is left out
 
-    Source: Larsen, Sønderby, Larochelle & Winther, Autoencoding beyond pixels using a learned similarity metric (2016);
-    groups: White, Sampling Generative Networks (2016).
+    Returns:
+        (D,).
+
+    Raises:
+        ValueError: unless the mask is bool (N,), groups are whole numbers (N,), and some group has data with and
+            without the attribute.
+
+    References:
+        Larsen, Sønderby, Larochelle & Winther, Autoencoding beyond pixels using a learned similarity metric (2016).
+        White, Sampling Generative Networks (2016), for groups.
     """
     if mask.dtype != torch.bool or mask.shape != x.shape[:1]:
         raise ValueError(
-            f"mask must be bool ({len(x)},), labels == 7 for instance; found {mask.dtype}, shape {tuple(mask.shape)}"
+            f"mask must be bool ({len(x)},), for instance labels == 7; found {mask.dtype}, shape {tuple(mask.shape)}"
         )
     groups = torch.zeros_like(mask, dtype=torch.long) if groups is None else groups
     if groups.is_floating_point() or groups.shape != mask.shape:
         raise ValueError(
-            f"groups must be whole numbers ({len(x)},), labels for instance; found {groups.dtype}, shape "
+            f"groups must be whole numbers ({len(x)},), for instance labels; found {groups.dtype}, shape "
             f"{tuple(groups.shape)}"
         )
     z, mask, groups = embed(guide, x), mask.to(x.device), groups.to(x.device)
@@ -151,7 +203,8 @@ def attribute_direction(guide: Guide, x: Tensor, mask: Tensor, *, groups: Tensor
             count += int(here.sum())
     if count == 0:
         raise ValueError(
-            f"a direction needs data with and without the attribute in one group, found {int(mask.sum())} of {len(x)} with it"
+            f"a direction needs data with and without the attribute in the same group; found {int(mask.sum())} of "
+            f"{len(x)} with it"
         )
     return total / count
 
@@ -159,35 +212,43 @@ def attribute_direction(guide: Guide, x: Tensor, mask: Tensor, *, groups: Tensor
 def edit(
     model: LatentVariableModel, guide: Guide, x: Tensor, direction: Tensor, amounts: Sequence[float] | Tensor
 ) -> Tensor:
-    """Pictures of data moved along a direction: latent arithmetic, "more bold", "less slanted".
+    """Return images of data moved along a direction (latent arithmetic): "more bold", "less slanted".
 
-    E[x' | z + c v]   for each amount c,   z the code of x
+        E[x' | z + c v]   for each amount c,   z the code of x
 
-    direction: v (D,), of `attribute_direction` for instance
-    amounts: 0 gives the reconstruction, 1 goes as far as from the data without the attribute to those with it
+    Args:
+        model: model of the pair
+        guide: guide of the pair
+        x: data (N, *data_shape)
+        direction: v (D,), for instance from `attribute_direction`
+        amounts: amounts c; 0 gives the reconstruction, 1 goes as far as from the data without the attribute to those
+            with it
 
-    Shapes: x (N, *data_shape) -> (N, len(amounts), *data_shape).
+    Returns:
+        (N, len(amounts), *data_shape).
 
-    Raises ValueError for a direction that is not (D,), or no amounts.
+    Raises:
+        ValueError: for a direction that is not (D,), or no amounts.
 
-    Source: Larsen, Sønderby, Larochelle & Winther, Autoencoding beyond pixels using a learned similarity metric (2016).
+    References:
+        Larsen, Sønderby, Larochelle & Winther, Autoencoding beyond pixels using a learned similarity metric (2016).
     """
     z = embed(guide, x)
     if direction.shape != z.shape[1:]:
-        raise ValueError(f"the direction must be ({z.shape[1]},), as codes are, found {tuple(direction.shape)}")
+        raise ValueError(f"the direction must be ({z.shape[1]},), like the codes, found {tuple(direction.shape)}")
     amounts = _numbers("amounts", amounts, z).unsqueeze(-1)
     return _decode(model, z.unsqueeze(1) + amounts * direction.to(z))
 
 
 @torch.no_grad()
 def _of_posterior(guide: Guide, x: Tensor, take: Callable, dim: int) -> Tensor:
-    """take(q(z|x)) of all data, in batches that lie along `dim` of the result."""
+    """Return take(q(z|x)) of all data, in batches that lie along `dim` of the result."""
     with evaluation_mode(guide) as device:
         return torch.cat([take(guide.posterior(rows.to(device))).to(x.device) for rows in x.split(_ROWS)], dim)
 
 
 def _decode(model: LatentVariableModel, z: Tensor, *, mean: bool = True) -> Tensor:
-    """Pictures of codes (..., D), in batches."""
+    """Decode codes (..., D) in batches."""
     with evaluation_mode(model) as device:
         pictures = [model.decode(codes.to(device), mean=mean) for codes in z.flatten(0, -2).split(_ROWS)]
     return torch.cat(pictures).to(z.device).unflatten(0, z.shape[:-1])

@@ -1,6 +1,6 @@
-"""Objectives: bounds on log p(x) with gradient estimators, `pyro.infer.ELBO`s for `SVI` and `fit`.
+"""Objectives: bounds on log p(x) with gradient estimators, as `pyro.infer.ELBO`s for `SVI` and `fit`.
 
-A new objective is one class: subclass `Objective` (or `KLObjective`), turn the log densities of the particles into a loss.
+To add an objective, subclass `Objective` (or `KLObjective`) and turn the log densities of the particles into a loss.
 """
 
 from pyrovae.objectives.base import Objective, Parts

@@ -1,8 +1,8 @@
-"""What an objective is: a `pyro.infer.ELBO` whose loss is a tensor function of one set of particles.
+"""Base class of objectives: a `pyro.infer.ELBO` whose loss is a tensor function of one set of particles.
 
-Pyro's `Trace_ELBO` asks the host for numbers at every site and knows one joint weight per run. An objective here draws all
-particles of a step (under an outer plate where the program allows that), computes its loss from their log densities per
-datum, and never looks at a value, so that a training step can be recorded (`pyrovae.compiled.record`).
+Pyro's `Trace_ELBO` reads numbers back from the device at every site and has one joint weight per run. An objective here
+draws all particles of a step (under an outer plate if the program supports it), computes its loss from their log
+densities per datum, and never reads a value, so that a training step can be recorded (`pyrovae.compiled.record`).
 """
 
 from abc import ABC, abstractmethod
@@ -24,15 +24,17 @@ from pyrovae.programs.traces import Layout, Program, as_guide, sample_sites
 
 __all__ = ["Objective", "Parts"]
 
-_CAPACITY = 4  # pairs that an objective remembers the layout of
+_CAPACITY = 4  # number of pairs whose layout an objective caches
 
 
 class Parts(NamedTuple):
-    """The two parts of the real ELBO, ELBO = reconstruction - kl, whatever the objective weighs them by.
+    """The two parts of the unweighted ELBO, ELBO = reconstruction - kl, whatever weights the objective uses.
 
-    reconstruction: E_q log p(x|z), summed over the data, averaged over the particles; times the scale of a subsampled plate
-    kl: E_q [ log q(z|x) - log p(z) ], likewise
-    full_size: of a subsampled plate, which the sums were scaled up to; None without one
+    Attributes:
+        reconstruction: E_q log p(x|z), summed over the data, averaged over the particles, times the scale of a
+            subsampled plate
+        kl: E_q [ log q(z|x) - log p(z) ], summed, averaged and scaled likewise
+        full_size: size of the data if the plate is subsampled, to which the sums were scaled up; None otherwise
     """
 
     reconstruction: Tensor
@@ -41,21 +43,24 @@ class Parts(NamedTuple):
 
 
 class Objective(ELBO, ABC):
-    """Contract of an objective: runs in, loss out.
-
-    num_particles: S, drawn per datum and step
-    plate: of the data; by default the one plate common to all sites, and without one the program is a single datum
-    vectorize_particles: draw particles under an outer plate; "auto" does so where two drawn together are the same two drawn
-        apart, which is tried out once per pair
+    """Contract of an objective: it turns runs of model and guide into a loss.
 
     `last` holds the `Parts` of the last step.
 
-    Raises ValueError for pairs that the objective is not right for, naming the site.
+    Args:
+        num_particles: S, drawn per datum and step
+        plate: name of the plate that indexes the data. None: the one plate common to all sites; without one, the
+            program is a single datum
+        vectorize_particles: draw particles under an outer plate; "auto" does so if two particles drawn together equal
+            two drawn separately, which is checked once per pair
+
+    Raises:
+        ValueError: naming the site, for pairs that the objective is not valid for.
     """
 
-    linear: ClassVar[bool]  # in log densities, so that any scale of a site can be let through
-    scores: ClassVar[bool]  # takes draws that are not reparameterised
-    cuts: ClassVar[bool] = False  # needs draws that gradients of the guide's density can be told apart at
+    linear: ClassVar[bool]  # in log densities, so that any scale of a site is valid
+    scores: ClassVar[bool]  # accepts draws that are not reparameterised
+    cuts: ClassVar[bool] = False  # needs draws cut from the graph, to separate the gradients of the guide's density
 
     def __init__(self, num_particles: int, plate: str | None, vectorize_particles: bool | Literal["auto"]):
         num_particles = check_count("num_particles", num_particles)
@@ -65,17 +70,25 @@ class Objective(ELBO, ABC):
         self.plate = plate
         self.vectorize_particles = vectorize_particles
         self.last: Parts | None = None
-        self.modules: list[nn.Module] = []  # whose buffers the loss depends on
+        self.modules: list[nn.Module] = []  # modules whose buffers the loss depends on
         self._looked_at: dict[tuple[Program, Program], tuple[Layout, bool]] = {}
 
     @abstractmethod
     def estimate(self, runs: Sequence[Run]) -> tuple[Tensor, Parts]:
-        """The loss, whose value is minus the bound and whose gradient estimates the bound's, and its parts."""
+        """Compute the loss, whose value is minus the bound and whose gradient is minus an estimate of the bound's.
+
+        Args:
+            runs: runs that hold S particles between them
+
+        Returns:
+            (loss, parts of the unweighted ELBO).
+        """
 
     def surrogate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[Tensor, Parts]:
-        """(loss to differentiate, parts of the real ELBO); no value is looked at, and no state changes.
+        """Return (loss to differentiate, parts of the unweighted ELBO), without reading a value or changing state.
 
-        The first call for a pair looks at its programs (some runs, without effect on the noise), so it cannot be recorded.
+        The first call for a pair inspects its programs (a few runs that do not affect the random state), so it cannot
+        be recorded.
         """
         layout, vectorised = self._look_at(model, guide, args, kwargs)
         runs = draw_runs(model, as_guide(guide), args, kwargs, layout, self.num_particles, vectorised, self.cuts)
@@ -84,13 +97,13 @@ class Objective(ELBO, ABC):
         return self.estimate(runs)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of one training step, to be differentiated; counts as a step."""
+        """Return the loss of one training step as a differentiable tensor; counts as a step."""
         loss, self.last = self.surrogate(model, guide, *args, **kwargs)
         self.advance()
         return loss
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """The loss of one training step, its gradients added to the parameters' `.grad`; counts as a step."""
+        """Return the loss of one training step and add its gradients to the parameters' `.grad`; counts as a step."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
@@ -100,20 +113,27 @@ class Objective(ELBO, ABC):
 
     @torch.no_grad()
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """The loss, without gradients; no step."""
+        """Return the loss without gradients; does not count as a step."""
         value = self.surrogate(model, guide, *args, **kwargs)[0].item()
         warn_if_nan(value, "loss")
         return value
 
     def advance(self) -> None:
-        """Count a training step. `SVI` need not: who differentiates `surrogate` himself does."""
+        """Count a training step. `SVI` does so by itself; call this after differentiating `surrogate` yourself."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold for training to go on as it would have: plain values."""
+        """Return the plain values that a checkpoint must hold to continue training exactly."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore the state from a `state_dict`.
+
+        Args:
+            state: result of `state_dict`
+
+        Raises:
+            ValueError: if the state is not that of such an objective.
+        """
         if state:
             raise ValueError(f"{type(self).__name__} has no state, found {sorted(state)}")
 
@@ -124,7 +144,9 @@ class Objective(ELBO, ABC):
         key, guide = (model, guide), as_guide(guide)
         if key not in self._looked_at:
             if not checks_values():
-                raise RuntimeError("the objective sees this pair for the first time: run one step eagerly, then record")
+                raise RuntimeError(
+                    "the objective sees this pair for the first time: run one step eagerly before recording"
+                )
             while len(self._looked_at) >= _CAPACITY:
                 self._looked_at.pop(next(iter(self._looked_at)))
             devices: list[Any] = []

@@ -1,4 +1,4 @@
-"""Objectives that hold the KL apart from the reconstruction, and so can weigh it: beta, warm-up, free bits."""
+"""Objectives that separate the KL from the reconstruction, so that it can be weighted: beta, warm-up, free bits."""
 
 import math
 from abc import abstractmethod
@@ -20,7 +20,9 @@ __all__ = ["AnalyticKL", "KLObjective", "MonteCarloKL", "StickingTheLanding"]
 
 
 class KLWeight(nn.Module):
-    """The weight of the KL, as a tensor: beta * min(1, num_steps / warmup_steps); buffers, which a recording reads anew."""
+    """Weight of the KL as a tensor, beta * min(1, num_steps / warmup_steps); a recording reads its buffers at every
+    step.
+    """
 
     beta: Tensor
     num_steps: Tensor
@@ -40,11 +42,12 @@ class KLWeight(nn.Module):
 
 
 class Piece(NamedTuple):
-    """A piece of the KL that free bits can be given to.
+    """A piece of the KL to which free bits can be granted.
 
-    kl: (S, N, G), scaled; G: groups within it
-    size: latent dimensions in all its groups together
-    guides: the guide's sites it is made from
+    Attributes:
+        kl: (S, N, G), scaled; G: groups within it
+        size: latent dimensions in all its groups together
+        guides: names of the guide's sites that it comes from
     """
 
     kl: Tensor
@@ -53,19 +56,28 @@ class Piece(NamedTuple):
 
 
 class KLObjective(Objective):
-    """Contract of an objective on the ELBO whose KL can be weighed.
+    """Contract of an objective on the ELBO with a weighted KL.
 
-    loss = - [ E_q log p(x|z) - beta_t sum_j max( KL_j, N free_bits d_j ) ],   beta_t = beta min(1, t / kl_warmup_steps)
+        loss = - [ E_q log p(x|z) - beta_t sum_j max( KL_j, N free_bits d_j ) ],
+        beta_t = beta min(1, t / kl_warmup_steps)
 
-    beta: weight of the KL, 0 or more (Higgins 2017)
-    kl_warmup_steps: training steps t over which the weight grows from 0 to beta (Sonderby 2016); 0: none
-    free_bits: nats per latent dimension and datum below which a group's KL, averaged over the batch, is not reduced further
-        (Kingma 2016, eq. 15). The groups j are the finest that the densities allow: a single dimension (d_j = 1) where prior
-        and guide are both products over dimensions, the whole site (d_j its dimensions) where they are not, and the whole
-        guide where it has auxiliary draws. With few particles and data prefer AnalyticKL: noise in KL_j counts as bits.
+    `last` and `fit` report the unweighted ELBO whatever the weights; `loss` is the weighted objective. The step t is
+    the objective's state: it counts `differentiable_loss` and `SVI.step`, and continues through further calls of `fit`.
 
-    `last` and `fit` report the real ELBO whatever the weights; `loss` is the weighted objective. The step t is the
-    objective's state: it counts `differentiable_loss` and `SVI.step`, on through further calls of `fit`.
+    Args:
+        num_particles: S, drawn per datum and step
+        beta: weight of the KL, >= 0 (Higgins 2017)
+        kl_warmup_steps: training steps t over which the weight grows from 0 to beta (Sonderby 2016); 0: no warm-up
+        free_bits: nats per latent dimension and datum below which a group's KL, averaged over the batch, is not reduced
+            further (Kingma 2016, eq. 15). The groups j are the finest that the densities allow: a single dimension (d_j
+            = 1) if prior and guide are both products over dimensions; the whole site (d_j its dimensions) if they are
+            not; the whole guide if it has auxiliary draws. Prefer AnalyticKL with few particles and data, because noise
+            in KL_j counts as bits
+        plate: see `Objective`
+        vectorize_particles: see `Objective`
+
+    Raises:
+        ValueError: for weights below 0 or not finite, and as for `Objective`.
     """
 
     linear = True
@@ -92,7 +104,12 @@ class KLObjective(Objective):
 
     @abstractmethod
     def pieces(self, runs: Sequence[Run], terms: Terms) -> list[Piece]:
-        """The KL in pieces."""
+        """Split the KL into pieces.
+
+        Args:
+            runs: runs of model and guide
+            terms: their log densities
+        """
 
     def estimate(self, runs: Sequence[Run]) -> tuple[Tensor, Parts]:
         terms = terms_of(runs, scaled=True, by_dimension=self.free_bits > 0)
@@ -115,7 +132,7 @@ class KLObjective(Objective):
         return loss, Parts(terms.likelihood.detach().mean(0).sum(), kl, runs[0].full_size)
 
     def _free(self, total: Tensor, piece: Piece, run: Run) -> tuple[Tensor, float]:
-        """1 for groups whose KL counts and 0 for those that have their bits free, and how much that is per group."""
+        """Return 1 for groups whose KL counts and 0 for those with free bits left, and the free bits per group."""
         if not self.free_bits:
             return torch.ones_like(total), 0.0
         if run.layout.sequential:
@@ -142,18 +159,20 @@ class KLObjective(Objective):
 
 
 class MonteCarloKL(KLObjective):
-    """ELBO with its KL by sampling: the loss of Pyro's `Trace_ELBO`, recordable, and with weights on the KL.
+    """ELBO with a sampled KL: the loss of Pyro's `Trace_ELBO`, recordable, and with weights on the KL.
 
-    ELBO_n = 1/S sum_s [ log p(x_n|z_sn) - ( log q(z_sn|x_n) - log p(z_sn) ) ]
+        ELBO_n = 1/S sum_s [ log p(x_n|z_sn) - ( log q(z_sn|x_n) - log p(z_sn) ) ]
 
-    Draws that are not reparameterised (discrete latents) get score-function gradients, with the mean of the other particles
-    as baseline: take two particles or more, or the variance is large. `Trace_ELBO` has none, `TraceGraph_ELBO` baselines
-    that are learned, and `TraceEnum_ELBO` the exact gradient where the values can be summed over: all three serve as they are.
+    Draws that are not reparameterised (discrete latents) get score-function gradients, with the mean of the other
+    particles as baseline: use at least two particles, or the variance is large. `Trace_ELBO` has no baseline,
+    `TraceGraph_ELBO` has learned ones, and `TraceEnum_ELBO` has the exact gradient if the values can be summed over;
+    all three can be used as they are.
 
-    The weights: see KLObjective.
+    The arguments are those of `KLObjective`.
 
-    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014); the baseline: Kool, van Hoof & Welling, Buy 4
-    REINFORCE Samples, Get a Baseline for Free! (2019).
+    References:
+        Kingma & Welling, Auto-Encoding Variational Bayes (2014).
+        Kool, van Hoof & Welling, Buy 4 REINFORCE Samples, Get a Baseline for Free! (2019), for the baseline.
     """
 
     scores = True
@@ -163,17 +182,19 @@ class MonteCarloKL(KLObjective):
 
 
 class AnalyticKL(KLObjective):
-    """ELBO with its KL in closed form where torch or Pyro have one, by sampling elsewhere.
+    """ELBO with a closed-form KL if torch or Pyro has one, and a sampled KL otherwise.
 
-    ELBO_n = 1/S sum_s [ log p(x_n|z_sn) - sum_l KL( q(z_l|x_n, z_<l,sn) || p(z_l|z_<l,sn) ) ]
+        ELBO_n = 1/S sum_s [ log p(x_n|z_sn) - sum_l KL( q(z_l|x_n, z_<l,sn) || p(z_l|z_<l,sn) ) ]
 
-    A site's closed form holds where what precedes it in the model also precedes it in the guide; a layer whose prior depends
-    on a latent that the guide draws later is sampled (Pyro's `TraceMeanField_ELBO` warns and goes on). So is a site that is a
-    transform of an auxiliary draw (AutoNormal). Score-function gradients as in MonteCarloKL.
+    The closed form of a site is valid if all sites before it in the model also come before it in the guide. A layer
+    whose prior depends on a latent that the guide draws later is sampled (Pyro's `TraceMeanField_ELBO` warns and
+    continues). A site that is a transform of an auxiliary draw (AutoNormal) is sampled too. Draws that are not
+    reparameterised get score-function gradients as in MonteCarloKL.
 
-    The weights: see KLObjective.
+    The arguments are those of `KLObjective`.
 
-    Source: Kingma & Welling, Auto-Encoding Variational Bayes (2014), appendix B.
+    References:
+        Kingma & Welling, Auto-Encoding Variational Bayes (2014), appendix B.
     """
 
     scores = True
@@ -189,19 +210,21 @@ class AnalyticKL(KLObjective):
 
 
 class StickingTheLanding(KLObjective):
-    """ELBO whose gradient leaves the guide's score out: only the path through the draws counts.
+    """ELBO whose gradient omits the guide's score and keeps only the path through the draws.
 
-    grad_phi = 1/S sum_s dz_sn/dphi d/dz [ log p(x_n, z) - log q(z|x_n; phi') ],   phi' = phi held fixed
+        grad_phi = 1/S sum_s dz_sn/dphi d/dz [ log p(x_n, z) - log q(z|x_n; phi') ],   phi' = phi held fixed
 
-    The score that is left out has mean 0, so the gradient stays unbiased; and what is left vanishes for every draw where q
-    is the posterior. For the ELBO alone: on an importance-weighted bound the same omission is biased (DReG is its like).
-    Parameters that the prior shares with the guide (VampPrior) keep the prior's gradient. Needs reparameterised draws, and
-    the guide's density at a given z: an autoregressive flow guide is inverted at every step, a pass per dimension.
+    The omitted score has mean 0 (under any weight of the KL), so the gradient stays unbiased, and the rest is 0 for
+    every draw if q is the posterior. This holds for the ELBO only: on an importance-weighted bound the same omission is
+    biased (use DoublyReparameterised there). Parameters that the prior shares with the guide (VampPrior) keep the
+    prior's gradient. Requires reparameterised draws and the guide's density at a given z: an autoregressive flow guide
+    is inverted at every step, with one pass per dimension.
 
-    The weights: see KLObjective; the omitted score has mean 0 under each of them.
+    The arguments are those of `KLObjective`.
 
-    Source: Roeder, Wu & Duvenaud, Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational
-    Inference (2017).
+    References:
+        Roeder, Wu & Duvenaud, Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational
+        Inference (2017).
     """
 
     scores = False
@@ -213,8 +236,8 @@ class StickingTheLanding(KLObjective):
 
 
 def _sampled(terms: Terms, guides: dict[str, Tensor], latents: Sequence[str]) -> list[Piece]:
-    """log q - log p of these sites, apart where each latent has its own guide site."""
-    if any(name not in latents for name in guides):  # auxiliary draws, whose density belongs to no one latent
+    """Return log q - log p of these sites, in one piece per latent if each latent has its own guide site."""
+    if any(name not in latents for name in guides):  # the density of auxiliary draws belongs to no single latent
         if not guides:
             return []
         total = reduce(
@@ -231,14 +254,14 @@ def _difference(guide: Tensor, prior: Tensor) -> Tensor:
 
 
 def _ordered_alike(run: Run) -> list[str]:
-    """The latents whose prior cannot depend on a latent that the guide draws after them."""
+    """Return the latents whose prior cannot depend on a latent that the guide draws after them."""
     model = [name for name, site in sample_sites(run.model_trace) if not site["is_observed"]]
     guide = [name for name, _ in sample_sites(run.guide_trace)]
     return [name for rank, name in enumerate(model) if set(model[:rank]) <= set(guide[: guide.index(name)])]
 
 
 def _analytic(runs: Sequence[Run], name: str, by_dimension: bool) -> Tensor | None:
-    """KL (S, N, G) of a site, None where there is no closed form."""
+    """Return the KL (S, N, G) of a site, or None without a closed form."""
     kls = []
     for run in runs:
         guide, prior = run.guide_trace.nodes[name], run.model_trace.nodes[name]
@@ -256,7 +279,7 @@ def _analytic(runs: Sequence[Run], name: str, by_dimension: bool) -> Tensor | No
 
 
 def _score_function(integrand: Tensor, score: Tensor) -> Tensor:
-    """Zero, with the gradient  1/S sum_s (f_s - mean of the other f) d score_s."""
+    """Return zero, with the gradient  1/S sum_s (f_s - mean of the other f) d score_s."""
     signal = integrand.detach()
     if len(signal) > 1:
         signal = signal - (signal.sum(0) - signal) / (len(signal) - 1)

@@ -1,11 +1,12 @@
-"""Particles of a model/guide pair under gradients: what the objectives differentiate.
+"""Particles of a model/guide pair with gradients, for the objectives to differentiate.
 
-Estimators that leave out the guide's score (sticking the landing, DReG) need d log q(z; phi) / dz at fixed phi, for any
-guide, whoever owns its parameters. Detached copies of the parameters would mean running the guide twice (and a VampPrior
-shares them); instead each draw is cut: the guide goes on with a leaf in its place, and the model sees the draw through
-`_Bridge`, which hands the gradient at the leaf back to the draw. One run, and dropout or batch statistics that are the same in
-draw and density. What it costs: the density is asked for the leaf, which is not the tensor drawn, so a flow that keeps the
-density of its own draw has to invert (an autoregressive one in D passes).
+Estimators that omit the guide's score (sticking the landing, DReG) need d log q(z; phi) / dz at fixed phi, for any
+guide, whoever owns its parameters. Detached copies of the parameters would require a second run of the guide, and a
+VampPrior shares these parameters. Instead, each draw is cut: the guide continues with a leaf in its place, and the
+model receives the draw through `_Bridge`, which passes the gradient at the leaf back to the draw. This takes one run,
+so dropout and batch statistics are the same in draw and density. Its cost: the density is evaluated at the leaf, which
+is not the tensor drawn, so a flow that caches the density of its own draw must invert it (an autoregressive flow in D
+passes).
 """
 
 from collections.abc import Sequence
@@ -28,13 +29,16 @@ __all__ = ["Run", "Terms", "arranged", "draw_runs", "factors", "pull_back", "ter
 
 
 class Run(NamedTuple):
-    """One run of guide and model: of all particles under an outer plate, or of a single one.
+    """One run of guide and model: of all particles under an outer plate, or of a single particle.
 
-    layout: with the number of data of this run
-    num_particles: under the plate; None without it
-    full_size: of a subsampled plate, that of the data where there is one; None without
-    paths: how gradients get from cut draws to the guide; None where nothing was cut
-    link: a zero that carries the gradient of `pull_back`; None where nothing was cut
+    Attributes:
+        layout: plates of the program, with the number of data of this run
+        num_particles: number of particles under the outer plate; None without it
+        full_size: size of the data if the plate is subsampled; None otherwise
+        model_trace: trace of the model
+        guide_trace: trace of the guide
+        paths: how gradients get from cut draws to the guide; None if nothing was cut
+        link: a zero that carries the gradient of `pull_back`; None if nothing was cut
     """
 
     layout: Layout
@@ -47,7 +51,7 @@ class Run(NamedTuple):
 
     @property
     def plate_scale(self) -> float:
-        """By which sums over the data are to be multiplied."""
+        """Factor that scales sums over the data of this run to the full data."""
         if self.layout.plate is None or self.full_size is None:
             return 1.0
         return self.full_size / self.layout.num_data
@@ -63,7 +67,7 @@ def draw_runs(
     vectorised: bool,
     cut: bool,
 ) -> list[Run]:
-    """Runs that hold `num_particles` particles between them, of one and the same subsample of the data."""
+    """Return runs that hold `num_particles` particles between them, all of the same subsample of the data."""
     size = num_particles if vectorised and num_particles > 1 else None
     if size is not None:
         model, guide = (under_particles(program, layout, size) for program in (model, guide))
@@ -89,7 +93,7 @@ def draw_runs(
 
 
 def _present_layout(layout: Layout, trace: poutine.Trace) -> tuple[Layout, int | None]:
-    """The layout with the size that the datum plate has in this run (the last batch may be smaller), and the full size."""
+    """Return the layout with the datum plate's size in this run (the last batch may be smaller), and the full size."""
     sites = [site for _, site in sample_sites(trace)]
     frames = [frame for site in sites for frame in site["cond_indep_stack"]]
     if layout.plate is not None:
@@ -115,7 +119,7 @@ def _with_values(trace: poutine.Trace, values: dict[str, Tensor]) -> poutine.Tra
 
 
 class _Cut(Messenger):
-    """Puts a leaf in the place of every draw that carries a gradient; outside of the trace, which so records the leaf."""
+    """Replaces every draw that carries a gradient by a leaf; enter it outside the trace, which then records the leaf."""
 
     def __init__(self, cut: bool):
         super().__init__()
@@ -131,9 +135,10 @@ class _Cut(Messenger):
 
 
 class _Paths:
-    """The cut draws of a run, and the way back: gradients at the leaves become gradients of the draws.
+    """The cut draws of a run, and how gradients at the leaves become gradients of the draws.
 
-    It keeps nothing that comes after the bridge, which keeps it: a circle through autograd's graph is never freed.
+    It must not refer to anything computed after the bridge, which refers to it: autograd never frees a reference cycle
+    through its graph.
     """
 
     def __init__(self, drawn: dict[str, Tensor], leaves: dict[str, Tensor]):
@@ -142,11 +147,11 @@ class _Paths:
         self.added: list[Tensor | None] = [None] * len(self.names)
 
     def back(self, gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-        """The loss's gradient with respect to each draw, from what the model sent back to its values.
+        """Return the loss's gradient with respect to each draw, from the gradients that the model sends to its values.
 
-        factor: of the link in the loss
+        factor: coefficient of the link in the loss
 
-        A leaf also acts on later draws of a guide with several layers, so the last draw comes first.
+        A leaf also affects later draws of a guide with several layers, so the last draw comes first.
         """
         total = [
             (gradient if rate is None else rate * gradient) + (0.0 if added is None else factor * added)
@@ -163,7 +168,7 @@ class _Paths:
 
 
 class _Bridge(torch.autograd.Function):
-    """The draws, unchanged; on the way back their gradients pass `_Paths.back`."""
+    """Passes the draws on unchanged; in the backward pass, their gradients go through `_Paths.back`."""
 
     @staticmethod
     def forward(context: Any, paths: _Paths, *drawn: Tensor) -> tuple[Tensor, ...]:
@@ -177,14 +182,16 @@ class _Bridge(torch.autograd.Function):
 
 
 def pull_back(runs: Sequence[Run], guide_term: Tensor, rate: Tensor | None = None) -> Tensor:
-    """Zero, with the gradient of `guide_term` through the cut draws alone, the guide's parameters held fixed.
+    """Return zero, with the gradient of `guide_term` through the cut draws alone, the guide's parameters held fixed.
 
-    d pull_back / d phi = sum dz/dphi d guide_term/dz
+        d pull_back / d phi = sum dz/dphi d guide_term/dz
 
-    Without it in the loss no gradient gets from the model to the guide.
+    Without this term in the loss, no gradient gets from the model to the guide.
 
-    guide_term: a sum over the guide's log densities at the leaves
-    rate: (S, N), changes the gradient that the loss's model terms send to the draws by this factor
+    Args:
+        runs: runs with cut draws
+        guide_term: a sum over the guide's log densities at the leaves
+        rate: (S, N), factor on the gradient that the loss's model terms send to the draws
     """
     leaves = [leaf for run in runs if run.paths is not None for leaf in run.paths.leaves]
     if not leaves:
@@ -205,12 +212,14 @@ def pull_back(runs: Sequence[Run], guide_term: Tensor, rate: Tensor | None = Non
 
 
 class Terms(NamedTuple):
-    """Log densities of all particles, by site. G: pieces that a site's density is the product of.
+    """Log densities of all particles, by site. G: number of factors that a site's density is split into.
 
-    likelihood: (S, N)
-    priors, guides: latent or guide site -> (S, N, G), or fewer than S rows where they do not depend on the particle
-    score: (S, N), the guide's log density of draws that are not reparameterised, unscaled; None without such
-    sizes: latent site -> numbers it has per datum
+    Attributes:
+        likelihood: (S, N)
+        priors: latent site -> (S, N, G), with fewer than S rows if the density does not depend on the particle
+        guides: guide site -> (S, N, G), likewise
+        score: (S, N), the guide's log density of draws that are not reparameterised, unscaled; None without such draws
+        sizes: latent site -> its latent dimensions per datum
     """
 
     likelihood: Tensor
@@ -221,10 +230,12 @@ class Terms(NamedTuple):
 
 
 def terms_of(runs: Sequence[Run], *, scaled: bool, by_dimension: bool = False) -> Terms:
-    """The log densities of runs, masks honoured.
+    """Compute the log densities of runs, with masks applied.
 
-    scaled: times the scale of each site (subsampled plates, poutine.scale)
-    by_dimension: in pieces of one latent dimension where a density is a product over dimensions
+    Args:
+        runs: runs of model and guide
+        scaled: multiply by the scale of each site (subsampled plates, poutine.scale)
+        by_dimension: split a density into single latent dimensions if it is a product over dimensions
     """
 
     def gather(trace: str, name: str, scaled: bool = scaled, by_dimension: bool = by_dimension) -> Tensor:
@@ -250,7 +261,7 @@ def terms_of(runs: Sequence[Run], *, scaled: bool, by_dimension: bool = False) -
 
 
 def _log_prob(site: dict, by_dimension: bool) -> Tensor:
-    """Log density (*batch_shape, G)."""
+    """Return the log density of a site (*batch_shape, G)."""
     distribution, depth = site["fn"], 0
     if by_dimension:
         distribution, depth = factors(distribution)
@@ -259,7 +270,7 @@ def _log_prob(site: dict, by_dimension: bool) -> Tensor:
 
 
 def factors(distribution: Any) -> tuple[Any, int]:
-    """The distribution of single dimensions and how many dimensions they are; itself and 0 where it is no such product."""
+    """Return the distribution of single dimensions and its number of axes; `distribution` and 0 if it is no product."""
     inner, depth = distribution, 0
     while isinstance(inner, Independent):
         inner, depth = inner.base_dist, depth + inner.reinterpreted_batch_ndims
@@ -267,7 +278,7 @@ def factors(distribution: Any) -> tuple[Any, int]:
 
 
 def arranged(terms: Tensor, site: dict, run: Run, scaled: bool) -> Tensor:
-    """Terms (*batch_shape, G) of a site as (S, N, G), masked and scaled as the site is."""
+    """Arrange terms (*batch_shape, G) of a site as (S, N, G), masked and scaled as the site is."""
     scale, mask = (
         tensor.unsqueeze(-1) if isinstance(tensor, Tensor) and tensor.ndim else tensor
         for tensor in (site["scale"] if scaled else 1.0, site["mask"])

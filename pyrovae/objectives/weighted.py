@@ -19,10 +19,15 @@ __all__ = ["VIMCO", "DoublyReparameterised", "ImportanceWeighted", "WeightObject
 class WeightObjective(Objective):
     """Contract of an objective on the importance-weighted bound: log weights (S, N) in, gradient estimator out.
 
-    loss = - scale sum_n L_n,   L_n = log( 1/S sum_s w[s, n] )
+        loss = - scale sum_n L_n,   L_n = log( 1/S sum_s w[s, n] )
 
-    The scale of a subsampled plate multiplies the bound of each datum. In the exponent, where Pyro's `RenyiELBO` has it
-    together with the sum over the data, it would give no bound on log p(x).
+    The scale of a subsampled plate multiplies the bound of each datum. Pyro's `RenyiELBO` has it in the exponent,
+    together with the sum over the data, where it does not give a bound on log p(x).
+
+    Args:
+        num_particles: S, drawn per datum and step
+        plate: see `Objective`
+        vectorize_particles: see `Objective`
     """
 
     linear = False
@@ -38,9 +43,13 @@ class WeightObjective(Objective):
 
     @abstractmethod
     def bound(self, runs: Sequence[Run], terms: Terms, model: Tensor, guide: Tensor) -> Tensor:
-        """The sum of L_n over the data, with the gradient to follow.
+        """Return the sum of L_n over the data, whose gradient is the estimator's.
 
-        model, guide: log p(x, z) and log q(z|x), (S, N)
+        Args:
+            runs: runs of model and guide
+            terms: their log densities
+            model: log p(x, z), (S, N)
+            guide: log q(z|x), (S, N)
         """
 
     def estimate(self, runs: Sequence[Run]) -> tuple[Tensor, Parts]:
@@ -55,14 +64,22 @@ class WeightObjective(Objective):
 class ImportanceWeighted(WeightObjective):
     """Importance-weighted bound, differentiated through the draws.
 
-    L_n = log( 1/S sum_s w[s, n] ),   ELBO_n <= E[L_n] <= log p(x_n),   grad = sum_s w~[s, n] grad log w[s, n]
+        L_n = log( 1/S sum_s w[s, n] ),   ELBO_n <= E[L_n] <= log p(x_n),   grad = sum_s w~[s, n] grad log w[s, n]
 
     w~: weights normalised over the particles. The signal-to-noise ratio of the guide's gradient falls as 1/sqrt(S);
-    DoublyReparameterised has the same mean and no such fall.
+    DoublyReparameterised has the same mean without this decrease.
 
-    Raises ValueError for draws that are not reparameterised (VIMCO takes them) and for scales other than the datum plate's.
+    Args:
+        num_particles: S, drawn per datum and step
+        plate: see `Objective`
+        vectorize_particles: see `Objective`
 
-    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
+    Raises:
+        ValueError: for draws that are not reparameterised (VIMCO accepts them) and for scales other than the datum
+            plate's.
+
+    References:
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
     """
 
     scores = False
@@ -74,17 +91,25 @@ class ImportanceWeighted(WeightObjective):
 class DoublyReparameterised(WeightObjective):
     """Importance-weighted bound with the doubly reparameterised gradient (DReG).
 
-    grad_phi   = sum_s w~[s, n]^2 dz_sn/dphi d/dz log w[s, n]
-    grad_theta = sum_s w~[s, n] d/dtheta log p(x_n, z_sn; theta)
+        grad_phi   = sum_s w~[s, n]^2 dz_sn/dphi d/dz log w[s, n]
+        grad_theta = sum_s w~[s, n] d/dtheta log p(x_n, z_sn; theta)
 
-    Unbiased for the bound, and 0 for the guide where q is the posterior. Parameters that the prior shares with the guide
-    (VampPrior) get both: in the first line they are held fixed in both densities, in the second they are the prior's.
-    Needs reparameterised draws and the guide's density at a given z: an autoregressive flow guide is inverted at every
-    step, a pass per dimension. (It needs data that do not influence each other: no BatchNorm in training mode.)
+    w~: weights normalised over the particles. The gradient is unbiased for the bound, and 0 for the guide if q is the
+    posterior. Parameters that the prior shares with the guide (VampPrior) get both gradients: in the first line they
+    are held fixed in both densities, in the second they are the prior's. Requires reparameterised draws and the guide's
+    density at a given z: an autoregressive flow guide is inverted at every step, with one pass per dimension. Data must
+    not influence each other: no BatchNorm in training mode.
 
-    Raises ValueError for draws that are not reparameterised and for scales other than the datum plate's.
+    Args:
+        num_particles: S, drawn per datum and step
+        plate: see `Objective`
+        vectorize_particles: see `Objective`
 
-    Source: Tucker, Lawson, Gu & Maddison, Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (2019).
+    Raises:
+        ValueError: for draws that are not reparameterised and for scales other than the datum plate's.
+
+    References:
+        Tucker, Lawson, Gu & Maddison, Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (2019).
     """
 
     scores = False
@@ -100,14 +125,22 @@ class DoublyReparameterised(WeightObjective):
 class VIMCO(WeightObjective):
     """Importance-weighted bound with score-function gradients, for discrete latents.
 
-    grad = sum_s (L_n - L_n^(-s)) grad log q(z_sn|x_n) + sum_s w~[s, n] grad log w[s, n]
+        grad = sum_s (L_n - L_n^(-s)) grad log q(z_sn|x_n) + sum_s w~[s, n] grad log w[s, n]
 
-    L_n^(-s): the bound with log w[s, n] replaced by the mean of the others, which does not depend on z_s and so leaves the
-    gradient unbiased. Latents that are reparameterised are differentiated through their draws. Memory grows as S^2.
+    w~: weights normalised over the particles. L_n^(-s): the bound with log w[s, n] replaced by the mean of the others,
+    which does not depend on z_s and so leaves the gradient unbiased. Reparameterised latents are differentiated through
+    their draws. Memory grows as S^2.
 
-    Raises ValueError for fewer than 2 particles and for scales other than the datum plate's.
+    Args:
+        num_particles: S >= 2, drawn per datum and step
+        plate: see `Objective`
+        vectorize_particles: see `Objective`
 
-    Source: Mnih & Rezende, Variational Inference for Monte Carlo Objectives (2016).
+    Raises:
+        ValueError: for fewer than 2 particles and for scales other than the datum plate's.
+
+    References:
+        Mnih & Rezende, Variational Inference for Monte Carlo Objectives (2016).
     """
 
     scores = True
@@ -130,7 +163,7 @@ class VIMCO(WeightObjective):
         if terms.score is None:
             return bound.sum()
         without = _without_each((model - guide).detach())
-        # Where the other weights are all 0, all S can be, so that E[L] is -inf and has no gradient: no signal then.
+        # If all other weights are 0, all S may be, so that E[L] is -inf and has no gradient: use no signal.
         signal = torch.where(without == -math.inf, 0.0, bound.detach() - without)
         return bound.sum() + (signal * (terms.score - terms.score.detach())).sum()
 
@@ -140,9 +173,9 @@ def _bound(log_weights: Tensor) -> Tensor:
 
 
 def _without_each(log_weights: Tensor) -> Tensor:
-    """(S, N): the bound with the particle's log weight replaced by the mean of the others.
+    """Return (S, N): the bound with the particle's log weight replaced by the mean of the others.
 
-    By sums over the others, not over all less one's own: -inf - -inf is no number.
+    Sums over the others instead of subtracting from the total, because -inf - -inf is NaN.
     """
     number = len(log_weights)
     own = torch.eye(number, dtype=torch.bool, device=log_weights.device).unsqueeze(-1)

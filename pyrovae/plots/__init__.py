@@ -1,4 +1,7 @@
-"""Figures from arrays, never from models. Each takes `ax=` (or makes a figure) and returns the axes it drew on; `report` is a page."""
+"""Figures from arrays and results, never from models.
+
+Each takes `ax=` (or makes a figure) and returns the axes; `report` makes a page.
+"""
 
 from pyrovae.plots.comparisons import comparison, rank_histograms, roc
 from pyrovae.plots.gap_plots import gap_decomposition, gap_histogram, k_against_gap

@@ -1,6 +1,7 @@
-"""What the figures share: colours, and the axes to draw on.
+"""Shared colours and axes of the figures.
 
-Two colours of Okabe & Ito that stay apart for the colour-blind and, with their line styles and markers, in grey print.
+The two colours (Okabe & Ito) are distinguishable for colour-blind readers and, with their line styles and markers, in
+grey print.
 """
 
 from typing import Any
@@ -19,6 +20,6 @@ def axes_or_new(ax: Any, size: tuple[float, float]) -> Any:
 
 
 def stderr_of_mean(values: np.ndarray) -> np.ndarray | float:
-    """Standard error of the mean over the last axis; 0 of one datum."""
+    """Return the standard error of the mean over the last axis; 0 for a single datum."""
     count = values.shape[-1]
     return values.std(-1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(values.shape[:-1])

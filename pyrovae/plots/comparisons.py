@@ -1,4 +1,4 @@
-"""What is compared and tested: pairs against each other, ranks against uniform ones, scores inside against outside."""
+"""Figures of comparisons and tests: pairs against the best, rank histograms, ROC curves."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +11,14 @@ __all__ = ["comparison", "rank_histograms", "roc"]
 
 
 def comparison(rows: Sequence[Any], *, ax: Any = None) -> Any:
-    """Fitted pairs against the best of them: differences of log p(x) and of the ELBO, with 2 standard errors.
+    """Plot fitted pairs against the best of them: differences of log p(x) and of the ELBO, ± 2 standard errors.
 
-    rows: of a `Comparison`, best first
+    The hatched bar to the right of a difference is the bias estimate: log p(x) of that pair may be higher by this or
+    more.
 
-    The bar to the right of a difference is the bias estimate: log p(x) of that pair may be higher by this, or more.
+    Args:
+        rows: of a `Comparison`, best first
+        ax: axes to draw on
     """
     ax = axes_or_new(ax, (6.5, 1.6 + 0.55 * len(rows)))
     positions = np.arange(len(rows))
@@ -33,7 +36,7 @@ def comparison(rows: Sequence[Any], *, ax: Any = None) -> Any:
         edgecolor=BLUE,
         hatch="////",
         linewidth=0.6,
-        label="bias estimate: too low by this, at least",
+        label="bias estimate: too low by >= this",
     )
     style = {"capsize": 3, "linewidth": 1.2}
     ax.errorbar(
@@ -58,9 +61,9 @@ def comparison(rows: Sequence[Any], *, ax: Any = None) -> Any:
         )
     ax.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
     ax.set_yticks(positions, [row.name for row in rows])
-    ax.set_ylim(len(rows) - 0.5, -0.5)  # the best on top
+    ax.set_ylim(len(rows) - 0.5, -0.5)  # best on top
     ax.set_xlabel(
-        f"nats per datum, less those of '{rows[0].name}': higher is better\nlines: +- 2 standard errors of paired differences",
+        f"nats per datum relative to '{rows[0].name}'; higher is better\nbars: ± 2 standard errors of paired differences",
         fontsize=9,
     )
     ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
@@ -69,13 +72,20 @@ def comparison(rows: Sequence[Any], *, ax: Any = None) -> Any:
 
 
 def rank_histograms(counts: Any, *, names: Sequence[str] | None = None, columns: int = 4, axes: Any = None) -> Any:
-    """Ranks of exact posterior draws among the guide's, a histogram for each latent number; flat where they agree.
+    """Plot the ranks of exact posterior draws among the guide's; flat if the two agree.
 
-    Shapes: counts (D, B), data in each of B bins: of a `Calibration`. The grey band holds 99% of the bins of uniform ranks.
-    Bins outside it are orange and hatched. (High at both ends: the guide is too narrow; in the middle: too wide.)
-    axes: D axes; returns them
+    There is one histogram per latent dimension. The grey band holds 99% of the bins of uniform ranks; bins outside it
+    are orange and hatched. High bars at both ends mean that the guide is too narrow; in the middle, that it is too
+    wide.
 
-    Raises ValueError for other shapes.
+    Args:
+        counts: data in each of B bins (D, B), from a `Calibration`
+        names: of the D latent dimensions
+        columns: histograms per row
+        axes: D axes to draw on
+
+    Raises:
+        ValueError: for counts of another shape.
     """
     import matplotlib.pyplot as plt
 
@@ -90,15 +100,15 @@ def rank_histograms(counts: Any, *, names: Sequence[str] | None = None, columns:
         figure, grid = plt.subplots(
             rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
         )
-        figure.supxlabel("rank of the exact draw among those of the guide", fontsize=10)
-        figure.supylabel("simulated data", fontsize=10)
+        figure.supxlabel("rank of the exact draw among the guide's draws", fontsize=10)
+        figure.supylabel("number of simulated data", fontsize=10)
         axes = grid.flatten()[:num_latents]
         for ax in grid.flatten()[num_latents:]:
             ax.set_axis_off()
     middles = (np.arange(num_bins) + 0.5) / num_bins
     for index, ax in enumerate(axes):
         expected = counts[index].sum() / num_bins
-        reach = 2.576 * np.sqrt(expected * (1 - 1 / num_bins))  # 99% of a normal one
+        reach = 2.576 * np.sqrt(expected * (1 - 1 / num_bins))  # 99% of a normal distribution
         low, high = expected - reach, expected + reach
         outside = (counts[index] < low) | (counts[index] > high)
         bars = ax.bar(
@@ -116,15 +126,17 @@ def rank_histograms(counts: Any, *, names: Sequence[str] | None = None, columns:
 
 
 def roc(curves: Mapping[str, Any], *, ax: Any = None) -> Any:
-    """How well scores tell data inside from data outside: what is caught against what is taken for it.
+    """Plot ROC curves: the share of outside data caught against the share of false alarms among inside data.
 
-    curves: name of the outside set -> its `Detection` (false_alarms, caught, auc, stderr)
+    Args:
+        curves: name of the outside set -> its `Detection` (false_alarms, caught, auc, stderr)
+        ax: axes to draw on
     """
     ax = axes_or_new(ax, (4.6, 5.1 + 0.2 * len(curves)))
     styles = [(BLUE, "-"), (ORANGE, "--"), ("black", ":"), (BLUE, "-."), (ORANGE, "-"), ("black", "--")]
     for index, (name, curve) in enumerate(curves.items()):
         color, line = styles[index % len(styles)]
-        label = f"{name}: AUC {curve.auc:.3f} +- {curve.stderr:.3f}"
+        label = f"{name}: AUC {curve.auc:.3f} ± {curve.stderr:.3f}"
         ax.plot(curve.false_alarms, curve.caught, color=color, linestyle=line, label=label)
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
     ax.set(

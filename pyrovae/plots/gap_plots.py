@@ -1,4 +1,4 @@
-"""The gaps of data: how large, where they come from, and whether to believe them."""
+"""Figures of the gap between ELBO and log p(x): its size, its causes, and how far to trust it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,15 @@ __all__ = ["gap_decomposition", "gap_histogram", "k_against_gap"]
 
 
 def gap_histogram(gap: Any, *, num_bins: int = 40, ax: Any = None) -> Any:
-    """How many data have which gap between ELBO and log p(x).
+    """Plot a histogram of the gap between ELBO and log p(x).
 
-    Shapes: gap (N,), in nats; those that are not finite are counted in the title.
+    Args:
+        gap: (N,), in nats; the title counts those that are not finite
+        num_bins: number of bins
+        ax: axes to draw on
 
-    Raises ValueError if none is finite.
+    Raises:
+        ValueError: if no gap is finite.
     """
     gap = np.asarray(gap, dtype=float)
     finite = gap[np.isfinite(gap)]
@@ -27,8 +31,8 @@ def gap_histogram(gap: Any, *, num_bins: int = 40, ax: Any = None) -> Any:
     ax.axvline(np.median(finite), color="black", linestyle=":", label=f"median {np.median(finite):.2f}")
     left_out = f" ({len(gap) - len(finite):,} not finite)" if len(finite) < len(gap) else ""
     ax.set(
-        xlabel="log p(x) - ELBO [nats], at least",
-        ylabel="data",
+        xlabel="log p(x) - ELBO [nats], lower estimate",
+        ylabel="number of data",
         title=f"gap of {len(finite):,} data{left_out}",
     )
     ax.legend(fontsize=8)
@@ -37,12 +41,16 @@ def gap_histogram(gap: Any, *, num_bins: int = 40, ax: Any = None) -> Any:
 
 
 def k_against_gap(pareto_k: Any, gap: Any, *, limit: float = 0.7, ax: Any = None) -> Any:
-    """Which gaps to believe: the tail of a datum's weights against its gap.
+    """Plot the Pareto k of each datum's weights against its gap, to show which gaps to trust.
 
-    Shapes: pareto_k, gap (N,); gap in nats. Data with k that is not known or infinite are counted in the title.
-    limit: above which k forbids to trust the row: the result's `pareto_k_limit`
+    Args:
+        pareto_k: (N,); the title counts data whose k is unknown or infinite
+        gap: (N,), in nats
+        limit: k above which a datum's estimates cannot be trusted: the result's `pareto_k_limit`
+        ax: axes to draw on
 
-    Raises ValueError if they differ in number.
+    Raises:
+        ValueError: if the shapes are not both (N,).
     """
     pareto_k, gap = (np.asarray(values, dtype=float) for values in (pareto_k, gap))
     if pareto_k.shape != gap.shape or gap.ndim != 1:
@@ -54,14 +62,14 @@ def k_against_gap(pareto_k: Any, gap: Any, *, limit: float = 0.7, ax: Any = None
     ax.scatter(gap[known & ~bad], pareto_k[known & ~bad], color=BLUE, s=10, edgecolors="none", **options)
     ax.scatter(gap[bad], pareto_k[bad], color=ORANGE, marker="x", s=14, linewidths=0.8, **options)
     share = bad.sum() / max(1, known.sum())
-    ax.axhline(limit, color=ORANGE, linestyle="--", label=f"limit {limit:.2f}: {share:.0%} of the data are above")
+    ax.axhline(limit, color=ORANGE, linestyle="--", label=f"limit {limit:.2f}: {share:.0%} of the data are above it")
     if limit > 0.5:
-        ax.axhline(0.5, color="black", linestyle=":", label="0.5: standard errors may be too small above")
+        ax.axhline(0.5, color="black", linestyle=":", label="0.5: above it, standard errors may be too small")
     left_out = f" ({len(gap) - known.sum():,} left out)" if not known.all() else ""
     ax.set(
-        xlabel="log p(x) - ELBO [nats], at least",
+        xlabel="log p(x) - ELBO [nats], lower estimate",
         ylabel="Pareto k",
-        title=f"tail of the weights, each point a datum{left_out}",
+        title=f"tail of the weights, one point per datum{left_out}",
     )
     ax.legend(loc="lower right", fontsize=8)
     ax.grid(alpha=0.3)
@@ -69,12 +77,14 @@ def k_against_gap(pareto_k: Any, gap: Any, *, limit: float = 0.7, ax: Any = None
 
 
 def gap_decomposition(gaps: Mapping[str, tuple[Any, Any]], *, ax: Any = None) -> Any:
-    """Where the gaps come from: approximation and amortization as stacked bars, a bar for each pair.
+    """Plot the approximation and amortization gaps as stacked bars, one bar per pair.
 
-    gaps: name -> (approximation (N,), amortization (N,)), in nats, of `inference_gaps`
+    Bars are means over data. Error lines show ± 2 standard errors over data: of the approximation gap where the parts
+    meet, and of the whole gap at the top. A negative part (noise around zero) is drawn below zero, with its number.
 
-    Bars are means over data; the lines at their ends 2 standard errors over data, of the approximation gap at the seam and
-    of the whole gap at the top. A part below 0 (noise about nothing) is drawn as such, beside the number it has.
+    Args:
+        gaps: name -> (approximation (N,), amortization (N,)), in nats, from `inference_gaps`
+        ax: axes to draw on
     """
     ax = axes_or_new(ax, (max(4.2, 1.8 + 1.4 * len(gaps)), 4.2))
     positions = np.arange(len(gaps))
@@ -82,7 +92,7 @@ def gap_decomposition(gaps: Mapping[str, tuple[Any, Any]], *, ax: Any = None) ->
     approximation, amortization = (np.array([part[index].mean() for part in parts]) for index in (0, 1))
     errors = np.array([[stderr_of_mean(part[0]), stderr_of_mean(part[0] + part[1])] for part in parts])
     style = {"width": 0.6, "edgecolor": "black", "linewidth": 0.8}
-    ax.bar(positions, approximation, color=BLUE, label="approximation: the guide's family (at least)", **style)
+    ax.bar(positions, approximation, color=BLUE, label="approximation: the guide's family (>=)", **style)
     bottom = np.where(amortization < 0, 0.0, approximation)
     ax.bar(
         positions,
@@ -90,7 +100,7 @@ def gap_decomposition(gaps: Mapping[str, tuple[Any, Any]], *, ax: Any = None) ->
         bottom=bottom,
         color="#E69F00",
         hatch="///",
-        label="amortization: the encoder's share",
+        label="amortization: the encoder",
         **style,
     )
     lines = {"fmt": "none", "color": "black", "capsize": 3, "linewidth": 1}
@@ -103,7 +113,7 @@ def gap_decomposition(gaps: Mapping[str, tuple[Any, Any]], *, ax: Any = None) ->
                 ax.text(position, base + value / 2, f"{value:.2f}", ha="center", va="center", fontsize=9, bbox=box)
     ax.axhline(0.0, color="black", linewidth=0.8)
     ax.set_xticks(positions, list(gaps))
-    ax.set(ylabel="nats per datum", title="log p(x) - ELBO\nlines: +- 2 standard errors")
+    ax.set(ylabel="nats per datum", title="log p(x) - ELBO\nlines: ± 2 standard errors")
     ax.title.set_size(10)
     top = (approximation + amortization + 2 * errors[:, 1]).max()
     ax.set_ylim(top=1.1 * top)

@@ -1,4 +1,4 @@
-"""How training went."""
+"""Figures of a training history."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,14 @@ __all__ = ["training"]
 
 
 def training(history: Sequence[dict[str, float]], *, axes: Any = None) -> Any:
-    """Bound over epochs, and its two parts: reconstruction and KL, in nats per datum.
+    """Plot the bound over epochs, with its reconstruction and KL parts, in nats per datum.
 
-    history: rows with epoch, elbo, reconstruction, kl, and validation_elbo, ... where there is validation data
-    axes: three axes; returns them
+    With 8 values or more, the lowest tenth may be cut off from the two rising curves if it would flatten the rest; the
+    label says how many epochs lie below the axis.
 
-    Of 8 values or more the lowest tenth may be cut off from the two curves that rise, where it would press the rest into a line;
-    the label says how many epochs lie below.
+    Args:
+        history: rows with epoch, elbo, reconstruction, kl, and validation_elbo, ... if there are validation data
+        axes: three axes to draw on
     """
     import matplotlib.pyplot as plt
 
@@ -35,7 +36,7 @@ def training(history: Sequence[dict[str, float]], *, axes: Any = None) -> Any:
         below = int(((values < bottom) | (checked < bottom)).sum())
         ax.set(
             xlabel=f"epoch ({below} of {len(epochs)} lie below the axis)" if below else "epoch",
-            ylabel="nats per image",
+            ylabel="nats per datum",
             title=label,
         )
         ax.grid(alpha=0.3)
@@ -45,7 +46,7 @@ def training(history: Sequence[dict[str, float]], *, axes: Any = None) -> Any:
 
 
 def _zoom(ax: Any, values: np.ndarray, *, rising: bool) -> float:
-    """Cut off the first epochs' values where they would press the rest of a curve into a line; returns where."""
+    """Cut off the first epochs' values if they would flatten the rest of a curve; return the lower limit of the axis."""
     values = values[np.isfinite(values)]
     if len(values) < 8:
         return -np.inf

@@ -1,4 +1,4 @@
-"""Images: side by side, in tables, over a latent plane, and those with the largest gaps."""
+"""Figures of images: grids, tables, latent manifolds, reconstructions, and the images with the largest gaps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +15,15 @@ def image_grid(
 ) -> Any:
     """Show images side by side.
 
-    Shapes: images (N, channels, height, width) with 1 or 3 channels, values in [0, 1] (others are clipped).
-    cmap: matplotlib's colour map of images with 1 channel; "gray_r" is ink on paper, "gray" suits photographs
+    Args:
+        images: (N, channels, height, width) with 1 or 3 channels, values in [0, 1] (others are clipped)
+        columns: images per row
+        title: of the figure
+        cmap: matplotlib colour map for images with 1 channel; "gray_r" shows ink on paper, "gray" suits photographs
+        ax: axes to draw on
 
-    Raises ValueError for other shapes.
+    Raises:
+        ValueError: for images of another shape.
     """
     images = _images(images)
     columns = min(columns, len(images))
@@ -41,12 +46,18 @@ def image_table(
     cmap: str = "gray_r",
     ax: Any = None,
 ) -> Any:
-    """Show images in rows and columns with their labels: interpolations, traversals, edits.
+    """Show images in rows and columns with labels, for interpolations, traversals and edits.
 
-    Shapes: images (rows, columns, channels, height, width) with 1 or 3 channels, values in [0, 1] (others are clipped);
-    a label for each row, and for each column.
+    Args:
+        images: (rows, columns, channels, height, width) with 1 or 3 channels, values in [0, 1] (others are clipped)
+        row_labels: one per row
+        column_labels: one per column
+        title: of the figure
+        cmap: see `image_grid`
+        ax: axes to draw on
 
-    Raises ValueError for other shapes.
+    Raises:
+        ValueError: for images of another shape, or a wrong number of labels.
     """
     images = np.asarray(images)
     if images.ndim != 5:
@@ -54,7 +65,7 @@ def image_table(
     rows, columns = images.shape[:2]
     for name, labels, count in (("row_labels", row_labels, rows), ("column_labels", column_labels, columns)):
         if labels is not None and len(labels) != count:
-            raise ValueError(f"{name} must be {count}, found {len(labels)}")
+            raise ValueError(f"{name} must have {count} entries, found {len(labels)}")
     ax = axes_or_new(ax, (columns * 0.6 + 0.8, rows * 0.6 + 0.5))
     tiled = _tile(_images(images.reshape(-1, *images.shape[2:])), rows, columns)
     ax.imshow(tiled, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
@@ -69,9 +80,17 @@ def image_table(
 
 
 def reconstructions(originals: Any, means: Any, *, columns: int = 16, cmap: str = "gray_r", ax: Any = None) -> Any:
-    """Show data above the mean of p(x|z) at the mean of q(z|x), in pairs of rows.
+    """Show data in odd rows and, below each, the mean of p(x|z) at the mean of q(z|x).
 
-    Shapes: both (N, channels, height, width).
+    Args:
+        originals: (N, channels, height, width)
+        means: reconstructions of the same shape
+        columns: images per row
+        cmap: see `image_grid`
+        ax: axes to draw on
+
+    Raises:
+        ValueError: if the shapes differ.
     """
     originals, means = _images(originals), _images(means)
     if originals.shape != means.shape:
@@ -88,10 +107,13 @@ def reconstructions(originals: Any, means: Any, *, columns: int = 16, cmap: str 
 def manifold(
     images: Any, *, extent: tuple[float, float, float, float] | None = None, cmap: str = "gray_r", ax: Any = None
 ) -> Any:
-    """Decoded means over a grid of a 2-D latent.
+    """Show decoded means over a grid of a 2-D latent.
 
-    Shapes: images (rows, columns, channels, height, width); row 0 is drawn at the top.
-    extent: (z_1 left, right, z_2 bottom, top), for the axes; the steps between may be uneven (quantiles)
+    Args:
+        images: (rows, columns, channels, height, width); row 0 is drawn at the top
+        extent: (z_1 left, right, z_2 bottom, top), for the axes; the steps between may be uneven (quantiles)
+        cmap: see `image_grid`
+        ax: axes to draw on
     """
     images = np.asarray(images)
     rows, columns = images.shape[:2]
@@ -107,25 +129,31 @@ def manifold(
 
 
 def worst_images(images: Any, gap: Any, *, num_images: int = 12, cmap: str = "gray_r", ax: Any = None) -> Any:
-    """Show the images with the largest gaps, the largest first, each under its gap in nats.
+    """Show the images with the largest gaps, largest first, each below its gap in nats.
 
-    Shapes: images (N, channels, height, width); gap (N,), NaN left out.
+    Args:
+        images: (N, channels, height, width)
+        gap: (N,), in nats; NaN are left out
+        num_images: number of images shown
+        cmap: see `image_grid`
+        ax: axes to draw on
 
-    Raises ValueError if images and gaps differ in number.
+    Raises:
+        ValueError: if the numbers of images and gaps differ.
     """
     images, gap = np.asarray(images), np.asarray(gap, dtype=float)
     if len(images) != len(gap):
-        raise ValueError(f"a gap for each image: found {len(images)} images and {len(gap)} gaps")
+        raise ValueError(f"expected a gap for each image, found {len(images)} images and {len(gap)} gaps")
     known = np.flatnonzero(~np.isnan(gap))
     worst = known[np.argsort(-gap[known], kind="stable")][:num_images]
     labels = [f"{gap[index]:.1f}" for index in worst]
     ax = image_table(images[worst][None], column_labels=labels, cmap=cmap, ax=ax)
-    ax.set_title(f"images with the largest gaps of {len(known):,}, in nats", fontsize=10)
+    ax.set_title(f"the largest gaps among {len(known):,} images, in nats", fontsize=10)
     return ax
 
 
 def _images(images: Any) -> np.ndarray:
-    """(N, height, width, channels) in [0, 1]."""
+    """Convert images to (N, height, width, channels) with values in [0, 1]."""
     images = np.asarray(images, dtype=float)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"expected images (N, 1 or 3, height, width), found shape {images.shape}")

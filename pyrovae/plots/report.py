@@ -1,4 +1,4 @@
-"""One page with all of it: training, bounds, how far to believe them, pictures."""
+"""A one-page report: training, bounds, diagnostics and pictures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from pyrovae.plots.tightness_plots import tightness
 __all__ = ["report"]
 
 _WIDTH = 11.0  # inches
-_COLUMNS = 12  # of images, in each half
+_COLUMNS = 12  # images per row, in each half
 
 
 def report(
@@ -27,28 +27,36 @@ def report(
     title: str | None = None,
     cmap: str = "gray_r",
 ) -> Any:
-    """Everything known of a fitted pair on one page; returns the matplotlib Figure.
+    """Show everything known about a fitted pair on one page.
 
-    result: of `log_marginal_likelihood`: ELBO against log p(x), the bound as particles grow, Pareto k against the gap, how
-        many data have which gap. Below 25 particles, where k is not known, its panel is left out
-    history: `fit(...).history`: a row of curves of training
-    gaps: of `inference_gaps`: where the gap comes from
-    samples: images (M, channels, height, width) of `model.generate(M, mean=True)`; 48 are shown at most
-    originals, means: images and `uses.reconstruct` of them, of one shape; 24 are shown at most
+    Args:
+        result: of `log_marginal_likelihood`. Drawn as ELBO against log p(x), the bound as particles grow, Pareto k
+            against the gap (left out below 25 particles, because k is then unknown), and the histogram of gaps
+        history: `fit(...).history`, drawn as a row of training curves
+        gaps: of `inference_gaps`, drawn as the causes of the gap
+        samples: images (M, channels, height, width) from `model.generate(M, mean=True)`; at most 48 are shown
+        originals: images (N, channels, height, width); at most 24 are shown
+        means: `uses.reconstruct` of `originals`, of the same shape
+        title: of the page
+        cmap: see `image_grid`
 
-    Raises ValueError for a result of annealing, which has no ELBO (compare it by `bound_curve(annealed=)`), and for one of
-    `originals` and `means` without the other.
+    Returns:
+        The matplotlib Figure.
+
+    Raises:
+        ValueError: for a result of annealing, which has no ELBO (compare it by `bound_curve(annealed=)`), and for
+            `originals` without `means` or the reverse.
     """
     import matplotlib.pyplot as plt
 
     elbo, log_prob = (np.asarray(values, dtype=float) for values in (result.elbo, result.log_prob))
     if np.isnan(elbo).all():
         raise ValueError(
-            "the result has no ELBO, as annealed weights have none: report the importance-sampled result of the pair, and "
-            "draw the annealed log_prob beside it by bound_curve(..., annealed=)"
+            "the result has no ELBO, because annealed weights have none: pass the importance-sampled result of the pair, and "
+            "add the annealed log_prob with bound_curve(..., annealed=)"
         )
     if (originals is None) != (means is None):
-        raise ValueError("originals and means come together: images, and pyrovae.models.uses.reconstruct of them")
+        raise ValueError("originals and means come together: pass images, and pyrovae.models.uses.reconstruct of them")
     pictures = [images is not None for images in (samples, means)]
     heights = [3.2] * (history is not None) + [4.2, 4.2] + [2.3] * any(pictures)
     figure = plt.figure(figsize=(_WIDTH, sum(heights) + 0.7), layout="constrained")
@@ -78,18 +86,18 @@ def report(
 
 
 def _in_words(result: Any) -> list[str]:
-    """The numbers that a reader asks for first."""
+    """Return the headline numbers as lines of text."""
     data = f"{len(result):,} {'datum' if len(result) == 1 else 'data'}"
     if result.num_particles == 1:
-        return [f"{data}, one particle: ELBO {result.mean:.2f} nats per datum; the gap is not known"]
+        return [f"{data}, one particle: ELBO {result.mean:.2f} nats per datum; the gap is unknown"]
     bad = result.share_of_bad_k()
     trust = (
         "Pareto k unknown below 25 particles"
         if np.isnan(bad)
-        else f"k > {result.pareto_k_limit:.2f}, not to be trusted: {bad:.1%} of the data"
+        else f"k > {result.pareto_k_limit:.2f}, so not trustworthy: {bad:.1%} of the data"
     )
     return [
-        f"log p(x) {result.mean:.2f} +- {result.mean_stderr:.2f} over {data} (+- {result.mean_mc_stderr:.3f} Monte Carlo; too "
-        f"low by {result.bias_estimate:.3f} or more), in nats per datum",
-        f"ELBO {result.elbo.mean():.2f}, gap {result.gap.mean():.2f} or more; {result.num_particles:,} particles; {trust}",
+        f"log p(x) {result.mean:.2f} ± {result.mean_stderr:.2f} over {data} (± {result.mean_mc_stderr:.3f} Monte Carlo; too "
+        f"low by >= {result.bias_estimate:.3f}), in nats per datum",
+        f"ELBO {result.elbo.mean():.2f}, gap >= {result.gap.mean():.2f}; {result.num_particles:,} particles; {trust}",
     ]

@@ -1,4 +1,4 @@
-"""How tight the bounds are: against particles, against each other, and from both sides."""
+"""Figures of how tight the bounds are: ELBO against log p(x), the bound as particles grow, and bounds from both sides."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,16 @@ __all__ = ["bound_curve", "sandwich", "tightness"]
 
 
 def tightness(elbo: Any, log_prob: Any, particles: Sequence[int], curve: Any, *, axes: Any = None) -> Any:
-    """How tight the bound is: ELBO against log p(x) per datum, and the mean bound as particles grow.
+    """Plot how tight the bound is: ELBO against log p(x) per datum, and the mean bound as particles grow.
 
-    Shapes: elbo, log_prob (N,); particles (P,); curve (P, N), the bound at each number of particles; in nats.
-    The right half is `bound_curve`.
-    axes: two axes; returns them
+    The right panel is `bound_curve`.
+
+    Args:
+        elbo: (N,), in nats
+        log_prob: (N,), in nats
+        particles: numbers of particles (P,)
+        curve: the bound at each number of particles (P, N), in nats
+        axes: two axes to draw on
     """
     import matplotlib.pyplot as plt
 
@@ -30,7 +35,7 @@ def tightness(elbo: Any, log_prob: Any, particles: Sequence[int], curve: Any, *,
     left.set(
         xlabel="log p(x), importance sampled [nats]",
         ylabel="ELBO [nats]",
-        title=f"each point an image; mean gap {np.mean((log_prob - elbo)[finite]):.2f} nats",
+        title=f"one point per datum; mean gap {np.mean((log_prob - elbo)[finite]):.2f} nats",
     )
     left.legend(loc="upper left", fontsize=8)
 
@@ -40,13 +45,22 @@ def tightness(elbo: Any, log_prob: Any, particles: Sequence[int], curve: Any, *,
 
 
 def bound_curve(particles: Sequence[int], curve: Any, *, annealed: Any = None, ax: Any = None) -> Any:
-    """The mean bound as particles grow, from the ELBO at one particle; and the level of annealed importance sampling.
+    """Plot the mean bound as particles grow, and optionally the level of annealed importance sampling.
 
-    Shapes: particles (P,); curve (P, N), the bound at each number of particles; annealed (N,), of the same data; in nats.
-    Bands are 2 standard errors over data of the distance from the curve's last value: paired, as the data are the same all
-    along. (Over data the curve itself is as uncertain as its last value, which the title gives.)
+    The curve starts from the ELBO at one particle.
 
-    Raises ValueError if `annealed` is of other data.
+    Bands are ± 2 standard errors over data of the distance from the curve's last value. This distance is paired,
+    because the data are the same throughout. (Over data, the curve itself is as uncertain as its last value, which the
+    title gives.)
+
+    Args:
+        particles: numbers of particles (P,)
+        curve: the bound at each number of particles (P, N), in nats
+        annealed: annealed estimates (N,) for the same data, in nats
+        ax: axes to draw on
+
+    Raises:
+        ValueError: if `annealed` is for other data.
     """
     curve = np.asarray(curve, dtype=float)
     ax = axes_or_new(ax, (5.5, 4.2))
@@ -54,20 +68,20 @@ def bound_curve(particles: Sequence[int], curve: Any, *, annealed: Any = None, a
     ax.fill_between(particles, mean - 2 * error, mean + 2 * error, color=BLUE, alpha=0.2, linewidth=0)
     ax.plot(particles, mean, color=BLUE, marker="o", markersize=4, label="importance-weighted bound")
     ax.axhline(mean[0], color=ORANGE, linestyle="--", label="ELBO (1 particle)")
-    note = "band: +- 2 standard errors of the distance from the last point"
+    note = "band: ± 2 standard errors of the distance from the last point"
     if annealed is not None:
         annealed = np.asarray(annealed, dtype=float)
         if annealed.shape != curve.shape[1:]:
-            raise ValueError(f"annealed must be of the same {curve.shape[1]} data, found shape {annealed.shape}")
+            raise ValueError(f"annealed must be for the same {curve.shape[1]} data, found shape {annealed.shape}")
         level, width = annealed.mean(), 2 * stderr_of_mean(annealed - curve[-1])
         ax.axhspan(level - width, level + width, color="black", alpha=0.12, linewidth=0)
         ax.axhline(level, color="black", linestyle=":", label=f"annealed importance sampling: {level:.2f}")
-        note = "bands: +- 2 standard errors of the distance from the last point"
+        note = "bands: ± 2 standard errors of the distance from the last point"
     ax.set(
         xscale="log",
         xlabel=f"particles\n({note})",
         ylabel="mean over data [nats]",
-        title=f"bound at {particles[-1]:,} particles: {mean[-1]:.2f} +- {stderr_of_mean(curve[-1]):.2f} nats",
+        title=f"bound at {particles[-1]:,} particles: {mean[-1]:.2f} ± {stderr_of_mean(curve[-1]):.2f} nats",
     )
     ax.xaxis.label.set_size(9)
     ax.legend(loc="center right", fontsize=8)
@@ -76,12 +90,18 @@ def bound_curve(particles: Sequence[int], curve: Any, *, annealed: Any = None, a
 
 
 def sandwich(lower: Any, upper: Any, *, ax: Any = None) -> Any:
-    """How far apart the bounds from both sides are, for each datum simulated from the model.
+    """Plot the distance between the upper and the lower bound, for each datum simulated from the model.
 
-    Shapes: lower, upper (N,), in nats: of `bidirectional_monte_carlo`. Single data may cross, as both are bounds on average;
-    the mean width, with 2 standard errors over data, is what bounds the error of either side.
+    The bounds of a single datum may cross, because both are bounds on average. The mean width, with ± 2 standard errors
+    over data, bounds the error of either side.
 
-    Raises ValueError if they differ in number.
+    Args:
+        lower: (N,), in nats, from `bidirectional_monte_carlo`
+        upper: (N,), in nats, likewise
+        ax: axes to draw on
+
+    Raises:
+        ValueError: if the shapes are not both (N,).
     """
     lower, upper = (np.asarray(values, dtype=float) for values in (lower, upper))
     if lower.shape != upper.shape or lower.ndim != 1:
@@ -96,7 +116,7 @@ def sandwich(lower: Any, upper: Any, *, ax: Any = None) -> Any:
         ax.scatter(middle[crossed], width[crossed], color=ORANGE, marker="x", label=label, **options)
     mean, error = width.mean(), stderr_of_mean(width)
     ax.axhline(0.0, color="black", linewidth=0.8)
-    ax.axhline(mean, color=BLUE, linestyle="--", label=f"mean width: {mean:.3f} +- {error:.3f}")
+    ax.axhline(mean, color=BLUE, linestyle="--", label=f"mean width: {mean:.3f} ± {error:.3f}")
     ax.axhspan(mean - 2 * error, mean + 2 * error, color=BLUE, alpha=0.2, linewidth=0)
     ax.set(
         xlabel="log p(x), between the bounds [nats]",

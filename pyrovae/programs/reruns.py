@@ -77,12 +77,12 @@ def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *,
     Then the joint density is no product over the data, and per-datum estimates do not add up to log p of the data.
 
     Args:
-        pair: The pair.
+        pair: The model and the guide, with their traces.
         priors: Runs of the model alone, whose latents are tried too.
         is_split: Try fewer latents, because the caller also compares pieces of the data with the whole.
 
     Raises:
-        ValueError: If the model couples the data.
+        ValueError: If the latents of some data change the density of others.
     """
     layout = pair.layout
     if layout.plate is None or layout.num_data < 2:
