@@ -135,7 +135,7 @@ def _refuse_uncovered_draws(pair: InspectedPair, prior_traces: Sequence[poutine.
         likelihoods.append(likelihood)
         for name, site in sample_sites(guide_trace):
             if name not in prior_trace or is_delta(site):
-                continue  # an auxiliary draw; a Delta behind one is a transform onto the whole support
+                continue  # an auxiliary draw, or a Delta that transforms one onto the whole support
             uncovered = _uncovered(site, prior_trace.nodes[name], pair.layout)
             if uncovered is not None:
                 mass = torch.where(uncovered, likelihood, -torch.inf)
@@ -158,7 +158,7 @@ def _refuse_uncovered_draws(pair: InspectedPair, prior_traces: Sequence[poutine.
 
 
 def _uncovered(site: dict, prior: dict, layout: Layout) -> Tensor | None:
-    """For which data the guide cannot draw the value of a site, (1, N); None: it can for all."""
+    """The data for which the guide cannot draw the value of a site, (1, N); None if there are none."""
     if type(innermost(site["fn"])) in _EVERYWHERE:
         return None
     try:
@@ -166,7 +166,7 @@ def _uncovered(site: dict, prior: dict, layout: Layout) -> Tensor | None:
     except Exception:  # planar flows, among others, only know the density of their own draws
         possible = is_possible(site)
         log_prob = torch.zeros(()) if possible is None else torch.where(possible, 0.0, -torch.inf)
-    if (seen := counted(prior)) is not None:  # what the model masks is drawn for nothing
+    if (seen := counted(prior)) is not None:  # elements that the model masks need not be covered
         parts = num_parts(prior["fn"])
         log_prob = torch.where(seen.flatten(-parts).any(-1) if parts else seen, log_prob, 0.0)
     if (log_prob > -torch.inf).all():
@@ -274,8 +274,8 @@ def _first(value: Tensor, base: Any) -> Any:
 
 
 def _values_of(prior: Any, proposal: Any) -> Iterator[Tensor]:
-    """Values of a discrete latent: all if they are few, else whole numbers up to just outside the guide's bounds."""
-    with suppress(NotImplementedError):  # totals that differ from element to element
+    """Values of a discrete latent: all if they can be enumerated, else integers to just outside the guide's bounds."""
+    with suppress(NotImplementedError):  # the total counts of the elements differ
         if prior.has_enumerate_support:
             yield from prior.enumerate_support(expand=False)[:_MOST_VALUES]
             return

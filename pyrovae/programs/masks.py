@@ -25,7 +25,7 @@ from pyrovae.programs.supports import innermost, masks_of, num_parts
 
 __all__ = ["SHARED", "align_masks", "counted", "unmasked"]
 
-# How NeuTraReparam names a latent that it masks, and whose prior it puts into the log_density of Delta sites.
+# Suffix of NeuTraReparam for a latent that it masks; its prior is in the log_density of Delta sites.
 SHARED = "_shared_latent"
 
 _Sites = dict[str, dict]

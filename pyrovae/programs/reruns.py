@@ -77,9 +77,9 @@ def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *,
     Then the joint density is no product over the data, and per-datum estimates do not add up to log p of the data.
 
     Args:
-        pair: The model and the guide.
-        priors: Runs of the model on its own, whose latents are tried too.
-        is_split: Try fewer latents, because pieces of the data are compared with the whole as well.
+        pair: The model and the guide, with their traces.
+        priors: Runs of the model alone, whose latents are tried too.
+        is_split: Try fewer latents, because the caller also compares pieces of the data with the whole.
 
     Raises:
         ValueError: If the latents of some data change the density of others.
@@ -137,13 +137,13 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
 
 
 def _shaken(pair: InspectedPair) -> dict[str, Tensor]:
-    """Values of the model's latents by chance, all those of a discrete one alike, whatever their probability."""
+    """Values of the model's latents, with uniform random values of the discrete ones that can be enumerated."""
     values = latents_of(pair.model_trace)
     for name, value in values.items():
         base = innermost(pair.model_trace.nodes[name]["fn"])
         try:
             support = base.enumerate_support(expand=False) if base.has_enumerate_support else None
-        except NotImplementedError:  # totals that differ from element to element
+        except NotImplementedError:  # the total counts of the elements differ
             support = None
         if support is not None:
             shape = value.shape[: value.ndim - len(base.event_shape)]

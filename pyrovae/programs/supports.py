@@ -114,7 +114,10 @@ def supported_elements(distribution: Any, value: Tensor) -> Tensor | None:
 
 
 def _is_reached(distribution: Any, value: Tensor, event_dim: int) -> Tensor:
-    """Whether elementwise transforms reach a value from the support of their base: a shift calls all real numbers its own."""
+    """Whether elementwise transforms reach a value from the support of their base distribution.
+
+    torch's support may be too large: that of a shift is all real numbers.
+    """
     always = torch.ones((), dtype=torch.bool, device=value.device)
     transforms = distribution.transforms
     if event_dim or any(transform.domain.event_dim or transform.codomain.event_dim for transform in transforms):
@@ -125,7 +128,7 @@ def _is_reached(distribution: Any, value: Tensor, event_dim: int) -> Tensor:
     again = reached
     for transform in transforms:
         again = transform(again)
-    # Sigmoids clamp their inverses.
+    # Compare with a tolerance, because sigmoids clamp their inverses.
     close = (again - value).abs() <= 1e-3 * (1 + value.abs())
     support = support_of(innermost(distribution.base_dist))
     if support is None or support.event_dim:

@@ -242,7 +242,7 @@ def _check_event(site: dict) -> None:
     """Raise ValueError if value and distribution have different event shapes, which would be broadcast silently."""
     event_shape, shape = site["fn"].event_shape, tuple(site["value"].shape)
     found = shape[len(shape) - len(event_shape) :]
-    shared = site["is_observed"]  # one parameter may stand for all elements of a datum
+    shared = site["is_observed"]  # one parameter may be shared by all elements of a datum
     fits = len(found) == len(event_shape) and all(
         size == own or (shared and own == 1) for size, own in zip(found, event_shape, strict=True)
     )
