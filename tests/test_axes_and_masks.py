@@ -315,6 +315,26 @@ def test_a_masked_latent_that_matters_is_refused(guide_too):
         pv.log_marginal_likelihood(model, guide, x)
 
 
+@pytest.mark.parametrize("in_model", [True, False])
+def test_an_observed_point_beside_a_masked_latent(double, in_model):
+    """A Delta that is data changes nothing about the masks of latents."""
+    x, mask = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([True, False, True])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("point", dist.Delta(x), obs=x)
+            with poutine.mask(mask=mask if in_model else torch.tensor(True)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    if not in_model:
+        with pytest.raises(ValueError, match="the guide masks site 'z'"):
+            pv.log_weights(model, masking(normal_guide, mask, "handler"), x)
+        return
+    found = pv.log_marginal_likelihood(model, normal_guide, x, num_particles=5000)
+    assert ((found.log_prob - torch.where(mask, EVIDENCE.log_prob(x), 0.0)).abs() <= 5 * found.stderr).all()
+
+
 def test_data_that_their_distribution_masks_itself(double):
     """NaN is no real number, and NanMaskedNormal knows its log density all the same."""
     x = torch.randn(40, 3)

@@ -171,6 +171,146 @@ def test_a_truncated_guide_whose_nominal_support_is_the_line(width, shift):
         pv.log_weights(normal_normal, guide, torch.randn(40))
 
 
+def evidence_on_a_grid(prior, x, scale, low, high):
+    """log p(x) of z ~ prior, x ~ Normal(z, scale), by integration."""
+    grid = torch.linspace(low, high, 400_001, dtype=torch.float64)[1:-1]
+    density = torch.nan_to_num(prior.log_prob(grid), nan=-torch.inf)
+    joint = density + dist.Normal(grid, scale).log_prob(x.double().unsqueeze(-1))
+    return joint.logsumexp(-1) + math.log((high - low) / 400_000)
+
+
+SHIFT = dist.transforms.AffineTransform
+
+
+def one():
+    return torch.tensor(1.0, dtype=torch.float64)
+
+
+SHIFTED_PRIORS = {
+    "an exponential that starts at .5": (
+        lambda: dist.TransformedDistribution(dist.Exponential(one()), [SHIFT(0.5, 1.0)]),
+        0.5,
+        40.0,
+    ),
+    "one that ends at 1": (
+        lambda: dist.TransformedDistribution(dist.Exponential(one()), [SHIFT(1.0, -1.0)]),
+        -40.0,
+        1.0,
+    ),
+    "a gamma from -1": (
+        lambda: dist.TransformedDistribution(dist.Gamma(2 * one(), one()), [SHIFT(-1.0, 1.0)]),
+        -1.0,
+        40.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTED_PRIORS)
+def test_a_shifted_prior_has_no_mass_beyond_its_end(name):
+    """Its nominal support is the real line, and its base has a finite log_prob outside its own support."""
+    make, low, high = SHIFTED_PRIORS[name]
+    x = torch.tensor([1.0, 0.2, -0.5], dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", make())
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.5))
+
+    estimate = pv.log_marginal_likelihood(model, guide, x, num_particles=60_000)
+    assert (
+        (estimate.log_prob - evidence_on_a_grid(make(), x, 1.0, low, high)).abs() <= 5 * estimate.stderr + 1e-3
+    ).all()
+
+
+class Truncated(dist.Normal):
+    def log_prob(self, value):
+        return torch.where(value < 0, -torch.inf, super().log_prob(value) + math.log(2))
+
+    def rsample(self, sample_shape=()):
+        return super().rsample(sample_shape).abs()
+
+
+NARROW = {
+    "a class derived from Normal": lambda n: Truncated(torch.zeros(n), 1.0),
+    "a shifted exponential": lambda n: dist.TransformedDistribution(
+        dist.Exponential(torch.ones(n)), [SHIFT(-0.5, 1.0)]
+    ),
+    "a mirrored exponential": lambda n: dist.TransformedDistribution(
+        dist.Exponential(torch.ones(n)), [SHIFT(1.0, -1.0)]
+    ),
+    "a squeezed sigmoid": lambda n: dist.TransformedDistribution(
+        dist.Normal(torch.zeros(n), 1.0), [dist.transforms.SigmoidTransform(), SHIFT(0.0, 0.5)]
+    ),
+    "a squeezed beta": lambda n: dist.TransformedDistribution(dist.Beta(2 * torch.ones(n), 2.0), [SHIFT(0.0, 0.5)]),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_guide_narrower_than_its_nominal_support(name):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", NARROW[name](len(x)))
+
+    with pytest.raises(ValueError, match="does not cover the prior at site 'z'"):
+        pv.log_weights(normal_normal, guide, torch.tensor([1.0, 2.5, 0.2, -0.5]))
+
+
+CLAMPED = {
+    "multinomial": (
+        lambda: dist.Multinomial(3, torch.tensor([0.5, 0.5])),
+        lambda n: dist.Multinomial(3, torch.tensor([1.0, 0.0])).expand([n]),
+        lambda y: y[..., 0],
+    ),
+    "mixture": (
+        lambda: dist.Categorical(torch.ones(4) / 4),
+        lambda n: dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(n, 2)),
+            dist.Categorical(torch.tensor([[0.5, 0.5, 0, 0], [0.7, 0.3, 0, 0]]).expand(n, 2, 4)),
+        ),
+        lambda y: CENTRES[y.long()],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLAMPED)
+def test_probabilities_that_torch_clamps(name):
+    prior, proposal, loc = CLAMPED[name]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc(pyro.sample("y", prior())), 0.7), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", proposal(len(x)))
+
+    with pytest.raises(ValueError, match="does not cover the prior at site 'y'"):
+        pv.log_weights(model, guide, torch.tensor([1.0, 2.5, 0.2]))
+
+
+def test_a_bounded_guide_of_an_unbounded_count_is_right():
+    """What lies beyond ten has no share of p(x) that counts."""
+    x = torch.tensor([1.0, 3.0, 2.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Poisson(torch.tensor(2.0)))
+            pyro.sample("x", dist.Normal(y.float(), 0.3), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(torch.ones(len(x), 10)))
+
+    counts = torch.arange(40.0)
+    exact = (dist.Poisson(2.0).log_prob(counts) + dist.Normal(counts, 0.3).log_prob(x.unsqueeze(-1))).logsumexp(-1)
+    estimate = pv.log_marginal_likelihood(model, guide, x, num_particles=20_000)
+    assert ((estimate.log_prob - exact).abs() <= 5 * estimate.stderr).all()
+
+
 # --- a mass against a density -----------------------------------------------------------------------------------------
 
 
@@ -288,6 +428,60 @@ def test_an_angle_is_counted_once(start, width, concentration):
     exact = values.logsumexp(-1) + math.log(2 * math.pi / 100_000)
     estimate = pv.log_marginal_likelihood(model, guide, x, num_particles=20_000)
     assert ((estimate.log_prob - exact).abs() <= 5 * estimate.stderr + 1e-4).all()
+
+
+TURNS = {  # (prior, guide, refused)
+    "a wider VonMises": (
+        lambda: dist.VonMises(0.0, 1.0),
+        lambda n: dist.TransformedDistribution(dist.VonMises(torch.zeros(n), 0.1), [SHIFT(0.0, 2.0)]),
+        True,
+    ),
+    "degrees": (
+        lambda: dist.TransformedDistribution(dist.VonMises(0.0, 1.0), [SHIFT(0.0, 180 / math.pi)]),
+        lambda n: dist.Uniform(-180 * torch.ones(n), 180.0),
+        False,
+    ),
+    "half angles": (
+        lambda: dist.TransformedDistribution(dist.VonMises(0.0, 1.0), [SHIFT(0.0, 0.5)]),
+        lambda n: dist.Uniform(-math.pi / 2 * torch.ones(n), math.pi / 2),
+        False,
+    ),
+    "degrees, two turns": (
+        lambda: dist.TransformedDistribution(dist.VonMises(0.0, 1.0), [SHIFT(0.0, 180 / math.pi)]),
+        lambda n: dist.Uniform(-360 * torch.ones(n), 360.0),
+        True,
+    ),
+    "a shifted angle": (
+        lambda: dist.TransformedDistribution(dist.VonMises(0.0, 1.0), [SHIFT(math.pi, 1.0)]),
+        lambda n: dist.Uniform(torch.zeros(n), 2 * math.pi),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_turns_of_transformed_angles(name):
+    prior, proposal, refused = TURNS[name]
+    x = torch.tensor([0.4, -1.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            angle = pyro.sample("angle", prior().expand([len(x)]))
+            pyro.sample("x", dist.Normal((angle / 50).cos(), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("angle", proposal(len(x)))
+
+    if refused:
+        with pytest.raises(ValueError, match="site 'angle'"):
+            pv.log_weights(model, guide, x)
+        return
+    draws = prior().expand([200_000]).sample()
+    values = dist.Normal((draws / 50).cos(), 1.0).log_prob(x.unsqueeze(-1)).double()
+    exact = values.logsumexp(-1) - math.log(len(draws))
+    estimate = pv.log_marginal_likelihood(model, guide, x, num_particles=50_000)
+    assert ((estimate.log_prob - exact).abs() <= 5 * estimate.stderr + 5e-3).all()
 
 
 def test_an_angle_for_a_latent_on_the_line_is_refused():

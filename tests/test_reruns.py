@@ -1,8 +1,12 @@
 """What must be the same when programs run again: numbers under one seed, buffers, modes, and each datum's density."""
 
+import argparse
+import collections
 import functools
 import threading
+import types
 import warnings
+import weakref
 
 import hidden_programs
 import pyro
@@ -78,6 +82,15 @@ HIDING = {
     "a name of another file": by_file,
     "an import while it runs": by_no_reference,
     "a default argument": by_default,
+    "a namespace": lambda plain: lambda x, o=types.SimpleNamespace(a=argparse.Namespace(b=plain)): o.a.b.model(x),
+    "a deque": lambda plain: lambda x, o=collections.deque([plain]): o[0].model(x),
+    "a mapping": lambda plain: (
+        lambda x, o=collections.ChainMap({"a": types.MappingProxyType({"b": plain})}): o["a"]["b"].model(x)
+    ),
+    "a weak reference": lambda plain: lambda x, o=weakref.ref(plain): o().model(x),
+    "an inherited attribute of a class": lambda plain: (
+        type("Own", (type("Base", (), {"plain": plain}),), {"model": lambda self, x: self.plain.model(x)})().model
+    ),
 }
 
 
@@ -185,11 +198,16 @@ def coupled(kind):
                 pyro.factor("smooth", -((z - z.roll(1, -1)) ** 2))
             if kind == "one pair":
                 pyro.factor("pair", -0.1 * (z - z.roll(len(x) // 2, -1)) ** 2)
+            if kind == "even neighbours" and len(x) % 2 == 0:
+                pairs = z.unflatten(-1, (-1, 2))
+                pyro.factor("pairs", -(pairs - pairs.flip(-1)).square().flatten(-2))
+            if kind == "even neighbours" and len(x) % 2:
+                pyro.factor("pairs", z.roll(1, -1))
 
     return model
 
 
-@pytest.mark.parametrize("kind", ["attention", "batch mean", "cumulative", "neighbours", "one pair"])
+@pytest.mark.parametrize("kind", ["attention", "batch mean", "cumulative", "neighbours", "one pair", "even neighbours"])
 @settings(max_examples=5, deadline=None)
 @given(num_data=st.sampled_from([2, 3, 4, 7, 40]), data_batch_size=st.sampled_from(["auto", None]))
 def test_coupled_latents_are_refused(kind, num_data, data_batch_size):
@@ -198,6 +216,48 @@ def test_coupled_latents_are_refused(kind, num_data, data_batch_size):
         pv.log_weights(coupled(kind), normal_guide, x, data_batch_size=data_batch_size)
     with pytest.raises(ValueError, match="the model couples the data of plate 'data'"):
         objectives.ImportanceWeighted(3).loss(coupled(kind), normal_guide, x)
+
+
+@pytest.mark.parametrize("probability", [0.02, 0.5])
+@pytest.mark.parametrize("data_batch_size", ["auto", None])
+def test_coupled_discrete_latents_are_refused(probability, data_batch_size):
+    """A guide that hardly ever draws the other value: values by chance show the coupling."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("same", (z == z.roll(1, -1)).float())
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(probability * torch.ones(len(x))))
+
+    with pytest.raises(ValueError, match="the model couples the data of plate 'data'"):
+        pv.log_weights(model, guide, torch.randn(12), data_batch_size=data_batch_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["compiled", "scripted"])
+def test_compiled_networks_are_evaluated(how):
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+            self.register_buffer("shift", torch.zeros(3))
+
+        def forward(self, z):
+            return self.layer(z) + self.shift
+
+    network = Decoder()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls scripting deprecated
+        plain = Plain(torch.compile(network) if how == "compiled" else torch.jit.script(network))
+        found = pv.log_marginal_likelihood(plain.model, plain.guide, X, num_particles=4000)
+    other = pv.log_marginal_likelihood(Plain(network).model, plain.guide, X, num_particles=4000)
+    error = (found.stderr.square() + other.stderr.square()).sqrt()
+    assert ((found.log_prob - other.log_prob).abs() <= 6 * error).all()
+    assert network.training
 
 
 def test_what_is_shared_through_data_alone_is_no_coupling(double):

@@ -47,7 +47,8 @@ class _Evaluation:
         module.training = False
 
     def leave(self) -> None:
-        for module, training in self.training.items():
+        # In reverse: a compiled module passes its mode on to the one inside, which was noted after it.
+        for module, training in reversed(self.training.items()):
             if isinstance(module, torch.jit.ScriptModule):
                 module.train(training)
             else:
