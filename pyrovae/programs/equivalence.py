@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 __all__ = ["equivalent", "in_float64"]
 
@@ -52,11 +51,14 @@ class in_float64(TorchDispatchMode):
     ) -> Any:
         named = dict(kwargs or {})
         if not func.is_view and not func._schema.is_mutable:
-            args, named = tree_map(_cast, (args, named))
+            args, named = tuple(map(_cast, args)), {name: _cast(value) for name, value in named.items()}
             if named.get("dtype") in _LOW:
                 named["dtype"] = torch.float64
         return func(*args, **named)
 
 
 def _cast(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.dtype in _LOW else value
+    """The value with its floating-point tensors in float64; operations take tensors, and lists of them."""
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype in _LOW else value
+    return [_cast(item) for item in value] if type(value) in (list, tuple) else value
