@@ -3,6 +3,7 @@
 import gc
 import logging
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -525,3 +526,148 @@ def test_latents_marked_for_enumeration_need_a_loss_that_sums_them_out():
     ):
         pv.fit(model, lambda x: None, x, **OPTIONS)
     pv.fit(model, lambda x: None, x, loss=TraceEnum_ELBO(max_plate_nesting=1), **OPTIONS)
+
+
+class Kept(nn.Module):
+    """An encoder with a running mean that is assigned anew at each run, or given other data."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.kind = nn.Linear(3, 3), kind
+        if kind == "attribute":
+            self.mean = torch.zeros(3)
+        else:
+            self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        pyro.module("kept", self)
+        mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+        if self.kind == "data":
+            self.mean.data = mean
+        else:
+            self.mean = mean
+        with pyro.plate("d", len(x)):
+            pyro.sample("z", dist.Normal(self.layer(x - self.mean), 0.7).to_event(1))
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "data"])
+def test_what_a_program_assigns_stays_as_the_steps_left_it(kind, monkeypatch):
+    """Bit for bit as without the look at the first step, in the dtype that it has."""
+    ends = []
+    for looks in (True, False):
+        pyro.clear_param_store()
+        if not looks:
+            monkeypatch.setattr("pyrovae.training.steps.site_by_position", lambda *a: None)
+        pyro.set_rng_seed(3)
+        guide = Kept(kind)
+        pv.fit(local, guide, data(), **OPTIONS)
+        assert guide.mean.dtype == torch.float32
+        assert guide.mean.abs().min() > 0.1, "trained on its data"
+        ends.append([guide.mean, *parameters(guide)])
+    assert same(*ends)
+
+
+def energy_gradient(z):
+    y = z.detach().clone().requires_grad_()
+    return torch.autograd.grad(y.pow(3).sum(), y, create_graph=True)[0]
+
+
+def energy_of_new_leaf(z):
+    y = torch.tensor(z.tolist(), requires_grad=True)
+    return torch.autograd.grad(y.cos().sum(), y, create_graph=True)[0]
+
+
+def steps_of_an_inner_loop(z):
+    y = torch.zeros_like(z, requires_grad=True)
+    for _ in range(3):
+        y = y - 0.1 * torch.autograd.grad((y - z).square().sum(), y, create_graph=True)[0]
+    return y
+
+
+@pytest.mark.parametrize("inside", [energy_gradient, energy_of_new_leaf, steps_of_an_inner_loop])
+@pytest.mark.parametrize("loss", [Trace_ELBO(), pv.objectives.ImportanceWeighted(3)])
+def test_a_leaf_made_inside_a_program_is_no_parameter(inside, loss):
+    class Energy(Plain):
+        def model(self, x):
+            self.declare("decoder")
+            with pyro.plate("d", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                with torch.enable_grad():
+                    loc = self.decoder(z) + 0.1 * inside(z).sum(-1, keepdim=True)
+                pyro.sample("x", dist.Normal(loc, 0.5).to_event(1), obs=x)
+
+    vae = Energy()
+    before = parameters(vae)
+    pv.fit(vae.model, vae.guide, data(), loss=loss, **OPTIONS)
+    assert all(not torch.equal(a, b) for a, b in zip(before, parameters(vae), strict=True))
+
+
+def standardised(x):
+    h = x.detach().numpy()
+    return torch.from_numpy((h - h.mean(0)) / h.std(0))
+
+
+def centred_by_rows(x):
+    h = x.detach().numpy()
+    return torch.from_numpy(h - h.sum(0) / len(h))
+
+
+def of_norms(x):
+    return x / float(np.linalg.norm(x.detach().numpy()))
+
+
+@pytest.mark.parametrize("statistic", [standardised, centred_by_rows, of_norms])
+@pytest.mark.parametrize("num_data", [47, 200])
+def test_statistics_of_a_batch_that_numpy_rounds_are_left_alone(statistic, num_data):
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            pyro.module("guide", self)
+            with pyro.plate("d", len(x)):
+                pyro.sample("z", dist.Normal(self.layer(statistic(x).float()), 0.7).to_event(1))
+
+    pv.fit(local, Guide(), torch.randn(num_data, 3) * 3 + 20, **OPTIONS)
+
+
+def weighted(weights, by="scale"):
+    def rows(x):
+        held = weights[: len(x)]
+        return poutine.scale(scale=held) if by == "scale" else poutine.mask(mask=held > 0.5)
+
+    def model(x):
+        weight = pyro.param("weight", torch.ones(3))
+        with pyro.plate("d", len(x)), rows(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z * weight, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("d", len(x)), rows(x):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())) * x, 1.0).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("by", ["scale", "mask"])
+@pytest.mark.parametrize("num_data", [20, 60, 100])
+def test_weights_per_datum_that_a_program_holds(by, num_data):
+    model, guide = weighted(torch.rand(num_data) + 0.01, by=by)
+    with pytest.raises(ValueError, match=r"numbers of site '[xz]' go by the place"):
+        pv.fit(model, guide, data()[:num_data], **{**OPTIONS, "batch_size": 20})
+    pyro.clear_param_store()
+    model, guide = weighted(torch.full((num_data,), 0.7), by=by)  # alike for all
+    pv.fit(model, guide, data()[:num_data], **{**OPTIONS, "batch_size": 20})
+
+
+@pytest.mark.parametrize("weight", [lambda x: x.abs().mean(1), lambda x: torch.tensor(0.3), lambda x: 2.0])
+def test_weights_that_come_from_the_data(weight):
+    def scaled(program):
+        def run(x):
+            with poutine.scale(scale=weight(x)):
+                program(x)
+
+        return run
+
+    pv.fit(scaled(local), scaled(amortised), data(), **OPTIONS)

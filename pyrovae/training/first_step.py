@@ -6,6 +6,7 @@ through them. The first step tells which do: the tensors behind the log densitie
 
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -39,7 +40,7 @@ class FirstStep(Messenger):
         self.slots = dict(_slots(modules))
         self.stored = set(dict(pyro.get_param_store().named_parameters()).values())
         self.declared: dict[str, Tensor] = {}
-        self.used: list[Tensor] = []
+        self.used: list[weakref.ref[Tensor]] = []
         self.observed: set[str] = set()
         self.replayed: set[str] = set()
         self.enumerated: dict[str, bool] = {}
@@ -61,9 +62,13 @@ class FirstStep(Messenger):
         else:
             self.enumerated[name] = bool(infer.get("enumerate"))
         if torch.is_grad_enabled():
-            self.used += leaves_of(message["value"], self._seen)
+            self._use(message["value"])
             with suppress(Exception):  # the loss asks the same, and says what is wrong
-                self.used += leaves_of(message["fn"].log_prob(message["value"]), self._seen)
+                self._use(message["fn"].log_prob(message["value"]))
+
+    def _use(self, value: Any) -> None:
+        # Weak, so that leaves made inside a program (of a gradient that it computes) end with the step.
+        self.used += map(weakref.ref, leaves_of(value, self._seen))
 
     def run(
         self, step: Callable[[Program, Program, Tensor], float], model: Program, guide: Program, batch: Tensor
@@ -71,8 +76,11 @@ class FirstStep(Messenger):
         """The loss of the first step, with its gradients left in the parameters; a gradient from before fit is dropped."""
         self.drop_gradients()
         leaves_of(batch, self._seen)  # data may have a gradient of their own
-        with self:
-            return step(model, guide, batch)
+        try:
+            with self:
+                return step(model, guide, batch)
+        finally:
+            self._seen.clear()  # which keeps leaves alive
 
     def drop_gradients(self) -> None:
         for parameter in (*self.slots.values(), *self.declared.values()):
@@ -97,8 +105,10 @@ class FirstStep(Messenger):
         if not self.declared:  # the optimizer says so
             return
         trained = set(self.declared.values())
-        if left_out := [leaf for leaf in dict.fromkeys(self.used) if leaf not in trained]:
-            raise ValueError(self._not_trained(left_out))
+        if self._left_out(trained):
+            gc.collect()
+            if left_out := self._left_out(trained):
+                raise ValueError(self._not_trained(left_out))
         still = [name for name, parameter in self.declared.items() if parameter.grad is None]
         if len(still) == len(self.declared):
             raise ValueError(
@@ -110,6 +120,10 @@ class FirstStep(Messenger):
                 "%d of %d parameters get no gradient in the first step, and stay as they are until they do: %s",
                 *(len(still), len(self.declared), _some(name.replace(_OF_MODULES, ".") for name in still)),
             )
+
+    def _left_out(self, trained: set[Tensor]) -> list[Tensor]:
+        alive = [leaf for reference in self.used if (leaf := reference()) is not None]
+        return [leaf for leaf in dict.fromkeys(alive) if leaf not in trained]
 
     def _check_sites(self, loss: ELBO) -> None:
         if not self.observed:
