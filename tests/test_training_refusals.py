@@ -158,17 +158,70 @@ def test_two_models_under_names_of_their_own():
         ]
 
 
-def test_the_parameters_of_a_model_that_is_gone_are_no_other_models():
-    """A store that was loaded from a file, or a cell run again: PyroModule takes the values there, as Pyro means it."""
+def named():
+    module = nn.Linear(3, 3)
+
+    def guide(x):
+        pyro.module("encoder", module)
+        with pyro.plate("d", len(x)):
+            pyro.sample("z", dist.Normal(module(x), 0.7).to_event(1))
+
+    return local, guide, module
+
+
+@pytest.mark.parametrize("kind", [plain, own, scaled, automatic, named])
+def test_a_second_model_after_the_first_is_gone(kind, tmp_path):
+    """A fold of cross-validation, a cell run again: it does not begin where the first ended, unless told to."""
     x = data()
-    model, guide, module = scaled()
-    pv.fit(model, guide, x, **OPTIONS)
-    kept = [parameter.detach().clone() for parameter in parameters(module)]
-    del model, module
+    checkpoint = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 0}
+    model, guide, first = kind()
+    pv.fit(model, guide, x, **OPTIONS, **checkpoint)
+    ends = [parameter.detach().clone() for parameter in pyro.get_param_store()._params.values()]
+    del model, guide, first
     gc.collect()
-    model, guide, module = scaled()
+    model, guide, second = kind()
+    start = parameters(second)
+    with pytest.raises(ValueError, match=r"Pyro's store has .* another model .*clear_param_store"):
+        pv.fit(model, guide, x, **OPTIONS)
+    assert not start or same(start, parameters(second))
+    if kind in (plain, own, named):
+        return
+
+    model, guide, third = kind()
+    pv.fit(model, guide, x, **OPTIONS, **checkpoint, resume=True)  # all values come from the file
+    assert same(ends, [pyro.get_param_store()._params[name] for name in pyro.get_param_store()._params])
+
+    del model, guide, second, third
+    gc.collect()
+    model, guide, fourth = kind()
+    guide(x)
+    poutine.condition(model, data={})(x)
     pv.fit(model, guide, x, **{**OPTIONS, "learning_rate": 1e-9})
-    assert torch.allclose(kept[0], parameters(module)[0], atol=1e-6)
+    found = {id(parameter) for parameter in fourth.parameters()}
+    assert found & {id(parameter) for parameter in pyro.get_param_store()._params.values()}
+    for kept, stored in zip(ends, pyro.get_param_store()._params.values(), strict=True):
+        assert torch.allclose(kept, stored, atol=1e-6)
+
+
+def test_parameters_of_plain_functions_go_on():
+    """They are nobody's own: Pyro means them to be found again."""
+    x = data()
+    for _ in range(2):
+        before = parameters_in_store()
+        pv.fit(table_free_model, amortised, x, **OPTIONS)
+        after = parameters_in_store()
+        assert not before or not same(before, after)
+
+
+def table_free_model(x):
+    loc = pyro.param("prior_loc", torch.zeros(3))
+    with pyro.plate("d", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def parameters_in_store():
+    return [parameter.detach().clone() for parameter in pyro.get_param_store()._params.values()]
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,12 @@ class FirstStep(Messenger):
     """Sees what the first step declares and uses.
 
     modules: those behind the programs, as found before the step
+    restored: the values of all parameters are put back from a checkpoint after the step
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module], restored: bool = False):
         super().__init__()
-        self.modules = modules
+        self.modules, self.restored = modules, restored
         self.slots = dict(_slots(modules))
         self.stored = set(dict(pyro.get_param_store().named_parameters()).values())
         self.declared: dict[str, Tensor] = {}
@@ -100,7 +101,8 @@ class FirstStep(Messenger):
             raise ValueError(
                 f"Pyro's store has parameters of another model under the names of this one's, and the programs took those in "
                 f"place of their own: {names}. Training one model would change the other. Call pyro.clear_param_store() before "
-                f"fit, once the other is no longer used; or give each PyroModule a name, super().__init__(name=...)"
+                f"fit, once the other is no longer used; or give each PyroModule a name, super().__init__(name=...). To go on from "
+                f"the values in the store, run the model and the guide on a batch before fit"
             )
         if not self.declared:  # the optimizer says so
             return
@@ -162,12 +164,18 @@ class FirstStep(Messenger):
         )
 
     def _taken(self) -> list[tuple[nn.Module, str]]:
-        """The modules' parameters that were in Pyro's store before, not theirs, and are another living module's."""
+        """The modules' parameters that were in Pyro's store before, and not theirs.
+
+        If their values are restored, only those that another living module has.
+        """
         before = {id(slot) for slot in self.slots.values()}
         return [
             where
             for where, slot in _slots(self.modules).items()
-            if slot is not None and id(slot) not in before and slot in self.stored and self._is_elsewhere(slot)
+            if slot is not None
+            and id(slot) not in before
+            and slot in self.stored
+            and (not self.restored or self._is_elsewhere(slot))
         ]
 
     def _is_elsewhere(self, parameter: Tensor) -> bool:

@@ -87,7 +87,7 @@ class Steps:
         # Not with data that a step is to be skipped for.
         rows = data.reshape(len(data), -1).isfinite().all(1).nonzero().squeeze(1)
         rows = rows[torch.arange(len(index), device=rows.device) % len(rows)] if len(rows) else index
-        self._first(self.loss.loss_and_grads, self._batch(data, rows))
+        self._first(self.loss.loss_and_grads, self._batch(data, rows), restored=True)
         for parameter in chain(
             nn.ModuleList(self.modules).parameters(), dict(pyro.get_param_store().named_parameters()).values()
         ):
@@ -185,9 +185,9 @@ class Steps:
 
         return run
 
-    def _first(self, loss_and_grads: Callable[..., float], batch: Tensor) -> float:
+    def _first(self, loss_and_grads: Callable[..., float], batch: Tensor, restored: bool = False) -> float:
         """A step's loss, and an error with nothing moved if no step of these programs can train what they are made of."""
-        look, buffers = FirstStep(self.modules), self._buffers()
+        look, buffers = FirstStep(self.modules, restored), self._buffers()
         value = look.run(loss_and_grads, self.model, self.guide, batch)
         if not math.isfinite(value):
             return value
