@@ -373,6 +373,51 @@ def test_what_counts_as_an_observation():
         assert pyro.param("loc").ne(0).all()
 
 
+def masked_model(how, mask):
+    def model(x):
+        weight = pyro.param("weight", torch.ones(3))
+        with pyro.plate("d", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            density = dist.Normal(z * weight, 1.0)
+            seen = mask(x)
+            if how == "elements":
+                pyro.sample("x", density.mask(seen).to_event(1), obs=x.nan_to_num())
+            elif how == "events":
+                seen = seen if seen is False else seen.all(-1)
+                pyro.sample("x", density.to_event(1).mask(seen), obs=x.nan_to_num())
+            else:
+                with poutine.mask(mask=seen if seen is False else seen.all(-1)):
+                    pyro.sample("x", density.to_event(1), obs=x.nan_to_num())
+
+    return model
+
+
+def of_what_is_there(x):
+    with pyro.plate("d", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.3)) * x.nan_to_num(), 0.7).to_event(1))
+
+
+@pytest.mark.parametrize("how", ["elements", "events", "handler"])
+@pytest.mark.parametrize("mask", [lambda x: False, lambda x: torch.zeros(x.shape, dtype=torch.bool), torch.isnan])
+def test_a_model_whose_data_are_all_masked_out(how, mask):
+    with pytest.raises(ValueError, match=r"observes nothing .*all data are masked out at \['x'\]; look at the mask"):
+        pv.fit(masked_model(how, mask), of_what_is_there, data(), **OPTIONS)
+    assert pyro.param("weight").eq(1).all()
+
+
+@pytest.mark.parametrize("how", ["elements", "events", "handler"])
+@pytest.mark.parametrize("as_loader", [False, True])
+def test_a_first_batch_without_any_data(how, as_loader):
+    """Most labels are missing: a batch may have none, and the next one does."""
+    x = torch.full((60, 3), torch.nan)
+    x[-1] = 1.0
+    train = DataLoader(TensorDataset(x), batch_size=2) if as_loader else x
+    options = OPTIONS if as_loader else {**OPTIONS, "batch_size": 2}
+    options = {**options, "batch_size": None} if as_loader else options
+    pv.fit(masked_model(how, lambda x: ~x.isnan()), of_what_is_there, train, **options)
+    assert pyro.param("weight").ne(1).all()
+
+
 def local(x):
     with pyro.plate("d", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1))

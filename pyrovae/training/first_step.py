@@ -18,6 +18,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyrovae.programs.masks import counted
 from pyrovae.programs.traces import Program
 from pyrovae.training.non_finite import leaves_of
 
@@ -43,6 +44,7 @@ class FirstStep(Messenger):
         self.declared: dict[str, Tensor] = {}
         self.used: list[weakref.ref[Tensor]] = []
         self.observed: set[str] = set()
+        self.masked: set[str] = set()  # observed, with every element masked out
         self.replayed: set[str] = set()
         self.enumerated: dict[str, bool] = {}
         self._seen: set[Any] = set()
@@ -59,7 +61,8 @@ class FirstStep(Messenger):
         if site_is_subsample(message) or infer.get("_deterministic"):
             return
         if message["is_observed"]:
-            self.observed.add(name)
+            seen = counted(message)
+            (self.observed if seen is None or seen.any() else self.masked).add(name)
         else:
             self.enumerated[name] = bool(infer.get("enumerate"))
         if torch.is_grad_enabled():
@@ -131,7 +134,12 @@ class FirstStep(Messenger):
         if not self.observed:
             raise ValueError(
                 f"the model observes nothing (latent sites: {sorted(self.enumerated) or 'none'}), so there is nothing to learn "
-                f"from: give pyro.sample its data, obs=; it is missing, or None"
+                f"from: "
+                + (
+                    f"all data are masked out at {sorted(self.masked)}; look at the mask"
+                    if self.masked
+                    else "give pyro.sample its data, obs=; it is missing, or None"
+                )
             )
         drawn = [name for name, marked in self.enumerated.items() if marked and name not in self.replayed]
         if drawn and not isinstance(loss, TraceEnum_ELBO | TraceTMC_ELBO):

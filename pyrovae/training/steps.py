@@ -12,7 +12,8 @@ from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
 
 from pyrovae.common import distributed
-from pyrovae.programs.traces import Program
+from pyrovae.programs.reach import evaluation_mode
+from pyrovae.programs.traces import Program, run_pair
 from pyrovae.training.batches import Batches
 from pyrovae.training.data_order import by_position, site_by_position
 from pyrovae.training.elbo_parts import ElboParts, parts_of
@@ -191,6 +192,8 @@ class Steps:
         value = look.run(loss_and_grads, self.model, self.guide, batch)
         if not math.isfinite(value):
             return value
+        if look.masked and not look.observed and self._observes_elsewhere():
+            look.observed |= look.masked
         try:
             look.check(self.loss)
             if not self.batches.in_one_order:
@@ -204,6 +207,20 @@ class Steps:
             raise
         self.was_checked = True
         return value
+
+    def _observes_elsewhere(self) -> bool:
+        """Whether some of the data are not masked out, if those of the first step are; not known of a loader."""
+        if not isinstance(train := getattr(self.batches, "train", None), Tensor):
+            return True
+        devices = [self.device] if self.device.type == "cuda" else []
+        look, buffers = FirstStep(self.modules), self._buffers()
+        with torch.random.fork_rng(devices), torch.no_grad(), evaluation_mode(*self.modules), look:
+            for index in torch.arange(len(train), device=self.device).split(self.batches.full_size):
+                run_pair(self.model, self.guide, (self._batch(train, index),), {})
+                if look.observed:
+                    break
+        _put_back(buffers)
+        return bool(look.observed)
 
     def _buffers(self) -> list[tuple[Tensor, Tensor]]:
         """The modules' buffers, each with a copy: running means see the numbers of a step that is then not made."""
