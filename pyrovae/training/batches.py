@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from pyrovae.common import distributed
 
-__all__ = ["Batches", "batches_of", "check_data"]
+__all__ = ["Batches", "batches_of", "check_data", "check_transformed"]
 
 _FEW = 12
 Transform = Callable[[Any], Tensor] | None
@@ -65,6 +65,12 @@ def check_data(name: str, data: Any) -> None:
         elif hasattr(data, "to_numpy"):
             remedy = f": torch.as_tensor({name}.to_numpy(), dtype=torch.float32) makes one of a table"
     raise ValueError(f"{name} must be a tensor of at least one datum, found {found}{remedy}")
+
+
+def check_transformed(batch: Any) -> None:
+    """Raise TypeError for what a transform made, if it is no tensor of data."""
+    if not isinstance(batch, Tensor) or batch.ndim == 0:
+        raise TypeError(f"transform must make one tensor of a batch, found {_described(batch)}")
 
 
 def batches_of(train: Any, batch_size: int | None, transform: Transform, device: torch.device) -> Batches:
@@ -160,8 +166,7 @@ class _Loaded(Batches):
                 )
             data = self.of_items(data)
             self.transform = None  # it is done, for the items of a batch belong together
-            if not isinstance(data, Tensor):
-                raise TypeError(f"transform must make one tensor of a batch, found {_described(data)}")
+            check_transformed(data)
         return data, torch.arange(len(data), device=self.device)
 
 
@@ -200,4 +205,4 @@ def _described(batch: Any) -> str:
             for item in batch
         )
         return f"{len(batch)} items ({', '.join(items)})"
-    return type(batch).__name__
+    return "a single number" if isinstance(batch, Tensor) else type(batch).__name__

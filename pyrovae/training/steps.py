@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyrovae.common import distributed
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program, run_pair
-from pyrovae.training.batches import Batches
+from pyrovae.training.batches import Batches, check_transformed
 from pyrovae.training.data_order import by_position, site_by_position
 from pyrovae.training.elbo_parts import ElboParts, parts_of
 from pyrovae.training.first_step import FirstStep
@@ -71,6 +71,7 @@ class Steps:
     ):
         self.model, self.guide, self.loss, self.optimizer, self.modules = model, guide, loss, optimizer, modules
         self.batches, self.device = batches, batches.device
+        self.num_made: dict[int, int] = {}  # how many rows the transform makes of so many
         self.was_checked = False
         self.refusal: ValueError | None = None
         self.svi = SVI(model, guide, optimizer, loss=loss)
@@ -128,7 +129,7 @@ class Steps:
                 else:
                     value = self._eager(number, unseen, validates=number == 1 and step == 0)
                 _put_back(buffers, unless=verdicts.was_made)
-                parts.count(len(index), verdicts.was_made)
+                parts.count(self.num_made.get(len(index), len(index)), verdicts.was_made)
                 objective = torch.where(verdicts.was_made, objective - value, objective)
                 unseen[-1] = unseen[-1]._replace(was_made=verdicts.was_made.clone())
                 last = unseen[-1]
@@ -151,7 +152,12 @@ class Steps:
 
     def _batch(self, data: Tensor, index: Tensor) -> Tensor:
         batch = data[index]
-        return batch if self.batches.transform is None else self.batches.transform(batch)
+        if self.batches.transform is None:
+            return batch
+        batch = self.batches.transform(batch)
+        check_transformed(batch)
+        self.num_made[len(index)] = len(batch)
+        return batch
 
     def _eager(self, epoch: int, unseen: list[_Tried], validates: bool) -> float:
         try:
@@ -246,6 +252,9 @@ class Steps:
                 _put_back(buffers)
                 for parameter in self.optimizer.parameters:
                     parameter.grad = None
+        num_rows = len(tried.rows)
+        if culprit is not None and self.num_made.get(num_rows, num_rows) != num_rows:
+            culprit = culprit._replace(rows=None)  # rows that the transform made are not those of the data
         finite = "running that step again, eagerly, gives finite numbers"
         elsewhere = "; look at what the other processes say" if distributed.num_ranks() > 1 else ""
         return culprit, culprit.what if culprit else finite + elsewhere
