@@ -1,5 +1,6 @@
 """Training on a `DataLoader`: the batches of a tensor in memory, read from elsewhere, give the same training bit for bit."""
 
+import itertools
 import re
 from typing import NamedTuple
 
@@ -319,3 +320,23 @@ def test_a_bad_datum_among_more_rows_is_found():
 def test_a_transform_that_makes_no_tensor_of_data(made, found):
     with pytest.raises(TypeError, match=f"transform must make one tensor of a batch, found {found}"):
         pv.fit(fixed, lambda x: None, torch.randn(20, 3), transform=lambda x: made, progress=False)
+
+
+class UsedUp(IterableDataset):
+    """Its iterator ends with the first epochs."""
+
+    def __init__(self, num_epochs):
+        rows = [row for _ in range(num_epochs) for row in torch.randn(20, 3)]
+        self.rows, self.left = iter(rows), num_epochs
+
+    def __iter__(self):
+        return itertools.islice(self.rows, 20)
+
+    def __len__(self):
+        return 20
+
+
+@pytest.mark.parametrize("num_epochs", [0, 1, 2])
+def test_a_stream_that_is_used_up(num_epochs):
+    with pytest.raises(ValueError, match=rf"gave no batch in epoch {num_epochs + 1}: .*must begin anew"):
+        pv.fit(fixed, lambda x: None, DataLoader(UsedUp(num_epochs), batch_size=5), epochs=3, progress=False)

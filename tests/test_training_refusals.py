@@ -769,3 +769,29 @@ def test_weights_that_come_from_the_data(weight):
         return run
 
     pv.fit(scaled(local), scaled(amortised), data(), **OPTIONS)
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear, lambda width: nn.Sequential(nn.LazyLinear(width), nn.Tanh())])
+@pytest.mark.parametrize("compile", ["auto", False])
+def test_a_lazy_module_that_was_never_called(lazy, compile):
+    net = lazy(3)
+
+    def guide(x):
+        pyro.module("net", net)
+        with pyro.plate("d", len(x)):
+            pyro.sample("z", dist.Normal(net(x), 0.7).to_event(1))
+
+    with pytest.raises(ValueError, match=r"weight' of \w+ is a parameter of a lazy module.*call the module once"):
+        pv.fit(local, guide, data(), **OPTIONS, compile=compile)
+    net(data())
+    before = parameters(net)
+    pv.fit(local, guide, data(), **OPTIONS, compile=compile)
+    assert all(not torch.equal(a, b) for a, b in zip(before, parameters(net), strict=True))
+
+
+@pytest.mark.parametrize("kind", [own, automatic])
+def test_parameters_outside_of_pyros_store(kind):
+    with pyro.settings.context(module_local_params=True):
+        model, guide, _ = kind()
+        with pytest.raises(ValueError, match=r"is not in Pyro's store.*module_local_params=False"):
+            pv.fit(model, guide, data(), **OPTIONS)

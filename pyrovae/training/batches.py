@@ -94,7 +94,8 @@ class _InMemory(Batches):
         distributed.check_shares(len(train) - joined, batch_size)
         self.train, self.transform, self.device = train.to(device), transform, device
         self.num_data, self.batch_size = len(train), batch_size
-        self.full_size = len(distributed.share(torch.arange(batch_size)))
+        self.largest = min(batch_size, len(train))
+        self.full_size = len(distributed.share(torch.arange(self.largest)))
         self.per_epoch = len(self.sizes)
 
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -104,7 +105,7 @@ class _InMemory(Batches):
             yield self.train, distributed.share(index)
 
     def example(self) -> tuple[Tensor, Tensor]:
-        return self.train, torch.arange(self.batch_size, device=self.device).clamp_max(self.num_data - 1)
+        return self.train, torch.arange(self.largest, device=self.device)
 
 
 def _sizes(num_data: int, batch_size: int) -> list[int]:

@@ -50,6 +50,11 @@ class FirstStep(Messenger):
         self._seen: set[Any] = set()
 
     def _pyro_post_param(self, message: dict[str, Any]) -> None:
+        if not hasattr(message["value"], "unconstrained"):
+            raise ValueError(
+                f"parameter '{message['name']}' is not in Pyro's store, which pyro.infer.SVI trains from: call "
+                f"pyro.settings.set(module_local_params=False) before fit"
+            )
         self.declared[message["name"]] = message["value"].unconstrained()
 
     def _pyro_sample(self, message: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from pyro.infer import (
 
 from pyrovae.common.arguments import check_count
 
-__all__ = ["check_functions", "check_numbers", "checked_loss"]
+__all__ = ["check_functions", "check_numbers", "check_saving", "checked_loss"]
 
 _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 
@@ -36,6 +36,18 @@ def check_numbers(
             raise TypeError(f"{name} must be a number, found {number!r}")
         if not 0 < number < math.inf:
             raise ValueError(f"{name} must be positive and finite, found {number}")
+
+
+def check_saving(checkpoint: Any, checkpoint_every: float, resume: bool) -> None:
+    """Raise TypeError or ValueError for a checkpoint that cannot be written or resumed as told."""
+    if resume not in (True, False):
+        raise TypeError(f"resume must be True or False, found {resume!r}")
+    if resume and checkpoint is None:
+        raise ValueError("found resume=True without a checkpoint to go on from: give checkpoint= its path")
+    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, Real):
+        raise TypeError(f"checkpoint_every must be a number of seconds, found {checkpoint_every!r}")
+    if not checkpoint_every >= 0:
+        raise ValueError(f"checkpoint_every must be 0 seconds or more, found {checkpoint_every}")
 
 
 def check_functions(schedule: Callable[[float], float] | None, transform: Callable | None) -> None:

@@ -40,7 +40,13 @@ class Schedule(NamedTuple):
     shape: Callable[[float], float] | None
 
     def __call__(self, done: float) -> float:
-        return self.learning_rate * float(self.shape(done) if self.shape else 1.0)  # NumPy's is none in a checkpoint
+        factor = float(self.shape(done) if self.shape else 1.0)  # NumPy's is none in a checkpoint
+        if not 0 <= factor < math.inf:
+            raise ValueError(
+                f"schedule gives {factor:g} at the fraction {done:.3g} of the training: a factor of the learning rate must be "
+                f"0 or more, and finite"
+            )
+        return self.learning_rate * factor
 
 
 class _Tried(NamedTuple):
@@ -106,7 +112,12 @@ class Steps:
         """
         full, per_epoch = self.batches.full_size, self.batches.per_epoch
         batches = self.batches.epoch()
-        first = next(batches)
+        first = next(batches, None)
+        if first is None:
+            raise ValueError(
+                f"the DataLoader gave no batch in epoch {number}: if its data set is an IterableDataset, each call of its "
+                f"__iter__ must begin anew"
+            )
         if self.compiles and number > 1 and len(first[1]) == full:
             self.compiles = False
             self.recorded = record_step(
@@ -295,14 +306,14 @@ class Steps:
         ) from error
 
     def _advice(self, tried: _Tried) -> str:
+        numbers = tried.data[tried.rows].double()
+        if not numbers.isfinite().all():
+            return "Leave these data out, or fill in what is not finite in them"
         if self.optimizer.has_moved:
             return (
                 f"Look at these data; lower the learning rate ({self.optimizer.learning_rate:g} in that step) or clip gradients "
                 f"(clip_norm=)"
             )
-        numbers = tried.data[tried.rows].double()
-        if not numbers.isfinite().all():
-            return "Leave these data out, or fill in what is not finite in them"
         if numbers.square().mean().sqrt() <= _LARGE:
             return "No step was made before it, so the learning rate is not the cause: look at these data and at the parameters"
         return (
