@@ -1,8 +1,11 @@
 """Training on a `DataLoader`: the batches of a tensor in memory, read from elsewhere, give the same training bit for bit."""
 
+import itertools
 import re
 from typing import NamedTuple
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from hypothesis import given, settings
@@ -266,3 +269,74 @@ def test_a_loader_that_leaves_one_over_is_told_what_to_do():
     with pytest.raises(ValueError, match=r"a batch of a single datum came to BatchNorm.*drop_last=True"):
         pv.fit(*normed(), DataLoader(list(binary(21)), 10), epochs=1, progress=False)
     pv.fit(*normed(), DataLoader(list(binary(21)), 10, drop_last=True), epochs=1, progress=False)
+
+
+def fixed(x):
+    loc = pyro.param("loc", torch.zeros(3))
+    with pyro.plate("d", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [lambda x: torch.cat([x, x, x]), lambda x: x[::2], lambda x: x[:1], lambda x: x.repeat_interleave(2, 0)],
+)
+@pytest.mark.parametrize("batch_size", [4, 7, 20])
+def test_a_transform_that_makes_another_number_of_rows(transform, batch_size):
+    """The history is per row that the programs were given: of rows that are all alike, the same as without."""
+    row = torch.tensor([0.5, -1.0, 2.0])
+    exact = dist.Normal(0.0, 1.0).log_prob(row).sum().item()
+    result = pv.fit(
+        fixed,
+        lambda x: None,
+        row.expand(20, 3).clone(),
+        epochs=2,
+        batch_size=batch_size,
+        transform=transform,
+        learning_rate=1e-12,
+        progress=False,
+    )
+    for name in ("objective", "elbo", "reconstruction"):
+        assert [epoch[name] for epoch in result.history] == pytest.approx([exact, exact], rel=1e-6)
+
+
+def test_a_bad_datum_among_more_rows_is_found():
+    x = torch.randn(20, 3)
+    x[13] = torch.nan
+    with pytest.raises(NotFiniteError, match="the data themselves are not finite, for train") as caught:
+        pv.fit(fixed, lambda x: None, x, batch_size=20, transform=lambda x: torch.cat([x, x]), progress=False)
+    assert 13 in caught.value.index
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (None, "NoneType"),
+        ((1, 2), r"2 items \(int, int\)"),
+        (torch.tensor(1.0), "a single number"),
+        ([[1.0]], "1 items"),
+    ],
+)
+def test_a_transform_that_makes_no_tensor_of_data(made, found):
+    with pytest.raises(TypeError, match=f"transform must make one tensor of a batch, found {found}"):
+        pv.fit(fixed, lambda x: None, torch.randn(20, 3), transform=lambda x: made, progress=False)
+
+
+class UsedUp(IterableDataset):
+    """Its iterator ends with the first epochs."""
+
+    def __init__(self, num_epochs):
+        rows = [row for _ in range(num_epochs) for row in torch.randn(20, 3)]
+        self.rows, self.left = iter(rows), num_epochs
+
+    def __iter__(self):
+        return itertools.islice(self.rows, 20)
+
+    def __len__(self):
+        return 20
+
+
+@pytest.mark.parametrize("num_epochs", [0, 1, 2])
+def test_a_stream_that_is_used_up(num_epochs):
+    with pytest.raises(ValueError, match=rf"gave no batch in epoch {num_epochs + 1}: .*must begin anew"):
+        pv.fit(fixed, lambda x: None, DataLoader(UsedUp(num_epochs), batch_size=5), epochs=3, progress=False)

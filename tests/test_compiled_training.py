@@ -342,3 +342,76 @@ def test_one_recording_for_a_whole_run(uncompiled, monkeypatch):
     monkeypatch.setattr(Extracted, "_record", lambda self, *args: recordings.append(1) or original(self, *args))
     pv.fit(*make(), binary(), epochs=5, batch_size=15, compile=True, progress=False)
     assert len(recordings) == 1
+
+
+def transposed(net):
+    for part in net.modules():
+        if isinstance(part, nn.Linear):
+            part.weight = nn.Parameter(part.weight.detach().t().contiguous().t())
+
+
+def orthogonal(net):
+    for part in net.modules():
+        if isinstance(part, nn.Linear):
+            nn.utils.parametrizations.orthogonal(part)
+
+
+def as_made(net):
+    pass
+
+
+@pytest.mark.parametrize("change", [as_made, transposed, orthogonal])
+@pytest.mark.parametrize("double_weights", [False, True])
+def test_gradients_of_another_memory_layout_reach_their_own_elements(uncompiled, change, double_weights):
+    histories, ends = [], []
+    for compile in (False, True):
+        torch.manual_seed(4)
+        nets = [pv.nets.MLP(2, [16], 5), pv.nets.MLP(5, [16])]
+        if double_weights:
+            for net in nets:
+                net.double()
+        for net in nets:
+            change(net)
+        model = pv.GenerativeModel(pv.priors.StandardNormal(2), pv.likelihoods.Normal(nets[0], 5))
+        guide = pv.guides.MeanFieldNormal(nets[1], 2)
+        if double_weights:
+            model, guide = model.double(), guide.double()
+        x = torch.randn(200, 5).to(next(model.parameters()).dtype)
+        pyro.set_rng_seed(9)
+        result = pv.fit(model, guide, x, epochs=4, batch_size=50, learning_rate=1e-2, compile=compile, progress=False)
+        histories.append([row["objective"] for row in result.history])
+        ends.append(parameters(model, guide))
+    assert histories[1] == pytest.approx(histories[0], rel=1e-9 if double_weights else 1e-4)
+    for expected, found in zip(*ends, strict=True):
+        assert torch.allclose(expected, found, atol=1e-9 if double_weights else 1e-3)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_the_optimizer_pairs_elements_not_places_in_memory(order):
+    """Also with moments that a checkpoint has in another layout: Adam's first steps go against the sign of the gradient."""
+    gradient = torch.randn(3, 4, 5)
+    shape = gradient.permute(order).shape
+    weight = nn.Parameter(torch.zeros(shape).permute([order.index(dim) for dim in range(3)]))
+    assert weight.shape == gradient.shape
+    optimizer = OneAdam([weight], 0.1)
+    for _ in range(3):
+        weight.grad = gradient.clone()
+        optimizer([weight])
+        state = optimizer.adam.state_dict()
+        state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"].contiguous()
+        optimizer.restore([weight], state)
+    assert torch.allclose(weight, -0.3 * gradient.sign(), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda wide: wide[:8, :12], lambda wide: wide[:16:2, ::3][:, :12], lambda wide: wide.t()[:8, :12]]
+)
+def test_a_parameter_with_gaps_in_memory_is_refused(view):
+    """The fused step would write into what lies between."""
+    model, guide = make()
+    layer = next(part for part in guide.modules() if isinstance(part, nn.Linear))
+    layer.weight = nn.Parameter(view(torch.randn(20, 40)))
+    with pytest.raises(ValueError, match=r"shape \(8, 12\) .* without gaps.*nn\.Parameter\(tensor\.clone"):
+        pv.fit(model, guide, binary(), epochs=1, progress=False)
+    layer.weight = nn.Parameter(layer.weight.detach().clone(memory_format=torch.contiguous_format))
+    pv.fit(model, guide, binary(), epochs=1, progress=False)

@@ -1,5 +1,7 @@
 """Numbers that stop being finite: the run stops at the step, says where they began, and is put back as it was."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -193,3 +195,18 @@ def test_once_something_was_learned_it_may_be_the_learning_rate():
     with pytest.raises(NotFiniteError, match=r"epoch 2.*lower the learning rate \(.* clip gradients") as caught:
         pv.fit(*pair_with(nan_in_features, 3), marked_data(), epochs=3, **OPTIONS)
     assert "scale the data" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("row", [0, 15, 39])
+def test_the_advice_for_data_that_are_not_finite_at_any_step(value, row):
+    x = torch.randn(40, 3)
+    x[row] = value
+
+    def model(x):
+        with pyro.plate("d", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.zeros(3)), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(NotFiniteError, match="Leave these data out, or fill in") as caught:
+        pv.fit(model, lambda x: None, x, batch_size=10, epochs=1, progress=False)
+    assert "learning rate" not in str(caught.value)

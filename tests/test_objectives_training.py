@@ -476,3 +476,28 @@ def test_handlers_outside_are_honoured():
     x = binary()
     masked = poutine.mask(model, mask=False), poutine.mask(guide, mask=False)
     assert objectives.MonteCarloKL().loss(*masked, x) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "loss", [pv.objectives.MonteCarloKL(), pv.objectives.AnalyticKL(), pv.objectives.ImportanceWeighted(2)]
+)
+def test_objectives_refuse_half_precision(dtype, loss):
+    model, guide = (module.to(dtype) for module in make())
+    with pytest.raises(ValueError, match=r"the log density of site .* is in torch\.b?float16.*model\.float\(\)"):
+        pv.fit(model, guide, binary().to(dtype), loss=loss, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pv.objectives.MonteCarloKL(num_particles=700, vectorize_particles=False),
+        pv.objectives.ImportanceWeighted(700, vectorize_particles=False),
+        pv.objectives.DoublyReparameterised(700, vectorize_particles=False),
+    ],
+)
+def test_many_particles_one_by_one(loss):
+    """As many as Python could not call through one inside the other."""
+    model, guide = make()
+    value = loss.loss_and_grads(model, guide, binary(2))
+    assert math.isfinite(value)

@@ -4,6 +4,8 @@ Every program here has something in it that a recording may not see: NumPy, Pyth
 """
 
 import copy
+import functools
+import itertools
 import os
 import random
 import subprocess
@@ -397,6 +399,219 @@ def test_the_log_says_what_stands_in_the_way(double, caplog, kind, words):
     steps(kind(), True)
     assert [record.name for record in caplog.records].count("pyrovae") == 1
     assert words in caplog.text
+
+
+# --- state whose effect comes later, or seldom ------------------------------------------------------------------------
+
+LATE = 40  # runs: more than a recording looks at
+
+
+def closure_counter():
+    count = [0]
+
+    def scale(x):
+        count[0] += 1
+        return 1.0 if count[0] < LATE else 0.2
+
+    return scale
+
+
+def nonlocal_counter():
+    count = 0
+
+    def scale(x):
+        nonlocal count
+        count += 1
+        return 1.0 if count < LATE else 0.2
+
+    return scale
+
+
+class Held:
+    runs = 0
+
+    def __init__(self):
+        self.own = 0
+
+    def __call__(self, x):
+        self.own += 1
+        return 1.0 if self.own < LATE else 0.2
+
+
+class Slotted:
+    __slots__ = ("runs",)
+
+    def __init__(self):
+        self.runs = 0
+
+    def __call__(self, x):
+        self.runs += 1
+        return 1.0 if self.runs < LATE else 0.2
+
+
+def of_a_class():
+    class Shared:
+        runs = 0
+
+    def scale(x):
+        Shared.runs += 1
+        return 1.0 if Shared.runs < LATE else 0.2
+
+    return scale
+
+
+def in_a_dict():
+    held = {"of": {"runs": 0}}
+
+    def scale(x):
+        held["of"]["runs"] += 1
+        return 1.0 if held["of"]["runs"] < LATE else 0.2
+
+    return scale
+
+
+def iterator():
+    runs = itertools.count()
+    return lambda x: 1.0 if next(runs) < LATE else 0.2
+
+
+def generator():
+    runs = (0.2 if i > LATE else 1.0 for i in range(10**6))
+    return lambda x: next(runs)
+
+
+def history():
+    seen = []
+
+    def scale(x):
+        seen.append(x.mean().detach())
+        return 1.0 if len(seen) < LATE else 0.2
+
+    return scale
+
+
+def tensor_in_a_dict():
+    held = {"mean": torch.zeros(())}
+
+    def scale(x):
+        held["mean"] = held["mean"] + 1e-20 * x.mean().detach()
+        return 1.0 if held["mean"] < 1 else 0.2
+
+    return scale
+
+
+def python_seldom():
+    return lambda x: 5.0 if random.random() < 1e-6 else 1.0
+
+
+def numpy_seldom():
+    return lambda x: 5.0 if np.random.rand() < 1e-6 else 1.0  # noqa: NPY002
+
+
+def own_numpy_generator():
+    draws = np.random.default_rng(0)
+    return lambda x: 5.0 if draws.random() < 1e-6 else 1.0
+
+
+def own_python_generator():
+    draws = random.Random(0)
+    return lambda x: 5.0 if draws.random() < 1e-6 else 1.0
+
+
+def size_by_nonzero():
+    return lambda x: 5.0 if len((x.abs().amax(1) > 20).nonzero()) else 1.0
+
+
+def size_by_mask():
+    return lambda x: 5.0 if len(x[x[:, 0] > 20]) else 1.0
+
+
+def size_by_masked_select():
+    return lambda x: 5.0 if x.masked_select(x > 20).numel() else 1.0
+
+
+def size_by_unique():
+    return lambda x: 5.0 if len(torch.unique(x > 20)) > 1 else 1.0
+
+
+def size_by_repetition():
+    return lambda x: 5.0 if len(x[:, 0].repeat_interleave((x[:, 0] > 20).long())) else 1.0
+
+
+FREEZES = [
+    *(closure_counter, nonlocal_counter, Held, Slotted, of_a_class, in_a_dict, iterator, generator, history),
+    *(tensor_in_a_dict, python_seldom, numpy_seldom, own_numpy_generator, own_python_generator),
+    *(size_by_nonzero, size_by_mask, size_by_masked_select, size_by_unique, size_by_repetition),
+]
+
+
+def in_the_function(layer, scale):
+    return lambda x: (layer(x).square().sum() * scale(x),)
+
+
+def in_a_forward_hook(layer, scale):
+    layer.register_forward_hook(lambda module, inputs, output: output * scale(inputs[0]))
+    return lambda x: (layer(x).square().sum(),)
+
+
+def in_an_attribute(layer, scale):
+    layer.scale = scale
+    return lambda x: (layer(x).square().sum() * layer.scale(x),)
+
+
+@pytest.mark.parametrize("place", [in_the_function, in_a_forward_hook, in_an_attribute])
+@pytest.mark.parametrize("kind", FREEZES)
+def test_what_acts_later_or_seldom_is_not_frozen(kind, place, caplog):
+    layer = nn.Linear(3, 2)
+    assert extract(place(layer, kind()), [layer], (torch.randn(5, 3),), gradients=True, inductor=False) is None
+    assert "every run changes what the program holds" in caplog.text or "the size of a tensor depends" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [closure_counter, nonlocal_counter, Held, in_a_dict, history])
+def test_a_refused_recording_has_counted_once_at_most(kind):
+    layer, scale = nn.Linear(3, 2), kind()
+    extract(in_the_function(layer, scale), [layer], (torch.randn(5, 3),), inductor=False)
+    runs = next(run for run in range(LATE + 2) if scale(torch.randn(5, 3)) != 1)
+    assert runs >= LATE - 2
+
+
+CONSTANT = {"scale": [2.0], "table": np.arange(3.0)}
+
+
+def kept_list(x):
+    return CONSTANT["scale"][0] * float(CONSTANT["table"][1])
+
+
+def cached(x):
+    return table_of(len(x))
+
+
+@functools.lru_cache
+def table_of(number):
+    return torch.linspace(0, 1, number).sum()
+
+
+def index_by_numbers(x):
+    return x[:, torch.tensor([0, 2])].sum() + x[torch.arange(len(x)).flip(0)].mean()
+
+
+@pytest.mark.parametrize("scale", [kept_list, cached, index_by_numbers, lambda x: next(iter([2.0, 3.0]))])
+def test_what_stays_as_it_is_does_not_stand_in_the_way(scale):
+    layer, held = nn.Linear(3, 2), Held()
+    layer.note, layer.names = {"of": held}, ["a", "b"]
+    recorded = extract(in_the_function(layer, scale), [layer], (torch.randn(5, 3),), gradients=True, inductor=False)
+    x = torch.randn(5, 3)
+    assert torch.allclose(recorded(x)[0][0], in_the_function(layer, scale)(x)[0])
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "both"])
+def test_a_hook_on_the_accumulated_gradient_is_not_lost(caplog, name):
+    layer = nn.Linear(3, 2)
+    for own, parameter in layer.named_parameters():
+        if name in (own, "both"):
+            parameter.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))
+    assert extract(lambda x: (layer(x).sum(),), [layer], (torch.randn(5, 3),), gradients=True, inductor=False) is None
+    assert "has a hook on its accumulated gradient" in caplog.text
 
 
 # --- through the library: evaluation, training ------------------------------------------------------------------------

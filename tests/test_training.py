@@ -398,3 +398,43 @@ def test_programs_without_parameters_are_refused():
 
     with pytest.raises(ValueError, match=r"no parameters to train: a plain nn.Module needs pyro.module"):
         pv.fit(model, guide, binary(), epochs=1, batch_size=20, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"checkpoint_every": -1}, ValueError, "checkpoint_every must be 0 seconds or more, found -1"),
+        ({"checkpoint_every": float("nan")}, ValueError, "checkpoint_every must be 0 seconds or more, found nan"),
+        ({"checkpoint_every": "1"}, TypeError, "checkpoint_every must be a number of seconds, found '1'"),
+        ({"resume": True}, ValueError, "found resume=True without a checkpoint"),
+        ({"resume": "yes"}, TypeError, "resume must be True or False, found 'yes'"),
+        ({"schedule": lambda done: -1.0}, ValueError, r"schedule gives -1 at the fraction 0\.25"),
+        (
+            {"schedule": lambda done: math.nan if done > 0.6 else 1.0},
+            ValueError,
+            r"schedule gives nan at the fraction 0\.75",
+        ),
+        ({"schedule": lambda done: math.inf}, ValueError, "schedule gives inf"),
+    ],
+)
+def test_what_would_be_trained_or_saved_wrongly_is_refused(options, error, match):
+    with pytest.raises(error, match=match):
+        pv.fit(*make(), binary(), epochs=2, progress=False, **options)
+
+
+@pytest.mark.parametrize("batch_size", [41, 10**9, 2**62])
+def test_a_batch_size_beyond_the_data_costs_nothing(batch_size):
+    ends = []
+    for size in (40, batch_size):
+        pair = make()
+        pyro.set_rng_seed(2)
+        pv.fit(*pair, binary(), epochs=2, batch_size=size, progress=False)
+        ends.append(parameters(*pair))
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("change", [lambda v: v * torch.nan, lambda v: v[..., :2], lambda v: v.long()[0]])
+def test_an_error_of_the_validation_data_says_so(change):
+    with pytest.raises((ValueError, RuntimeError, TypeError)) as caught:
+        pv.fit(*make(), binary(), validation=change(binary(6)), epochs=1, progress=False)
+    assert "data of validation=" in str(caught.value)

@@ -3,6 +3,7 @@
 import gc
 import logging
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -157,17 +158,70 @@ def test_two_models_under_names_of_their_own():
         ]
 
 
-def test_the_parameters_of_a_model_that_is_gone_are_no_other_models():
-    """A store that was loaded from a file, or a cell run again: PyroModule takes the values there, as Pyro means it."""
+def named():
+    module = nn.Linear(3, 3)
+
+    def guide(x):
+        pyro.module("encoder", module)
+        with pyro.plate("d", len(x)):
+            pyro.sample("z", dist.Normal(module(x), 0.7).to_event(1))
+
+    return local, guide, module
+
+
+@pytest.mark.parametrize("kind", [plain, own, scaled, automatic, named])
+def test_a_second_model_after_the_first_is_gone(kind, tmp_path):
+    """A fold of cross-validation, a cell run again: it does not begin where the first ended, unless told to."""
     x = data()
-    model, guide, module = scaled()
-    pv.fit(model, guide, x, **OPTIONS)
-    kept = [parameter.detach().clone() for parameter in parameters(module)]
-    del model, module
+    checkpoint = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 0}
+    model, guide, first = kind()
+    pv.fit(model, guide, x, **OPTIONS, **checkpoint)
+    ends = [parameter.detach().clone() for parameter in pyro.get_param_store()._params.values()]
+    del model, guide, first
     gc.collect()
-    model, guide, module = scaled()
+    model, guide, second = kind()
+    start = parameters(second)
+    with pytest.raises(ValueError, match=r"Pyro's store has .* another model .*clear_param_store"):
+        pv.fit(model, guide, x, **OPTIONS)
+    assert not start or same(start, parameters(second))
+    if kind in (plain, own, named):
+        return
+
+    model, guide, third = kind()
+    pv.fit(model, guide, x, **OPTIONS, **checkpoint, resume=True)  # all values come from the file
+    assert same(ends, [pyro.get_param_store()._params[name] for name in pyro.get_param_store()._params])
+
+    del model, guide, second, third
+    gc.collect()
+    model, guide, fourth = kind()
+    guide(x)
+    poutine.condition(model, data={})(x)
     pv.fit(model, guide, x, **{**OPTIONS, "learning_rate": 1e-9})
-    assert torch.allclose(kept[0], parameters(module)[0], atol=1e-6)
+    found = {id(parameter) for parameter in fourth.parameters()}
+    assert found & {id(parameter) for parameter in pyro.get_param_store()._params.values()}
+    for kept, stored in zip(ends, pyro.get_param_store()._params.values(), strict=True):
+        assert torch.allclose(kept, stored, atol=1e-6)
+
+
+def test_parameters_of_plain_functions_go_on():
+    """They are nobody's own: Pyro means them to be found again."""
+    x = data()
+    for _ in range(2):
+        before = parameters_in_store()
+        pv.fit(table_free_model, amortised, x, **OPTIONS)
+        after = parameters_in_store()
+        assert not before or not same(before, after)
+
+
+def table_free_model(x):
+    loc = pyro.param("prior_loc", torch.zeros(3))
+    with pyro.plate("d", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def parameters_in_store():
+    return [parameter.detach().clone() for parameter in pyro.get_param_store()._params.values()]
 
 
 @pytest.mark.parametrize(
@@ -319,6 +373,51 @@ def test_what_counts_as_an_observation():
         pyro.clear_param_store()
         pv.fit(model, centred, data(), **OPTIONS)
         assert pyro.param("loc").ne(0).all()
+
+
+def masked_model(how, mask):
+    def model(x):
+        weight = pyro.param("weight", torch.ones(3))
+        with pyro.plate("d", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            density = dist.Normal(z * weight, 1.0)
+            seen = mask(x)
+            if how == "elements":
+                pyro.sample("x", density.mask(seen).to_event(1), obs=x.nan_to_num())
+            elif how == "events":
+                seen = seen if seen is False else seen.all(-1)
+                pyro.sample("x", density.to_event(1).mask(seen), obs=x.nan_to_num())
+            else:
+                with poutine.mask(mask=seen if seen is False else seen.all(-1)):
+                    pyro.sample("x", density.to_event(1), obs=x.nan_to_num())
+
+    return model
+
+
+def of_what_is_there(x):
+    with pyro.plate("d", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.3)) * x.nan_to_num(), 0.7).to_event(1))
+
+
+@pytest.mark.parametrize("how", ["elements", "events", "handler"])
+@pytest.mark.parametrize("mask", [lambda x: False, lambda x: torch.zeros(x.shape, dtype=torch.bool), torch.isnan])
+def test_a_model_whose_data_are_all_masked_out(how, mask):
+    with pytest.raises(ValueError, match=r"observes nothing .*all data are masked out at \['x'\]; look at the mask"):
+        pv.fit(masked_model(how, mask), of_what_is_there, data(), **OPTIONS)
+    assert pyro.param("weight").eq(1).all()
+
+
+@pytest.mark.parametrize("how", ["elements", "events", "handler"])
+@pytest.mark.parametrize("as_loader", [False, True])
+def test_a_first_batch_without_any_data(how, as_loader):
+    """Most labels are missing: a batch may have none, and the next one does."""
+    x = torch.full((60, 3), torch.nan)
+    x[-1] = 1.0
+    train = DataLoader(TensorDataset(x), batch_size=2) if as_loader else x
+    options = OPTIONS if as_loader else {**OPTIONS, "batch_size": 2}
+    options = {**options, "batch_size": None} if as_loader else options
+    pv.fit(masked_model(how, lambda x: ~x.isnan()), of_what_is_there, train, **options)
+    assert pyro.param("weight").ne(1).all()
 
 
 def local(x):
@@ -527,3 +626,174 @@ def test_latents_marked_for_enumeration_need_a_loss_that_sums_them_out():
     ):
         pv.fit(model, lambda x: None, x, **OPTIONS)
     pv.fit(model, lambda x: None, x, loss=TraceEnum_ELBO(max_plate_nesting=1), **OPTIONS)
+
+
+class Kept(nn.Module):
+    """An encoder with a running mean that is assigned anew at each run, or given other data."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.kind = nn.Linear(3, 3), kind
+        if kind == "attribute":
+            self.mean = torch.zeros(3)
+        else:
+            self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        pyro.module("kept", self)
+        mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+        if self.kind == "data":
+            self.mean.data = mean
+        else:
+            self.mean = mean
+        with pyro.plate("d", len(x)):
+            pyro.sample("z", dist.Normal(self.layer(x - self.mean), 0.7).to_event(1))
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "data"])
+def test_what_a_program_assigns_stays_as_the_steps_left_it(kind, monkeypatch):
+    """Bit for bit as without the look at the first step, in the dtype that it has."""
+    ends = []
+    for looks in (True, False):
+        pyro.clear_param_store()
+        if not looks:
+            monkeypatch.setattr("pyrovae.training.steps.site_by_position", lambda *a: None)
+        pyro.set_rng_seed(3)
+        guide = Kept(kind)
+        pv.fit(local, guide, data(), **OPTIONS)
+        assert guide.mean.dtype == torch.float32
+        assert guide.mean.abs().min() > 0.1, "trained on its data"
+        ends.append([guide.mean, *parameters(guide)])
+    assert same(*ends)
+
+
+def energy_gradient(z):
+    y = z.detach().clone().requires_grad_()
+    return torch.autograd.grad(y.pow(3).sum(), y, create_graph=True)[0]
+
+
+def energy_of_new_leaf(z):
+    y = torch.tensor(z.tolist(), requires_grad=True)
+    return torch.autograd.grad(y.cos().sum(), y, create_graph=True)[0]
+
+
+def steps_of_an_inner_loop(z):
+    y = torch.zeros_like(z, requires_grad=True)
+    for _ in range(3):
+        y = y - 0.1 * torch.autograd.grad((y - z).square().sum(), y, create_graph=True)[0]
+    return y
+
+
+@pytest.mark.parametrize("inside", [energy_gradient, energy_of_new_leaf, steps_of_an_inner_loop])
+@pytest.mark.parametrize("loss", [Trace_ELBO(), pv.objectives.ImportanceWeighted(3)])
+def test_a_leaf_made_inside_a_program_is_no_parameter(inside, loss):
+    class Energy(Plain):
+        def model(self, x):
+            self.declare("decoder")
+            with pyro.plate("d", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                with torch.enable_grad():
+                    loc = self.decoder(z) + 0.1 * inside(z).sum(-1, keepdim=True)
+                pyro.sample("x", dist.Normal(loc, 0.5).to_event(1), obs=x)
+
+    vae = Energy()
+    before = parameters(vae)
+    pv.fit(vae.model, vae.guide, data(), loss=loss, **OPTIONS)
+    assert all(not torch.equal(a, b) for a, b in zip(before, parameters(vae), strict=True))
+
+
+def standardised(x):
+    h = x.detach().numpy()
+    return torch.from_numpy((h - h.mean(0)) / h.std(0))
+
+
+def centred_by_rows(x):
+    h = x.detach().numpy()
+    return torch.from_numpy(h - h.sum(0) / len(h))
+
+
+def of_norms(x):
+    return x / float(np.linalg.norm(x.detach().numpy()))
+
+
+@pytest.mark.parametrize("statistic", [standardised, centred_by_rows, of_norms])
+@pytest.mark.parametrize("num_data", [47, 200])
+def test_statistics_of_a_batch_that_numpy_rounds_are_left_alone(statistic, num_data):
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            pyro.module("guide", self)
+            with pyro.plate("d", len(x)):
+                pyro.sample("z", dist.Normal(self.layer(statistic(x).float()), 0.7).to_event(1))
+
+    pv.fit(local, Guide(), torch.randn(num_data, 3) * 3 + 20, **OPTIONS)
+
+
+def weighted(weights, by="scale"):
+    def rows(x):
+        held = weights[: len(x)]
+        return poutine.scale(scale=held) if by == "scale" else poutine.mask(mask=held > 0.5)
+
+    def model(x):
+        weight = pyro.param("weight", torch.ones(3))
+        with pyro.plate("d", len(x)), rows(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z * weight, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("d", len(x)), rows(x):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())) * x, 1.0).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("by", ["scale", "mask"])
+@pytest.mark.parametrize("num_data", [20, 60, 100])
+def test_weights_per_datum_that_a_program_holds(by, num_data):
+    model, guide = weighted(torch.rand(num_data) + 0.01, by=by)
+    with pytest.raises(ValueError, match=r"numbers of site '[xz]' go by the place"):
+        pv.fit(model, guide, data()[:num_data], **{**OPTIONS, "batch_size": 20})
+    pyro.clear_param_store()
+    model, guide = weighted(torch.full((num_data,), 0.7), by=by)  # alike for all
+    pv.fit(model, guide, data()[:num_data], **{**OPTIONS, "batch_size": 20})
+
+
+@pytest.mark.parametrize("weight", [lambda x: x.abs().mean(1), lambda x: torch.tensor(0.3), lambda x: 2.0])
+def test_weights_that_come_from_the_data(weight):
+    def scaled(program):
+        def run(x):
+            with poutine.scale(scale=weight(x)):
+                program(x)
+
+        return run
+
+    pv.fit(scaled(local), scaled(amortised), data(), **OPTIONS)
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear, lambda width: nn.Sequential(nn.LazyLinear(width), nn.Tanh())])
+@pytest.mark.parametrize("compile", ["auto", False])
+def test_a_lazy_module_that_was_never_called(lazy, compile):
+    net = lazy(3)
+
+    def guide(x):
+        pyro.module("net", net)
+        with pyro.plate("d", len(x)):
+            pyro.sample("z", dist.Normal(net(x), 0.7).to_event(1))
+
+    with pytest.raises(ValueError, match=r"weight' of \w+ is a parameter of a lazy module.*call the module once"):
+        pv.fit(local, guide, data(), **OPTIONS, compile=compile)
+    net(data())
+    before = parameters(net)
+    pv.fit(local, guide, data(), **OPTIONS, compile=compile)
+    assert all(not torch.equal(a, b) for a, b in zip(before, parameters(net), strict=True))
+
+
+@pytest.mark.parametrize("kind", [own, automatic])
+def test_parameters_outside_of_pyros_store(kind):
+    with pyro.settings.context(module_local_params=True):
+        model, guide, _ = kind()
+        with pytest.raises(ValueError, match=r"is not in Pyro's store.*module_local_params=False"):
+            pv.fit(model, guide, data(), **OPTIONS)

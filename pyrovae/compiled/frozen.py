@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pyrovae.compiled.reachable import Reached
 from pyrovae.compiled.signature import Kept
 
 __all__ = ["Comparison", "refuse_captured_parameters", "refuse_reading", "turned"]
@@ -63,6 +64,28 @@ class _Run(NamedTuple):
     state: list[Tensor]
 
 
+def refuse_sizes_by_values(graph: torch.fx.GraphModule) -> None:
+    """Raise ValueError for a tensor whose size depends on values (nonzero, a mask as an index): Python may have read it."""
+    for node in graph.graph.nodes:
+        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+            continue
+        indices = node.args[1] if node.target is torch.ops.aten.index.Tensor else ()
+        masks = {torch.bool, torch.uint8}
+        if not indices or any(i is not None and i.meta["tensor_meta"].dtype in masks for i in indices):
+            raise ValueError(
+                f"the size of a tensor depends on values ({node.target}), and would be frozen in the recording"
+            )
+
+
+def refuse_hooks_of_gradients(modules: nn.Module) -> None:
+    """Raise ValueError for a hook on an accumulated gradient, which a recording does not call."""
+    for name, parameter in modules.named_parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"parameter '{name}' has a hook on its accumulated gradient, which a recording does not call"
+            )
+
+
 def refuse_captured_parameters(graph: torch.fx.GraphModule) -> None:
     """Raise ValueError for a parameter of no module (pyro.param in a function): it would get no gradient."""
     for node in graph.graph.nodes:
@@ -75,6 +98,7 @@ class Comparison:
 
     Args:
         program: Runs the function on the modules as they are: (tensors, values) -> (outputs, gradients).
+        function: What it runs, for the values that it refers to.
         modules: The modules whose parameters and buffers the program uses.
         tensors: The program's arguments.
         state: The parameters and buffers by name.
@@ -84,12 +108,13 @@ class Comparison:
     def __init__(
         self,
         program: Callable[..., tuple[list[Tensor], list[Tensor | None]]],
+        function: Callable,
         modules: nn.ModuleList,
         tensors: list[Tensor],
         state: Mapping[str, Tensor],
         devices: list[torch.device],
     ):
-        self.program, self.modules, self.devices = program, modules, devices
+        self.program, self.function, self.modules, self.devices = program, function, modules, devices
         self.names = list(state)
         self.given = _Place(tensors, [value.clone() for value in state.values()], noise=1)
 
@@ -103,6 +128,7 @@ class Comparison:
     def check_program(self) -> None:
         """Raise ValueError if the results depend on more than arguments, parameters, buffers and torch's generator."""
         self.expected, before = self._run_program(self.given), self.kept.attributes()
+        reached = Reached([self.function, *self.modules], [*self.modules.parameters(), *self.modules.buffers()])
         again, after = self._run_program(self.given), self.kept.attributes()
         for name in sorted(before.keys() | after.keys()):
             if not _same_value(before.get(name), after.get(name)):
@@ -115,6 +141,12 @@ class Comparison:
                 "run twice with the same data, parameters and torch seed, the program gives different numbers: it "
                 "draws from another generator than torch's, or changes something that it reads later (a counter, an "
                 "attribute, a global)"
+            )
+        if (changed := reached.changed()) is not None:
+            reached.put_back()
+            raise ValueError(
+                f"every run changes what the program holds beside parameters and buffers ({changed}), which a recording cannot: "
+                f"keep numbers in a buffer (register_buffer) and change that in place; draw from torch's generator"
             )
 
     def check_recording(self, graph: Callable) -> None:

@@ -34,7 +34,13 @@ from pyrovae.compiled.compiler import (
     refuse_unwritable_cache,
     remove_damaged_library,
 )
-from pyrovae.compiled.frozen import Comparison, refuse_captured_parameters, refuse_reading
+from pyrovae.compiled.frozen import (
+    Comparison,
+    refuse_captured_parameters,
+    refuse_hooks_of_gradients,
+    refuse_reading,
+    refuse_sizes_by_values,
+)
 from pyrovae.compiled.signature import Last, kinds
 from pyrovae.programs.reach import modules_behind
 
@@ -207,11 +213,14 @@ class Extracted:
         # Give each argument its own alias: one tensor passed twice now may be two tensors at the next call.
         given = [tensor.detach() for tensor in tensors]
         devices = list({tensor.device for tensor in (*tensors, *state.values()) if tensor.is_cuda})
-        with _unseen(devices), Comparison(self._run_eagerly, self.modules, given, state, devices) as comparison:
+        programs = self._run_eagerly, self.function
+        refuse_hooks_of_gradients(self.modules)
+        with _unseen(devices), Comparison(*programs, self.modules, given, state, devices) as comparison:
             comparison.check_program()
             with comparison.noise(0), refuse_reading():
                 graph = make_fx(flat)(given, [tensor.clone() for tensor in state.values()])
             refuse_captured_parameters(graph)
+            refuse_sizes_by_values(graph)
             comparison.check_recording(graph)
             compiled: Callable = graph
             if self.inductor:

@@ -58,9 +58,9 @@ class Kept:
         self.slots = [_keep(held) for module in modules.modules() for held in (module._parameters, module._buffers)]
         self.others = [_keep(vars(module)) for module in modules.modules()]
         tensors = (*modules.parameters(), *modules.buffers())
-        self.values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self.values = [_keep_values(tensor) for tensor in tensors]
         plain = (value for _, before in self.others for value in before.values() if isinstance(value, Tensor))
-        self.other_values = [(tensor, tensor.detach().clone()) for tensor in plain]
+        self.other_values = [_keep_values(tensor) for tensor in plain]
 
     def put_back_state(self) -> None:
         """Restore the values of parameters and buffers only."""
@@ -85,12 +85,22 @@ def _keep(held: Any) -> tuple[Any, dict[str, Any]]:
     return held, dict(held.items())
 
 
+def _keep_values(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A tensor, its memory, and its values."""
+    return tensor, tensor.detach(), tensor.detach().clone()
+
+
 @torch.no_grad()
-def _put_back(dictionaries: list[tuple[Any, dict[str, Any]]], values: list[tuple[Tensor, Tensor]]) -> None:
+def _put_back(dictionaries: list[tuple[Any, dict[str, Any]]], values: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     for held, before in dictionaries:
         if [*map(id, held.values())] != [*map(id, before.values())] or list(held) != list(before):
             held.clear()
             held.update(before)
-    for tensor, value in values:
+    for tensor, memory, value in values:
+        if tensor.layout != torch.strided:
+            tensor.copy_(value)
+            continue
+        if (tensor.dtype, tensor.shape, tensor.data_ptr()) != (memory.dtype, memory.shape, memory.data_ptr()):
+            tensor.data = memory  # other data were assigned to it
         if not torch.equal(tensor, value):
             tensor.copy_(value)

@@ -73,7 +73,7 @@ def draw_runs(
         model, guide = (under_particles(program, layout, size) for program in (model, guide))
     runs: list[Run] = []
     for _ in range(num_particles if size is None else 1):
-        if runs:
+        if len(runs) == 1:  # once: a thousand wrappers are more than Python can call through
             pinned = _subsamples(runs[0].model_trace, runs[0].guide_trace)
             model, guide = (poutine.replay(program, trace=pinned) for program in (model, guide))
         with _Cut(cut) as draws:
@@ -266,6 +266,12 @@ def _log_prob(site: dict, by_dimension: bool) -> Tensor:
     if by_dimension:
         distribution, depth = factors(distribution)
     log_prob = distribution.log_prob(site["value"], *site["args"], **site["kwargs"])
+    if log_prob.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"the log density of site '{site['name']}' is in {log_prob.dtype}, whose steps are "
+            f"{100 * torch.finfo(log_prob.dtype).eps:g} nats at 100 nats, too coarse for an objective: use model.float(), "
+            f"guide.float() and float32 data; precision='bf16' of fit computes the layers alone in bfloat16"
+        )
     return log_prob.flatten(log_prob.ndim - depth) if depth else log_prob.unsqueeze(-1)
 
 

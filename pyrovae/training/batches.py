@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from pyrovae.common import distributed
 
-__all__ = ["Batches", "batches_of", "check_data"]
+__all__ = ["Batches", "batches_of", "check_data", "check_transformed"]
 
 _FEW = 12
 Transform = Callable[[Any], Tensor] | None
@@ -70,6 +70,12 @@ def check_data(name: str, data: Any) -> None:
     raise ValueError(f"{name} must be a tensor of at least one datum, found {found}{remedy}")
 
 
+def check_transformed(batch: Any) -> None:
+    """Raise TypeError for what a transform made, if it is no tensor of data."""
+    if not isinstance(batch, Tensor) or batch.ndim == 0:
+        raise TypeError(f"transform must make one tensor of a batch, found {_described(batch)}")
+
+
 def batches_of(train: Any, batch_size: int | None, transform: Transform, device: torch.device) -> Batches:
     """Make the batches of a tensor in memory or of a `DataLoader`.
 
@@ -93,7 +99,8 @@ class _InMemory(Batches):
         distributed.check_shares(len(train) - joined, batch_size)
         self.train, self.transform, self.device = train.to(device), transform, device
         self.num_data, self.batch_size = len(train), batch_size
-        self.full_size = len(distributed.share(torch.arange(batch_size)))
+        self.largest = min(batch_size, len(train))
+        self.full_size = len(distributed.share(torch.arange(self.largest)))
         self.per_epoch = len(self.sizes)
 
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -103,7 +110,7 @@ class _InMemory(Batches):
             yield self.train, distributed.share(index)
 
     def example(self) -> tuple[Tensor, Tensor]:
-        return self.train, torch.arange(self.batch_size, device=self.device).clamp_max(self.num_data - 1)
+        return self.train, torch.arange(self.largest, device=self.device)
 
 
 def _sizes(num_data: int, batch_size: int) -> list[int]:
@@ -164,9 +171,8 @@ class _Loaded(Batches):
                     f"batch[{key!r}]"
                 )
             data = self.of_items(data)
-            self.transform = None  # already applied here, because it needs all items of the batch
-            if not isinstance(data, Tensor):
-                raise TypeError(f"transform must make one tensor of a batch, found {_described(data)}")
+            self.transform = None  # it is done, for the items of a batch belong together
+            check_transformed(data)
         return data, torch.arange(len(data), device=self.device)
 
 
@@ -205,4 +211,4 @@ def _described(batch: Any) -> str:
             for item in batch
         )
         return f"{len(batch)} items ({', '.join(items)})"
-    return type(batch).__name__
+    return "a single number" if isinstance(batch, Tensor) else type(batch).__name__

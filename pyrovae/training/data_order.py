@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyrovae.compiled.signature import Kept
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.equivalence import equivalent, in_float64
 from pyrovae.programs.reach import evaluation_mode
@@ -51,12 +52,18 @@ def site_by_position(
     devices = [batch.device] if batch.is_cuda else []
     with evaluation_mode(*modules), torch.random.fork_rng(devices), _turned(parameters, modules):
         for rows in dict.fromkeys((min(len(batch), _FEW), len(batch))):
+            found = []
+            # What NumPy rounds to float32 differs in float64, so a site must be found in both precisions.
             for precision in (in_float64, nullcontext):
                 try:
                     with precision():
-                        return _look(model, guide, batch[:rows].detach())
-                except Exception:  # a program that needs whole batches, or fails in float64
+                        found.append(_look(model, guide, batch[:rows].detach()))
+                except Exception:  # a program for whole batches, or one that minds float64
                     continue
+                if found[-1] is None:
+                    return None
+            if found:
+                return found[0]
     return None
 
 
@@ -114,14 +121,20 @@ def _close(first: Tensor, second: Tensor) -> bool:
 
 
 def _per_datum(site: dict, dim: int, rows: int) -> Tensor:
-    """Numbers of a site, shape (rows, any): log density, or the point of a Delta; 0 if not finite."""
-    numbers = site_log_prob(site)
+    """Numbers (rows, any) of a site: its log density, or the point of a Delta, and its scale; 0 for what is not finite."""
+    scale = torch.as_tensor(site["scale"], device=site["value"].device)
     if is_delta(site):
-        numbers, dim = innermost(site["fn"]).v, dim - len(site["fn"].event_shape)
+        numbers = _by_row(innermost(site["fn"]).v, dim - len(site["fn"].event_shape), rows)
+    else:
+        numbers = _by_row(site_log_prob(site), dim, rows)
+    numbers = torch.cat([numbers, _by_row(scale, dim, rows)], 1)
+    return torch.where(numbers.isfinite(), numbers, 0.0)
+
+
+def _by_row(numbers: Tensor, dim: int, rows: int) -> Tensor:
     shape = [1] * max(numbers.ndim, -dim)
     shape[dim] = rows
-    numbers = numbers.expand(torch.broadcast_shapes(numbers.shape, shape)).movedim(dim, 0).reshape(rows, -1)
-    return torch.where(numbers.isfinite(), numbers, 0.0)
+    return numbers.expand(torch.broadcast_shapes(numbers.shape, shape)).movedim(dim, 0).reshape(rows, -1)
 
 
 def _plates(trace: poutine.Trace, rows: int) -> list[str]:
@@ -157,14 +170,18 @@ def _carried(trace: poutine.Trace, plate: str, order: Tensor, left_out: set[str]
 @contextmanager
 @torch.no_grad()
 def _turned(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Perturb the parameters inside by at most a tenth of each number, which keeps the signs; restore them afterwards."""
-    buffers = [buffer for module in modules for buffer in module.buffers()]
-    kept = [(tensor, tensor.detach().clone()) for tensor in (*parameters, *buffers)]
+    """Parameters a little off, each number by a tenth of itself at most, so that it keeps its sign; put back afterwards.
+
+    So are buffers and attributes of the modules, with what was assigned to them meanwhile.
+    """
+    of_modules = Kept(nn.ModuleList(modules))
+    kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
     try:
         for parameter in parameters:
             noise = torch.rand_like(parameter) * 0.2 - 0.1
             parameter += torch.where(parameter == 0, noise, noise * parameter)
         yield
     finally:
-        for tensor, before in kept:
-            tensor.copy_(before)
+        of_modules.put_back()
+        for parameter, before in kept:
+            parameter.copy_(before)

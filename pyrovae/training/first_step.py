@@ -7,6 +7,7 @@ step depend on.
 
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,6 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyrovae.programs.masks import counted
 from pyrovae.programs.traces import Program
 from pyrovae.training.non_finite import leaves_of
 
@@ -31,23 +33,29 @@ _OF_MODULES = "$$$"  # separator in the names that Pyro's store gives to a modul
 class FirstStep(Messenger):
     """Record what the first step declares and uses.
 
-    Args:
-        modules: the modules behind the programs, as found before the step.
+    modules: those behind the programs, as found before the step
+    restored: the values of all parameters are put back from a checkpoint after the step
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module], restored: bool = False):
         super().__init__()
-        self.modules = modules
+        self.modules, self.restored = modules, restored
         self.slots = dict(_slots(modules))
         self.stored = set(dict(pyro.get_param_store().named_parameters()).values())
         self.declared: dict[str, Tensor] = {}
-        self.used: list[Tensor] = []
+        self.used: list[weakref.ref[Tensor]] = []
         self.observed: set[str] = set()
+        self.masked: set[str] = set()  # observed, with every element masked out
         self.replayed: set[str] = set()
         self.enumerated: dict[str, bool] = {}
         self._seen: set[Any] = set()
 
     def _pyro_post_param(self, message: dict[str, Any]) -> None:
+        if not hasattr(message["value"], "unconstrained"):
+            raise ValueError(
+                f"parameter '{message['name']}' is not in Pyro's store, which pyro.infer.SVI trains from: call "
+                f"pyro.settings.set(module_local_params=False) before fit"
+            )
         self.declared[message["name"]] = message["value"].unconstrained()
 
     def _pyro_sample(self, message: dict[str, Any]) -> None:
@@ -59,22 +67,30 @@ class FirstStep(Messenger):
         if site_is_subsample(message) or infer.get("_deterministic"):
             return
         if message["is_observed"]:
-            self.observed.add(name)
+            seen = counted(message)
+            (self.observed if seen is None or seen.any() else self.masked).add(name)
         else:
             self.enumerated[name] = bool(infer.get("enumerate"))
         if torch.is_grad_enabled():
-            self.used += leaves_of(message["value"], self._seen)
-            with suppress(Exception):  # the loss computes it too, and reports the error
-                self.used += leaves_of(message["fn"].log_prob(message["value"]), self._seen)
+            self._use(message["value"])
+            with suppress(Exception):  # the loss asks the same, and says what is wrong
+                self._use(message["fn"].log_prob(message["value"]))
+
+    def _use(self, value: Any) -> None:
+        # Weak, so that leaves made inside a program (of a gradient that it computes) end with the step.
+        self.used += map(weakref.ref, leaves_of(value, self._seen))
 
     def run(
         self, step: Callable[[Program, Program, Tensor], float], model: Program, guide: Program, batch: Tensor
     ) -> float:
         """Run the first step and return its loss. Gradients from before fit are dropped; those of the step stay."""
         self.drop_gradients()
-        leaves_of(batch, self._seen)  # the data may require gradients themselves
-        with self:
-            return step(model, guide, batch)
+        leaves_of(batch, self._seen)  # data may have a gradient of their own
+        try:
+            with self:
+                return step(model, guide, batch)
+        finally:
+            self._seen.clear()  # which keeps leaves alive
 
     def drop_gradients(self) -> None:
         for parameter in (*self.slots.values(), *self.declared.values()):
@@ -92,15 +108,18 @@ class FirstStep(Messenger):
             names = _some(_name(module, name, self.modules) for module, name in taken)
             self._give_back(taken)
             raise ValueError(
-                f"Pyro's store has parameters of another model under the names of this one's, and the programs used those "
-                f"instead of their own: {names}. Training one model would change the other. Call pyro.clear_param_store() "
-                f"before fit if the other model is no longer used, or give each PyroModule a name, super().__init__(name=...)"
+                f"Pyro's store has parameters of another model under the names of this one's, and the programs took those in "
+                f"place of their own: {names}. Training one model would change the other. Call pyro.clear_param_store() before "
+                f"fit, once the other is no longer used; or give each PyroModule a name, super().__init__(name=...). To go on from "
+                f"the values in the store, run the model and the guide on a batch before fit"
             )
         if not self.declared:  # the optimizer reports this
             return
         trained = set(self.declared.values())
-        if left_out := [leaf for leaf in dict.fromkeys(self.used) if leaf not in trained]:
-            raise ValueError(self._not_trained(left_out))
+        if self._left_out(trained):
+            gc.collect()
+            if left_out := self._left_out(trained):
+                raise ValueError(self._not_trained(left_out))
         still = [name for name, parameter in self.declared.items() if parameter.grad is None]
         if len(still) == len(self.declared):
             raise ValueError(
@@ -113,11 +132,20 @@ class FirstStep(Messenger):
                 *(len(still), len(self.declared), _some(name.replace(_OF_MODULES, ".") for name in still)),
             )
 
+    def _left_out(self, trained: set[Tensor]) -> list[Tensor]:
+        alive = [leaf for reference in self.used if (leaf := reference()) is not None]
+        return [leaf for leaf in dict.fromkeys(alive) if leaf not in trained]
+
     def _check_sites(self, loss: ELBO) -> None:
         if not self.observed:
             raise ValueError(
                 f"the model observes nothing (latent sites: {sorted(self.enumerated) or 'none'}), so there is nothing to learn "
-                f"from: give pyro.sample its data with obs=, which is missing or None"
+                f"from: "
+                + (
+                    f"all data are masked out at {sorted(self.masked)}; look at the mask"
+                    if self.masked
+                    else "give pyro.sample its data, obs=; it is missing, or None"
+                )
             )
         drawn = [name for name, marked in self.enumerated.items() if marked and name not in self.replayed]
         if drawn and not isinstance(loss, TraceEnum_ELBO | TraceTMC_ELBO):
@@ -150,12 +178,18 @@ class FirstStep(Messenger):
         )
 
     def _taken(self) -> list[tuple[nn.Module, str]]:
-        """The modules' parameters that came from Pyro's store and belong to another live module."""
+        """The modules' parameters that were in Pyro's store before, and not theirs.
+
+        If their values are restored, only those that another living module has.
+        """
         before = {id(slot) for slot in self.slots.values()}
         return [
             where
             for where, slot in _slots(self.modules).items()
-            if slot is not None and id(slot) not in before and slot in self.stored and self._is_elsewhere(slot)
+            if slot is not None
+            and id(slot) not in before
+            and slot in self.stored
+            and (not self.restored or self._is_elsewhere(slot))
         ]
 
     def _is_elsewhere(self, parameter: Tensor) -> bool:

@@ -18,7 +18,7 @@ from pyro.infer import (
 
 from pyrovae.common.arguments import check_count
 
-__all__ = ["check_functions", "check_numbers", "checked_loss"]
+__all__ = ["check_functions", "check_numbers", "check_saving", "checked_loss"]
 
 _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 
@@ -38,20 +38,29 @@ def check_numbers(
             raise ValueError(f"{name} must be positive and finite, found {number}")
 
 
+def check_saving(checkpoint: Any, checkpoint_every: float, resume: bool) -> None:
+    """Raise TypeError or ValueError for a checkpoint that cannot be written or resumed as told."""
+    if resume not in (True, False):
+        raise TypeError(f"resume must be True or False, found {resume!r}")
+    if resume and checkpoint is None:
+        raise ValueError("found resume=True without a checkpoint to go on from: give checkpoint= its path")
+    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, Real):
+        raise TypeError(f"checkpoint_every must be a number of seconds, found {checkpoint_every!r}")
+    if not checkpoint_every >= 0:
+        raise ValueError(f"checkpoint_every must be 0 seconds or more, found {checkpoint_every}")
+
+
 def check_functions(schedule: Callable[[float], float] | None, transform: Callable | None) -> None:
     """Raise TypeError if the schedule or the transform cannot be called as `fit` does."""
     if transform is not None and not callable(transform):
         raise TypeError(f"transform must be a function of a batch, or None; found {transform!r}")
-    if schedule is None:
-        return
-    problem: Any = "cannot be called"
-    if callable(schedule):
-        try:
-            float(schedule(0.5))
-            return
-        except Exception as error:  # for example a torch scheduler, which expects an optimizer
-            problem = f"raises {type(error).__name__} when called with 0.5: {error}"
-    raise TypeError(
+    if schedule is not None and not callable(schedule):
+        raise TypeError(schedule_message(schedule, "cannot be called"))
+
+
+def schedule_message(schedule: Any, problem: str) -> str:
+    """Say what a schedule must be, and what is wrong with this one."""
+    return (
         f"schedule must be a function from the fraction of training done, 0 to 1, to a factor of the learning rate (by "
         f"default pyrovae.training.optimization.cosine_schedule), or None for a constant rate; {schedule!r} {problem}"
     )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from pyrovae.common import distributed
@@ -22,7 +23,7 @@ from pyrovae.programs.parameters import check_program
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.training.batches import batches_of, check_data
-from pyrovae.training.fit_arguments import check_functions, check_numbers, checked_loss
+from pyrovae.training.fit_arguments import check_functions, check_numbers, check_saving, checked_loss
 from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
 from pyrovae.training.precision import in_precision
@@ -178,6 +179,7 @@ def fit(
     batch_size = None if batch_size is None else int(batch_size)
     clip_norm = None if clip_norm is None else float(clip_norm)
     check_functions(schedule, transform)
+    check_saving(checkpoint, checkpoint_every, resume)
     if not isinstance(train, DataLoader):
         check_data("train", train)
     if validation is not None:
@@ -194,6 +196,13 @@ def fit(
             f"resume with one process, or start a new run"
         )
     modules = [module.to(device) for module in modules_behind(model, guide)]
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if is_lazy(parameter):
+                raise ValueError(
+                    f"'{name}' of {type(module).__name__} is a parameter of a lazy module, and has no shape yet: call the module "
+                    f"once on a batch before fit"
+                )
     settings = {
         "epochs": epochs,
         "batch_size": batches.batch_size,
@@ -241,7 +250,11 @@ def fit(
                 )
                 state.full_size = parts.full_size
                 seconds = time.perf_counter() - epoch_start
-                checked = validate(model, guide, validation, loss, batches.batch_size)
+                try:
+                    checked = validate(model, guide, validation, loss, batches.batch_size)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    error.args = (f"with the data of validation=: {error}",)
+                    raise
                 elbo, reconstruction, kl = parts.means()
                 bar.total = epochs * num_rows  # a loader may give another number of data than its length says
                 state.finish_epoch(

@@ -86,11 +86,14 @@ class OneAdam(pyro.optim.PyroOptim):
             groups = [[next(remaining) for _ in group["params"]] for group in state["param_groups"]]
             self.adam = torch.optim.Adam([{"params": group} for group in groups], lr=self.learning_rate, fused=True)
             self.adam.load_state_dict(state)
+            for parameter, moments in self.adam.state.items():
+                moments.update({name: _laid_out(moments[name], parameter) for name in ("exp_avg", "exp_avg_sq")})
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         known = set(self.parameters)
         if new := [parameter for parameter in params if parameter not in known]:
             store = pyro.get_param_store()
+            _refuse_gaps(new, store)
             new.sort(key=lambda p: (self.order.get(p, len(self.order)), store.param_name(p) or ""))
             self.parameters += new
             if self.adam is None:
@@ -110,7 +113,29 @@ class OneAdam(pyro.optim.PyroOptim):
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.verdicts((norm + self._watched).isfinite())
         self._watched.zero_()
-        # The fused step reads this flag on the device, as in mixed precision.
-        self.adam.found_inf = (~self.verdicts.was_made).float()  # type: ignore[attr-defined]  # torch's GradScaler sets it too
+        # The fused step asks for it on the device, as in mixed precision.
+        self.adam.found_inf = (~self.verdicts.was_made).float()  # type: ignore[attr-defined]  # set by torch's scaler, too
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad = _laid_out(parameter.grad, parameter)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros
+
+
+def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor with the strides of the parameter: the fused step pairs their elements by their place in memory."""
+    if tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, requires_grad=False).copy_(tensor.detach())
+
+
+def _refuse_gaps(parameters: list[Tensor], store: Any) -> None:
+    """Raise ValueError for a parameter with gaps in memory, as a slice has: the fused step would write into the gaps."""
+    for parameter in parameters:
+        if torch.empty_like(parameter, device="meta").stride() != parameter.stride():
+            name = store.param_name(parameter)
+            raise ValueError(
+                f"parameter {f'{name!r} ' if name else ''}of shape {tuple(parameter.shape)} is a view with strides "
+                f"{parameter.stride()}, whose elements do not lie in memory without gaps, and cannot be trained: make the "
+                f"parameter from a copy, nn.Parameter(tensor.clone(memory_format=torch.contiguous_format))"
+            )

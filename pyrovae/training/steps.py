@@ -12,11 +12,13 @@ from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
 
 from pyrovae.common import distributed
-from pyrovae.programs.traces import Program
-from pyrovae.training.batches import Batches
+from pyrovae.programs.reach import evaluation_mode
+from pyrovae.programs.traces import Program, run_pair
+from pyrovae.training.batches import Batches, check_transformed
 from pyrovae.training.data_order import by_position, site_by_position
 from pyrovae.training.elbo_parts import ElboParts, parts_of
 from pyrovae.training.first_step import FirstStep
+from pyrovae.training.fit_arguments import schedule_message
 from pyrovae.training.non_finite import NonFiniteSource, NotFiniteError, find_non_finite
 from pyrovae.training.optimization import OneAdam
 from pyrovae.training.recorded_step import RecordedStep, record_step
@@ -41,7 +43,21 @@ class Schedule(NamedTuple):
     shape: Callable[[float], float] | None
 
     def __call__(self, done: float) -> float:
-        return self.learning_rate * float(self.shape(done) if self.shape else 1.0)  # float: for the checkpoint
+        try:
+            factor = float(self.shape(done) if self.shape else 1.0)  # a checkpoint takes no NumPy number
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:  # a torch scheduler, for example, which expects an optimizer
+            problem = f"raises {type(error).__name__} when called with {done:.3g}: {error}"
+            raise TypeError(schedule_message(self.shape, problem)) from error
+        if not 0 <= factor < math.inf:
+            raise ValueError(
+                f"schedule gives {factor:g} at the fraction {done:.3g} of the training: a factor of the learning rate must be "
+                f"0 or more, and finite"
+            )
+        return self.learning_rate * factor
 
 
 class _Tried(NamedTuple):
@@ -76,6 +92,7 @@ class Steps:
     ):
         self.model, self.guide, self.loss, self.optimizer, self.modules = model, guide, loss, optimizer, modules
         self.batches, self.device = batches, batches.device
+        self.num_made: dict[int, int] = {}  # how many rows the transform makes of so many
         self.was_checked = False
         self.refusal: ValueError | None = None
         self.svi = SVI(model, guide, optimizer, loss=loss)
@@ -93,7 +110,7 @@ class Steps:
         # Leave out data that would make the step be skipped.
         rows = data.reshape(len(data), -1).isfinite().all(1).nonzero().squeeze(1)
         rows = rows[torch.arange(len(index), device=rows.device) % len(rows)] if len(rows) else index
-        self._first(self.loss.loss_and_grads, self._batch(data, rows))
+        self._first(self.loss.loss_and_grads, self._batch(data, rows), restored=True)
         for parameter in chain(
             nn.ModuleList(self.modules).parameters(), dict(pyro.get_param_store().named_parameters()).values()
         ):
@@ -116,7 +133,12 @@ class Steps:
         """
         full, per_epoch = self.batches.full_size, self.batches.per_epoch
         batches = self.batches.epoch()
-        first = next(batches)
+        first = next(batches, None)
+        if first is None:
+            raise ValueError(
+                f"the DataLoader gave no batch in epoch {number}: if its data set is an IterableDataset, each call of its "
+                f"__iter__ must begin anew"
+            )
         if self.compiles and number > 1 and len(first[1]) == full:
             self.compiles = False
             self.recorded = record_step(
@@ -139,7 +161,7 @@ class Steps:
                 else:
                     value = self._eager(number, unseen, validates=number == 1 and step == 0)
                 _put_back(buffers, unless=verdicts.was_made)
-                parts.count(len(index), verdicts.was_made)
+                parts.count(self.num_made.get(len(index), len(index)), verdicts.was_made)
                 objective = torch.where(verdicts.was_made, objective - value, objective)
                 unseen[-1] = unseen[-1]._replace(was_made=verdicts.was_made.clone())
                 last = unseen[-1]
@@ -162,7 +184,12 @@ class Steps:
 
     def _batch(self, data: Tensor, index: Tensor) -> Tensor:
         batch = data[index]
-        return batch if self.batches.transform is None else self.batches.transform(batch)
+        if self.batches.transform is None:
+            return batch
+        batch = self.batches.transform(batch)
+        check_transformed(batch)
+        self.num_made[len(index)] = len(batch)
+        return batch
 
     def _eager(self, epoch: int, unseen: list[_Tried], validates: bool) -> float:
         try:
@@ -197,12 +224,14 @@ class Steps:
 
         return run
 
-    def _first(self, loss_and_grads: Callable[..., float], batch: Tensor) -> float:
-        """Run the first step and return its loss; raise ValueError, with nothing changed, if it cannot train the programs."""
-        look, buffers = FirstStep(self.modules), self._buffers()
+    def _first(self, loss_and_grads: Callable[..., float], batch: Tensor, restored: bool = False) -> float:
+        """A step's loss, and an error with nothing moved if no step of these programs can train what they are made of."""
+        look, buffers = FirstStep(self.modules, restored), self._buffers()
         value = look.run(loss_and_grads, self.model, self.guide, batch)
         if not math.isfinite(value):
             return value
+        if look.masked and not look.observed and self._observes_elsewhere():
+            look.observed |= look.masked
         try:
             look.check(self.loss)
             if not self.batches.in_one_order:
@@ -216,6 +245,20 @@ class Steps:
             raise
         self.was_checked = True
         return value
+
+    def _observes_elsewhere(self) -> bool:
+        """Whether some of the data are not masked out, if those of the first step are; not known of a loader."""
+        if not isinstance(train := getattr(self.batches, "train", None), Tensor):
+            return True
+        devices = [self.device] if self.device.type == "cuda" else []
+        look, buffers = FirstStep(self.modules), self._buffers()
+        with torch.random.fork_rng(devices), torch.no_grad(), evaluation_mode(*self.modules), look:
+            for index in torch.arange(len(train), device=self.device).split(self.batches.full_size):
+                run_pair(self.model, self.guide, (self._batch(train, index),), {})
+                if look.observed:
+                    break
+        _put_back(buffers)
+        return bool(look.observed)
 
     def _buffers(self) -> list[tuple[Tensor, Tensor]]:
         """The modules' buffers with copies, because running means see the numbers of a step before it is skipped."""
@@ -241,6 +284,9 @@ class Steps:
                 _put_back(buffers)
                 for parameter in self.optimizer.parameters:
                     parameter.grad = None
+        num_rows = len(tried.rows)
+        if culprit is not None and self.num_made.get(num_rows, num_rows) != num_rows:
+            culprit = culprit._replace(rows=None)  # rows that the transform made are not those of the data
         finite = "running that step again, eagerly, gives finite numbers"
         elsewhere = "; look at the messages of the other processes" if distributed.num_ranks() > 1 else ""
         return culprit, culprit.what if culprit else finite + elsewhere
@@ -285,14 +331,14 @@ class Steps:
         ) from error
 
     def _advice(self, tried: _Tried) -> str:
+        numbers = tried.data[tried.rows].double()
+        if not numbers.isfinite().all():
+            return "Leave these data out, or replace their values that are not finite"
         if self.optimizer.has_moved:
             return (
                 f"Look at these data; lower the learning rate ({self.optimizer.learning_rate:g} in that step) or clip gradients "
                 f"(clip_norm=)"
             )
-        numbers = tried.data[tried.rows].double()
-        if not numbers.isfinite().all():
-            return "Leave these data out, or replace their values that are not finite"
         if numbers.square().mean().sqrt() <= _LARGE:
             return "No step was made before it, so the learning rate is not the cause: look at these data and at the parameters"
         return (

@@ -1,0 +1,221 @@
+"""What a program keeps outside of parameters and buffers: counters, lists, objects, generators of random numbers.
+
+A recording would freeze them. Their effect may come only after many runs, so that comparing a few runs does not show it;
+but that a run changes them shows at once.
+"""
+
+import functools
+import inspect
+import itertools
+import operator
+import random
+import types
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from pyrovae.programs.reach import _is_installed
+
+__all__ = ["Reached"]
+
+_DEEPEST, _MOST, _LONGEST = 12, 20_000, 1000  # references in a row; holders; items of one that are followed
+_OF_TORCH = set(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (bool, int, float, complex, str, bytes, types.NoneType)
+_MUTABLE = (dict, list, set, deque)
+_GENERATORS = (random.Random, numpy.random.Generator, numpy.random.RandomState, torch.Generator)
+
+
+class Reached:
+    """Whatever Python values can be reached from programs, as they are now.
+
+    Args:
+        roots: Functions and modules.
+        state: Tensors that are looked at elsewhere: parameters and buffers.
+    """
+
+    def __init__(self, roots: Sequence[Any], state: Sequence[Tensor]):
+        self._seen = {id(tensor) for tensor in state}
+        self._alive: list[Any] = []  # an id is of one object only while that lives
+        self._held: list[tuple[str, Any, Any]] = []
+        for root in roots:
+            self._follow(type(root).__name__, root, _DEEPEST)
+        self._of_python, self._of_numpy = random.getstate(), _legacy_state()
+
+    def changed(self) -> str | None:
+        """Which of them is not as it was; None if all are."""
+        if random.getstate() != self._of_python or not _same(_legacy_state(), self._of_numpy, _DEEPEST):
+            return "the random numbers of Python or NumPy"
+        return next((name for name, holder, before in self._held if not _same(_look(holder), before, _DEEPEST)), None)
+
+    def put_back(self) -> None:
+        """Undo what can be undone: items of lists and dicts, attributes, and variables of functions."""
+        for _, holder, before in self._held:
+            if _same(_look(holder), before, _DEEPEST):
+                continue
+            if isinstance(holder, list | deque):
+                holder.clear()
+                holder.extend(before)
+            elif isinstance(holder, dict | set):
+                holder.clear()
+                holder.update(before)
+            elif isinstance(holder, types.CellType):
+                holder.cell_contents = before[0]
+            elif isinstance(holder, _Globals):
+                holder.function.__globals__.update(before)
+            elif isinstance(holder, random.Random):
+                holder.setstate(before)
+            elif isinstance(holder, torch.Generator):
+                holder.set_state(before)
+            elif isinstance(before, dict) and hasattr(holder, "__dict__") and not isinstance(holder, type):
+                vars(holder).update(before)
+
+    def _follow(self, name: str, value: Any, depth: int) -> None:
+        if isinstance(value, _PLAIN) or depth == 0 or id(value) in self._seen or len(self._held) > _MOST:
+            return
+        self._seen.add(id(value))
+        self._alive.append(value)
+        for holder in _holders(value):
+            before = _look(holder)
+            self._held.append((name, holder, before))
+            items = before.items() if isinstance(before, dict) else ((None, item) for item in _items(before))
+            for key, item in itertools.islice(items, _LONGEST):
+                self._follow(key if isinstance(key, str) else name, item, depth - 1)
+        for other in _others(value):
+            self._follow(getattr(other, "__name__", name), other, depth - 1)
+
+
+class _Globals:
+    """The global variables that a function's code names."""
+
+    def __init__(self, function: types.FunctionType):
+        self.function = function
+        codes, self.names = [function.__code__], set[str]()
+        while codes:
+            code = codes.pop()
+            self.names.update(code.co_names)
+            codes += (constant for constant in code.co_consts if inspect.iscode(constant))
+
+
+def _holders(value: Any) -> Iterator[Any]:
+    """What of a value can change: itself, or parts of it."""
+    is_iterator = isinstance(value, Iterator) and type(value).__module__ in ("itertools", "builtins")
+    if is_iterator or isinstance(value, (Tensor, tuple, frozenset, *_MUTABLE, *_GENERATORS)):
+        yield value
+    elif isinstance(value, nn.Module):
+        yield from value.modules()
+    elif inspect.isfunction(value):
+        if not _is_installed(value.__module__):
+            yield from value.__closure__ or ()
+            if not _is_ours(value.__module__):
+                yield _Globals(value)
+            yield [value.__defaults__, value.__kwdefaults__]
+    elif inspect.isroutine(value) or inspect.ismodule(value) or isinstance(value, functools.partial):
+        return
+    elif inspect.isclass(value):
+        if not _is_installed(value.__module__) and not _is_ours(value.__module__):
+            yield value
+    elif not _is_installed(type(value).__module__):
+        yield value
+
+
+def _others(value: Any) -> Iterator[Any]:
+    """What else a value refers to."""
+    if isinstance(value, nn.Module):
+        for part in value.modules():
+            yield from (hook for kind in _HOOKS for hook in vars(part)[kind].values())
+            if not _is_installed(type(part).__module__):
+                yield type(part)
+                yield type(part).forward
+    elif inspect.ismethod(value):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, functools.partial):
+        yield from (value.func, value.args, value.keywords)
+    elif inspect.isclass(value):
+        if not _is_installed(value.__module__) and not _is_ours(value.__module__):
+            yield from (routine for routine in vars(value).values() if inspect.isfunction(routine))
+    elif hasattr(value, "__wrapped__"):  # by functools.cache, for instance
+        yield value.__wrapped__
+    elif not isinstance(value, (Tensor, tuple, frozenset, *_MUTABLE)) and not _is_installed(type(value).__module__):
+        yield type(value)
+
+
+def _look(holder: Any) -> Any:
+    """What something holds now, to be compared later."""
+    if isinstance(holder, Tensor):
+        return None if holder.is_inference() else holder._version
+    if isinstance(holder, dict):
+        return dict(holder)
+    if isinstance(holder, list | set | deque | tuple | frozenset):
+        return list(holder)
+    if isinstance(holder, types.CellType):
+        with suppress(ValueError):  # not filled yet
+            return [holder.cell_contents]
+        return []
+    if isinstance(holder, _Globals):
+        found = holder.function.__globals__
+        return {name: found[name] for name in holder.names if name in found and not inspect.ismodule(found[name])}
+    if isinstance(holder, random.Random):
+        return holder.getstate()
+    if isinstance(holder, numpy.random.Generator):
+        return holder.bit_generator.state
+    if isinstance(holder, numpy.random.RandomState):
+        return holder.get_state(legacy=False)
+    if isinstance(holder, torch.Generator):
+        return holder.get_state()
+    if isinstance(holder, types.GeneratorType | itertools.cycle):
+        return object()  # it does not tell where it is
+    if isinstance(holder, Iterator):
+        return repr(holder) if isinstance(holder, itertools.count) else operator.length_hint(holder)
+    if isinstance(holder, nn.Module):
+        return {name: value for name, value in vars(holder).items() if name not in _OF_TORCH}
+    if isinstance(holder, type):
+        return {name: value for name, value in vars(holder).items() if not name.startswith("__")}
+    slots: list[str] = []
+    for kind in type(holder).__mro__:
+        own = vars(kind).get("__slots__", ())
+        slots += [own] if isinstance(own, str) else own
+    return {name: getattr(holder, name) for name in slots if hasattr(holder, name)} | getattr(holder, "__dict__", {})
+
+
+def _is_ours(module: str | None) -> bool:
+    """Whether a module is of this library, whose functions keep nothing that a recording would lose."""
+    return (module or "").partition(".")[0] == "pyrovae"
+
+
+def _items(before: Any) -> Sequence[Any]:
+    return before if isinstance(before, list) else ()
+
+
+def _same(now: Any, before: Any, depth: int) -> bool:
+    """Whether two values are alike as far as a program can tell; objects of installed packages are if they are of one type."""
+    if now is before or depth == 0:
+        return True
+    if type(now) is not type(before):
+        return False
+    if isinstance(now, _PLAIN):
+        return now == before or now != now
+    if isinstance(now, Tensor):
+        return now.shape == before.shape and now.dtype == before.dtype and bool(((now == before) | (now != now)).all())
+    if isinstance(now, numpy.ndarray):
+        return numpy.array_equal(now, before)
+    if isinstance(now, dict):
+        return list(now) == list(before) and all(_same(now[key], before[key], depth - 1) for key in now)
+    if isinstance(now, list | tuple | deque):
+        return len(now) == len(before) and all(_same(*pair, depth - 1) for pair in zip(now, before, strict=True))
+    if isinstance(now, set | frozenset):
+        return now == before
+    if type(now) is object:
+        return False
+    if inspect.isroutine(now) or isinstance(now, type | nn.Module) or _is_installed(type(now).__module__):
+        return True
+    return _same(_look(now), _look(before), depth - 1)
+
+
+def _legacy_state() -> Any:
+    return numpy.random.get_state(legacy=False)  # noqa: NPY002
