@@ -17,7 +17,7 @@ from pyrovae.training.description import describe_module, difference
 from pyrovae.training.locks import locked
 from pyrovae.training.saved_pair import described_in, pair_content, versions
 from pyrovae.training.state import TrainingState
-from pyrovae.training.values import same_text
+from pyrovae.training.values import describe_program, same_text
 
 __all__ = ["RunFile", "run_file"]
 
@@ -35,8 +35,11 @@ class RunFile:
         if isinstance(model, nn.Module) and isinstance(guide, nn.Module):
             self.modules, self.pair = {"model": model, "guide": guide}, pair_content(model, guide)
         else:
-            found = enumerate(modules_behind(model, guide))
-            self.pair["description"] = {f"module {i} ({type(m).__name__})": describe_module(m) for i, m in found}
+            behind = modules_behind(model, guide)
+            described = {f"module {i} ({type(m).__name__})": describe_module(m) for i, m in enumerate(behind)}
+            programs = {"model": model, "guide": guide}
+            described |= {name: {"": {"class": describe_program(of, behind)}} for name, of in programs.items()}
+            self.pair["description"] = described
         self.saved_at = -float("inf")
 
     def found(self) -> dict[str, Any] | None:

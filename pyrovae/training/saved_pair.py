@@ -36,11 +36,11 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, guide: nn.Modu
     extra values; parts that are not this library's cannot be made from a file. With one or both, the file is loaded into
     them, which must be the same as those saved, and the extra values are returned.
 
-    The same: tensors of the same names, shapes and dtypes, modules of the same classes (an activation, for instance), and
-    the same constants: numbers, text, functions and tensors that a class's constructor sets as attributes and none of its
-    methods changes (the scale of a likelihood). Free to differ are devices and, in classes of your own, paths and numbers of
-    data by their attributes' names (`num_data`, `batch_size`). What only initial values come from is not compared. The code
-    of a `forward` is not compared either.
+    The same: tensors of the same names, shapes and dtypes, modules of the same classes (an activation, for instance) with the
+    same hooks, and the same constants: whatever a module holds as an attribute (the scale of a likelihood, a dict of options),
+    but for what its use changes: what `forward` and the methods that it calls assign or fill, such as a counter. Free to differ
+    are devices and, in classes of your own, paths, seeds and numbers of data by their attributes' names (`num_data`,
+    `batch_size`). What only initial values come from is not compared. The code of a `forward` is not compared either.
 
     Raises ValueError for a file that is no checkpoint of this library, is damaged, does not fit the modules (which are
     then as they were) or holds parts of your own where none are given; FileNotFoundError. Only tensors and plain values

@@ -19,6 +19,7 @@ from pyrovae.common.component import Component, Unknown
 from pyrovae.models.generative import GenerativeModel
 from pyrovae.models.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide
 from pyrovae.models.layers import ConditionalNormal
+from pyrovae.training.description import hooks_of
 
 __all__ = ["NotSpecifiedError", "build", "specify"]
 
@@ -46,6 +47,9 @@ def specify(*modules: nn.Module) -> dict[str, Any]:
     Raises NotSpecifiedError for parts that are not the library's, arguments that no file can hold, and modules that were
     changed since they were made, so that what their arguments make is no longer like them.
     """
+    for part in nn.ModuleList(modules).modules():
+        if hooks_of(part):
+            raise NotSpecifiedError(f"{type(part).__name__} has a hook or a forward of its own, which no file can hold")
     writer = _Writer()
     tensors = list(_tensors(modules).values())
     floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
