@@ -138,6 +138,7 @@ def _places(folder: Path, name: str) -> Iterator[Path]:
     spellings = {name.lower(), name.lower().removesuffix("mnist") or "mnist", "raw"}
     yield folder
     for place in _entries(folder):
+        yield place / name / "raw"  # in a folder between
         if _OTHER_NAME.fullmatch(place.name):  # a folder of the name of its file, as some archives unpack
             yield place
         if re.sub("[^a-z]", "", place.name.lower()) in spellings:

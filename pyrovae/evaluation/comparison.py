@@ -77,7 +77,7 @@ def compare(
     difference_k = mean_n( log p_k(x_n) - log p_best(x_n) ),   standard error sd_n / sqrt(N)
 
     results: what `log_marginal_likelihood` (or `annealed_importance_sampling`) gave for each pair, all for the same data in
-        the same order
+        the same order. A result does not hold its data: only their number is checked
     by: what ranks them. "elbo" suits guides of one model, whose log p(x) is one number: the differences of the ELBO are
         those of the gaps
 

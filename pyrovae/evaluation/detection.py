@@ -61,7 +61,7 @@ def roc(inside: Any, outside: Any) -> Detection:
     is that of other draws of data; the bias of the scores is not in it, and it is 0 where all data are told apart, which N and
     M of them cannot show more exactly than to about 3 / min(N, M).
 
-    Raises ValueError for NaN, other shapes, or fewer than 2 scores; TypeError for what holds no numbers.
+    Raises ValueError for NaN, labels beside scores, other shapes, or fewer than 2 scores; TypeError for what holds no numbers.
 
     Source: Fawcett, An introduction to ROC analysis (2006); the error: DeLong, DeLong & Clarke-Pearson, Comparing the Areas
     under Two or More Correlated Receiver Operating Characteristic Curves (1988). The curve and its area: scikit-learn.
@@ -72,6 +72,12 @@ def roc(inside: Any, outside: Any) -> Detection:
     from sklearn.metrics import roc_auc_score, roc_curve
 
     first, second = (_scores(name, scores) for name, scores in (("inside", inside), ("outside", outside)))
+    labels = [name for name, scores in (("inside", first), ("outside", second)) if set(scores) == {0.0, 1.0}]
+    if len(labels) == 1 and len(first) == len(second) > 2:
+        raise ValueError(
+            f"{labels[0]} holds only 0 and 1, as labels do: roc takes the scores of the data inside and those of the data "
+            f"outside, roc(scores[labels == 0], scores[labels == 1]) if 1 is outside"
+        )
     # Order alone: scikit-learn takes no infinities.
     order = np.unique(np.concatenate([first, second]), return_inverse=True)[1].astype(float)
     is_outside = np.r_[np.zeros(len(first)), np.ones(len(second))]

@@ -14,9 +14,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["FORMAT", "earlier", "plain", "read", "target_of", "write"]
+__all__ = ["FORMAT", "earlier", "path_of", "plain", "read", "target_of", "write"]
 
 _logger = logging.getLogger("pyrovae")
 
@@ -33,9 +34,9 @@ def write(path: str | os.PathLike, content: dict[str, Any], *, keep: bool = Fals
 
     A path that is a symbolic link stays one: its target is written, and what else is written lies beside the target.
 
-    Raises OSError, naming the path, where it cannot be written.
+    Raises OSError, naming the path, where it cannot be written; TypeError or ValueError for what is no path.
     """
-    path = Path(path)
+    path = path_of(path)
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
     try:
@@ -69,8 +70,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     Raises FileNotFoundError; ValueError for a file that is damaged in any byte, is no checkpoint of this library, holds
     anything but tensors and plain values, or has a newer format.
     """
+    path = path_of(path)
     try:
-        data = Path(path).read_bytes()
+        data = path.read_bytes()
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder, expected a checkpoint: name the file in it") from None
     content, mark, digest = data[: -len(_MARK) - _DIGEST_SIZE], data[-len(_MARK) - _DIGEST_SIZE :], data[-_DIGEST_SIZE:]
@@ -102,6 +104,17 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     return found
 
 
+def path_of(path: str | os.PathLike) -> Path:
+    """The path of a file, `~` being the home folder; raises TypeError or ValueError for what cannot be one."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"a checkpoint's path must be a string or pathlib.Path, found {type(path).__name__}: name a file"
+        )
+    if os.fspath(path) in ("", b""):
+        raise ValueError("a checkpoint's path must name a file, found an empty one")
+    return Path(path).expanduser()
+
+
 def earlier(path: str | os.PathLike) -> Path:
     """Where `write` leaves the file before, with `keep`: beside the file itself if the path is a symbolic link."""
     path = target_of(path)
@@ -110,7 +123,7 @@ def earlier(path: str | os.PathLike) -> Path:
 
 def target_of(path: str | os.PathLike) -> Path:
     """The path, or that of the file that a symbolic link there leads to, whether or not there is one yet."""
-    path = Path(path)
+    path = path_of(path)
     if not path.is_symlink():
         return path
     target = Path(os.path.realpath(path))
@@ -126,8 +139,13 @@ def plain(name: str, value: Any) -> Any:
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)  # NumPy's float64 is a float that would be pickled as NumPy's
+    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
+        return plain(name, value.item())
     if isinstance(value, dict):
-        return {key: plain(f"{name}[{key!r}]", item) for key, item in value.items()}
+        return {
+            key.item() if isinstance(key, np.generic) else key: plain(f"{name}[{key!r}]", item)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [plain(name, item) for item in value]
     raise TypeError(
@@ -177,5 +195,5 @@ def _sync_folder(folder: Path) -> None:
 
 def _or_earlier(path: str | os.PathLike) -> str:
     before, target = earlier(path), target_of(path)
-    where = "here" if target == Path(path) else f"to {target}"
+    where = "here" if target == path_of(path) else f"to {target}"
     return f"; the one before it is {before}: move it {where} to take it" if before.exists() else ""

@@ -10,7 +10,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from pyrovae.training.checkpoint_file import target_of
+from pyrovae.training.checkpoint_file import path_of, target_of
 
 __all__ = ["locked"]
 
@@ -24,7 +24,7 @@ def locked(path: str | os.PathLike, advice: str = "wait until it has ended, or n
 
     Raises RuntimeError if another run holds it, OSError where its file cannot be made.
     """
-    path = Path(path)
+    path = path_of(path)
     real = target_of(path)  # one lock, whichever link leads to the file
     file = path / ".lock" if path.is_dir() else real.with_name(f".{real.name}.lock")
     descriptor = _acquire(path, file, advice)

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
-from pyrovae.training.checkpoint_file import read, target_of, write
+from pyrovae.training.checkpoint_file import earlier, path_of, read, target_of, write
 from pyrovae.training.description import describe_module, difference
 from pyrovae.training.locks import locked
 from pyrovae.training.saved_pair import described_in, pair_content, versions
@@ -92,16 +92,21 @@ def run_file(
 ) -> Iterator[RunFile | None]:
     """The file of a run, locked; None without a path.
 
-    Raises ValueError where one is there already and is not to be resumed, RuntimeError if another run has it.
+    Raises ValueError where one is there already and is not to be resumed, or only the one before it is there, RuntimeError if another run has it.
     """
     if path is None:
         yield None
         return
-    path = Path(path)
+    path = path_of(path)
     with locked(path):
         if path.exists() and not resume:
             raise ValueError(
                 f"{path} is there already: resume=True goes on with the run in it, another checkpoint= begins a new one"
+            )
+        if resume and not path.exists() and earlier(path).exists():
+            raise ValueError(
+                f"{path} is not there, and {earlier(path)} is, the state before it: move it to {path} to go on from that, or "
+                f"move it away to begin anew"
             )
         target = target_of(path)
         for kind in ("tmp", "link"):
