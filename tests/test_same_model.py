@@ -199,13 +199,24 @@ def with_hook(factor):
     return net
 
 
+class Recorder:
+    """A helper that fills from outside."""
+
+    def __init__(self):
+        self.values, self.total = [], 0
+
+    def record(self, value):
+        self.values.append(value)
+        self.total += value
+
+
 class Used(Plain):
     """Its runs leave something in each attribute."""
 
     def __init__(self):
         super().__init__()
         self.calls, self.last, self.seen, self.sums, self.total = 0, None, [], {}, torch.zeros(())
-        self.best_loss, self.history, self.seed = math.inf, [], 0
+        self.best_loss, self.history, self.seed, self.recorder = math.inf, [], 0, Recorder()
 
     def forward(self, z):
         self._count(len(z))
@@ -224,6 +235,7 @@ def trained():
     net = used(Used())
     net.best_loss, net.seed = 0.5, 3
     net.history.append(0.5)
+    net.recorder.record(3)
     return net
 
 
@@ -329,7 +341,10 @@ OTHERS = {
             f"{name}=2",
             f"{name}=3",
         )
-        for name in ("num_heads", "kernel_size", "patch_size", "step_size", "num_steps", "n_layers")
+        for name in (
+            *("num_heads", "kernel_size", "patch_size", "step_size", "num_steps", "n_layers"),
+            *("profile", "discount", "data_mean", "batch_first", "activation_name"),
+        )
     },
     "hook": (lambda: with_hook(2.0), lambda: with_hook(3.0), "factor=2", "factor=3"),
     "hook on one": (lambda: with_hook(2.0), lambda: nn.Sequential(nn.Linear(2, 12)), "factor=2", "hooks=()"),

@@ -20,14 +20,15 @@ __all__ = ["changed_by_use", "changed_in", "constants_of", "is_circumstance", "i
 
 # What may differ between two uses of one model or function: where it runs, what it tells.
 _CIRCUMSTANCES = re.compile(
-    r"device|cuda|gpu|inplace|warning|verbose|quiet|debug|progress|logger|path|folder|file|dir$|resume|checkpoint|"
-    r"^out(put)?(_?dir)?$|workers|(^|_)time$|^_pyro|^made_with$",
+    r"device|cuda|gpu|inplace|warning|verbose|quiet|debug|progress|logger|resume|checkpoint|workers|^out$|"
+    r"^(path|file)|(path|folder|(?<!pro)file(name)?|dir)s?$|(start|elapsed|wall|training)_?time$|^_pyro|^made_with$",
     re.IGNORECASE,
 )
 # In a user's own classes and options: what it is called, its data and training, what was recorded on the way.
 _AMOUNTS = re.compile(
-    r"(^|_)name$|seed|data|batch|epoch|learning_rate|^lr$|global_step|steps_done|iteration$|count(er)?$|^best|"
-    r"loss(es)?$|histor|cache",
+    r"^name$|(run|model|data|experiment)_name$|seed|(^|_)(num|n|len|total)_(data|train|examples)|data(set|loader)?s?$|"
+    r"data(set)?_(size|len)|batch_?size|batches|epoch|learning_rate|^lr$|global_step|steps_done|^iteration$|"
+    r"(^|_)count(er)?s?$|^best|loss(es)?$|histor|cache|^logs?$",
     re.IGNORECASE,
 )
 # Methods that training and evaluation call. Others, a setter for instance, make an object what it is.
@@ -148,7 +149,7 @@ def changed_by_use(kind: type) -> tuple[frozenset[str], frozenset[str]]:
     """Names of the attributes that the methods of a class assign, and fill, when it is used.
 
     Of an installed class these are all methods but the constructor; of a user's, those that `_RUNS` names, what they call,
-    and what reads a property. A distribution does not change.
+    and what reads a property, or all if it has none of these names. A distribution does not change.
     """
     if issubclass(kind, Distribution):
         return frozenset(), frozenset()
@@ -162,9 +163,9 @@ def _changed_by_use(kind: type) -> tuple[frozenset[str], frozenset[str]]:
     filled: set[str] = set()
     own: dict[str, types.CodeType] = {}
     waiting: list[types.CodeType] = []
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            continue
+    bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    runs = any(_RUNS.search(name) for base in bases if not is_installed(base) for name in vars(base))
+    for base in bases:
         for name, member in vars(base).items():
             if isinstance(member, functools.cached_property):
                 assigned.add(name)
@@ -174,7 +175,7 @@ def _changed_by_use(kind: type) -> tuple[frozenset[str], frozenset[str]]:
             code = inspect.unwrap(function).__code__
             if isinstance(member, property) or _RUNS.search(name):
                 waiting.append(code)
-            elif is_installed(base):
+            elif is_installed(base) or not runs:
                 waiting += [] if name.startswith("__") else [code]
             else:
                 own[name] = code

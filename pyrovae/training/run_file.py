@@ -47,11 +47,25 @@ class RunFile:
 
         Raises ValueError for a file that is damaged, is no run's, or that of a run with other settings.
         """
-        if not self.path.exists():
-            return None
-        content = read(self.path)
+        return self._state_in(self.path) if self.path.exists() else None
+
+    def check_not_lost(self) -> None:
+        """Raise ValueError if only the file before it is there, of this run: one that begins anew would replace it."""
+        before = earlier(self.path)
+        try:
+            is_lost = not self.path.exists() and before.exists() and self._state_in(before) is not None
+        except ValueError:  # of another run, or damaged: nothing to go on with
+            return
+        if is_lost:
+            raise ValueError(
+                f"{self.path} is not there, and {before} is, the state before it: move it to {self.path} to go on from that, "
+                f"or move it away to begin anew"
+            )
+
+    def _state_in(self, path: Path) -> dict[str, Any]:
+        content = read(path)
         if "training" not in content:
-            raise ValueError(f"{self.path} holds a model and a guide, but no run to go on with: give fit another path")
+            raise ValueError(f"{path} holds a model and a guide, but no run to go on with: give fit another path")
         for name, there in content["training"]["settings"].items():
             here = self.settings.get(name)
             known = (
@@ -59,7 +73,7 @@ class RunFile:
             )  # what one version reads of a loss or loader, another may not
             if known and here != there and not _same(there, here):
                 raise ValueError(
-                    f"{self.path} is of a run with {name}={there}, and this one has {name}={here}: call fit as before, or "
+                    f"{path} is of a run with {name}={there}, and this one has {name}={here}: call fit as before, or "
                     f"give it another path"
                 )
         for name, described in described_in(content).items():
@@ -69,9 +83,10 @@ class RunFile:
                 continue
             if found := difference(described, here):
                 raise ValueError(
-                    f"{self.path} is of a run of another {name}: {found}: call fit as before, or give it another path"
+                    f"{path} is of a run of another {name}: {found}: call fit as before, or give it another path"
                 )
-        return content["training"]["state"]
+        state: dict[str, Any] = content["training"]["state"]
+        return state
 
     def save(self, state: TrainingState, captured: dict[str, Any]) -> None:
         """Write what was captured of the state as it is now, the file before being kept."""
@@ -92,7 +107,7 @@ def run_file(
 ) -> Iterator[RunFile | None]:
     """The file of a run, locked; None without a path.
 
-    Raises ValueError where one is there already and is not to be resumed, or only the one before it is there, RuntimeError if another run has it.
+    Raises ValueError where one is there already and is not to be resumed, RuntimeError if another run has it.
     """
     if path is None:
         yield None
@@ -103,16 +118,14 @@ def run_file(
             raise ValueError(
                 f"{path} is there already: resume=True goes on with the run in it, another checkpoint= begins a new one"
             )
-        if resume and not path.exists() and earlier(path).exists():
-            raise ValueError(
-                f"{path} is not there, and {earlier(path)} is, the state before it: move it to {path} to go on from that, or "
-                f"move it away to begin anew"
-            )
         target = target_of(path)
         for kind in ("tmp", "link"):
             for leftover in target.parent.glob(f".{target.name}.*.{kind}"):  # of runs that were killed as they wrote
                 leftover.unlink(missing_ok=True)
-        yield RunFile(path, every, settings, model, guide)
+        file = RunFile(path, every, settings, model, guide)
+        if resume:
+            file.check_not_lost()
+        yield file
 
 
 def _same(there: Any, here: Any) -> bool:
