@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -273,3 +274,29 @@ def test_a_data_set_says_what_it_is():
     grey = pv.data.digits(binarization=None)
     assert repr(grey).endswith("17 grey levels)")
     assert repr(grey.dequantized()).endswith("17 grey levels, dequantised)")
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+@pytest.mark.parametrize("change", ["short", "long", "no images"])
+def test_a_label_for_each_image_of_a_part(part, change):
+    data = pv.data.digits()
+    labels = getattr(data, f"{part}_labels")
+    changed = {f"{part}_labels": torch.zeros(3) if change == "short" else torch.cat([labels, labels])}
+    if change == "no images":
+        data, changed = replace(data, validation_labels=None), {"validation": None, "validation_labels": labels}
+        part = "validation"
+    num = 0 if change == "no images" else len(labels)
+    with pytest.raises(
+        ValueError, match=f"'digits' has {num:,} {part} images and .* {part} labels: give a label for each"
+    ):
+        replace(data, **changed)
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+@pytest.mark.parametrize("change", [lambda x: 255 * x, lambda x: 2 * x - 1, lambda x: x / 0])
+def test_images_that_stay_grey_are_looked_at(part, change):
+    data = pv.data.digits(binarization=None)
+    changed = replace(data, **{part: change(getattr(data, part))})
+    with pytest.raises(ValueError, match=rf"the {part} images of 'digits' must be values in \[0, 1\]"):
+        changed.binarized(None)
+    assert data.binarized(None) is data

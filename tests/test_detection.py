@@ -85,3 +85,19 @@ def test_sets_from_other_images():
             detection.inverted(x)
     with pytest.raises(ValueError, match=r"found \(5, 8, 8\): .*x.unsqueeze\(1\)"):
         detection.shuffled(torch.rand(5, 8, 8))
+
+
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray, list])
+@pytest.mark.parametrize("labels", [[0, 1, 0, 1, 1], [0.0, 0.0, 1.0, 0.0, 0.0], [True, False, True, False, True]])
+def test_labels_are_no_scores(kind, labels):
+    """The order of scikit-learn, `roc_auc_score(labels, scores)`, and the other one."""
+    scores = torch.randn(5)
+    with pytest.raises(ValueError, match="outside holds only 0 and 1, as labels do: .*scores\\[labels == 0\\]"):
+        detection.roc(scores, kind(labels))
+    with pytest.raises(ValueError, match="inside holds only 0 and 1"):
+        detection.roc(kind(labels), scores)
+    assert detection.roc(labels, labels).auc == 0.5  # two classifiers' answers
+
+
+def test_scores_of_zero_and_one():
+    assert detection.roc([0.0, 1.0, 1.0], [-1.0, -2.0]).auc == 1.0

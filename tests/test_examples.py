@@ -410,3 +410,24 @@ def test_an_importance_weighted_objective_has_no_kl_to_weigh():
     for weights in ({"beta": 2.0}, {"kl_warmup_steps": 5}, {"free_bits": 0.1}):
         with pytest.raises(ValueError, match="objective 'iwae' has no KL to weigh"):
             registry.make_objective("iwae", 5, **weights)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK junk"])
+def test_a_finished_run_with_a_damaged_checkpoint(content, digits_runs, tmp_path, capsys, monkeypatch):
+    _, whole = digits_runs[0]
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    options = argparse.Namespace(out=str(out), resume=True, num_particles=30)
+    monkeypatch.setattr(run_folder, "report", lambda metrics: "")
+    with pytest.raises(SystemExit):
+        run_folder.show_finished_run(options)
+    (out / "checkpoint.pt").write_bytes(content)
+    run_folder.show_finished_run(options)  # does not exit: it is made again
+    assert f"note: {out}/checkpoint.pt is damaged" in capsys.readouterr().err
+    (out / "training.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"training\.pt is damaged"):
+        run_folder.show_finished_run(options)
+    (out / "training.pt").rename(out / "training.pt.previous")
+    options = argparse.Namespace(out=str(out), resume=True, seed=0, dataset="digits", likelihood="bernoulli")
+    with pytest.raises(ValueError, match=r"lacks training\.pt, and .*training\.pt\.previous is the state before it"):
+        run_folder.refuse_other_run(options)

@@ -1,5 +1,6 @@
 """What is written: checkpoints, ArviZ files, figures."""
 
+import io
 import math
 import pickle
 
@@ -10,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import within
+from test_training import binary
 
 import pyrovae as pv
 
@@ -268,3 +270,74 @@ def test_figures_take_arrays_and_axes():
         pv.plots.image_grid(torch.rand(8, 8))
     with pytest.raises(ValueError, match="differ in shape"):
         pv.plots.reconstructions(images, images[:2])
+
+
+@pytest.mark.parametrize("call", ["save", "load", "fit"])
+@pytest.mark.parametrize(
+    ("path", "error", "match"),
+    [
+        ("", ValueError, "must name a file, found an empty one"),
+        (io.BytesIO(), TypeError, "must be a string or pathlib.Path, found BytesIO"),
+        (3, TypeError, "must be a string or pathlib.Path, found int"),
+    ],
+)
+def test_what_is_no_path(call, path, error, match):
+    calls = {
+        "save": lambda: pv.save(path, *make()),
+        "load": lambda: pv.load(path),
+        "fit": lambda: pv.fit(*make(), binary(), epochs=1, checkpoint=path, progress=False),
+    }
+    with pytest.raises(error, match=match):
+        calls[call]()
+    with pytest.raises(TypeError, match="found NoneType"):
+        pv.save(None, *make())
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    pv.save("~/a.pt", *make(), note=1)
+    assert pv.load("~/a.pt")["note"] == pv.load(home / "a.pt")["note"] == 1
+    options = {"epochs": 1, "checkpoint": "~/runs/b.pt", "progress": False}
+    pv.fit(*make(), binary(), **options)
+    pv.fit(*make(), binary(), **options, resume=True)
+    assert (home / "runs/b.pt").exists()
+    assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.int64(2), 2),
+        (np.float32(0.5), 0.5),
+        (np.bool_(True), True),
+        (np.str_("a"), "a"),
+        ({np.int32(1): [np.uint8(3)]}, {1: [3]}),
+    ],
+)
+def test_numbers_of_numpy(value, expected, tmp_path):
+    pv.save(tmp_path / "a.pt", *make(), value=value)
+    found = pv.load(tmp_path / "a.pt")["value"]
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize("lost", ["deleted", "moved", "link"])
+def test_a_run_whose_file_is_lost(lost, tmp_path):
+    """Only the file before it is left: to begin anew in silence would lose what it holds."""
+    path, target = tmp_path / "run.pt", tmp_path / "elsewhere.pt"
+    if lost == "link":
+        path.symlink_to(target)
+    options = {"checkpoint": path, "epochs": 3, "checkpoint_every": 0, "progress": False}
+    pv.fit(*make(), binary(), **options)
+    file = target if lost == "link" else path
+    before = file.with_name(f"{file.name}.previous")
+    file.rename(tmp_path / "aside.pt") if lost == "moved" else file.unlink()
+    with pytest.raises(ValueError, match=rf"run\.pt is not there, and .*{before.name} is, .*: move it to") as caught:
+        pv.fit(*make(), binary(), **options, resume=True)
+    assert str(before) in str(caught.value)
+    before.rename(file)
+    assert len(pv.fit(*make(), binary(), **options, resume=True).history) == 3

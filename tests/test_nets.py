@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -351,3 +352,11 @@ def test_a_decoder_is_given_its_latents():
     for name in ("ConvDecoder", "ResidualDecoder"):
         with pytest.raises(ValueError, match=rf"the network {name} .*make it for 4 latents \(in_features=5\)"):
             RUNS[name][0]()(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize(
+    "net", [lambda: nets.ConvEncoder((3, 8, 8)), lambda: nets.ResidualEncoder((3, 8, 8)), lambda: nets.MLP(192, [4])]
+)
+def test_arrays_of_numpy_are_named(net):
+    with pytest.raises(TypeError, match=r"takes a tensor, found ndarray: torch\.as_tensor\(x\)"):
+        net()(np.zeros((2, 3, 8, 8), "float32"))

@@ -186,6 +186,7 @@ def test_the_first_step_is_not_the_learning_rates(data, said):
     with pytest.raises(NotFiniteError, match=said) as caught:
         pv.fit(*pair, data(), epochs=1, progress=False)
     assert "scale the data, (x - x.mean(0)) / x.std(0)" in str(caught.value)
+    assert "without the columns whose x.std(0) is 0" in str(caught.value)
     assert "learning rate is not the cause" in str(caught.value)
     assert "clip_norm" not in str(caught.value)
     assert same(before, parameters(*pair))

@@ -165,3 +165,12 @@ def test_files_of_other_data_sets_are_theirs(tmp_path, raw, name, monkeypatch):
     write_all(raw, 12, 3)
     with pytest.raises(pv.data.DataUnavailableError, match="cannot be downloaded"):
         pv.data.load(name, tmp_path)
+
+
+@pytest.mark.parametrize("between", ["data", "datasets", "my files"])
+def test_a_root_that_is_too_high(tmp_path, monkeypatch, between):
+    no_network(monkeypatch)
+    write_all(tmp_path / between / "MNIST/raw", 12, 3)
+    with pytest.raises(ValueError, match=f"found with root={re.escape(str(tmp_path / between))} "):
+        pv.data.mnist(tmp_path)
+    assert len(pv.data.mnist(tmp_path / between, train_on_all=True).train) == 12

@@ -1,9 +1,12 @@
 """A checkpoint goes into the model that it is of: one that computes anything else from the same tensors is refused."""
 
+import argparse
 import contextlib
 import functools
 import math
+import types
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -18,6 +21,7 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.training.checkpoint_file import read, write
 from pyrovae.training.description import describe_module, difference
+from pyrovae.training.values import describe_callable
 
 
 def mlp(activation=nn.SiLU, **options):
@@ -66,6 +70,172 @@ def power(x, exponent=1.0):
 def with_unsaved(value):
     net = nn.Sequential(nn.Linear(2, 12))
     net.register_buffer("unsaved", torch.tensor(value), persistent=False)
+    return net
+
+
+class Config:
+    def __init__(self, slope):
+        self.slope = slope
+
+
+def reading(table):
+    return lambda x: x * table[0]
+
+
+# An attribute's value in the one, in the other, and how the message tells them.
+HELD = {
+    "dict": ({"slope": 0.1}, {"slope": 0.3}, "slope=0.1", "slope=0.3"),
+    "dicts in lists": ([{"a": [1]}], [{"a": [2]}], "a=(1)", "a=(2)"),
+    "list": ([1, 2], [1, 3], "(1, 2)", "(1, 3)"),
+    "long list": (list(range(200)), list(range(1, 201)), "checksum", "checksum"),
+    "set": ({"a", "b"}, {"a", "c"}, "'b'", "'c'"),
+    "array": (np.ones(3), np.zeros(3), "checksum", "checksum"),
+    "large tensor": (torch.ones(5000), torch.zeros(5000), "checksum", "checksum"),
+    "Namespace": (argparse.Namespace(slope=1), argparse.Namespace(slope=2), "slope=1", "slope=2"),
+    "SimpleNamespace": (types.SimpleNamespace(slope=1), types.SimpleNamespace(slope=2), "slope=1", "slope=2"),
+    "own object": (Config(1), Config(2), "slope=1", "slope=2"),
+    "distribution": (torch.distributions.Exponential(1.0), torch.distributions.Exponential(2.0), "rate=", "rate="),
+    "closure over a list": (reading([2.0]), reading([3.0]), "table=(2)", "table=(3)"),
+}
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 12)
+
+    def forward(self, z):
+        return self.linear(z)
+
+
+def held(value):
+    net = Plain()
+    net.held = value
+    return net
+
+
+def with_attribute(name, value):
+    class Own(Plain):
+        def __init__(self):
+            super().__init__()
+            setattr(self, name, value)
+
+    return Own()
+
+
+def by_a_method_of_the_constructor(value):
+    class Own(Plain):
+        def __init__(self):
+            super().__init__()
+            self.reset()
+
+        def reset(self):
+            self.alpha = value
+
+    return Own()
+
+
+def by_a_property(value):
+    class Own(Plain):
+        @property
+        def alpha(self):
+            return self._alpha
+
+        @alpha.setter
+        def alpha(self, value):
+            self._alpha = float(value)
+
+    net = Own()
+    net.alpha = value
+    return net
+
+
+def by_the_dict(value):
+    net = Plain()
+    net.__dict__.update(alpha=value)
+    return net
+
+
+def by_object(value):
+    net = Plain()
+    object.__setattr__(net, "alpha", value)
+    return net
+
+
+def by_the_class(value):
+    class Own(Plain):
+        alpha = value
+
+    return Own()
+
+
+def by_a_setter(value):
+    class Own(Plain):
+        alpha = 0.0
+
+        def calibrate(self, value):
+            self.alpha = value
+            return self
+
+    return Own().calibrate(value)
+
+
+WAYS_TO_SET = (by_a_method_of_the_constructor, by_a_property, by_the_dict, by_object, by_the_class, by_a_setter)
+
+
+class Normalised(Plain):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+
+    def calibrated(self, mean):
+        self.mean = torch.tensor(mean)
+        return self
+
+
+def with_hook(factor):
+    net = nn.Sequential(nn.Linear(2, 12))
+    net[0].register_forward_hook(lambda module, inputs, output: factor * output)
+    return net
+
+
+class Recorder:
+    """A helper that fills from outside."""
+
+    def __init__(self):
+        self.values, self.total = [], 0
+
+    def record(self, value):
+        self.values.append(value)
+        self.total += value
+
+
+class Used(Plain):
+    """Its runs leave something in each attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.last, self.seen, self.sums, self.total = 0, None, [], {}, torch.zeros(())
+        self.best_loss, self.history, self.seed, self.recorder = math.inf, [], 0, Recorder()
+
+    def forward(self, z):
+        self._count(len(z))
+        self.last = z
+        self.sums[len(z)] = z.sum()
+        self.total.add_(1.0)
+        return self.linear(z)
+
+    def _count(self, number):
+        self.calls += 1
+        self.seen.append(number)
+
+
+def trained():
+    """Used, with what a user's own loop leaves in it."""
+    net = used(Used())
+    net.best_loss, net.seed = 0.5, 3
+    net.history.append(0.5)
+    net.recorder.record(3)
     return net
 
 
@@ -156,6 +326,35 @@ OTHERS = {
     ),
     "own text": (lambda: Net(mode="mean"), lambda: Net(), "mode='mean'", "mode='sum'"),
     "own tensor": (lambda: Net(shift=torch.ones(12)), lambda: Net(), "shift=a tensor", "shift=a tensor"),
+    **{
+        f"held: {name}": (lambda one=one: held(one), lambda other=other: held(other), *texts)
+        for name, (one, other, *texts) in HELD.items()
+    },
+    **{
+        f"set: {way.__name__}": (lambda way=way: way(1.5), lambda way=way: way(2.5), "1.5", "2.5")
+        for way in WAYS_TO_SET
+    },
+    **{
+        f"amount: {name}": (
+            lambda name=name: with_attribute(name, 2),
+            lambda name=name: with_attribute(name, 3),
+            f"{name}=2",
+            f"{name}=3",
+        )
+        for name in (
+            *("num_heads", "kernel_size", "patch_size", "step_size", "num_steps", "n_layers"),
+            *("profile", "discount", "data_mean", "batch_first", "activation_name"),
+        )
+    },
+    "hook": (lambda: with_hook(2.0), lambda: with_hook(3.0), "factor=2", "factor=3"),
+    "hook on one": (lambda: with_hook(2.0), lambda: nn.Sequential(nn.Linear(2, 12)), "factor=2", "hooks=()"),
+    "hook on the other": (lambda: nn.Sequential(nn.Linear(2, 12)), lambda: with_hook(2.0), "hooks=()", "factor=2"),
+    "buffer set by a method": (
+        lambda: Normalised().calibrated(1.0),
+        lambda: Normalised().calibrated(2.0),
+        "mean=1",
+        "mean=2",
+    ),
     "unsaved buffer": (lambda: with_unsaved(0.5), lambda: with_unsaved(2.0), "unsaved=0.5", "unsaved=2"),
 }
 
@@ -253,6 +452,12 @@ def test_another_dtype_is_refused(saved, given_, tmp_path):
         (lambda: shared(True), lambda: shared(False)),
         # What the runs of a module change, how many data it is given, and where it is.
         (lambda: used(Net()), lambda: Net(steps_done=7, num_data=3, device="cuda")),
+        (trained, Used),
+        (trained, lambda: used(trained())),
+        (lambda: held(True), lambda: held(1)),
+        (lambda: held([1, 2]), lambda: held((1, 2.0))),
+        (lambda: held({"a": 1, "device": "cpu", "seed": 1}), lambda: held({"a": 1, "device": "cuda", "seed": 2})),
+        (lambda: held(argparse.Namespace(k=1, resume=False)), lambda: held(argparse.Namespace(k=1, resume=True))),
         (lambda: Net(activation=lambda x: x + 1), lambda: Net(activation=lambda x: x + 1)),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(2, 12)), lambda: nn.Sequential(nn.Identity(), nn.Linear(2, 12))),
     ],
@@ -332,3 +537,32 @@ def test_modules_that_grow_at_their_first_call():
     assert [difference(*pair) for pair in zip(before, map(describe_module, (guide, lazy)), strict=True)] == [None, None]
     with_other = describe_module(nn.Sequential(nn.LazyLinear(3), nn.ReLU()))
     assert difference(before[1], with_other) == "'1' is Tanh in the file and ReLU here"
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward"])
+def test_a_pair_with_a_hook_is_not_made_without_it(kind, tmp_path):
+    """A file cannot hold a function: `load` without modules would give a pair that computes something else."""
+    model, guide = bernoulli(mlp()), make()[1]
+    net = model.likelihood.decoder_net
+    if kind == "forward":
+        net.forward = lambda z: z.new_zeros(len(z), 12)
+    elif kind == "hook":
+        net.register_forward_hook(lambda module, inputs, output: 3 * output)
+    else:
+        net.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0],))
+    pv.save(tmp_path / "a.pt", model, guide)
+    with pytest.raises(ValueError, match="MLP has a hook or a forward of its own.*give them"):
+        pv.load(tmp_path / "a.pt")
+
+
+def test_functions_of_functions_take_no_time():
+    """Each function is told once, however many ways lead to it."""
+
+    def first(x):
+        return x
+
+    functions = [first]
+    for _ in range(40):
+        one, other = functions[-1], functions[-1]
+        functions.append(lambda x, one=one, other=other: one(x) + other(x))
+    assert len(describe_callable(functions[-1])) < 10_000

@@ -1,6 +1,7 @@
 """A run goes on with its own model, loss, functions and data: what computes anything else is refused with both values."""
 
 import functools
+from argparse import Namespace
 
 import numpy as np
 import pyro
@@ -10,7 +11,15 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO
 from test_same_model import Net, bernoulli, mlp
 from test_training import binary, make, parameters, same
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import pyrovae as pv
 from pyrovae.training.checkpoint_file import read, write
@@ -98,6 +107,90 @@ def last_of(items):
     return torch.stack([item[-1] for item in items])
 
 
+class Factor:
+    def __init__(self, factor):
+        self.factor = factor
+
+
+def over(held):
+    return lambda batch: batch + 0 * len(str(held))
+
+
+class Buffered(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.register_buffer("weight", torch.tensor(value))
+
+    def forward(self, batch):
+        return batch + 0 * self.weight
+
+
+class Weighted(Trace_ELBO):
+    def __init__(self, **options):
+        super().__init__()
+        self.__dict__.update(options)
+
+
+class Listed(Dataset):
+    def __init__(self, images):
+        self.images, self.files, self.read = list(images), ["a"] * len(images), {}
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, place):
+        self.read[place] = self.images[place]
+        return self.read[place]
+
+
+def one_changed(images, place=7):
+    images = images.clone()
+    images[place] = 1 - images[place]
+    return images
+
+
+class Programs:
+    """A user's plain object whose methods are model and guide."""
+
+    def __init__(self, scale=1.0, activation=torch.tanh):
+        torch.manual_seed(0)
+        self.decoder, self.encoder = nn.Linear(2, 12), nn.Linear(12, 2)
+        self.scale, self.activation = scale, activation
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pyro.distributions.Normal(x.new_zeros(2), 1.0).to_event(1))
+            loc = self.activation(self.decoder(z))
+            pyro.sample("x", pyro.distributions.Normal(loc, self.scale).to_event(1), obs=x.flatten(1))
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", pyro.distributions.Normal(self.encoder(x.flatten(1)), 0.5).to_event(1))
+
+
+def programs(wrap=None, **options):
+    def made():
+        pyro.clear_param_store()
+        both = Programs(**options)
+        return (both.model, both.guide) if wrap is None else (wrap(both), both.guide)
+
+    return {"pair": made}
+
+
+def closure(scale):
+    return lambda both: lambda x: pyro.poutine.scale(both.model, scale=1.0 + 0 * scale)(x)
+
+
+def scaled(scale):
+    return lambda both: pyro.poutine.scale(both.model, scale=scale)
+
+
+def batches_of(size):
+    return DataLoader(TensorDataset(binary()), batch_sampler=BatchSampler(SequentialSampler(range(40)), size, False))
+
+
 # (options of the run, options of the one that goes on, both values as the message tells them)
 OTHERS = {
     "partial": (
@@ -153,6 +246,39 @@ OTHERS = {
         {"pair": lambda: (bernoulli(Net(scale=0.7)), make()[1])},
         "gain=1",
         "gain=1.4",
+    ),
+    **{
+        f"transform over {name}": ({"transform": over(one)}, {"transform": over(other)}, *texts)
+        for name, one, other, *texts in (
+            ("a dict", {"k": 1}, {"k": 2}, "k=1", "k=2"),
+            ("an array", np.ones(2), np.zeros(2), "checksum", "checksum"),
+            ("an object", Factor(1), Factor(2), "factor=1", "factor=2"),
+            ("functions", [lambda x: x + 1], [lambda x: x + 2], "lambda", "lambda"),
+        )
+    },
+    "buffers of a transform": (
+        {"transform": Buffered(1.0)},
+        {"transform": Buffered(2.0)},
+        "weight=() torch.float32",
+        "weight=() torch.float32",
+    ),
+    "own loss": ({"loss": Weighted(beta=1.0)}, {"loss": Weighted(beta=4.0)}, "loss.beta=1", "loss.beta=4"),
+    "scale of an object": (programs(scale=1.0), programs(scale=0.3), "scale=1", "scale=0.3"),
+    "function of an object": (programs(), programs(activation=torch.relu), "activation=tanh", "activation=relu"),
+    "closure of a program": (programs(closure(1.0)), programs(closure(2.0)), "scale=1", "scale=2"),
+    "a program scaled": (programs(scaled(1.0)), programs(scaled(0.1)), "scale=1", "scale=0.1"),
+    "own batches": ({"train": batches_of(20)}, {"train": batches_of(10)}, "batch", "batch"),
+    "own batches, as many": (
+        {"train": batches_of(25)},
+        {"train": batches_of(29)},
+        "batch_sampler.batch_size=25",
+        "batch_sampler.batch_size=29",
+    ),
+    "a list in a data set": (
+        {"train": loader(dataset=Listed(binary()))},
+        {"train": loader(dataset=Listed(one_changed(binary())))},
+        "checksum",
+        "checksum",
     ),
     "data of a loader": ({"train": loader()}, {"train": loader(1 - binary())}, "checksum", "checksum"),
     "labels beside them": (
@@ -380,3 +506,40 @@ def test_functions_that_refer_to_each_other():
     text = describe_callable(other)
     assert "itself" in text
     assert len(text) < 1000
+
+
+TABLE = {"k": 1.0}
+
+
+@pytest.mark.parametrize("value", [2.0, [1.0], {"deeper": torch.ones(2)}])
+def test_a_global_table_of_a_transform(value, monkeypatch, tmp_path):
+    def transform(batch):
+        return batch * (TABLE["k"] is not None)
+
+    go_on({"transform": transform}, {"transform": transform}, tmp_path / "run.pt")
+    monkeypatch.setitem(TABLE, "k", value)
+    with pytest.raises(ValueError, match=r"TABLE=\{k=1\}.*, and this one has .*TABLE=\{k="):
+        go_on({"transform": transform, "resume": True}, {}, tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (programs(), programs()),
+        (programs(scaled(1.0)), programs(scaled(1))),
+        (programs(closure(2.0)), programs(closure(2.0))),
+        # A script whose options tell that it resumes, and where.
+        *(
+            ({"transform": over(one)}, {"transform": over(other)})
+            for one, other in [
+                (Namespace(k=1, resume=False, out="a"), Namespace(k=1, resume=True, out="b")),
+                ({"k": 1, "device": "cpu"}, {"k": 1, "device": "cuda"}),
+            ]
+        ),
+        ({"train": loader(dataset=Listed(binary()))}, {"train": loader(dataset=Listed(binary()))}),
+    ],
+)
+def test_the_same_run_goes_on(first, second, tmp_path):
+    go_on(first, second, tmp_path / "run.pt")
+    go_on({**second, "resume": True}, second, tmp_path / "run.pt")
+    pyro.clear_param_store()

@@ -10,6 +10,7 @@ from support.metrics import report
 from support.provenance import command, read_json, write_json
 
 import pyrovae as pv
+from pyrovae.training.checkpoint_file import earlier, read
 from pyrovae.training.locks import locked
 
 # Files: the state to resume from, the options, the results.
@@ -75,10 +76,16 @@ def training_options(options) -> dict:
 def refuse_other_run(options) -> None:
     """Raise ValueError if --out holds a run with other options, or a run and --resume is not given."""
     out = Path(options.out) if options.out else None
-    if out is None or not any((out / name).exists() for name in (TRAINING, "checkpoint.pt", METRICS)):
+    if out is None or not any(
+        (out / name).exists() for name in (TRAINING, f"{TRAINING}.previous", "checkpoint.pt", METRICS)
+    ):
         return
     if not options.resume:
-        raise ValueError(f"{out} holds a run: --resume resumes it, another --out starts a new one")
+        raise ValueError(f"{out} holds a run: --resume goes on with it, another --out begins a new one")
+    if not (out / TRAINING).exists() and (before := earlier(out / TRAINING)).exists():
+        raise ValueError(
+            f"{out} lacks {TRAINING}, and {before} is the state before it: move it to {TRAINING} to go on from it"
+        )
     if not (out / TRAINING).exists() or not (out / OPTIONS).exists():
         raise ValueError(
             f"{out} holds a run without {TRAINING} or {OPTIONS}, which cannot be resumed: give another --out"
@@ -117,6 +124,13 @@ def show_finished_run(options) -> None:
     if missing := [path.name for path in files if not path.exists()]:
         if first:
             print(f"The run in {out} lacks {', '.join(missing)}: evaluating again to write them")
+        return
+    read(out / TRAINING)  # a damaged one is an error
+    try:
+        read(out / "checkpoint.pt")
+    except (ValueError, OSError) as error:
+        if first:
+            print(f"note: {error}: evaluating again, to make it anew", file=sys.stderr)
         return
     if first:
         print(f"The run in {out} is finished; a different --num-particles evaluates it again.\n{shown}")

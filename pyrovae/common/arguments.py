@@ -26,8 +26,13 @@ def run_network(net: nn.Module, x: Tensor, advice: str, name: str | None = None)
         The network's output.
 
     Raises:
-        ValueError: The network rejects the shape or dtype of x. The message holds torch's error and how to fix it.
+        TypeError: `x` is no tensor.
+        ValueError: The network does not take that shape or dtype; with both, torch's words, and how to mend it.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"the network {name or type(net).__name__} takes a tensor, found {type(x).__name__}: torch.as_tensor(x)"
+        )
     try:
         return net(x)
     except (RuntimeError, IndexError) as error:

@@ -141,7 +141,8 @@ def _places(folder: Path, name: str) -> Iterator[Path]:
     spellings = {name.lower(), name.lower().removesuffix("mnist") or "mnist", "raw"}
     yield folder
     for place in _entries(folder):
-        if _OTHER_NAME.fullmatch(place.name):  # some archives unpack to a folder with the name of its file
+        yield place / name / "raw"  # in a folder between
+        if _OTHER_NAME.fullmatch(place.name):  # a folder of the name of its file, as some archives unpack
             yield place
         if re.sub("[^a-z]", "", place.name.lower()) in spellings:
             yield place

@@ -53,6 +53,16 @@ class Splits:
     data_seed: int | None = None
     transform: Callable[[Tensor], Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        for part in ("train", "validation", "test"):
+            images, labels = getattr(self, part), getattr(self, f"{part}_labels")
+            num_images = 0 if images is None else len(images)
+            if labels is not None and len(labels) != num_images:
+                raise ValueError(
+                    f"{self.name!r} has {num_images:,} {part} images and {len(labels):,} {part} labels: give a label for each "
+                    f"image, or {part}_labels=None"
+                )
+
     def __repr__(self) -> str:
         parts = ((name, getattr(self, name)) for name in ("train", "validation", "test"))
         sizes = ", ".join(f"{0 if images is None else len(images):,} {name}" for name, images in parts)
@@ -89,9 +99,9 @@ class Splits:
         if binarization not in ("dynamic", "static", None):
             raise ValueError(f"binarization must be 'dynamic', 'static' or None, found {binarization!r}")
         self._refuse_drawn()
+        self._check_grey_values()
         if binarization is None:
             return self
-        self._check_grey_values()
         drawn = replace(self._drawn(binarize, data_seed), num_levels=2, binarization=binarization)
         if binarization == "dynamic":
             return drawn

@@ -94,7 +94,7 @@ def compare(
 
     Args:
         results: name -> result of `log_marginal_likelihood` or `annealed_importance_sampling`, all for the same data in
-            the same order
+            the same order (a result does not hold its data, so only their number is checked)
         by: quantity to rank by. "elbo" suits guides of one model, which share one log p(x): differences of the ELBO are
             then differences of the gap
 

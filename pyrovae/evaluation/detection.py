@@ -70,7 +70,7 @@ def roc(inside: Any, outside: Any) -> Detection:
         inside: scores (N,), or a result of `log_marginal_likelihood`, whose `log_prob` is then the score
         outside: scores (M,), or a result likewise
 
-    Scores may have any unit, because only their order counts; -inf is a valid score.
+    Raises ValueError for NaN, labels beside scores, other shapes, or fewer than 2 scores; TypeError for what holds no numbers.
 
     Returns:
         The curve and its area, as a `Detection`; both come from scikit-learn.
@@ -91,7 +91,13 @@ def roc(inside: Any, outside: Any) -> Detection:
     from sklearn.metrics import roc_auc_score, roc_curve
 
     first, second = (_scores(name, scores) for name, scores in (("inside", inside), ("outside", outside)))
-    # Pass ranks instead of scores, because scikit-learn rejects infinities.
+    labels = [name for name, scores in (("inside", first), ("outside", second)) if set(scores) == {0.0, 1.0}]
+    if len(labels) == 1 and len(first) == len(second) > 2:
+        raise ValueError(
+            f"{labels[0]} holds only 0 and 1, as labels do: roc takes the scores of the data inside and those of the data "
+            f"outside, roc(scores[labels == 0], scores[labels == 1]) if 1 is outside"
+        )
+    # Order alone: scikit-learn takes no infinities.
     order = np.unique(np.concatenate([first, second]), return_inverse=True)[1].astype(float)
     is_outside = np.r_[np.zeros(len(first)), np.ones(len(second))]
     false_alarms, caught, _ = roc_curve(is_outside, -order, drop_intermediate=False)

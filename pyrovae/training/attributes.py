@@ -1,39 +1,70 @@
-"""Find the constants of an object: attributes that the constructor sets and no other method changes."""
+"""Which attributes of an object are its constants: all that it holds, but for what changes as it is used."""
 
+import argparse
 import dis
 import functools
 import inspect
+import os
 import re
+import sys
+import sysconfig
 import types
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
-__all__ = ["attributes_set", "constants_of", "is_circumstance", "names_in"]
+__all__ = ["changed_by_use", "changed_in", "constants_of", "is_circumstance", "is_free", "is_installed", "names_in"]
 
 # Names of attributes that may differ between two runs of one model: where it runs, what it reports.
 _CIRCUMSTANCES = re.compile(
-    r"device|cuda|gpu|inplace|warning|verbose|debug|progress|logger|path|folder|file|dir$|(^|_)time$|^_pyro",
+    r"device|cuda|gpu|inplace|warning|verbose|quiet|debug|progress|logger|resume|checkpoint|workers|^out$|"
+    r"^(path|file)|(path|folder|(?<!pro)file(name)?|dir)s?$|(start|elapsed|wall|training)_?time$|^_pyro|^made_with$",
     re.IGNORECASE,
 )
-# In third-party classes, these may differ too: names, and numbers of data.
-_AMOUNTS = re.compile(r"name|seed|data|batch|size|step|epoch|^_?(n|num|len|count|total)(_|$)", re.IGNORECASE)
-_OURS = ("pyrovae", "pyro", "torch")
+# In a user's own classes and options: what it is called, its data and training, what was recorded on the way.
+_AMOUNTS = re.compile(
+    r"^name$|(run|model|data|experiment)_name$|seed|(^|_)(num|n|len|total)_(data|train|examples)|data(set|loader)?s?$|"
+    r"data(set)?_(size|len)|batch_?size|batches|epoch|learning_rate|^lr$|global_step|steps_done|^iteration$|"
+    r"(^|_)count(er)?s?$|^best|loss(es)?$|histor|cache|^logs?$",
+    re.IGNORECASE,
+)
+# Methods that training and evaluation call. Others, a setter for instance, make an object what it is.
+_RUNS = re.compile(
+    r"^(forward|__(call|enter|exit|getitem|len|iter|next)__|r?sample\w*|log_prob|\w*loss\w*|encode|decode)$|"
+    r"(^|_)(model|guide)|step|epoch|anneal|update",
+)
+_FILLS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}
+_CONTAINERS = (list, dict, set, Tensor, np.ndarray)
+_OF_TORCH = set(vars(nn.Module()))
+_FOLDERS = [str(Path(__file__).parent.parent), *(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib"))]
+_INSTALLED = tuple(os.path.join(folder, "") for folder in _FOLDERS)
 
 
-def constants_of(thing: Any) -> dict[str, Any]:
-    """Return the attributes that the constructor sets and no other method sets, so that training does not change them.
+def constants_of(thing: Any, *, amounts: bool = False) -> dict[str, Any]:
+    """The attributes of an object, and of its class, but for those that its use changes, and names that speak of circumstances.
 
-    Attributes whose names suggest circumstances (device, path) are left out. In third-party classes, so are those whose
-    names suggest amounts (`num_data`).
+    Args:
+        thing: Any object.
+        amounts: Whether to keep names that speak of data and training, which are left out of users' classes.
+
+    Returns:
+        Values by name, sorted.
     """
-    by_constructor, elsewhere = attributes_set(type(thing))
-    has = getattr(thing, "__dict__", {})
-    ours = type(thing).__module__.partition(".")[0] in _OURS
+    kind = type(thing)
+    assigned, filled = changed_by_use(kind)
+    has = _class_constants(kind) | getattr(thing, "__dict__", {})
+    keep_amounts = amounts or (is_installed(kind) and not isinstance(thing, types.SimpleNamespace | argparse.Namespace))
     return {
         name: has[name]
-        for name in sorted(by_constructor - elsewhere)
-        if name in has and not is_circumstance(name) and (ours or not _AMOUNTS.search(name))
+        for name in sorted(has)
+        if not (isinstance(thing, nn.Module) and name in _OF_TORCH)
+        and not (isinstance(thing, Distribution) and hasattr(kind, name))  # computed when it was first asked for
+        and name not in assigned
+        and not (name in filled and isinstance(has[name], _CONTAINERS))
+        and not (is_circumstance(name) if keep_amounts else is_free(name))
     }
 
 
@@ -42,36 +73,115 @@ def is_circumstance(name: str) -> bool:
     return _CIRCUMSTANCES.search(name) is not None
 
 
-def attributes_set(kind: type) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the attributes that a class sets: (in its constructor, in its other methods)."""
-    return _attributes_set(kind)
+def is_free(name: str) -> bool:
+    """Whether a name in a user's class or options speaks of circumstances, or of data and training: batch_size, seed."""
+    return is_circumstance(name) or _AMOUNTS.search(name) is not None
 
 
-@functools.lru_cache(maxsize=1000)
-def _attributes_set(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
-    by_constructor: set[str] = set()
-    elsewhere: set[str] = set()
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            continue
-        for name, member in vars(base).items():
-            if name in ("__init__", "__post_init__"):
-                by_constructor |= _set_in(member)
-            elif not name.startswith("__") or name == "__call__":
-                elsewhere |= _set_in(member)
-    return frozenset(by_constructor), frozenset(elsewhere)
+def is_installed(thing: Any) -> bool:
+    """Whether a class or function is of Python or an installed package, this one included."""
+    name = getattr(thing, "__module__", None) or ""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None:
+        return name != "__main__"
+    return file.startswith(_INSTALLED) or "site-packages" in file or "dist-packages" in file
 
 
 def names_in(code: types.CodeType, *operations: str) -> set[str]:
-    """Names used by these bytecode operations in a function's code, including nested functions."""
-    found = {i.argval for i in dis.get_instructions(code) if i.opname in operations}
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            found |= names_in(constant, *operations)
+    """Names that these operations of the interpreter take in a function's code, the functions inside included."""
+    return {i.argval for part in _codes(code) for i in dis.get_instructions(part) if i.opname in operations}
+
+
+def changed_in(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """Names that code assigns outside itself, `self.calls += 1`, and those that it may fill, `self.seen.append(x)`."""
+    filled = set()
+    for part in _codes(code):
+        instructions = list(dis.get_instructions(part))
+        # `self.seen[0].append` and `self.seen[0] = x` start where `self.seen` does.
+        starts = {_start(found) for found in instructions if _fills(found)} - {None}
+        loads = ("LOAD_ATTR", "LOAD_GLOBAL", "LOAD_DEREF")
+        filled |= {found.argval for found in instructions if found.opname in loads and _start(found) in starts}
+    return names_in(code, "STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL"), filled
+
+
+def _fills(found: dis.Instruction) -> bool:
+    if found.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+        return True
+    name = str(found.argval)
+    in_place = name in _FILLS or (name.endswith("_") and not name.endswith("__"))  # torch's methods in place
+    return found.opname in ("LOAD_METHOD", "LOAD_ATTR") and in_place
+
+
+def _start(found: dis.Instruction) -> tuple[int, int] | None:
+    """Line and column where the expression of an instruction starts, None if Python was told to forget them."""
+    place = found.positions
+    return (
+        None if place is None or place.lineno is None or place.col_offset is None else (place.lineno, place.col_offset)
+    )
+
+
+def _codes(code: types.CodeType) -> list[types.CodeType]:
+    inside = [constant for constant in code.co_consts if inspect.iscode(constant)]
+    return [code, *(part for constant in inside for part in _codes(constant))]
+
+
+def _class_constants(kind: type) -> dict[str, Any]:
+    """Attributes of a user's classes that are no methods."""
+    found: dict[str, Any] = {}
+    methods = (
+        types.FunctionType,
+        staticmethod,
+        classmethod,
+        property,
+        functools.cached_property,
+        types.MemberDescriptorType,
+    )
+    for base in reversed(kind.__mro__):
+        if base is object or is_installed(base):
+            continue
+        for name, value in vars(base).items():
+            if not name.startswith(("__", "_abc_")) and not isinstance(value, methods):
+                found[name] = value
     return found
 
 
-def _set_in(member: Any) -> set[str]:
-    functions = (member.fget, member.fset) if isinstance(member, property) else (getattr(member, "__func__", member),)
-    codes = [inspect.unwrap(function).__code__ for function in functions if inspect.isfunction(function)]
-    return {name for code in codes for name in names_in(code, "STORE_ATTR")}
+def changed_by_use(kind: type) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the attributes that the methods of a class assign, and fill, when it is used.
+
+    Of an installed class these are all methods but the constructor; of a user's, those that `_RUNS` names, what they call,
+    and what reads a property, or all if it has none of these names. A distribution does not change.
+    """
+    if issubclass(kind, Distribution):
+        return frozenset(), frozenset()
+    by_use: tuple[frozenset[str], frozenset[str]] = _changed_by_use(kind)  # type: ignore[arg-type]
+    return by_use
+
+
+@functools.lru_cache(maxsize=1000)
+def _changed_by_use(kind: type) -> tuple[frozenset[str], frozenset[str]]:
+    assigned: set[str] = set()
+    filled: set[str] = set()
+    own: dict[str, types.CodeType] = {}
+    waiting: list[types.CodeType] = []
+    bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    runs = any(_RUNS.search(name) for base in bases if not is_installed(base) for name in vars(base))
+    for base in bases:
+        for name, member in vars(base).items():
+            if isinstance(member, functools.cached_property):
+                assigned.add(name)
+            function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            if not inspect.isfunction(function) or name in ("__init__", "__post_init__"):
+                continue
+            code = inspect.unwrap(function).__code__
+            if isinstance(member, property) or _RUNS.search(name):
+                waiting.append(code)
+            elif is_installed(base) or not runs:
+                waiting += [] if name.startswith("__") else [code]
+            else:
+                own[name] = code
+    while waiting:
+        code = waiting.pop()
+        for names, more in zip((assigned, filled), changed_in(code), strict=True):
+            names |= more
+        waiting += [own.pop(name) for part in _codes(code) for name in part.co_names if name in own]
+    return frozenset(assigned), frozenset(filled)

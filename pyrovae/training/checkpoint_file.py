@@ -14,9 +14,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["FORMAT", "earlier", "plain", "read", "target_of", "write"]
+__all__ = ["FORMAT", "earlier", "path_of", "plain", "read", "target_of", "write"]
 
 _logger = logging.getLogger("pyrovae")
 
@@ -35,10 +36,9 @@ def write(path: str | os.PathLike, content: dict[str, Any], *, keep: bool = Fals
         content: tensors, numbers, strings, None, and lists, tuples and dicts of them.
         keep: keep the previous file as `earlier(path)`.
 
-    Raises:
-        OSError: if the file cannot be written; the message names the path.
+    Raises OSError, naming the path, where it cannot be written; TypeError or ValueError for what is no path.
     """
-    path = Path(path)
+    path = path_of(path)
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
     try:
@@ -74,8 +74,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: if the file is damaged in any byte, is no checkpoint of this library, holds anything but tensors and
             plain values, or has a newer format.
     """
+    path = path_of(path)
     try:
-        data = Path(path).read_bytes()
+        data = path.read_bytes()
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder, expected a checkpoint: name the file in it") from None
     content, mark, digest = data[: -len(_MARK) - _DIGEST_SIZE], data[-len(_MARK) - _DIGEST_SIZE :], data[-_DIGEST_SIZE:]
@@ -107,6 +108,17 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     return found
 
 
+def path_of(path: str | os.PathLike) -> Path:
+    """The path of a file, `~` being the home folder; raises TypeError or ValueError for what cannot be one."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"a checkpoint's path must be a string or pathlib.Path, found {type(path).__name__}: name a file"
+        )
+    if os.fspath(path) in ("", b""):
+        raise ValueError("a checkpoint's path must name a file, found an empty one")
+    return Path(path).expanduser()
+
+
 def earlier(path: str | os.PathLike) -> Path:
     """Where `write` with `keep` puts the previous file; if the path is a symbolic link, beside its target."""
     path = target_of(path)
@@ -114,8 +126,8 @@ def earlier(path: str | os.PathLike) -> Path:
 
 
 def target_of(path: str | os.PathLike) -> Path:
-    """The path itself or, if it is a symbolic link, its target, which need not exist yet."""
-    path = Path(path)
+    """The path, or that of the file that a symbolic link there leads to, whether or not there is one yet."""
+    path = path_of(path)
     if not path.is_symlink():
         return path
     target = Path(os.path.realpath(path))
@@ -130,9 +142,14 @@ def plain(name: str, value: Any) -> Any:
         return value
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
-            return kind(value)  # NumPy's float64 is a float, but would be pickled as NumPy's type
+            return kind(value)  # NumPy's float64 is a float that would be pickled as NumPy's
+    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
+        return plain(name, value.item())
     if isinstance(value, dict):
-        return {key: plain(f"{name}[{key!r}]", item) for key, item in value.items()}
+        return {
+            key.item() if isinstance(key, np.generic) else key: plain(f"{name}[{key!r}]", item)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [plain(name, item) for item in value]
     raise TypeError(
@@ -183,5 +200,5 @@ def _sync_folder(folder: Path) -> None:
 
 def _or_earlier(path: str | os.PathLike) -> str:
     before, target = earlier(path), target_of(path)
-    where = "here" if target == Path(path) else f"to {target}"
-    return f"; the one before it is {before}: move it {where} to use it" if before.exists() else ""
+    where = "here" if target == path_of(path) else f"to {target}"
+    return f"; the one before it is {before}: move it {where} to take it" if before.exists() else ""

@@ -1,7 +1,6 @@
 """Describe what the state dict of a module does not hold, to compare a module with that of a file.
 
-A description holds the class of each submodule and its constants: attributes that the constructor sets and no other
-method changes.
+That is the class of each module in it, its hooks, and its constants: attributes that its use does not change.
 """
 
 from collections.abc import Iterator
@@ -13,15 +12,16 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from pyrovae.training.attributes import attributes_set, constants_of
-from pyrovae.training.values import describe, same_text
+from pyrovae.training.attributes import changed_by_use, constants_of
+from pyrovae.training.values import DEPTH, describe, same_text
 
 __all__ = ["Description", "describe_module", "difference"]
 
 Description = dict[str, dict[str, Any]]
 
 _CLASS, _NOTHING = "class", "nothing"
-# Containers and reshaping modules: their children are described separately, and shape errors show up anyway.
+_ABSENT = {_CLASS: _NOTHING, "hooks": "()"}
+# They hold others or reshape: what they hold is described by itself, and a wrong shape is noticed anyway.
 _PASSIVE = {
     *(nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict),
     *(nn.Identity, nn.Flatten, nn.Unflatten, pyro.nn.PyroModule, pyro.nn.PyroModuleList),
@@ -30,13 +30,13 @@ _LARGEST = 4096  # larger tensors outside the state dict are not compared
 
 
 def describe_module(module: nn.Module) -> Description:
-    """{"likelihood": {"class": "Normal", "scale": "0.5"}, "likelihood.decoder_net.layers.2": {"class": "SiLU"}, ...}.
+    """{"likelihood": {"class": "Normal", "hooks": "()", "scale": "0.5"}, ...}.
 
     Values are text or small tensors. A lazy module has an empty description before its first call, which matches any
     other.
     """
     found = {path: _constants(part) for path, part in _parts(module, "")}
-    return {path: part for path, part in found.items() if part != {_CLASS: _NOTHING}}
+    return {path: part for path, part in found.items() if part != _ABSENT}
 
 
 def difference(there: Description, here: Description) -> str | None:
@@ -45,7 +45,7 @@ def difference(there: Description, here: Description) -> str | None:
     An attribute that only one side has does not count: the class may have gained it since the file was written.
     """
     for path in dict.fromkeys((*there, *here)):
-        found, expected = (side.get(path, {_CLASS: _NOTHING}) for side in (there, here))
+        found, expected = (side.get(path, _ABSENT) for side in (there, here))
         where = f"'{path}'" if path else "it"
         kind = "" if found.get(_CLASS) == _NOTHING else f" ({found.get(_CLASS)})"
         for name in found:
@@ -77,22 +77,27 @@ def _constants(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return {}
     found: dict[str, Any] = {_CLASS: _NOTHING if _is_passive(type(module)) else type(module).__name__}
-    if isinstance(module, AutoGuide):  # its arguments only set initial values
+    found["hooks"] = str(describe(hooks_of(module), DEPTH))
+    if isinstance(module, AutoGuide):  # its arguments tell where it starts
         return found
-    _, set_by_methods = attributes_set(type(module))
-    buffers = {name: module._buffers[name] for name in sorted(module._non_persistent_buffers_set - set_by_methods)}
-    for name, value in (constants_of(module) | buffers).items():
-        if not isinstance(value, Tensor):
-            if (text := describe(value)) is not None:
-                found[name] = text
-        elif (
-            value.layout is torch.strided
-            and not value.requires_grad
-            and not value.is_meta
-            and value.numel() <= _LARGEST
-        ):
+    values = constants_of(module)
+    unsaved = module._non_persistent_buffers_set.difference(*changed_by_use(type(module)))
+    values |= {name: module._buffers[name] for name in sorted(unsaved)}
+    for name, value in values.items():
+        if isinstance(value, list | dict | set) and not value:
+            continue  # it fills
+        is_small = isinstance(value, Tensor) and value.layout is torch.strided and value.numel() <= _LARGEST
+        if is_small and not value.requires_grad and not value.is_meta:
             found[name] = value.detach().to("cpu", copy=True)
+        elif (text := describe(value, DEPTH)) is not None:
+            found[name] = text
     return found
+
+
+def hooks_of(module: nn.Module) -> tuple:
+    """Functions that were given to a module to change what it computes: its hooks, a `forward` of its own."""
+    own = [vars(module)["forward"]] if "forward" in vars(module) else []
+    return (*own, *module._forward_pre_hooks.values(), *module._forward_hooks.values())
 
 
 def _same(there: Any, here: Any) -> bool:

@@ -10,7 +10,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from pyrovae.training.checkpoint_file import target_of
+from pyrovae.training.checkpoint_file import path_of, target_of
 
 __all__ = ["locked"]
 
@@ -27,8 +27,8 @@ def locked(path: str | os.PathLike, advice: str = "wait until it has ended, or n
         RuntimeError: if another run holds the lock.
         OSError: if the lock file cannot be created.
     """
-    path = Path(path)
-    real = target_of(path)  # the same lock for all links to the file
+    path = path_of(path)
+    real = target_of(path)  # one lock, whichever link leads to the file
     file = path / ".lock" if path.is_dir() else real.with_name(f".{real.name}.lock")
     descriptor = _acquire(path, file, advice)
     try:

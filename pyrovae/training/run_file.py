@@ -12,12 +12,12 @@ from torch.nn.parameter import is_lazy
 
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
-from pyrovae.training.checkpoint_file import read, target_of, write
+from pyrovae.training.checkpoint_file import earlier, path_of, read, target_of, write
 from pyrovae.training.description import describe_module, difference
 from pyrovae.training.locks import locked
 from pyrovae.training.saved_pair import described_in, pair_content, versions
 from pyrovae.training.state import TrainingState
-from pyrovae.training.values import same_text
+from pyrovae.training.values import describe_program, same_text
 
 __all__ = ["RunFile", "run_file"]
 
@@ -39,8 +39,11 @@ class RunFile:
         if isinstance(model, nn.Module) and isinstance(guide, nn.Module):
             self.modules, self.pair = {"model": model, "guide": guide}, pair_content(model, guide)
         else:
-            found = enumerate(modules_behind(model, guide))
-            self.pair["description"] = {f"module {i} ({type(m).__name__})": describe_module(m) for i, m in found}
+            behind = modules_behind(model, guide)
+            described = {f"module {i} ({type(m).__name__})": describe_module(m) for i, m in enumerate(behind)}
+            programs = {"model": model, "guide": guide}
+            described |= {name: {"": {"class": describe_program(of, behind)}} for name, of in programs.items()}
+            self.pair["description"] = described
         self.saved_at = -float("inf")
 
     def found(self) -> dict[str, Any] | None:
@@ -49,17 +52,31 @@ class RunFile:
         Raises:
             ValueError: if the file is damaged, holds no run, or holds a run with other settings.
         """
-        if not self.path.exists():
-            return None
-        content = read(self.path)
+        return self._state_in(self.path) if self.path.exists() else None
+
+    def check_not_lost(self) -> None:
+        """Raise ValueError if only the file before it is there, of this run: one that begins anew would replace it."""
+        before = earlier(self.path)
+        try:
+            is_lost = not self.path.exists() and before.exists() and self._state_in(before) is not None
+        except ValueError:  # of another run, or damaged: nothing to go on with
+            return
+        if is_lost:
+            raise ValueError(
+                f"{self.path} is not there, and {before} is, the state before it: move it to {self.path} to go on from that, "
+                f"or move it away to begin anew"
+            )
+
+    def _state_in(self, path: Path) -> dict[str, Any]:
+        content = read(path)
         if "training" not in content:
-            raise ValueError(f"{self.path} holds a model and a guide, but no run to resume: give fit another path")
+            raise ValueError(f"{path} holds a model and a guide, but no run to go on with: give fit another path")
         for name, there in content["training"]["settings"].items():
             here = self.settings.get(name)
             known = name in self.settings or "." not in name  # versions differ in what they record of a loss or loader
             if known and here != there and not _same(there, here):
                 raise ValueError(
-                    f"{self.path} is of a run with {name}={there}, and this one has {name}={here}: call fit as before, or "
+                    f"{path} is of a run with {name}={there}, and this one has {name}={here}: call fit as before, or "
                     f"give it another path"
                 )
         for name, described in described_in(content).items():
@@ -69,9 +86,10 @@ class RunFile:
                 continue
             if found := difference(described, here):
                 raise ValueError(
-                    f"{self.path} is of a run of another {name}: {found}: call fit as before, or give it another path"
+                    f"{path} is of a run of another {name}: {found}: call fit as before, or give it another path"
                 )
-        return content["training"]["state"]
+        state: dict[str, Any] = content["training"]["state"]
+        return state
 
     def save(self, state: TrainingState, captured: dict[str, Any]) -> None:
         """Write the captured state of now, and keep the previous file."""
@@ -99,7 +117,7 @@ def run_file(
     if path is None:
         yield None
         return
-    path = Path(path)
+    path = path_of(path)
     with locked(path):
         if path.exists() and not resume:
             raise ValueError(
@@ -109,7 +127,10 @@ def run_file(
         for kind in ("tmp", "link"):
             for leftover in target.parent.glob(f".{target.name}.*.{kind}"):  # left by runs killed while writing
                 leftover.unlink(missing_ok=True)
-        yield RunFile(path, every, settings, model, guide)
+        file = RunFile(path, every, settings, model, guide)
+        if resume:
+            file.check_not_lost()
+        yield file
 
 
 def _same(there: Any, here: Any) -> bool:

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyrovae.training.attributes import constants_of
-from pyrovae.training.values import checksum, describe, describe_callable
+from pyrovae.training.values import DEPTH, checksum, describe, describe_callable
 
 __all__ = ["settings_of"]
 
 # Attributes in which data sets of torch and torchvision keep lists of data in memory.
 _LISTS = ("tensors", "targets", "labels", "indices", "datasets")
-_MOST_ITEMS, _MOST_BYTES = 1000, 2**28  # of larger data, only evenly spaced items or rows are read
+_MOST_ITEMS, _MOST_BYTES = 100_000, 2**28  # of what is larger, evenly spaced items or rows are read
 
 
 def settings_of(
@@ -35,7 +35,7 @@ def settings_of(
     if type(loss).__repr__ is object.__repr__:
         described = f"{type(loss).__name__}(num_particles={getattr(loss, 'num_particles', 1)})"
     settings: dict[str, Any] = {"loss": described}
-    settings |= {f"loss.{name}": text for name, value in constants_of(loss).items() if (text := describe(value))}
+    settings |= {f"loss.{name}": text for name, value in constants_of(loss).items() if (text := describe(value, DEPTH))}
     for name, function in (("transform", transform), ("schedule", schedule)):
         settings[name] = _function_name(function)
         settings[f"{name} in full"] = None if function is None else describe_callable(function)
@@ -61,13 +61,18 @@ def _of_loader(loader: DataLoader) -> dict[str, str | None]:
     found: dict[str, str | None] = {
         "drop_last": str(loader.drop_last),
         "collate_fn": describe_callable(loader.collate_fn),
-        "sampler": type(loader.sampler).__name__,
-        "dataset": _checksum_of(dataset) or type(dataset).__name__,
+        "dataset.content": _checksum_of(dataset) or type(dataset).__name__,
     }
-    for name, value in constants_of(loader.sampler).items():
-        if name != "data_source":
-            found[f"sampler.{name}"] = describe(value) or _checksum_of(value)
-    # With workers, do not read an item: a data set may open files at the first read, and a worker must do that.
+    samplers: dict[str, Any] = {"sampler": loader.sampler}
+    if loader.batch_size is None and loader.batch_sampler is not None:  # its own
+        inside = getattr(loader.batch_sampler, "sampler", None)
+        samplers = {"sampler": inside or loader.sampler, "batch_sampler": loader.batch_sampler}
+    for role, sampler in samplers.items():
+        found[role] = type(sampler).__name__
+        for name, value in constants_of(sampler, amounts=True).items():
+            if name not in ("data_source", "sampler"):
+                found[f"{role}.{name}"] = describe(value) or _checksum_of(value)
+    # With workers, a data set may open its files at its first reading, which must be the workers'.
     if not loader.num_workers and not isinstance(dataset, IterableDataset):
         found["dataset.items"] = _checksum_of(_items(dataset))
     return found
@@ -111,7 +116,9 @@ def _leaves(thing: Any) -> Iterator[Any]:
             yield from _leaves(item)
     elif callable(getattr(thing, "tobytes", None)):  # a Pillow image or a NumPy number
         yield thing.tobytes()
-    elif isinstance(thing, Dataset):  # other lists may be caches, which grow
-        for name, value in sorted(getattr(thing, "__dict__", {}).items()):
+    elif isinstance(thing, Dataset):
+        for name, value in constants_of(thing, amounts=True).items():
             if name in _LISTS or isinstance(value, Tensor | np.ndarray | Dataset):
                 yield from _leaves(value)
+            elif isinstance(value, list | tuple | dict):  # text may be the paths of files, which may be moved
+                yield from (leaf for leaf in _leaves(value) if isinstance(leaf, Tensor | np.ndarray))

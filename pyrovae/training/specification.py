@@ -19,6 +19,7 @@ from pyrovae.common.component import Component, Unknown
 from pyrovae.models.generative import GenerativeModel
 from pyrovae.models.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide
 from pyrovae.models.layers import ConditionalNormal
+from pyrovae.training.description import hooks_of
 
 __all__ = ["NotSpecifiedError", "build", "specify"]
 
@@ -47,6 +48,9 @@ def specify(*modules: nn.Module) -> dict[str, Any]:
         NotSpecifiedError: if a part is not the library's, a file cannot hold an argument, or a module was changed after
             construction, so that its arguments no longer build it.
     """
+    for part in nn.ModuleList(modules).modules():
+        if hooks_of(part):
+            raise NotSpecifiedError(f"{type(part).__name__} has a hook or a forward of its own, which no file can hold")
     writer = _Writer()
     tensors = list(_tensors(modules).values())
     floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]

@@ -344,7 +344,8 @@ class Steps:
         return (
             f"No step was made before it, so the learning rate is not the cause. The data of that step have mean "
             f"{numbers.mean():.3g} and standard deviation {numbers.std(correction=0):.3g}, from {numbers.min():.3g} to "
-            f"{numbers.max():.3g}: scale the data, (x - x.mean(0)) / x.std(0) for a table, or x / 255 for bytes"
+            f"{numbers.max():.3g}: scale the data, (x - x.mean(0)) / x.std(0) for a table without the columns whose x.std(0) is "
+            f"0, or x / 255 for bytes"
         )
 
 
