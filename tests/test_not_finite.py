@@ -208,6 +208,6 @@ def test_the_advice_for_data_that_are_not_finite_at_any_step(value, row):
         with pyro.plate("d", len(x)):
             pyro.sample("x", dist.Normal(pyro.param("loc", torch.zeros(3)), 1.0).to_event(1), obs=x)
 
-    with pytest.raises(NotFiniteError, match="Leave these data out, or fill in") as caught:
+    with pytest.raises(NotFiniteError, match="Leave these data out, or replace") as caught:
         pv.fit(model, lambda x: None, x, batch_size=10, epochs=1, progress=False)
     assert "learning rate" not in str(caught.value)

@@ -327,14 +327,17 @@ def test_numbers_of_numpy(tmp_path):
     for number, real in ((lambda n: n, float), (np.int64, np.float64), (np.int32, np.float32)):
         pyro.set_rng_seed(1)
         pair = make()
-        options = {"checkpoint": tmp_path / f"{real.__name__}.pt", "progress": False}
+
+        def constant(done, one=number(1)):
+            return one
+
+        options = {"checkpoint": tmp_path / f"{real.__name__}.pt", "progress": False, "schedule": constant}
         pv.fit(
             *pair,
             binary(),
             epochs=2,
             learning_rate=real(0.25),
             clip_norm=real(2),
-            schedule=lambda done, one=number(1): one,
             **options,
         )
         pv.fit(
@@ -343,7 +346,6 @@ def test_numbers_of_numpy(tmp_path):
             epochs=2,
             learning_rate=0.25,
             clip_norm=2.0,
-            schedule=lambda done: 1,
             resume=True,
             **options,
         )

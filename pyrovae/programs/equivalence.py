@@ -32,7 +32,7 @@ def equivalent(both: Callable[[], tuple[Tensor, Tensor]], *, atol: float = 0.0) 
     scale = max(1.0, finite.abs().max().item()) if len(finite) else 1.0
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (first, second))
     tolerance = scale * (256 * eps if eps > 1e-12 else eps**0.5)
-    return torch.allclose(first.double(), second.double(), rtol=0.0, atol=max(tolerance, atol))
+    return torch.allclose(first.double(), second.double(), rtol=0.0, atol=max(tolerance, atol), equal_nan=True)
 
 
 class in_float64(TorchDispatchMode):
