@@ -120,7 +120,7 @@ def test_k_is_unknown_if_the_dtype_cannot_tell_the_large_weights_apart(dtype, le
     lml = pv.evaluation.marginal_likelihood.LogMarginalLikelihood.from_log_weights(log_weights)
     assert math.isnan(lml.share_of_bad_k())
     assert "Pareto k" not in lml.summary()
-    assert "+-" in lml.summary()
+    assert "±" in lml.summary()
 
 
 @pytest.mark.parametrize("name", HEAVY)

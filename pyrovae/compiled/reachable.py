@@ -28,7 +28,12 @@ _OF_TORCH = set(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType)
 _MUTABLE = (dict, list, set, deque)
-_GENERATORS = (random.Random, numpy.random.Generator, numpy.random.RandomState, torch.Generator)
+
+
+@functools.cache
+def _generators() -> tuple[type, ...]:
+    """The types of random generators; NumPy imports its own at their first use, so this is not done with the package."""
+    return random.Random, numpy.random.Generator, numpy.random.RandomState, torch.Generator
 
 
 class Reached:
@@ -105,7 +110,7 @@ class _Globals:
 def _holders(value: Any) -> Iterator[Any]:
     """What of a value can change: itself, or parts of it."""
     is_iterator = isinstance(value, Iterator) and type(value).__module__ in ("itertools", "builtins")
-    if is_iterator or isinstance(value, (Tensor, tuple, frozenset, *_MUTABLE, *_GENERATORS)):
+    if is_iterator or isinstance(value, (Tensor, tuple, frozenset, *_MUTABLE, *_generators())):
         yield value
     elif isinstance(value, nn.Module):
         yield from value.modules()

@@ -19,7 +19,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -200,7 +199,7 @@ def _references(value: Any) -> Iterator[Any]:
         yield value()
     elif inspect.isgenerator(value):
         yield from (value.gi_frame.f_locals if value.gi_frame else {}).values()
-    elif isinstance(value, np.ndarray):
+    elif type(value).__name__ == "ndarray":  # by name: this package is imported without NumPy
         yield from value.ravel()[:_LONGEST] if value.dtype == object else ()
     elif not inspect.ismodule(value) and not _is_installed(type(value).__module__):
         yield type(value)  # for attributes of its class

@@ -161,15 +161,15 @@ class FirstStep(Messenger):
         unknown = [f"a tensor of shape {tuple(leaf.shape)}" for leaf in left_out if id(leaf) not in names]
         shown = _some(known + unknown)
         shapes = {leaf.shape for leaf in left_out}
-        strangers = [
+        others = [
             name
             for name, parameter in self.declared.items()
             if parameter.grad is None and parameter in self.stored and parameter.shape in shapes
         ]
         said = f"the loss goes through {len(left_out)} parameters that training would not change: {shown}. "
-        if strangers:
+        if others:
             return said + (
-                f"Pyro's store has those of another model under their names ({_some(strangers)}): call pyro.clear_param_store() "
+                f"Pyro's store has those of another model under their names ({_some(others)}): call pyro.clear_param_store() "
                 f"before fit, or give the modules of each model unique names"
             )
         return said + (
