@@ -308,8 +308,8 @@ TRAINING = [
     Mutation(
         "skipped steps: their data counted",
         "training/steps.py",
-        "parts.count(len(index), verdicts.was_made)",
-        "parts.count(len(index))",
+        "parts.count(self.num_made.get(len(index), len(index)), verdicts.was_made)",
+        "parts.count(self.num_made.get(len(index), len(index)))",
         in_file("skipped_steps", "a_skipped_step_is_counted_and_changes_nothing"),
     ),
     Mutation(

@@ -484,6 +484,51 @@ def test_turns_of_transformed_angles(name):
     assert ((estimate.log_prob - exact).abs() <= 5 * estimate.stderr + 5e-3).all()
 
 
+class WrappedCauchy(dist.TorchDistribution):
+    """A family of one's own on the circle, whose support torch would call the real line."""
+
+    arg_constraints: dict = {}
+    support = dist.constraints.real
+    has_rsample = False
+
+    def __init__(self, shape=()):
+        super().__init__(torch.Size(shape), validate_args=False)
+
+    def expand(self, shape, _instance=None):
+        return WrappedCauchy(shape)
+
+    def sample(self, sample_shape=()):
+        draws = torch.distributions.Cauchy(0.0, 0.5).sample(torch.Size(sample_shape) + self.batch_shape)
+        return torch.remainder(draws + math.pi, 2 * math.pi) - math.pi
+
+    def log_prob(self, value):
+        return math.log(math.sinh(0.5) / (2 * math.pi)) - (math.cosh(0.5) - value.cos()).log()
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_an_angle_of_ones_own_is_known_by_its_period(turns):
+    x = torch.tensor([0.4, -1.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            angle = pyro.sample("angle", WrappedCauchy())
+            pyro.sample("x", dist.Normal(angle.cos(), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("angle", dist.Uniform(-turns * math.pi * torch.ones(len(x)), turns * math.pi))
+
+    if turns == 2:
+        with pytest.raises(ValueError, match="site 'angle'"):
+            pv.log_weights(model, guide, x)
+        return
+    grid = torch.linspace(-math.pi, math.pi, 100_001)[1:]
+    joint = WrappedCauchy().log_prob(grid) + dist.Normal(grid.cos(), 1.0).log_prob(x.unsqueeze(-1))
+    exact = joint.double().logsumexp(-1) + math.log(2 * math.pi / 100_000)
+    estimate = pv.log_marginal_likelihood(model, guide, x, num_particles=20_000)
+    assert ((estimate.log_prob - exact).abs() <= 5 * estimate.stderr + 1e-3).all()
+
+
 def test_an_angle_for_a_latent_on_the_line_is_refused():
     """VonMises draws from one turn, and its log density goes on beyond it as if it did not."""
 

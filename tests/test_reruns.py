@@ -237,6 +237,24 @@ def test_coupled_discrete_latents_are_refused(probability, data_batch_size):
         pv.log_weights(model, guide, torch.randn(12), data_batch_size=data_batch_size)
 
 
+@pytest.mark.parametrize("data_batch_size", ["auto", None])
+def test_rare_coupling_of_discrete_latents_is_refused(data_batch_size):
+    """Two latents that are both 1 are hardly ever drawn."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.1))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("both", -3 * z * z.roll(1, -1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(0.05 * torch.ones(len(x))))
+
+    with pytest.raises(ValueError, match="the model couples the data of plate 'data'"):
+        pv.log_weights(model, guide, torch.randn(6), data_batch_size=data_batch_size)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["compiled", "scripted"])
 def test_compiled_networks_are_evaluated(how):

@@ -92,7 +92,8 @@ def _carries_another(value: Tensor) -> bool:
 def refuse_turns(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     """Raise ValueError if the guide draws an angle from more than one turn, over which the model's density repeats."""
     for name, site in sample_sites(model_trace):
-        if site["is_observed"] or not is_angle_or_direction(site["fn"]):
+        known = is_angle_or_direction(site["fn"])
+        if site["is_observed"] or not (known or _repeats(innermost(site["fn"]), site["value"])):
             continue
         prior, proposal = (innermost(trace.nodes[name]["fn"]) for trace in (model_trace, guide_trace))
         ranges = [_bounds(distribution) for distribution in (prior, proposal)]
@@ -327,8 +328,10 @@ def _repeats(prior: Any, value: Tensor) -> bool:
     """Whether the density of a latent on the real line is the same one turn further on, as that of an angle is."""
     if support_of(prior) is not constraints.real:
         return False
-    here, beyond = (prior.log_prob(value + turn) for turn in (0.0, _TURN))
-    return not is_angle_or_direction(prior) and torch.allclose(here, beyond, rtol=0.0, atol=1e-4)
+    here, opposite, beyond = (prior.log_prob(value + turn) for turn in (0.0, _TURN / 2, _TURN))
+    # A wide density is nearly the same everywhere, and no angle.
+    is_angle = torch.allclose(here, beyond, rtol=0.0, atol=1e-4) and not torch.allclose(here, opposite, atol=1e-3)
+    return is_angle and not is_angle_or_direction(prior)
 
 
 def _log_integral(pair: InspectedPair, name: str, here: Tensor, start: Tensor, length: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from pyrovae.programs.traces import (
 __all__ = ["random_numbers_apart", "refuse_coupled_data", "refuse_influence_of_masked", "refuse_other_reruns"]
 
 _SEED = 20261126
+_FEW = 16  # data that are told apart by all bits, whatever else shows
 _BITS = 6  # length of the codes that tell data apart
 _NEGLIGIBLE = 1e-4  # nats; data may share the steps of an adaptive solver (a continuous flow)
 
@@ -88,20 +89,25 @@ def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *,
     if layout.plate is None or layout.num_data < 2:
         return
     with random_numbers_apart(*pair.values()):
-        others = [latents_of(trace_program(pair.guide, pair.args, pair.kwargs, layout.pinned))]
-        others += [{name: trace.nodes[name]["value"] for name in others[0] if name in trace} for trace in priors]
-        others.append(_shaken(pair))
+        drawn = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, layout.pinned))
+        here, first, second = latents_of(pair.model_trace), _shaken(pair), _shaken(pair)
+        # (values of all data, values that some of the data get instead)
+        swaps = [(here, drawn)]
+        swaps += [(here, {name: trace.nodes[name]["value"] for name in drawn if name in trace}) for trace in priors]
+        if any(first[name] is not value for name, value in here.items()):
+            swaps.insert(1, (first, second))
         # Any two data differ in a bit of their codes (of more than 64 data, nearly all do).
         codes = torch.randperm(max(layout.num_data, 2**_BITS))[: layout.num_data] % 2**_BITS
-    if layout.num_data <= 2**_BITS and not is_split:
+    few = is_split and layout.num_data > _FEW
+    if layout.num_data <= 2**_BITS and not few:
         codes = torch.arange(layout.num_data)
     bits = min(_BITS, (layout.num_data - 1).bit_length())
-    trials = [(bit, side) for bit in range(min(bits, 2) if is_split else bits) for side in (0, 1)]
+    trials = [(bit, side) for bit in range(min(bits, 2) if few else bits) for side in (0, 1)]
     for number, (bit, side) in enumerate(trials):
         changed = (codes >> bit) % 2 == side
         kept = (~changed).nonzero().squeeze(1)
-        for other in others[number % len(others) :][:1] if is_split else others[:4]:
-            if len(kept) and not _same_density(pair, _mixed(pair, other, changed), kept):
+        for values, others in swaps[number % len(swaps) :][:1] if few else swaps:
+            if len(kept) and not _same_density(pair, values, _mixed(pair, values, others, changed), kept):
                 raise ValueError(
                     f"the model couples the data of plate '{layout.plate}': the log density of a datum changes with "
                     f"the latents of other data (a factor over neighbours, attention or batch statistics across the "
@@ -129,7 +135,7 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
         site = pair.model_trace.nodes[name]
         inner = len(site["fn"].event_shape) - num_parts(site["fn"])
         values = {name: torch.where(elements[(...,) + (None,) * inner], other[name], site["value"])}
-        if not _same_density(pair, values, None):
+        if not _same_density(pair, {}, values, None):
             raise ValueError(
                 f"the model masks latent site '{name}' (or a part of it), and sites that are not masked depend on it: "
                 f"without its prior there is no p(x). Mask these sites too, or remove the mask"
@@ -151,8 +157,10 @@ def _shaken(pair: InspectedPair) -> dict[str, Tensor]:
     return values
 
 
-def _same_density(pair: InspectedPair, values: dict[str, Tensor], data: Tensor | None) -> bool:
-    """Whether the model's log density of some data (None: all) is the same with other values of its latents."""
+def _same_density(
+    pair: InspectedPair, values: dict[str, Tensor], others: dict[str, Tensor], data: Tensor | None
+) -> bool:
+    """Whether the model's log density of some data (None: all) is the same for two sets of values of its latents."""
 
     def density(changed: dict[str, Tensor]) -> Tensor:
         replayed = poutine.Trace()
@@ -163,15 +171,17 @@ def _same_density(pair: InspectedPair, values: dict[str, Tensor], data: Tensor |
             trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, replayed)
         return log_joint_of(pair.layout, trace)[:, slice(None) if data is None else data]
 
-    return torch.equal(density({}), density(values)) or equivalent(
-        lambda: (density({}), density(values)), atol=_NEGLIGIBLE
+    return torch.equal(density(values), density(others)) or equivalent(
+        lambda: (density(values), density(others)), atol=_NEGLIGIBLE
     )
 
 
-def _mixed(pair: InspectedPair, other: dict[str, Tensor], changed: Tensor) -> dict[str, Tensor]:
-    """Values of the model's latents; those of the data marked in `changed` are from another run."""
+def _mixed(
+    pair: InspectedPair, values: dict[str, Tensor], other: dict[str, Tensor], changed: Tensor
+) -> dict[str, Tensor]:
+    """Values of the model's latents; the data marked in `changed` have the other ones."""
     layout, mixed = pair.layout, {}
-    for name, value in latents_of(pair.model_trace).items():
+    for name, value in values.items():
         site = pair.model_trace.nodes[name]
         if layout.dim is None:
             mixed[name] = other[name] if changed[sequential_column(site, layout)] else value

@@ -70,7 +70,7 @@ class RunFile:
     def _state_in(self, path: Path) -> dict[str, Any]:
         content = read(path)
         if "training" not in content:
-            raise ValueError(f"{path} holds a model and a guide, but no run to go on with: give fit another path")
+            raise ValueError(f"{path} holds a model and a guide, but no run to resume: give fit another path")
         for name, there in content["training"]["settings"].items():
             here = self.settings.get(name)
             known = name in self.settings or "." not in name  # versions differ in what they record of a loss or loader
