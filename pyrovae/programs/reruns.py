@@ -10,12 +10,13 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.equivalence import equivalent
 from pyrovae.programs.masks import SHARED, counted
 from pyrovae.programs.reach import changed_buffers
-from pyrovae.programs.supports import innermost, num_parts
+from pyrovae.programs.supports import innermost, num_parts, support_of
 from pyrovae.programs.traces import (
     InspectedPair,
     latents_of,
@@ -143,17 +144,19 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
 
 
 def _shaken(pair: InspectedPair) -> dict[str, Tensor]:
-    """Values of the model's latents, with uniform random values of the discrete ones that can be enumerated."""
+    """Values of the model's latents whatever their probability: discrete ones by chance, real ones far apart."""
     values = latents_of(pair.model_trace)
     for name, value in values.items():
         base = innermost(pair.model_trace.nodes[name]["fn"])
         try:
             support = base.enumerate_support(expand=False) if base.has_enumerate_support else None
         except NotImplementedError:  # the total counts of the elements differ
-            support = None
+            continue
         if support is not None:
             shape = value.shape[: value.ndim - len(base.event_shape)]
             values[name] = support.reshape(-1, *base.event_shape)[torch.randint(len(support), shape)].to(value)
+        elif support_of(base) in (constraints.real, constraints.real_vector):
+            values[name] = value + 3 * value.std(correction=0).clamp_min(1.0) * torch.randn_like(value)
     return values
 
 
