@@ -19,7 +19,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from pyrovae.programs.reach import _is_installed
+from pyrovae.programs.reach import attributes_of, is_installed
 
 __all__ = ["Reached"]
 
@@ -115,7 +115,7 @@ def _holders(value: Any) -> Iterator[Any]:
     elif isinstance(value, nn.Module):
         yield from value.modules()
     elif inspect.isfunction(value):
-        if not _is_installed(value.__module__):
+        if not is_installed(value.__module__):
             yield from value.__closure__ or ()
             if not _is_ours(value.__module__):
                 yield _Globals(value)
@@ -123,9 +123,9 @@ def _holders(value: Any) -> Iterator[Any]:
     elif inspect.isroutine(value) or inspect.ismodule(value) or isinstance(value, functools.partial):
         return
     elif inspect.isclass(value):
-        if not _is_installed(value.__module__) and not _is_ours(value.__module__):
+        if not is_installed(value.__module__) and not _is_ours(value.__module__):
             yield value
-    elif not _is_installed(type(value).__module__):
+    elif not is_installed(type(value).__module__):
         yield value
 
 
@@ -134,7 +134,7 @@ def _others(value: Any) -> Iterator[Any]:
     if isinstance(value, nn.Module):
         for part in value.modules():
             yield from (hook for kind in _HOOKS for hook in vars(part)[kind].values())
-            if not _is_installed(type(part).__module__):
+            if not is_installed(type(part).__module__):
                 yield type(part)
                 yield type(part).forward
     elif inspect.ismethod(value):
@@ -142,11 +142,11 @@ def _others(value: Any) -> Iterator[Any]:
     elif isinstance(value, functools.partial):
         yield from (value.func, value.args, value.keywords)
     elif inspect.isclass(value):
-        if not _is_installed(value.__module__) and not _is_ours(value.__module__):
+        if not is_installed(value.__module__) and not _is_ours(value.__module__):
             yield from (routine for routine in vars(value).values() if inspect.isfunction(routine))
     elif hasattr(value, "__wrapped__"):  # by functools.cache, for instance
         yield value.__wrapped__
-    elif not isinstance(value, (Tensor, tuple, frozenset, *_MUTABLE)) and not _is_installed(type(value).__module__):
+    elif not isinstance(value, (Tensor, tuple, frozenset, *_MUTABLE)) and not is_installed(type(value).__module__):
         yield type(value)
 
 
@@ -181,11 +181,7 @@ def _look(holder: Any) -> Any:
         return {name: value for name, value in vars(holder).items() if name not in _OF_TORCH}
     if isinstance(holder, type):
         return {name: value for name, value in vars(holder).items() if not name.startswith("__")}
-    slots: list[str] = []
-    for kind in type(holder).__mro__:
-        own = vars(kind).get("__slots__", ())
-        slots += [own] if isinstance(own, str) else own
-    return {name: getattr(holder, name) for name in slots if hasattr(holder, name)} | getattr(holder, "__dict__", {})
+    return attributes_of(holder)
 
 
 def _is_ours(module: str | None) -> bool:
@@ -217,7 +213,7 @@ def _same(now: Any, before: Any, depth: int) -> bool:
         return now == before
     if type(now) is object:
         return False
-    if inspect.isroutine(now) or isinstance(now, type | nn.Module) or _is_installed(type(now).__module__):
+    if inspect.isroutine(now) or isinstance(now, type | nn.Module) or is_installed(type(now).__module__):
         return True
     return _same(_look(now), _look(before), depth - 1)
 

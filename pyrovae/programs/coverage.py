@@ -21,13 +21,12 @@ from torch.distributions import AffineTransform, constraints
 
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.masks import counted
-from pyrovae.programs.reruns import random_numbers_apart
+from pyrovae.programs.reruns import same_random_numbers
 from pyrovae.programs.supports import innermost, is_angle, is_angle_or_direction, is_possible, num_parts, support_of
 from pyrovae.programs.traces import (
     InspectedPair,
     Layout,
-    latents_of,
-    log_joint_of,
+    log_joint_with,
     log_likelihood_of,
     log_weights_of,
     sample_sites,
@@ -117,7 +116,7 @@ def refuse_turns(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None
 def refuse_uncovered(pair: InspectedPair, prior_traces: Sequence[poutine.Trace]) -> None:
     """Raise ValueError if the guide gives no mass to latents that prior and data allow."""
     _refuse_uncovered_draws(pair, prior_traces)
-    with random_numbers_apart(*pair.values()):
+    with same_random_numbers(*pair.values()):
         for name, site in sample_sites(pair.model_trace):
             if site["is_observed"] or is_delta(pair.guide_trace.nodes[name]):
                 continue
@@ -208,9 +207,7 @@ def _has_no_mass(base: Any, value: Tensor) -> Tensor:
         index = value.long().clamp(0, probs.shape[-1] - 1)
         index, probs = torch.broadcast_tensors(index.unsqueeze(-1), probs)
         return probs.gather(-1, index[..., :1]).squeeze(-1) == 0
-    if isinstance(base, torch.distributions.OneHotCategorical):
-        return ((probs == 0) & (value > 0)).any(-1)
-    if isinstance(base, torch.distributions.Multinomial):
+    if isinstance(base, torch.distributions.OneHotCategorical | torch.distributions.Multinomial):
         return ((probs == 0) & (value > 0)).any(-1)
     if isinstance(base, torch.distributions.Geometric):
         return (probs == 1) & (value > 0)
@@ -353,12 +350,8 @@ def _log_integral(pair: InspectedPair, name: str, here: Tensor, start: Tensor, l
 
 def _log_joint(pair: InspectedPair, name: str, value: Tensor) -> Tensor:
     """log p(x, z), (1, N), with this value of one latent; -inf if the result is NaN."""
-    replayed = poutine.Trace()
-    for latent, drawn in latents_of(pair.model_trace).items():
-        node = pair.model_trace.nodes[latent]
-        replayed.add_node(latent, **{**node, "value": value if latent == name else drawn})
-    trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, replayed)
-    return log_joint_of(pair.layout, trace).double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    density = log_joint_with(pair, {name: value}).double()
+    return density.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _one_of_each(marked: Tensor, event_dims: int, layout: Layout) -> Tensor:

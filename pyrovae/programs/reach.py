@@ -22,7 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["changed_buffers", "evaluation_mode", "find_modules", "modules_behind", "replaced_parameters"]
+__all__ = [
+    "attributes_of",
+    "changed_buffers",
+    "evaluation_mode",
+    "find_modules",
+    "is_installed",
+    "modules_behind",
+    "replaced_parameters",
+]
 
 
 class _Evaluation:
@@ -176,7 +184,7 @@ def _references(value: Any) -> Iterator[Any]:
         if len(value) <= _LONGEST:
             yield from value.values() if isinstance(value, dict) else value
     elif isinstance(value, nn.Module):  # attributes of modules that torch does not register
-        own = (part for part in value.modules() if not _is_installed(type(part).__module__))
+        own = (part for part in value.modules() if not is_installed(type(part).__module__))
         yield from (held for part in own for name, held in vars(part).items() if name not in _OF_TORCH)
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
@@ -184,11 +192,11 @@ def _references(value: Any) -> Iterator[Any]:
         yield value.__self__
         yield value.__func__
     elif inspect.isfunction(value):
-        if not _is_installed(value.__module__):
+        if not is_installed(value.__module__):
             yield from _values_in_reach(value)
     elif inspect.isclass(value):
-        if not _is_installed(value.__module__):
-            kinds = (kind for kind in value.__mro__ if not _is_installed(kind.__module__))
+        if not is_installed(value.__module__):
+            kinds = (kind for kind in value.__mro__ if not is_installed(kind.__module__))
             yield from (held for kind in kinds for held in vars(kind).values() if not inspect.isroutine(held))
     elif isinstance(value, _HOLDERS):
         yield from getattr(value, "__dict__", {}).values()
@@ -201,19 +209,24 @@ def _references(value: Any) -> Iterator[Any]:
         yield from (value.gi_frame.f_locals if value.gi_frame else {}).values()
     elif type(value).__name__ == "ndarray":  # by name: this package is imported without NumPy
         yield from value.ravel()[:_LONGEST] if value.dtype == object else ()
-    elif not inspect.ismodule(value) and not _is_installed(type(value).__module__):
+    elif not inspect.ismodule(value) and not is_installed(type(value).__module__):
         yield type(value)  # for attributes of its class
-        yield from getattr(value, "__dict__", {}).values()
-        for kind in type(value).__mro__:
-            slots = vars(kind).get("__slots__", ())
-            for slot in (slots,) if isinstance(slots, str) else slots:
-                yield getattr(value, slot, None)
+        yield from attributes_of(value).values()
     elif hasattr(value, "__wrapped__"):  # for example functools.cache
         yield value.__wrapped__
 
 
+def attributes_of(value: Any) -> dict[str, Any]:
+    """The attributes that an object itself holds, in its slots and its dictionary."""
+    slots: list[str] = []
+    for kind in type(value).__mro__:
+        own = vars(kind).get("__slots__", ())
+        slots += [own] if isinstance(own, str) else own
+    return {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
+
+
 @functools.cache
-def _is_installed(module: str | None) -> bool:
+def is_installed(module: str | None) -> bool:
     """Whether a module belongs to Python or to an installed package other than this one."""
     package = (module or "").partition(".")[0]
     if package in ("pyrovae", "__main__", ""):
@@ -240,6 +253,6 @@ def _values_in_reach(function: types.FunctionType) -> Iterator[Any]:
             value = values.pop()
             if not inspect.ismodule(value):
                 yield value
-            elif not _is_installed(value.__name__):  # attributes of an imported module that the code names
+            elif not is_installed(value.__name__):  # attributes of an imported module that the code names
                 values += (vars(value)[name] for name in code.co_names if name in vars(value))
         codes += (constant for constant in code.co_consts if inspect.iscode(constant))

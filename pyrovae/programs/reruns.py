@@ -20,7 +20,7 @@ from pyrovae.programs.supports import innermost, num_parts, support_of
 from pyrovae.programs.traces import (
     InspectedPair,
     latents_of,
-    log_joint_of,
+    log_joint_with,
     log_weights_of,
     run_pair,
     sample_sites,
@@ -28,7 +28,7 @@ from pyrovae.programs.traces import (
     trace_program,
 )
 
-__all__ = ["random_numbers_apart", "refuse_coupled_data", "refuse_influence_of_masked", "refuse_other_reruns"]
+__all__ = ["refuse_coupled_data", "refuse_influence_of_masked", "refuse_other_reruns", "same_random_numbers"]
 
 _SEED = 20261126
 _FEW = 16  # data that are told apart by all bits, whatever else shows
@@ -37,7 +37,7 @@ _NEGLIGIBLE = 1e-4  # nats; data may share the steps of an adaptive solver (a co
 
 
 @contextmanager
-def random_numbers_apart(*tensors: Tensor) -> Iterator[None]:
+def same_random_numbers(*tensors: Tensor) -> Iterator[None]:
     """Seed the generators of torch, NumPy and Python with a constant, and restore them afterwards."""
     devices = {tensor.device for tensor in tensors if tensor.is_cuda}
     before = pyro.util.get_rng_state()
@@ -53,7 +53,7 @@ def refuse_other_reruns(pair: InspectedPair) -> None:
     """Raise ValueError if a pair changes a buffer in evaluation mode, or gives other numbers under the same seed."""
 
     def run() -> Tensor:
-        with random_numbers_apart(*pair.values()):
+        with same_random_numbers(*pair.values()):
             traces = run_pair(pair.model, pair.guide, pair.args, pair.kwargs, pair.layout.pinned)
             return log_weights_of(pair.layout, *traces)
 
@@ -89,14 +89,16 @@ def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *,
     layout = pair.layout
     if layout.plate is None or layout.num_data < 2:
         return
-    with random_numbers_apart(*pair.values()):
+    with same_random_numbers(*pair.values()):
         drawn = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, layout.pinned))
         here, first, second = latents_of(pair.model_trace), _shaken(pair), _shaken(pair)
-        # (values of all data, values that some of the data get instead)
-        swaps = [(here, drawn)]
-        swaps += [(here, {name: trace.nodes[name]["value"] for name in drawn if name in trace}) for trace in priors]
+        # (values of all data, their density, values that some of the data get instead)
+        density = _density(pair, here)
+        swaps = [(here, density, drawn)]
+        for trace in priors:
+            swaps.append((here, density, {name: trace.nodes[name]["value"] for name in drawn if name in trace}))
         if any(first[name] is not value for name, value in here.items()):
-            swaps.insert(1, (first, second))
+            swaps.insert(1, (first, _density(pair, first), second))
         # Any two data differ in a bit of their codes (of more than 64 data, nearly all do).
         codes = torch.randperm(max(layout.num_data, 2**_BITS))[: layout.num_data] % 2**_BITS
     few = is_split and layout.num_data > _FEW
@@ -107,8 +109,8 @@ def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *,
     for number, (bit, side) in enumerate(trials):
         changed = (codes >> bit) % 2 == side
         kept = (~changed).nonzero().squeeze(1)
-        for values, others in swaps[number % len(swaps) :][:1] if few else swaps:
-            if len(kept) and not _same_density(pair, values, _mixed(pair, values, others, changed), kept):
+        for values, before, others in swaps[number % len(swaps) :][:1] if few else swaps:
+            if len(kept) and not _same_density(pair, values, before, _mixed(pair, values, others, changed), kept):
                 raise ValueError(
                     f"the model couples the data of plate '{layout.plate}': the log density of a datum changes with "
                     f"the latents of other data (a factor over neighbours, attention or batch statistics across the "
@@ -130,13 +132,13 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
     reparametrised = carried and any(name.endswith(SHARED) for name in hidden)
     if not hidden or (reparametrised and not any(site["cond_indep_stack"] for site in carried)):
         return
-    with random_numbers_apart(*pair.values()):
+    with same_random_numbers(*pair.values()):
         other = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, pair.layout.pinned))
     for name, elements in hidden.items():
         site = pair.model_trace.nodes[name]
         inner = len(site["fn"].event_shape) - num_parts(site["fn"])
         values = {name: torch.where(elements[(...,) + (None,) * inner], other[name], site["value"])}
-        if not _same_density(pair, {}, values, None):
+        if not _same_density(pair, {}, _density(pair, {}), values, slice(None)):
             raise ValueError(
                 f"the model masks latent site '{name}' (or a part of it), and sites that are not masked depend on it: "
                 f"without its prior there is no p(x). Mask these sites too, or remove the mask"
@@ -160,22 +162,17 @@ def _shaken(pair: InspectedPair) -> dict[str, Tensor]:
     return values
 
 
+def _density(pair: InspectedPair, values: dict[str, Tensor]) -> Tensor:
+    with same_random_numbers(*pair.values()):  # hold fixed what the model draws outside of sample sites
+        return log_joint_with(pair, values)
+
+
 def _same_density(
-    pair: InspectedPair, values: dict[str, Tensor], others: dict[str, Tensor], data: Tensor | None
+    pair: InspectedPair, values: dict[str, Tensor], before: Tensor, others: dict[str, Tensor], data: Tensor | slice
 ) -> bool:
-    """Whether the model's log density of some data (None: all) is the same for two sets of values of its latents."""
-
-    def density(changed: dict[str, Tensor]) -> Tensor:
-        replayed = poutine.Trace()
-        for name, site in sample_sites(pair.model_trace):
-            if not site["is_observed"]:
-                replayed.add_node(name, **{**site, "value": changed.get(name, site["value"])})
-        with random_numbers_apart(*pair.values()):  # hold fixed what the model draws outside of sample sites
-            trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, replayed)
-        return log_joint_of(pair.layout, trace)[:, slice(None) if data is None else data]
-
-    return torch.equal(density(values), density(others)) or equivalent(
-        lambda: (density(values), density(others)), atol=_NEGLIGIBLE
+    """Whether the model's log density of some data is the same for other values of its latents as for `values`: `before`."""
+    return torch.equal(before[:, data], _density(pair, others)[:, data]) or equivalent(
+        lambda: (_density(pair, values)[:, data], _density(pair, others)[:, data]), atol=_NEGLIGIBLE
     )
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "as_guide",
     "latents_of",
     "log_joint_of",
+    "log_joint_with",
     "log_likelihood_of",
     "log_weights_of",
     "place",
@@ -200,6 +201,16 @@ def log_likelihood_of(layout: Layout, model_trace: poutine.Trace) -> Tensor:
 def log_joint_of(layout: Layout, model_trace: poutine.Trace) -> Tensor:
     """Log density (1, N) of all sites, in a trace without a particle plate."""
     return reduce(add, (spread(site_log_prob(site), site, layout, None) for _, site in sample_sites(model_trace)))
+
+
+def log_joint_with(pair: InspectedPair, values: dict[str, Tensor]) -> Tensor:
+    """Log density (1, N) of the model at the latents of its trace, those in `values` replaced."""
+    replayed = poutine.Trace()
+    for name, site in sample_sites(pair.model_trace):
+        if not site["is_observed"]:
+            replayed.add_node(name, **{**site, "value": values.get(name, site["value"])})
+    trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, replayed)
+    return log_joint_of(pair.layout, trace)
 
 
 def site_log_prob(site: dict) -> Tensor:
