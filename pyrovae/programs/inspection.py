@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.programs.auxiliary import refuse_other_dimensions, refuse_point_masses, refuse_wrong_stretches
-from pyrovae.programs.coverage import refuse_mass_against_density, refuse_turns, refuse_uncovered
+from pyrovae.programs.coverage import refuse_uncovered
+from pyrovae.programs.kinds import refuse_mass_against_density, refuse_turns
 from pyrovae.programs.reach import find_modules, replaced_parameters
 from pyrovae.programs.reruns import refuse_coupled_data, refuse_influence_of_masked, refuse_other_reruns
 from pyrovae.programs.supports import innermost, possible_elements
