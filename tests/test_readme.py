@@ -63,10 +63,10 @@ def help_of(script):
     [
         ("README.md", "torchrun --nproc-per-node=2 examples/mnist_svi.py"),
         ("pyrovae/docs/benchmarks.md", "python examples/benchmarks/evaluation.py --tables memory"),
-        ("pyrovae/docs/bounds.md", "python -m pytest tests/test_mnist_grid.py -s"),
+        ("pyrovae/docs/bounds.md", "python -m pytest tests/evaluation/test_mnist_grid.py -s"),
         ("examples/results/README.md", "python examples/compare_parts.py --dataset mnist --epochs 30"),
         ("examples/results/density.md", "python examples/density_table.py --table"),
-        ("tests/README.md", "python -m pytest tests/test_killed.py -s"),
+        ("tests/README.md", "python -m pytest tests/training/test_killed.py -s"),
         (".github/CONTRIBUTING.md", "ruff check ."),
     ],
 )

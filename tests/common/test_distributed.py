@@ -1,0 +1,239 @@
+"""Several processes: what two ranks train is what one trains at the same global batch; none waits long for a dead one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyrovae as pv
+
+# Noise comes with the data, so that a datum has the same in whichever process it is.
+PROGRAM = """
+import os, sys, pyro, pyro.distributions as dist, torch
+import pyrovae as pv
+
+torch.set_default_dtype(torch.float64)
+
+class Injected(dist.Normal):
+    def __init__(self, loc, scale, noise):
+        super().__init__(loc, scale)
+        self.noise = noise
+
+    def expand(self, batch_shape, _instance=None):
+        return self
+
+    def rsample(self, sample_shape=torch.Size()):
+        return self.loc + self.scale * self.noise
+
+class Guide(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 4)
+
+    def forward(self, x):
+        pyro.module("guide", self)
+        loc, log_scale = self.layer(x[:, :6]).chunk(2, -1)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", Injected(loc, log_scale.exp(), x[:, 6:]).to_event(1))
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 6)
+
+    def forward(self, x):
+        pyro.module("model", self)
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1))
+            pyro.sample("x", dist.Normal(self.layer(z), 0.5).to_event(1), obs=x[:, :6])
+"""
+TRAIN = """
+from pyrovae.compiled.record import Extracted
+Extracted.compiler = staticmethod(lambda graph: graph)
+with pv.distributed.joined() as rank:
+    torch.manual_seed(0)
+    train = torch.randn(24, 8)
+    torch.manual_seed(rank)  # fit takes the parameters of rank 0
+    model, guide = Model(), Guide()
+    torch.manual_seed(5 + rank)  # and its order of the data
+    history = pv.fit(model, guide, {data}, epochs=3, learning_rate=1e-2, clip_norm=5.0, validation=train,
+                     compile={compile}, progress=False).history
+    noise = torch.randn(())
+    numbers = {{name: history[-1][name] for name in ("objective", "elbo", "reconstruction", "kl", "validation_elbo")}}
+    state = [*model.state_dict().values(), *guide.state_dict().values()]
+    torch.save((numbers, state, noise), sys.argv[1] + str(rank))
+"""
+STOPS = """
+import time
+with pv.distributed.joined(timeout=5) as rank:
+    calls = []
+    def transform(x):
+        calls.append(1)
+        if rank == 1 and len(calls) == 3:
+            {how}
+        return x
+    pv.fit(Model(), Guide(), torch.randn(24, 8), epochs=50, batch_size=10, transform=transform, progress=False)
+"""
+# A loss that is not finite, in one process alone: at once, where the gradients are, too, and where they are not.
+NOT_FINITE = """
+class Lost(pyro.infer.Trace_ELBO):
+    calls = 0
+    def loss_and_grads(self, model, guide, x):
+        Lost.calls += 1
+        return super().loss_and_grads(model, guide, x) * (float("inf") if rank == 1 and Lost.calls == 3 else 1.0)
+
+with pv.distributed.joined(timeout=20) as rank:
+    torch.manual_seed(0)
+    model, guide = Model(), Guide()
+    result = pv.fit(model, guide, torch.randn(24, 8), epochs=2, batch_size=10, loss=Lost(), max_skipped_steps={limit},
+                    progress=False)
+    torch.save((result.history, [*model.state_dict().values(), *guide.state_dict().values()]), sys.argv[1] + str(rank))
+"""
+
+
+def start(code, num_ranks, *arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
+    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM + code, *map(str, arguments)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+def finish(ranks):
+    for process in ranks:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+
+IN_MEMORY = "train, batch_size=10"
+LOADED = "torch.utils.data.DataLoader(train, 10 // pv.distributed.num_ranks(), sampler={sampler})"
+
+
+@pytest.mark.parametrize(
+    ("one_reads", "two_read", "compile"),
+    [
+        (IN_MEMORY, IN_MEMORY, False),
+        (IN_MEMORY, IN_MEMORY, True),
+        # Every second datum for each of two: together the batches of one.
+        (
+            LOADED.format(sampler=None),
+            LOADED.format(sampler="torch.utils.data.DistributedSampler(train, shuffle=False)"),
+            True,
+        ),
+    ],
+    ids=["eager", "recorded", "loaded"],
+)
+def test_two_ranks_train_as_one_process(tmp_path, one_reads, two_read, compile):
+    """Shares of 5 and of 2 in the ragged last batch; clipping sees the gradient of the whole batch."""
+    finish(start(TRAIN.format(compile=compile, data=one_reads), 1, tmp_path / "one"))
+    finish(start(TRAIN.format(compile=compile, data=two_read), 2, tmp_path / "two"))
+    one = torch.load(tmp_path / "one0")
+    noise = []
+    for rank in range(2):
+        numbers, state, drawn = torch.load(tmp_path / f"two{rank}")
+        assert numbers == pytest.approx(one[0], rel=1e-10)
+        for expected, found in zip(one[1], state, strict=True):
+            assert torch.allclose(expected, found, rtol=1e-10, atol=1e-12)
+        noise.append(drawn)
+    assert noise[0] != noise[1]
+
+
+@pytest.mark.parametrize(("how", "at_once"), [("os._exit(1)", True), ("time.sleep(100)", False)])
+def test_a_rank_that_dies_or_hangs_ends_the_others(how, at_once):
+    """With 5 seconds in place of 50."""
+    ranks = start(STOPS.format(how=how), 2)
+    try:
+        began = time.perf_counter()
+        _, errors = ranks[0].communicate(timeout=120)
+        assert ranks[0].returncode != 0
+        assert "process 0 of 2 waited for another process, which hangs or has died" in errors
+        assert time.perf_counter() - began < 60
+        assert at_once or ranks[1].poll() is None
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+
+
+def test_ranks_agree_on_what_is_not_finite(tmp_path):
+    """A loss that is infinite in one of them, with finite gradients: both skip the step, or both stop."""
+    finish(start(NOT_FINITE.format(limit=1), 2, tmp_path / "skipped"))
+    histories, states = zip(*(torch.load(tmp_path / f"skipped{rank}") for rank in range(2)), strict=True)
+    for history in histories:
+        assert [row["skipped_steps"] for row in history] == [1, 0]
+        assert history[-1]["elbo"] == histories[0][-1]["elbo"]
+    for first, second in zip(*states, strict=True):
+        assert torch.equal(first, second)
+    for process in start(NOT_FINITE.format(limit=0), 2, tmp_path / "stopped"):
+        _, errors = process.communicate(timeout=300)
+        assert "NotFiniteError: the loss or its gradient is not finite at epoch 1, step 3" in errors
+
+
+def test_alone_nothing_happens():
+    distributed = pv.distributed
+    weight = torch.ones(3, requires_grad=True)
+    weight.grad = torch.tensor([1.0, 2.0, 3.0])
+    state = torch.get_rng_state()
+    with distributed.joined() as rank:
+        assert (rank, distributed.num_ranks()) == (0, 1)
+        distributed.sum_gradients([weight])
+        distributed.same_everywhere([weight])
+        distributed.random_numbers_apart()
+        assert torch.equal(distributed.share(torch.arange(5)), torch.arange(5))
+        assert distributed.sums(1, torch.tensor(2.5)) == [1.0, 2.5]
+        assert distributed.gather("value") == ["value"]
+    assert torch.equal(weight.grad, torch.tensor([1.0, 2.0, 3.0]))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_batch_too_small_for_all_is_refused(monkeypatch):
+    monkeypatch.setattr(pv.distributed, "num_ranks", lambda: 3)
+    pv.distributed.check_shares(23, 10)
+    with pytest.raises(ValueError, match="22 data in batches of 10 have a batch of 2, fewer than the 3 processes"):
+        pv.distributed.check_shares(22, 10)
+
+
+@pytest.mark.slow
+def test_torchrun_of_the_example(tmp_path):
+    """Two processes, one folder; every test image is evaluated once."""
+    script = Path(__file__).parents[2] / "examples/mnist_svi.py"
+    options = [
+        "--dataset",
+        "digits",
+        "--epochs",
+        "2",
+        "--num-particles",
+        "20",
+        "--quiet",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        *options,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    test = json.loads((tmp_path / "run/metrics.json").read_text())["test"]
+    assert test["num_data"] == len(pv.data.digits().test)
+    for line in ("300 validation and", "Numbers and figures"):  # one of them writes
+        assert done.stdout.count(line) == 1

@@ -1,0 +1,433 @@
+"""The example, run as a user runs it; and the README's commands are what CI and users run."""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import pyrovae as pv
+from pyrovae.training.locks import locked
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+from support import command_line, provenance, registry, run_folder  # noqa: E402
+
+FIGURES = ("report.png", "samples.png", "reconstructions.png", "training.png", "tightness.png")
+
+
+def run(*options, cwd=None, script="mnist_svi.py", **environment):
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / script), *map(str, options)]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
+
+
+def test_every_example_is_tested():
+    assert sorted(path.name for path in (ROOT / "examples").glob("*.py")) == [
+        "bounds.py",
+        "compare_parts.py",
+        "density_table.py",  # test_density_table.py
+        "mnist_svi.py",
+        "time_to_quality.py",  # test_time_to_quality.py
+    ]
+
+
+@pytest.fixture(scope="module")
+def digits_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    options = ("--dataset", "digits", "--epochs", 3, "--num-particles", 30, "--latent-dim", 2, "--quiet")
+    return [(run(*options, "--out", folder / name), folder / name) for name in ("first", "second")]
+
+
+def test_digits_end_in_a_result(digits_runs):
+    done, out = digits_runs[0]
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for word in ("ELBO", "log p(x)", "gap", "bits per pixel", "median ESS", "Pareto k", "active units", "seconds"):
+        assert word in done.stdout
+    for name in (*FIGURES, "manifold.png", "checkpoint.pt", "evaluation.nc"):
+        assert (out / name).stat().st_size > 1000, name
+    with (out / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[0]["validation_elbo"]) < 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    test = metrics["test"]
+    assert test["elbo"] <= test["log_marginal_likelihood"] < 0
+    assert test["log_marginal_likelihood_mc_stderr"] < test["log_marginal_likelihood_stderr"]
+    assert {"bias_estimate", "gap", "bits_per_pixel", "median_ess", "active_units", "num_particles"} <= test.keys()
+    assert {"dataset", "binarization", "device", "seed", "versions", "git_revision", "seconds"} <= metrics.keys()
+
+
+def test_same_seed_same_numbers(digits_runs):
+    first, second = (json.loads((out / "metrics.json").read_text()) for _, out in digits_runs)
+    for metrics in (first, second):
+        del metrics["seconds"], metrics["command"]
+    assert first == second
+
+
+def test_auto_without_mnist_and_network(tmp_path):
+    """Proxies that refuse stand for no network."""
+    proxies = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    (tmp_path / "empty").mkdir()
+    options = ("--epochs", 1, "--num-particles", 5, "--quiet", "--data-dir", tmp_path / "empty")
+    done = run(*options, cwd=tmp_path, no_proxy="", NO_PROXY="", **proxies)
+    assert done.returncode == 0, done.stderr
+    assert "using scikit-learn's embedded 8x8 digits instead" in done.stderr
+    assert len(list((tmp_path / "runs").glob("digits-*"))) == 1
+    done = run("--dataset", "mnist", *options, cwd=tmp_path, no_proxy="", NO_PROXY="", **proxies)
+    assert done.returncode == 1
+    assert "error: MNIST is not in" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run("--dataset", "mnist", "--data-dir", tmp_path / "mispelt", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"error: the data folder {tmp_path / 'mispelt'} (root, --data-dir) does not exist" in done.stderr
+    assert not (tmp_path / "mispelt").exists()
+
+
+ROLES = {
+    "prior": registry.PRIORS,
+    "guide": registry.GUIDES,
+    "likelihood": registry.LIKELIHOODS,
+    "network": registry.NETWORKS,
+    "objective": registry.OBJECTIVES,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(max(map(len, ROLES.values()))))
+def test_every_part_by_its_name(number, tmp_path):
+    """As many runs as the longest table has names; between them each name is used."""
+    chosen = {role: list(table)[number % len(table)] for role, table in ROLES.items()}
+    options = [f"--{role}={name}" for role, name in chosen.items()]
+    if "elbo" in chosen["objective"] or chosen["objective"] == "stl":
+        options += ["--beta", 0.5, "--kl-warmup", 1, "--free-bits", 0.1]
+    elif chosen["objective"] in ("iwae", "dreg"):
+        options += ["--objective-particles", 3]
+    options += ["--scale", 0.5] if chosen["likelihood"] == "normal" else []
+    small = ("--dataset", "digits", "--epochs", 1, "--num-particles", 5, "--latent-dim", 3, "--quiet")
+    done = run(*small, *options, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert {role: metrics[role] for role in chosen} == chosen
+    assert metrics["test"]["gap"] > 0
+    for name in FIGURES:
+        assert (tmp_path / "run" / name).stat().st_size > 1000, name
+
+
+@pytest.mark.slow
+def test_bounds(digits_runs, tmp_path):
+    _, trained = digits_runs[0]
+    small = ("--num-images", 6, "--num-particles", 50, "--num-chains", 4, "--num-temperatures", 20, "--num-gaps", 3)
+    done = run("--run", trained, *small, "--quiet", "--out", tmp_path / "bounds", script="bounds.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for row in ("annealing - importance sampling", "amortization", "upper - lower"):
+        assert row in done.stdout
+    bounds = json.loads((tmp_path / "bounds/bounds.json").read_text())["bounds"]
+    assert (
+        bounds["6 test images"]["ELBO"]["mean"] < bounds["6 test images"]["importance sampling, 50 particles"]["mean"]
+    )
+    for name in ("curve", "sandwich", "k", "gap", "missed"):
+        assert (tmp_path / f"bounds/bounds_{name}.png").stat().st_size > 1000, name
+    done = run("--run", tmp_path / "nowhere", script="bounds.py")
+    assert done.returncode == 1
+    assert "error:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_compare_parts(tmp_path):
+    options = ("--dataset", "digits", "--epochs", 2, "--num-test", 50, "--num-particles", 30, "--quiet")
+    done = run(*options, "--out", tmp_path / "parts.json", script="compare_parts.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "priors: 3 model/guide pairs on 50 data" in done.stdout
+    assert "guides, on one frozen model, ranked by ELBO: 5 model/guide pairs" in done.stdout
+    result = json.loads((tmp_path / "parts.json").read_text())
+    assert {row["name"] for row in result["priors"]} == {"standard-normal", "vamp", "realnvp"}
+    assert run("--priors", "vamp", "nsf", script="compare_parts.py").returncode == 2
+
+
+def test_wrong_names_list_the_right_ones():
+    for role, table in ROLES.items():
+        message = run(f"--{role}=wrong").stderr
+        assert "invalid choice: 'wrong'" in message
+        assert all(name in message for name in table)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--scale 0.5", "--scale 0.5 is for --likelihood normal, and --likelihood is bernoulli"),
+        ("--likelihood normal --binarization static", "--binarization static is for --likelihood bernoulli"),
+        ("--epochs 10 --kl-warmup 11", "--kl-warmup 11 is longer than the run: 10 epochs"),
+        ("--dataset digits --kl-warmup 301", "--kl-warmup 301 is longer than the run: 300 epochs"),
+        ("--objective iwae", "--objective iwae needs --objective-particles of 2 or more"),
+        ("--objective dreg --objective-particles 1", "--objective dreg needs --objective-particles of 2 or more"),
+        (
+            "--objective iwae --objective-particles 5 --beta 2",
+            "--objective iwae has no KL to weigh: leave out --beta 2",
+        ),
+        ("--objective dreg --kl-warmup 3 --free-bits 0.5", "leave out --kl-warmup 3, --free-bits 0.5"),
+        ("--resume", "--resume needs --out"),
+    ],
+)
+def test_options_that_contradict_each_other(options, message, monkeypatch, capsys):
+    """Refused as they are read, before any data are looked for."""
+    monkeypatch.setattr(sys, "argv", ["mnist_svi.py", *options.split()])
+    with pytest.raises(SystemExit) as stop:
+        command_line.parse_options("")
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_is_gone_on_with_or_left_alone(digits_runs, tmp_path):
+    """Killed or not, --resume ends in the numbers of a run never stopped; without it nothing is written over."""
+    _, whole = digits_runs[0]
+    options = ("--dataset", "digits", "--epochs", 3, "--num-particles", 30, "--latent-dim", 2, "--quiet")
+
+    def numbers(folder):
+        return json.loads((folder / "metrics.json").read_text())["test"]
+
+    out = tmp_path / "run"
+    done = run(*options, "--out", out, "--resume")  # nothing there yet: it begins
+    assert done.returncode == 0, done.stderr
+    assert numbers(out) == numbers(whole)
+    for name in ("metrics.json", "checkpoint.pt", "evaluation.nc"):
+        (out / name).unlink()
+    done = run(*options, "--out", out)
+    assert done.returncode == 1
+    assert "holds a run" in done.stderr
+    assert "--resume" in done.stderr
+    done = run(*options, "--seed", 1, "--out", out, "--resume")
+    assert done.returncode == 1
+    assert "holds a run with --seed 0, and this one has --seed 1" in done.stderr
+    assert run(*options, "--out", out, "--resume").returncode == 0
+    assert numbers(out) == numbers(whole)
+    drawn = (out / "samples.png").stat().st_mtime_ns
+    done = run(
+        *options, "--out", out, "--resume", "--data-dir", tmp_path / "nowhere"
+    )  # finished: nothing is done again
+    assert done.returncode == 0, done.stderr
+    assert f"The run in {out} is finished" in done.stdout
+    assert f"{numbers(out)['elbo']:.2f} nats" in done.stdout
+    assert (out / "samples.png").stat().st_mtime_ns == drawn
+    assert run(*options, "--out", out, "--resume", "--num-particles", 31).returncode == 0  # evaluated again
+    assert numbers(out)["num_particles"] == 31
+    (out / "metrics.json").write_text('{"test": {')  # a file that was cut
+    assert run(*options, "--out", out, "--resume").returncode == 0
+    assert numbers(out) == numbers(whole)
+    (out / "metrics.json").unlink()  # not finished
+    with locked(out):
+        done = run(*options, "--out", out, "--resume")
+    assert done.returncode == 1
+    assert f"another run is writing to {out}" in done.stderr
+
+
+@pytest.mark.parametrize("lost", [FIGURES, ("evaluation.nc",), ("manifold.png", "history.csv")])
+def test_a_finished_run_makes_lost_files_again(digits_runs, tmp_path, lost):
+    _, whole = digits_runs[0]
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    files = sorted(path.name for path in out.iterdir())
+    for name in lost:
+        (out / name).unlink()
+    options = ("--dataset", "digits", "--epochs", 3, "--num-particles", 30, "--latent-dim", 2, "--quiet")
+    done = run(*options, "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"lacks {', '.join(name for name in json.loads((whole / 'metrics.json').read_text())['files'] if name in lost)}"
+        in (done.stdout)
+    )
+    assert sorted(path.name for path in out.iterdir()) == files
+    tests = [json.loads((folder / "metrics.json").read_text())["test"] for folder in (out, whole)]
+    assert tests[0] == tests[1]
+    done = run(*options, "--out", out, "--resume")
+    assert "is finished" in done.stdout
+
+
+DAMAGES = {"cut": '{"seed": 0, "data', "no text": b"\xff\xfe\x00", "no dict": "[1, 2]", "lacking": "{}", "empty": ""}
+
+
+def damage(path, how):
+    content = DAMAGES[how]
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_options_are_named_and_kept(how, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "training.pt").write_bytes(b"state")
+    damage(out / "options.json", how)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    options = argparse.Namespace(out=str(out), resume=True, seed=0, dataset="digits", likelihood="bernoulli")
+    with pytest.raises(ValueError, match=r"options\.json is damaged \(.*put back a copy, or give another --out"):
+        run_folder.refuse_other_run(options)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_command_on_damaged_options_ends_in_one_line(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "training.pt").write_bytes(b"state")
+    damage(out / "options.json", "cut")
+    done = run("--dataset", "digits", "--out", out, "--resume")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {out}/options.json is damaged (")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", [*DAMAGES, "other numbers"])
+def test_damaged_metrics_are_named_and_evaluated_again(how, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    if how == "other numbers":
+        (out / "metrics.json").write_text(json.dumps({"seconds": {"total": 1.0}, "test": {"num_particles": 30}}))
+    else:
+        damage(out / "metrics.json", how)
+    run_folder.show_finished_run(argparse.Namespace(out=str(out), resume=True, num_particles=30))  # does not exit
+    assert f"note: {out}/metrics.json is damaged (" in capsys.readouterr().err
+    done = run("--run", out, script="bounds.py")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {out}/metrics.json is damaged (")
+    assert "mnist_svi.py --resume on that folder makes it again" in done.stderr
+
+
+def test_json_is_written_through_a_link(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    provenance.write_json(tmp_path / "link.json", {"a": 1})
+    assert (tmp_path / "link.json").is_symlink()
+    assert provenance.read_json(tmp_path / "target.json", "", "a") == {"a": 1}
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "examples/mnist_svi.py"),
+        "--dataset",
+        "digits",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    # A shell's background jobs ignore SIGINT, and so would this one if the tests are such a job.
+    process = subprocess.Popen(
+        [*command, "--quiet"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not (tmp_path / "run/training.pt").exists():
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "the state after the last finished epoch is in" in stderr
+    assert stderr.count("To go on: ") == 1
+    assert "fit(" not in stderr
+    again = shlex.split(stderr.partition("To go on: ")[2].strip())
+    assert again == [*command, "--quiet", "--resume"]
+    assert pv.load(tmp_path / "run/training.pt")["model"].prior.latent_dim == 16
+
+
+def test_frey_faces(tmp_path, mnist_root):
+    if not (Path(mnist_root) / "freyfaces.npz").exists():
+        pytest.skip(f"needs Frey faces: {mnist_root} holds no freyfaces.npz")
+    options = (
+        "--dataset",
+        "freyfaces",
+        "--likelihood",
+        "normal-per-pixel",
+        "--epochs",
+        1,
+        "--num-particles",
+        5,
+        "--quiet",
+    )
+    done = run(*options, "--out", tmp_path / "frey", "--data-dir", mnist_root)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "frey/metrics.json").read_text())
+    assert metrics["test"]["num_data"] == 200
+    assert 0 < metrics["test"]["bits_per_pixel"] < 8
+
+
+def test_real_mnist(tmp_path, mnist_root):
+    done = run("--epochs", 1, "--num-particles", 2, "--quiet", "--out", tmp_path / "m", "--data-dir", mnist_root)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "m/metrics.json").read_text())
+    assert metrics["dataset"] == "mnist"
+    assert metrics["test"]["num_data"] == 10_000
+    assert -160 < metrics["test"]["log_marginal_likelihood"] < -90
+
+
+def test_options():
+    done = run("--help")
+    for option in (
+        *("--dataset", "--data-dir", "--binarization", "--latent-dim", "--epochs", "--batch-size", "--learning-rate"),
+        *("--num-particles", "--device", "--seed", "--data-seed", "--out", "--train-on-all"),
+    ):
+        assert option in done.stdout
+    done = run("--epochs", "0")
+    assert done.returncode == 2
+    assert done.stderr == "error: argument --epochs: must be positive, found 0 (--help explains the options)\n"
+    assert "invalid choice: 'cifar'" in run("--dataset", "cifar").stderr
+
+
+def test_readme_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert "python -m pip install -e . && python examples/mnist_svi.py" in readme
+    assert 'python -m pip install -e ".[test]" && python -m pytest -n 2' in readme
+    assert "python -m pytest -n 2" in (ROOT / ".ci/run").read_text()
+
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    """The README's Python blocks, in order, in one namespace, with fewer epochs and particles."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    assert blocks
+    code = "\n".join(blocks).replace("pv.data.mnist()", "pv.data.digits()")
+    code = code.replace("epochs=30", "epochs=1, progress=False").replace("num_particles=1000", "num_particles=20")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_an_importance_weighted_objective_has_no_kl_to_weigh():
+    for weights in ({"beta": 2.0}, {"kl_warmup_steps": 5}, {"free_bits": 0.1}):
+        with pytest.raises(ValueError, match="objective 'iwae' has no KL to weigh"):
+            registry.make_objective("iwae", 5, **weights)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK junk"])
+def test_a_finished_run_with_a_damaged_checkpoint(content, digits_runs, tmp_path, capsys, monkeypatch):
+    _, whole = digits_runs[0]
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    options = argparse.Namespace(out=str(out), resume=True, num_particles=30)
+    monkeypatch.setattr(run_folder, "report", lambda metrics: "")
+    with pytest.raises(SystemExit):
+        run_folder.show_finished_run(options)
+    (out / "checkpoint.pt").write_bytes(content)
+    run_folder.show_finished_run(options)  # does not exit: it is made again
+    assert f"note: {out}/checkpoint.pt is damaged" in capsys.readouterr().err
+    (out / "training.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"training\.pt is damaged"):
+        run_folder.show_finished_run(options)
+    (out / "training.pt").rename(out / "training.pt.previous")
+    options = argparse.Namespace(out=str(out), resume=True, seed=0, dataset="digits", likelihood="bernoulli")
+    with pytest.raises(ValueError, match=r"lacks training\.pt, and .*training\.pt\.previous is the state before it"):
+        run_folder.refuse_other_run(options)

@@ -1,0 +1,116 @@
+"""Every part of the library by name, as small as it goes: what `test_parts` runs its one body over.
+
+A part that is not listed here fails `test_every_part_is_listed`.
+"""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyrovae as pv
+from pyrovae import guides, likelihoods, nets, priors
+
+SHAPE = (1, 4, 3)
+LATENT_DIM = 2
+
+
+def plain_model(x):
+    """A model without parameters, for `Refined` to raise the ELBO of."""
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(LATENT_DIM), 1.0).to_event(1))
+        logits = z @ torch.linspace(-2, 3, 12 * LATENT_DIM).reshape(LATENT_DIM, 12).to(x)
+        pyro.sample("x", dist.Bernoulli(logits=logits.unflatten(-1, SHAPE), validate_args=False).to_event(3), obs=x)
+
+
+# name -> make(guide): the guide is there for priors that share its parameters
+PRIORS = {
+    "StandardNormal": lambda guide: priors.StandardNormal(LATENT_DIM),
+    "DiagonalNormal": lambda guide: priors.DiagonalNormal(LATENT_DIM),
+    "MixtureOfNormals": lambda guide: priors.MixtureOfNormals(LATENT_DIM, 3),
+    "VampPrior": lambda guide: priors.VampPrior(guide, torch.rand(4, *SHAPE)),
+    "NeuralSplineFlow": lambda guide: priors.NeuralSplineFlow(LATENT_DIM, hidden_features=[8]),
+    "MaskedAutoregressiveFlow": lambda guide: priors.MaskedAutoregressiveFlow(LATENT_DIM, hidden_features=[8]),
+    "RealNVP": lambda guide: priors.RealNVP(LATENT_DIM, hidden_features=[8]),
+}
+
+# name -> make()
+GUIDES = {
+    "MeanFieldNormal": lambda: guides.MeanFieldNormal(nets.MLP(12, [8]), LATENT_DIM),
+    "FullRankNormal": lambda: guides.FullRankNormal(nets.MLP(12, [8]), LATENT_DIM),
+    "LowRankNormal": lambda: guides.LowRankNormal(nets.MLP(12, [8]), LATENT_DIM, rank=1),
+    "InverseAutoregressiveFlow": lambda: guides.InverseAutoregressiveFlow(
+        nets.MLP(12, [8]), LATENT_DIM, hidden_features=(16,), num_context=4
+    ),
+    "NeuralSplineFlow": lambda: guides.NeuralSplineFlow(
+        nets.MLP(12, [8]), LATENT_DIM, hidden_features=(16,), num_context=4
+    ),
+    "Refined": lambda: guides.Refined(guides.MeanFieldNormal(nets.MLP(12, [8]), LATENT_DIM), plain_model, num_steps=3),
+    "DefensiveMixture": lambda: guides.DefensiveMixture(
+        guides.MeanFieldNormal(nets.MLP(12, [8]), LATENT_DIM), priors.StandardNormal(LATENT_DIM)
+    ),
+}
+
+# name -> (make(make_decoder), draw data (5, *SHAPE)); make_decoder(out_shape) gives a network for that output
+LIKELIHOODS = {
+    "Bernoulli": (
+        lambda make_decoder: likelihoods.Bernoulli(make_decoder(SHAPE), SHAPE),
+        lambda: (torch.rand(5, *SHAPE) < 0.5) * 1.0,
+    ),
+    "ContinuousBernoulli": (
+        lambda make_decoder: likelihoods.ContinuousBernoulli(make_decoder(SHAPE), SHAPE),
+        lambda: torch.rand(5, *SHAPE),
+    ),
+    "Normal": (
+        lambda make_decoder: likelihoods.Normal(make_decoder(SHAPE), SHAPE, scale=0.5),
+        lambda: torch.randn(5, *SHAPE),
+    ),
+    "LearnedScaleNormal": (
+        lambda make_decoder: likelihoods.LearnedScaleNormal(make_decoder(SHAPE), SHAPE),
+        lambda: torch.randn(5, *SHAPE),
+    ),
+    "HeteroscedasticNormal": (
+        lambda make_decoder: likelihoods.HeteroscedasticNormal(make_decoder((2, *SHAPE)), SHAPE),
+        lambda: torch.randn(5, *SHAPE),
+    ),
+    "DiscretizedLogistic": (
+        lambda make_decoder: likelihoods.DiscretizedLogistic(make_decoder((6, *SHAPE)), SHAPE, num_components=2),
+        lambda: torch.randint(0, 256, (5, *SHAPE)) / 255,
+    ),
+    "Categorical": (
+        lambda make_decoder: likelihoods.Categorical(make_decoder((7, *SHAPE)), SHAPE, num_levels=7),
+        lambda: torch.randint(0, 7, (5, *SHAPE)) / 6,
+    ),
+}
+
+# name -> make(out_shape): decoders latent -> out_shape (channels first)
+DECODERS = {
+    "MLP": lambda out_shape: nets.MLP(LATENT_DIM, [8], torch.Size(out_shape).numel()),
+    "ConvDecoder": lambda out_shape: nets.ConvDecoder(LATENT_DIM, out_shape, [8, 4]),
+    "ResidualDecoder": lambda out_shape: nets.ResidualDecoder(LATENT_DIM, out_shape, [8, 4]),
+}
+
+# name -> make(): encoders of data of SHAPE
+ENCODERS = {
+    "MLP": lambda: nets.MLP(12, [8]),
+    "ConvEncoder": lambda: nets.ConvEncoder(SHAPE, [4, 8], 8),
+    "ResidualEncoder": lambda: nets.ResidualEncoder(SHAPE, [4, 8], 8),
+}
+
+
+def combinations():
+    """All pairs of prior and guide; all pairs of likelihood and decoder; every encoder."""
+    for prior in PRIORS:
+        for guide in GUIDES:
+            yield pytest.param(prior, guide, "Bernoulli", "MLP", "MLP", id=f"{prior}-{guide}")
+    for likelihood in LIKELIHOODS:
+        for decoder in DECODERS:
+            yield pytest.param("StandardNormal", None, likelihood, decoder, "MLP", id=f"{likelihood}-{decoder}")
+    for encoder in ENCODERS:
+        yield pytest.param("StandardNormal", None, "Bernoulli", "MLP", encoder, id=encoder)
+
+
+def build(prior, guide, likelihood, decoder, encoder):
+    guide = GUIDES[guide]() if guide else guides.MeanFieldNormal(ENCODERS[encoder](), LATENT_DIM)
+    likelihood = LIKELIHOODS[likelihood][0](DECODERS[decoder])
+    return pv.GenerativeModel(PRIORS[prior](guide), likelihood), guide
