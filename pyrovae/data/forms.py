@@ -1,0 +1,279 @@
+"""What a batch is, the programs are called with: tensors, arrays, frames, tuples and mappings as program arguments."""
+
+from collections.abc import Mapping
+from numbers import Number
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from pyrovae.common.arguments import map_tensors
+
+__all__ = ["Batch", "as_batch", "is_stream"]
+
+_LARGEST_INTEGER = 2**63 - 1
+_LARGEST_WHOLE = 2**53  # up to here float64 tells whole numbers from others
+
+
+class Batch(NamedTuple):
+    """The arguments of a program for some data: it is called as `program(*batch.args, **batch.kwargs)`.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        num_data: N, the length of the first tensor. Tensors of this length hold one row for each datum; all others are
+            constants.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    num_data: int
+
+    def rows(self, index: Tensor | slice) -> "Batch":
+        """Return the data at these positions; constants stay whole."""
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[index] if tensor.ndim and len(tensor) == self.num_data else tensor
+
+        num_data = len(index) if isinstance(index, Tensor) else len(range(*index.indices(self.num_data)))
+        args, kwargs = map_tensors(cut, (self.args, self.kwargs))
+        return Batch(args, kwargs, num_data)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """Return the batch with all tensors on this device."""
+        args, kwargs = map_tensors(
+            lambda tensor: tensor.to(device, non_blocking=non_blocking), (self.args, self.kwargs)
+        )
+        return Batch(args, kwargs, self.num_data)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their place, for messages: "argument 1", "argument 'mask'", "argument 1, 'image'"."""
+        found: dict[str, Tensor] = {}
+        for name, value in _named(self.args, self.kwargs):
+            _collect(name, value, found)
+        return found
+
+    @property
+    def data(self) -> Tensor:
+        """The first tensor, whose length is N."""
+        return next(tensor for tensor in self.tensors.values() if tensor.ndim)
+
+
+def is_stream(data: Any) -> bool:
+    """Whether the data come in batches (a `DataLoader`) or one by one (a `Dataset`) instead of all at once."""
+    if isinstance(data, TensorDataset):
+        return False
+    if isinstance(data, DataLoader | Dataset):
+        return True
+    # Hugging Face's data sets are no torch data sets, but are indexed by position, too.
+    known = (Tensor, np.ndarray, str, bytes, tuple, list, Mapping)
+    return not isinstance(data, known) and not _is_table(data) and hasattr(type(data), "__getitems__")
+
+
+def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data") -> Batch:
+    """Turn data into the arguments that a program is called with.
+
+    A tensor, array or frame becomes the one argument, `program(x)`; the items of a tuple, list or `TensorDataset`
+    become `program(*items)`; a mapping becomes `program(**items)`.
+
+    Numbers become those of the programs. NumPy arrays and frames with fractions are rounded to `dtype`, because NumPy's
+    float64 is seldom a choice; a tensor with another floating-point dtype is converted only if no value changes. Bytes
+    (uint8) become `dtype`, or int64 if there is one number for each datum, a label. Other whole numbers and booleans
+    stay.
+
+    Args:
+        data: The data, N rows in each array that holds data.
+        dtype: Floating-point dtype of the programs; torch's default dtype if None.
+        name: Name of the argument in errors.
+
+    Returns:
+        The program's arguments, with tensors in place of arrays and frames.
+
+    Raises:
+        TypeError: Something is neither a tensor, an array, a frame nor a constant, or holds no numbers; the message
+            names the column.
+        ValueError: There are no data, or a conversion would change values.
+    """
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, Mapping):
+        wrong = [key for key in data if not isinstance(key, str)]
+        if wrong:
+            raise TypeError(
+                f"{name} is a mapping, whose keys name the arguments of the programs; found key {wrong[0]!r}"
+            )
+        items: tuple[tuple, dict[str, Any]] = (), dict(data)
+    elif isinstance(data, tuple | list):
+        if data and all(isinstance(item, Number) for item in data):
+            raise TypeError(
+                f"{name} must be a tensor or an array; found a {type(data).__name__} of numbers: torch.tensor(...)"
+            )
+        items = tuple(data), {}
+    else:
+        if data is None or isinstance(data, Number | str | bytes) or callable(data):
+            raise TypeError(_expected(name, data))
+        items = (data,), {}
+    is_one = not isinstance(data, tuple | list)
+    args = tuple(
+        _converted(value, dtype, name if is_one else f"{name}, {place}") for place, value in _named(items[0], {})
+    )
+    kwargs = {key: _converted(value, dtype, f"{name}, argument {key!r}") for key, value in items[1].items()}
+    batch = Batch(args, kwargs, 0)
+    lengths = [len(tensor) for tensor in batch.tensors.values() if tensor.ndim]
+    if not lengths:
+        found = ", ".join(f"shape {tuple(tensor.shape)}" for tensor in batch.tensors.values()) or type(data).__name__
+        raise ValueError(f"{name} must hold a tensor of data (N, ...), found {found}")
+    if not lengths[0]:
+        raise ValueError(
+            f"{name} must hold at least one datum, found a first tensor of shape {tuple(batch.data.shape)}"
+        )
+    return batch._replace(num_data=lengths[0])
+
+
+def _named(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    positions = [(f"argument {position}", value) for position, value in enumerate(args, 1)]
+    return positions + [(f"argument {key!r}", value) for key, value in kwargs.items()]
+
+
+def _collect(name: str, value: Any, found: dict[str, Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found[name] = value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _collect(f"{name}, {key!r}", item, found)
+    elif type(value) in (tuple, list):
+        for position, item in enumerate(value, 1):
+            _collect(f"{name}, item {position}", item, found)
+
+
+def _converted(value: Any, dtype: torch.dtype, name: str) -> Any:
+    """A tensor in place of an array or frame, also inside containers; constants as they are."""
+    if isinstance(value, Tensor):
+        return _of_tensor(value, dtype, name)
+    if isinstance(value, Mapping):
+        return {key: _converted(item, dtype, f"{name}, {key!r}") for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_converted(item, dtype, f"{name}, item {place}") for place, item in enumerate(value, 1))
+    if _is_table(value):
+        return _of_frame(value, dtype, name)
+    if isinstance(value, np.ndarray):
+        return _of_array(value, dtype, name)
+    if value is None or isinstance(value, Number | str | bytes) or callable(value) or not hasattr(value, "__array__"):
+        return value
+    return _of_array(np.asarray(value), dtype, name)
+
+
+def _of_tensor(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if tensor.dtype == torch.uint8:
+        return tensor.to(dtype if tensor.ndim > 1 else torch.int64)
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    changed = _changed(tensor, dtype)
+    if changed is not None:
+        raise ValueError(
+            f"{name}: found {tensor.dtype} for programs in {dtype}, which would change {changed}: convert it, "
+            f".to({dtype}), or the programs, .to({tensor.dtype})"
+        )
+    return tensor.to(dtype)
+
+
+def _changed(tensor: Tensor, dtype: torch.dtype) -> str | None:
+    """The first value that the dtype does not hold, in words; None if it holds all."""
+    there = tensor.detach()
+    back = there.to(dtype).to(there.dtype)
+    wrong = (back != there) & ~(there.isnan() & back.isnan())
+    if not wrong.any():
+        return None
+    position = tuple(wrong.nonzero()[0].tolist())
+    return f"{int(wrong.sum())} of {there.numel()} values, for example {there[position].item()!r} to {back[position].item()!r}"
+
+
+def _of_array(array: np.ndarray, dtype: torch.dtype, name: str) -> Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        if np.ma.is_masked(array):
+            raise TypeError(
+                f"{name}: found a masked array with {int(np.ma.count_masked(array))} missing values: pass "
+                f"array.filled(0) and the mask, observed=~array.mask"
+            )
+        array = np.asarray(array)
+    kind = array.dtype.kind
+    if kind == "f":
+        return _rounded(array, dtype, name)
+    if kind == "u" and array.dtype.itemsize > 1:
+        if array.size and array.max() > _LARGEST_INTEGER:
+            raise ValueError(f"{name}: found {array.max()}, which no torch integer holds")
+        array = array.astype(np.int64)
+    if kind not in "biuc":
+        raise TypeError(f"{name}: expected numbers, found an array of {_kind(array)}")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return _of_tensor(torch.tensor(np.ascontiguousarray(array)), dtype, name)
+
+
+def _rounded(array: np.ndarray, dtype: torch.dtype, name: str) -> Tensor:
+    """Round to the dtype; refuse a whole number that changes, a number that overflows, and one that becomes 0."""
+    if array.dtype.kind in "iu" and array.size and max(-int(array.min()), int(array.max())) > _LARGEST_WHOLE:
+        raise ValueError(f"{name}: found whole numbers beyond 2^53, which floating point does not hold: rescale them")
+    before = torch.tensor(np.ascontiguousarray(array, dtype=np.float64))
+    after = before.to(dtype)
+    back = after.double()
+    is_whole = (before == before.round()) & (before.abs() <= _LARGEST_WHOLE)
+    lost = (before != back) & ~before.isnan() & (is_whole | back.isinf() | (back == 0))
+    if lost.any():
+        position = tuple(lost.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name}: {dtype} does not hold {before[position].item()!r}, found at {list(position)}; it would become "
+            f"{back[position].item()!r}: rescale the data, or run the programs in float64 (.double())"
+        )
+    return after
+
+
+def _is_table(value: Any) -> bool:
+    """Whether this is a frame or series of pandas, polars or alike."""
+    if not hasattr(value, "to_numpy"):
+        return False
+    return hasattr(value, "columns") or (hasattr(value, "name") and hasattr(value, "dtype"))
+
+
+def _of_frame(frame: Any, dtype: torch.dtype, name: str) -> Tensor:
+    """A frame (N, columns) as one tensor of the dtype; a series (N,) as its array."""
+    if not hasattr(frame, "columns"):
+        return _of_array(_numbers_of(frame, name), dtype, name)
+    columns = [_numbers_of(frame[column], f"{name}, column {column!r}") for column in frame.columns]
+    if not columns:
+        raise ValueError(f"{name}: found a frame without columns")
+    tensors = [
+        _rounded(numbers, dtype, f"{name}, column {column!r}")
+        for column, numbers in zip(frame.columns, columns, strict=True)
+    ]
+    return torch.stack(tensors, 1)
+
+
+def _numbers_of(series: Any, name: str) -> np.ndarray:
+    """The numbers of a column; missing ones become NaN."""
+    numbers = series.to_numpy()
+    if numbers.dtype.kind == "O" and hasattr(series, "isna") and getattr(series.dtype, "kind", "O") in "biuf":
+        numbers = series.to_numpy(dtype=np.float64, na_value=np.nan)  # pandas' nullable numbers
+    if numbers.dtype.kind not in "biuf":
+        example = next((value for value in numbers.tolist() if not isinstance(value, Number)), None)
+        raise TypeError(
+            f"{name} holds no numbers: found {_kind(numbers)}{'' if example is None else f', for example {example!r}'}. Code "
+            f"it as numbers, or leave it out"
+        )
+    return numbers
+
+
+def _kind(array: np.ndarray) -> str:
+    return {"O": "Python objects", "U": "text", "S": "bytes", "T": "text", "M": "dates", "m": "time differences"}.get(
+        array.dtype.kind, str(array.dtype)
+    )
+
+
+def _expected(name: str, data: Any) -> str:
+    return (
+        f"{name} must be a tensor, an array, a frame, a tuple or mapping of these, a Dataset or a DataLoader; found "
+        f"{type(data).__name__}"
+    )
