@@ -22,6 +22,7 @@ from pyrovae.evaluation.inference_gaps import InferenceGaps, inference_gaps
 from pyrovae.evaluation.log_weights import log_weights
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.models import uses
+from pyrovae.models.export import export
 from pyrovae.models.generative import GenerativeModel
 from pyrovae.models.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
 from pyrovae.models.layers import ConditionalNormal
@@ -50,6 +51,7 @@ __all__ = [
     "detection",
     "distributed",
     "estimators",
+    "export",
     "fit",
     "guides",
     "inference_gaps",

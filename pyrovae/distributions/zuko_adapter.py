@@ -186,7 +186,8 @@ class FlowDistribution(dist.TorchDistribution):
         noise = self.flow.base.base_dist  # the elementwise distribution, which has `icdf`
         points = torch.as_tensor(_spread_points(_MEAN_DRAWS, event_shape.numel())).to(noise.mean)
         points = points.reshape(_MEAN_DRAWS, *[1] * len(batch_shape), *event_shape)
-        chunks = points.split(max(1, _MEAN_ROWS // max(1, batch_shape.numel())))
+        exporting = torch.compiler.is_exporting()  # an exported program serves any batch, so none decides its chunks
+        chunks = [points] if exporting else points.split(max(1, _MEAN_ROWS // max(1, batch_shape.numel())))
         total = reduce(add, (self.flow.transform.inv(noise.icdf(some)).sum(0) for some in chunks))
         return total / _MEAN_DRAWS
 

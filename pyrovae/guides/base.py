@@ -193,7 +193,7 @@ def features_of(net: nn.Module, x: Tensor, num_features: int) -> Tensor:
         features.ndim > 2 and features.shape[1:-1].numel() == 1
     ):  # data (N, 1, D): a network that keeps dimensions returns (N, 1, num_features)
         features = features.flatten(1)
-    if features.shape != (len(x), num_features):
+    if features.shape != (x.shape[0], num_features):
         raise ValueError(
             f"the network must give features ({len(x)}, {num_features}), found {tuple(features.shape)}: "
             f"flatten its output, or set num_features="

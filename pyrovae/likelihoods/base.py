@@ -81,10 +81,10 @@ class Likelihood(Component, ABC):
         rows = z.reshape(-1, z.shape[-1])
         output = run_network(self.decoder_net, rows, "make the decoder for the prior's number of latents (latent_dim)")
         size = math.prod(self.parameters_shape)
-        if output.numel() != len(rows) * size:
+        if output.numel() != rows.shape[0] * size:
             raise ValueError(
                 f"{type(self).__name__} needs {size} numbers per datum from its decoder network, to be shaped "
-                f"{tuple(self.parameters_shape)}; found {tuple(output.shape)} for {len(rows)} latents: set the width of the "
+                f"{tuple(self.parameters_shape)}; found {tuple(output.shape)} for {rows.shape[0]} latents: set the width of the "
                 f"network's output to {size}"
             )
         return self.distribution(output.reshape(*z.shape[:-1], *self.parameters_shape))
