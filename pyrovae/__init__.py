@@ -12,6 +12,7 @@ from pyrovae import (
 )
 from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo
 from pyrovae.annealing.bounds import annealed_importance_sampling, bidirectional_monte_carlo
+from pyrovae.annealing.smc import sequential_monte_carlo
 from pyrovae.common import distributed
 from pyrovae.evaluation import detection
 from pyrovae.evaluation.arviz_export import to_elpd_data, to_inference_data
@@ -66,6 +67,7 @@ __all__ = [
     "plots",
     "priors",
     "save",
+    "sequential_monte_carlo",
     "simulation_based_calibration",
     "to_elpd_data",
     "to_inference_data",

@@ -106,11 +106,11 @@ def anneal(potential: Potential, kernels: Kernels, tick: Callable[[], object] = 
     References:
         Neal, Annealed Importance Sampling (2001).
     """
-    state = _state(potential, potential.draw())
+    state = start(potential, potential.draw())
     log_weights, acceptance = _nothing_yet(state)
     for t in range(1, len(kernels.temperatures)):
-        log_weights += _factor(state, kernels, t)
-        state, rate = _move(potential, state, kernels, t)
+        log_weights += factor(state, kernels, t)
+        state, rate = move(potential, state, kernels, t)
         acceptance += rate
         tick()
     return Annealed(log_weights, state.u, acceptance / (len(kernels.temperatures) - 1))
@@ -134,11 +134,11 @@ def anneal_back(
     References:
         Grosse, Ghahramani & Adams, Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (2015).
     """
-    state = _state(potential, u)
+    state = start(potential, u)
     log_weights, acceptance = _nothing_yet(state)
     for t in range(len(kernels.temperatures) - 1, 0, -1):
-        state, rate = _move(potential, state, kernels, t)
-        log_weights += _factor(state, kernels, t)
+        state, rate = move(potential, state, kernels, t)
+        log_weights += factor(state, kernels, t)
         acceptance += rate
         tick()
     return Annealed(log_weights, state.u, acceptance / (len(kernels.temperatures) - 1))
@@ -209,7 +209,7 @@ def _pilot(potential: Potential, kernels: Kernels, tick: Callable[[], object]) -
     """
     temperatures = kernels.temperatures
     last = len(temperatures) - 1
-    state = _state(potential, potential.draw())
+    state = start(potential, potential.draw())
     log_step = kernels.step_sizes.log()
     settled, log_steps, spread = [], [], []
     for t in [1] * _SETTLING + list(range(1, last)) + [last] * _SETTLING:
@@ -228,7 +228,7 @@ def _pilot(potential: Potential, kernels: Kernels, tick: Callable[[], object]) -
     return torch.cat(settled), smoothed, torch.stack(spread[_SETTLING - 1 : _SETTLING - 1 + last])
 
 
-def _state(potential: Potential, u: Tensor) -> _State:
+def start(potential: Potential, u: Tensor) -> _State:
     energy = potential.energy(u, u.new_zeros(()))
     return _State(u, energy.log_start, energy.log_weight)
 
@@ -237,12 +237,12 @@ def _nothing_yet(state: _State) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(state.log_weight, dtype=torch.float64), torch.zeros_like(state.log_weight[0])
 
 
-def _factor(state: _State, kernels: Kernels, t: int) -> Tensor:
+def factor(state: _State, kernels: Kernels, t: int) -> Tensor:
     """Return log f_t(u) - log f_{t-1}(u)."""
     return (kernels.temperatures[t] - kernels.temperatures[t - 1]) * state.log_weight
 
 
-def _move(potential: Potential, state: _State, kernels: Kernels, t: int) -> tuple[_State, Tensor]:
+def move(potential: Potential, state: _State, kernels: Kernels, t: int) -> tuple[_State, Tensor]:
     beta = kernels.temperatures[t]
     return _leap(potential, state, beta, kernels.scale(beta), kernels.step_sizes[t], kernels.num_steps[t])
 
