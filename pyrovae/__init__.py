@@ -12,6 +12,7 @@ from pyrovae import (
 )
 from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo
 from pyrovae.annealing.bounds import annealed_importance_sampling, bidirectional_monte_carlo
+from pyrovae.annealing.difference import DifferenceEstimate, anneal_a_slice
 from pyrovae.annealing.smc import sequential_monte_carlo
 from pyrovae.common import distributed
 from pyrovae.evaluation import detection
@@ -38,6 +39,7 @@ __all__ = [
     "Calibration",
     "Comparison",
     "ConditionalNormal",
+    "DifferenceEstimate",
     "FitResult",
     "GenerativeModel",
     "HierarchicalModel",
@@ -45,6 +47,7 @@ __all__ = [
     "LogMarginalLikelihood",
     "TopDownGuide",
     "active_units",
+    "anneal_a_slice",
     "annealed_importance_sampling",
     "bidirectional_monte_carlo",
     "compare",
