@@ -66,6 +66,8 @@ def load(name: str = "auto", root: str | os.PathLike | None = None, **options: A
     try:
         return _mnist_family("mnist", root, **options)
     except DataUnavailableError:
+        if options.get("draw") is not None:  # of MNIST only
+            raise
         missing = _missing_folder(root)
         _logger.warning(
             "%s: using scikit-learn's embedded 8x8 digits instead.",
@@ -79,6 +81,7 @@ def mnist(
     *,
     binarization: str | None = "dynamic",
     data_seed: int = 0,
+    draw: str | None = None,
     train_on_all: bool = False,
 ) -> Splits:
     """Load MNIST: 50,000 training, 10,000 validation and 10,000 test images of 28x28 handwritten digits.
@@ -91,6 +94,7 @@ def mnist(
             default $PYROVAE_DATA, else a folder in the user's cache. Only this last one is created if it is missing.
         binarization: See `Splits.binarized`.
         data_seed: See `Splits.binarized`.
+        draw: 'seed-777' for the published binary validation and test images: see `Splits.binarized`.
         train_on_all: Train on all 60,000 images, without a validation set.
 
     Returns:
@@ -99,12 +103,15 @@ def mnist(
     Raises:
         DataUnavailableError: The data set is not on disk and cannot be downloaded. (A RuntimeError.)
         ValueError: A file is truncated, is of the wrong kind, has another number of data than its labels, or has
-            another name or folder (the message names the file); or there are too few training images.
+            another name or folder (the message names the file); or there are too few training images. Or as for
+            `Splits.binarized`.
 
     References:
         LeCun, Bottou, Bengio & Haffner, Gradient-based learning applied to document recognition (1998).
     """
-    return _mnist_family("mnist", root, binarization=binarization, data_seed=data_seed, train_on_all=train_on_all)
+    return _mnist_family(
+        "mnist", root, binarization=binarization, data_seed=data_seed, draw=draw, train_on_all=train_on_all
+    )
 
 
 def fashion_mnist(root: str | os.PathLike | None = None, **options: Any) -> Splits:
@@ -256,6 +263,7 @@ def _mnist_family(
     *,
     binarization: str | None = "dynamic",
     data_seed: int = 0,
+    draw: str | None = None,
     train_on_all: bool = False,
 ) -> Splits:
     import torchvision
@@ -274,7 +282,8 @@ def _mnist_family(
             check_ready_for_download(folder, dataset, sizes)
             parts.append(_download(dataset, folder, name, train))
     (images, labels), (test, test_labels) = ((part.data.unsqueeze(1).float().div(255), part.targets) for part in parts)
-    return _split(name, images, labels, test, test_labels, 10_000, train_on_all).binarized(binarization, data_seed)
+    splits = _split(name, images, labels, test, test_labels, 10_000, train_on_all)
+    return splits.binarized(binarization, data_seed, draw)
 
 
 def _download(dataset: Any, folder: Path, name: str, train: bool) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,8 @@ __all__ = ["Splits", "binarize", "check_grey_values", "dequantize"]
 
 # Tolerance outside [0, 1], for half precision and resized images; in `dequantize`, in units of a level.
 _ROUNDING = 1e-3
+# Published draws of validation and test images, with the seed of NumPy's generator.
+_DRAWS = {"seed-777": 777}
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ class Splits:
         num_levels: Number of grey levels.
         binarization: 'dynamic', 'static', or None for images that are not binary.
         is_dequantized: Whether the images are dequantised.
-        data_seed: The seed of the draws, or None before any.
+        data_seed: The seed of the draws, or None before any and for a published draw.
         transform: Makes a batch of `train` ready for use: it redraws grey images at every use (dynamic). None if there
             is nothing to do.
+        draw: Name of the published draw of validation and test images, or None.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Splits:
     is_dequantized: bool = False
     data_seed: int | None = None
     transform: Callable[[Tensor], Tensor] | None = None
+    draw: str | None = None
 
     def __post_init__(self) -> None:
         for part in ("train", "validation", "test"):
@@ -77,7 +82,7 @@ class Splits:
         """Shape of one image."""
         return self.train.shape[1:]
 
-    def binarized(self, binarization: str | None = "dynamic", data_seed: int = 0) -> "Splits":
+    def binarized(self, binarization: str | None = "dynamic", data_seed: int = 0, draw: str | None = None) -> "Splits":
         """Make the images binary, x ~ Bernoulli(grey value).
 
         Validation and test images are drawn once in any case. Each split has its own generator, seeded from
@@ -87,21 +92,29 @@ class Splits:
             binarization: 'dynamic' redraws training images at every use; 'static' draws them once; None leaves all
                 images grey.
             data_seed: Seed of the draws.
+            draw: Published draw of validation and test images, for a comparison on the same binary images: 'seed-777'
+                is that of the VampPrior paper's code, by NumPy's generator with that seed, validation images first. By default the images are drawn from `data_seed`.
 
         Raises:
-            ValueError: `binarization` is something else, the images are already binarised or dequantised, or values are
-                outside [0, 1] or not finite.
+            ValueError: `binarization` or `draw` is something else, the images are already binarised or dequantised, or
+                values are outside [0, 1] or not finite. Or `draw` is given with another binarisation than 'dynamic',
+                with a `data_seed`, or without validation images.
 
         References:
+            Tomczak & Welling, VAE with a VampPrior (2018): 'seed-777'.
             Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016): dynamic.
             Larochelle & Murray, The Neural Autoregressive Distribution Estimator (2011): static.
         """
         if binarization not in ("dynamic", "static", None):
             raise ValueError(f"binarization must be 'dynamic', 'static' or None, found {binarization!r}")
+        if draw is not None:
+            self._check_draw(draw, binarization, data_seed)
         self._refuse_drawn()
         self._check_grey_values()
         if binarization is None:
             return self
+        if draw is not None:
+            return self._as_published(draw)
         drawn = replace(self._drawn(binarize, data_seed), num_levels=2, binarization=binarization)
         if binarization == "dynamic":
             return drawn
@@ -127,6 +140,37 @@ class Splits:
         self._refuse_drawn()
         self._check_grey_values(self.num_levels)
         return replace(self._drawn(partial(dequantize, num_levels=self.num_levels), data_seed), is_dequantized=True)
+
+    def _check_draw(self, draw: str, binarization: str | None, data_seed: int) -> None:
+        if draw not in _DRAWS:
+            raise ValueError(f"draw must be {' or '.join(map(repr, _DRAWS))} or None, found {draw!r}")
+        if binarization != "dynamic" or data_seed:
+            raise ValueError(
+                f"draw={draw!r} redraws training images at every use and has a seed of its own, found binarization="
+                f"{binarization!r} and data_seed={data_seed}: leave both out"
+            )
+
+    def _as_published(self, draw: str) -> "Splits":
+        if self.validation is None:
+            raise ValueError(
+                f"draw={draw!r} draws the validation images before the test images, and {self.name!r} has none: set "
+                f"train_on_all=False"
+            )
+        # NumPy's legacy generator gives the same numbers in every version.
+        generator = np.random.RandomState(_DRAWS[draw])
+
+        def drawn(images: Tensor) -> Tensor:
+            return torch.from_numpy(generator.binomial(1, images.cpu().numpy())).to(images)
+
+        return replace(
+            self,
+            validation=drawn(self.validation),
+            test=drawn(self.test),
+            num_levels=2,
+            binarization="dynamic",
+            draw=draw,
+            transform=binarize,
+        )
 
     def _refuse_drawn(self) -> None:
         if self.binarization is not None:
