@@ -112,7 +112,7 @@ def test_worst_images_come_first():
 def test_rank_histograms_mark_what_is_not_uniform():
     flat, narrow = torch.full((10,), 50), torch.tensor([200] + [33] * 8 + [36])
     axes = plots.rank_histograms(torch.stack([flat, narrow]), names=["flat", "narrow"])
-    assert axes[0].get_title() == "flat: 0 of 10 outside"
+    assert axes[0].get_title() == "flat\n0 of 10 outside"
     assert len(axes) == 2
     hatched = [bool(bar.get_hatch()) for bar in axes[1].containers[0]]
     assert hatched[0]
