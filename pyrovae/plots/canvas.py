@@ -97,7 +97,7 @@ def stderr_of_mean(values: np.ndarray) -> np.ndarray:
     return values.std(-1, ddof=1) / np.sqrt(count) if count > 1 else np.full(values.shape[:-1], np.nan)
 
 
-def with_error(value: float, stderr: float, digits: int = 2) -> str:
+def with_error(value: float, stderr: Any, digits: int = 2) -> str:
     """Return "value ± stderr", or the value alone if its error is unknown."""
     return f"{value:.{digits}f} ± {stderr:.{digits}f}" if np.isfinite(stderr) else f"{value:.{digits}f}"
 
@@ -107,14 +107,13 @@ def wrapped(name: Any, width: int = 28) -> str:
     return textwrap.fill(str(name), width).replace("$", r"\$")
 
 
-def text_width(text: str, size: str = "font.size") -> float:
+def text_width(text: str, *, title: bool = False) -> float:
     """Return about how many inches the longest line of a text takes, for the size of a new figure."""
     import matplotlib as mpl
-    from matplotlib.font_manager import font_scalings
+    from matplotlib.font_manager import FontProperties
 
-    points = mpl.rcParams[size]
-    points = font_scalings[points] * mpl.rcParams["font.size"] if isinstance(points, str) else points
-    return 0.62 * points / 72 * max(map(len, text.split("\n")))
+    font = FontProperties(size=mpl.rcParams["axes.titlesize"] if title else mpl.rcParams["font.size"])
+    return 0.62 * font.get_size_in_points() / 72 * max(map(len, text.split("\n")))
 
 
 def legend_below(ax: Any, columns: int = 1, **options: Any) -> None:

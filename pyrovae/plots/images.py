@@ -30,7 +30,7 @@ def image_grid(
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     tiled = _tile(images, rows, columns)
-    width = max(columns * 0.5, text_width(title, "axes.titlesize") if title else 0.0)
+    width = max(columns * 0.5, text_width(title, title=True) if title else 0.0)
     ax = axes_or_new(ax, (width, rows * 0.5 + (0.3 + 0.2 * title.count("\n") if title else 0.05)))
     ax.imshow(tiled, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
@@ -69,7 +69,7 @@ def image_table(
         if labels is not None and len(labels) != count:
             raise ValueError(f"{name} must have {count} entries, found {len(labels)}")
     long, turned = (_longest(labels) for labels in (row_labels, column_labels))
-    width = max(columns * 0.6, text_width(title, "axes.titlesize") if title else 0.0)
+    width = max(columns * 0.6, text_width(title, title=True) if title else 0.0)
     ax = axes_or_new(ax, (width + 0.3 + long, rows * 0.6 + 0.5 + (turned if turned > 0.6 else 0.0)))
     tiled = _tile(_images(images.reshape(-1, *images.shape[2:])), rows, columns)
     ax.imshow(tiled, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
