@@ -1,6 +1,7 @@
 """Figures from results or arrays, never from models.
 
-Each takes `ax=` (or makes a figure) and returns the axes; `report` makes a page.
+Each takes `ax=` (or makes a figure) and returns the axes; `report` makes a page. Make your own axes with
+`plt.subplots(layout="constrained")`: legends then stand below them, else inside.
 """
 
 from pyrovae.plots.bound_plots import bound_curve, sandwich, tightness, training

@@ -117,9 +117,15 @@ def text_width(text: str, *, title: bool = False) -> float:
 
 
 def legend_below(ax: Any, columns: int = 1, **options: Any) -> None:
-    """Put the legend below the axes and their labels, so that it hides no points."""
+    """Put the legend below the axes and their labels, so that it hides no points.
+
+    Axes of the caller's in a figure without a layout engine have no room there: their legend stands inside.
+    """
     from matplotlib.transforms import ScaledTranslation
 
+    if ax.figure.get_layout_engine() is None:
+        ax.legend(loc="best", **options)
+        return
     extent = ax.xaxis.get_tightbbox()  # of the tick labels and the label; their distance from the axes is fixed
     depth = (ax.bbox.y0 - extent.y0) / ax.figure.dpi if extent is not None else 0.0
     below = ax.transAxes + ScaledTranslation(0, -depth - 0.04, ax.figure.dpi_scale_trans)

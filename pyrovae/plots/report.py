@@ -9,7 +9,7 @@ import numpy as np
 from pyrovae.evaluation.inference_gaps import InferenceGaps
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.plots.bound_plots import tightness, training
-from pyrovae.plots.canvas import check_elbo
+from pyrovae.plots.canvas import check_elbo, with_error
 from pyrovae.plots.gap_plots import gap_decomposition, gap_histogram, k_against_gap
 from pyrovae.plots.images import image_grid, reconstructions
 
@@ -112,7 +112,7 @@ def _in_words(result: LogMarginalLikelihood) -> list[str]:
         else f"k > {result.pareto_k_limit:.2f}, so not trustworthy: {bad:.1%} of the data"
     )
     return [
-        f"log p(x) {result.mean:.2f} ± {result.mean_stderr:.2f} over {data} (± {result.mean_mc_stderr:.3f} Monte Carlo; too "
+        f"log p(x) {with_error(result.mean, result.mean_stderr)} over {data} (± {result.mean_mc_stderr:.3f} Monte Carlo; too "
         f"low by >= {result.bias_estimate:.3f}), in nats per datum",
         f"ELBO {result.elbo.mean():.2f}, gap >= {result.gap.mean():.2f}; {result.num_particles:,} particles; {trust}",
     ]

@@ -165,6 +165,8 @@ def test_captions_are_of_what_is_there():
         for ax in np.atleast_1d(CASES[f"{name}, one datum"]()):
             assert "±" not in words(ax), name
     assert "±" not in words(plots.gap_decomposition({"a": ([1.0], [2.0])}))
+    words_of_report = plots.report(one()).get_suptitle()
+    assert "nan" not in words_of_report
     for name in ("tightness", "bound_curve", "sandwich", "comparison", "gap_decomposition"):
         assert any("±" in words(ax) for ax in np.atleast_1d(CASES[name]())), name
 
@@ -228,6 +230,17 @@ def test_unequal_bins_have_a_band_of_their_own():
     assert ax.get_title() == "z\n0 of 20 outside"
     (ax,) = plots.rank_histograms(ranks.counts)  # taken for equal bins
     assert ax.get_title() == "0\n3 of 20 outside"
+
+
+def test_axes_without_a_layout_keep_their_legend_in_the_figure():
+    """Below the axes it would be cut off: only a layout engine makes room there."""
+    for options, inside in (({}, True), ({"layout": "constrained"}, False)):
+        figure, ax = plt.subplots(**options)
+        plots.gap_histogram(lml(), ax=ax)
+        figure.canvas.draw()
+        extent = ax.get_legend().get_window_extent()
+        assert extent.y0 >= 0
+        assert overlap(extent, ax.get_window_extent()) == inside
 
 
 def test_dollars_in_names_start_no_formula():
