@@ -68,7 +68,7 @@ def training(history: Any, *, axes: Any = None) -> Any:
         bottom = _zoom(ax, np.concatenate([values, checked]), rising=name != "kl")
         below = int(((values < bottom) | (checked < bottom)).sum())
         ax.set(
-            xlabel=f"epoch ({below} of {len(epochs)} lie below the axis)" if below else "epoch",
+            xlabel=f"epoch ({below} of {len(epochs)} below the axis)" if below else "epoch",
             ylabel="nats per datum",
             title=label,
         )

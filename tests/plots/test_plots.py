@@ -143,7 +143,7 @@ def test_training_says_what_it_cuts_off():
     bottom, _ = axes[0].get_ylim()
     below = sum(row["validation_elbo"] < bottom for row in history(20))
     assert 0 < below < 5
-    assert axes[0].get_xlabel() == f"epoch ({below} of 20 lie below the axis)"
+    assert axes[0].get_xlabel() == f"epoch ({below} of 20 below the axis)"
     assert axes[2].get_xlabel() == "epoch"
     assert [ax.get_xlabel() for ax in plots.training(history(3))] == ["epoch"] * 3  # few are all shown
 
