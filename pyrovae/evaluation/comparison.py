@@ -1,5 +1,6 @@
 """Compare fitted pairs on the same data: paired differences of log p(x) and of the ELBO."""
 
+import html
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -48,7 +49,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """Result of `compare`.
+    """Result of `compare`: a table of rows, as a pandas frame (`to_dataframe`), as text, and as HTML in a notebook.
 
     Attributes:
         rows: from best to worst
@@ -60,25 +61,58 @@ class Comparison:
     num_data: int
     notes: list[str]
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def to_dataframe(self) -> Any:
-        """Return the table as a pandas DataFrame indexed by name, as `arviz.compare` does."""
+        """Return the table as a pandas DataFrame, as `arviz.compare` does.
+
+            table.to_dataframe().loc["vamp", "difference"]
+
+        The index holds the names, best first; the columns are the attributes of `ComparisonRow`. Unlike ArviZ's
+        `elpd_diff`, `difference` is negative for the worse pairs. ArviZ's `se` is `stderr`, for a mean over the data
+        instead of their sum; its `dse` is `difference_stderr`.
+        """
         import pandas
 
         return pandas.DataFrame([asdict(row) for row in self.rows]).set_index("name")
 
-    def __repr__(self) -> str:
-        width = max(len(row.name) for row in self.rows)
-        head = (
-            f"{'':{width}}  rank  log p(x)      se    diff    dse    bias     ELBO   ELBO diff    dse     gap   bad k"
-        )
-        lines = [
-            f"{row.name:{width}}  {row.rank:4d}  {row.log_prob:8.2f}  {row.stderr:6.2f}  {row.difference:6.2f} "
-            f"{row.difference_stderr:6.2f}  {row.bias_estimate:6.2f} {row.elbo:8.2f}   {row.elbo_difference:9.2f} "
-            f"{row.elbo_difference_stderr:6.2f}  {row.gap:6.2f}  {row.bad_k:6.1%}"
+    def _printed(self) -> Any:
+        """Return the table as a pandas DataFrame of text, each number beside its error."""
+        import pandas
+
+        rows = [
+            {
+                "log p(x)": _with_error(row.log_prob, row.stderr),
+                "difference": _with_error(row.difference, row.difference_stderr) if row.rank else "best",
+                "bias": f">= {row.bias_estimate:.2f}" if math.isfinite(row.bias_estimate) else "unknown",
+                "ELBO": _or_unknown(f"{row.elbo:.2f}"),
+                "ELBO difference": _with_error(row.elbo_difference, row.elbo_difference_stderr) if row.rank else "",
+                "gap": f">= {row.gap:.2f}" if math.isfinite(row.gap) else "unknown",
+                "bad k": _or_unknown(f"{row.bad_k:.1%}"),
+            }
             for row in self.rows
         ]
-        title = f"{len(self.rows)} model/guide pairs on {self.num_data:,} data; nats per datum, differences paired"
-        return "\n".join([title, head, *lines, *self.notes])
+        return pandas.DataFrame(rows, index=[row.name for row in self.rows])
+
+    def _title(self) -> str:
+        return f"{len(self)} model/guide pairs on {self.num_data:,} data; nats per datum, differences paired"
+
+    def __repr__(self) -> str:
+        return "\n".join([self._title(), self._printed().to_string(), *self.notes])
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        notes = "".join(f"<br>{html.escape(line)}" for line in self.notes)
+        return f"{html.escape(self._title())}{self._printed().to_html()}{notes}"
+
+
+def _with_error(value: float, stderr: float) -> str:
+    return _or_unknown(f"{value:.2f}" if math.isnan(stderr) else f"{value:.2f} ± {stderr:.2f}")
+
+
+def _or_unknown(number: str) -> str:
+    return "unknown" if number.startswith("nan") else number
 
 
 def compare(

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from pyrovae.plots.canvas import axes_or_new
+from pyrovae.plots.canvas import as_array, axes_or_new, text_width, to_numpy
+from pyrovae.plots.gap_plots import gap_of
 
 __all__ = ["image_grid", "image_table", "manifold", "reconstructions", "worst_images"]
 
@@ -29,11 +30,12 @@ def image_grid(
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     tiled = _tile(images, rows, columns)
-    ax = axes_or_new(ax, (columns * 0.5, rows * 0.5 + (0.35 if title else 0.05)))
+    width = max(columns * 0.5, text_width(title, title=True) if title else 0.0)
+    ax = axes_or_new(ax, (width, rows * 0.5 + (0.3 + 0.2 * title.count("\n") if title else 0.05)))
     ax.imshow(tiled, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
     if title:
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title)
     return ax
 
 
@@ -59,23 +61,27 @@ def image_table(
     Raises:
         ValueError: for images of another shape, or a wrong number of labels.
     """
-    images = np.asarray(images)
+    images = _pixels(images)
     if images.ndim != 5:
         raise ValueError(f"expected images (rows, columns, 1 or 3, height, width), found shape {images.shape}")
     rows, columns = images.shape[:2]
     for name, labels, count in (("row_labels", row_labels, rows), ("column_labels", column_labels, columns)):
         if labels is not None and len(labels) != count:
             raise ValueError(f"{name} must have {count} entries, found {len(labels)}")
-    ax = axes_or_new(ax, (columns * 0.6 + 0.8, rows * 0.6 + 0.5))
+    long, turned = (_longest(labels) for labels in (row_labels, column_labels))
+    width = max(columns * 0.6, text_width(title, title=True) if title else 0.0)
+    ax = axes_or_new(ax, (width + 0.3 + long, rows * 0.6 + 0.5 + (turned if turned > 0.6 else 0.0)))
     tiled = _tile(_images(images.reshape(-1, *images.shape[2:])), rows, columns)
     ax.imshow(tiled, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
     height, width = tiled.shape[0] / rows, tiled.shape[1] / columns
     ax.set_xticks((np.arange(columns) + 0.5) * width, [""] * columns if column_labels is None else column_labels)
     ax.set_yticks((np.arange(rows) + 0.5) * height, [""] * rows if row_labels is None else row_labels)
-    ax.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    if turned > 0.6:  # inches of a column
+        ax.tick_params(axis="x", labelrotation=90)
     ax.spines[:].set_visible(False)
     if title:
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title)
     return ax
 
 
@@ -98,7 +104,7 @@ def reconstructions(originals: Any, means: Any, *, columns: int = 16, cmap: str 
     columns = min(columns, len(originals))
     whole = len(originals) // columns * columns
     pairs = np.stack([part[:whole].reshape(-1, columns, *part.shape[1:]) for part in (originals, means)], axis=1)
-    title = "odd rows: data    even rows: reconstructions, E[x | z = E q(z|x)]"
+    title = "odd rows: data; even rows: reconstructions"
     return image_grid(
         pairs.reshape(-1, *originals.shape[1:]).transpose(0, 3, 1, 2), columns=columns, title=title, cmap=cmap, ax=ax
     )
@@ -115,7 +121,9 @@ def manifold(
         cmap: see `image_grid`
         ax: axes to draw on
     """
-    images = np.asarray(images)
+    images = _pixels(images)
+    if images.ndim != 5:
+        raise ValueError(f"expected images (rows, columns, 1 or 3, height, width), found shape {images.shape}")
     rows, columns = images.shape[:2]
     ax = axes_or_new(ax, (7, 7 * rows / columns))
     tiled = _tile(_images(images.reshape(-1, *images.shape[2:])), rows, columns, border=0)
@@ -133,28 +141,47 @@ def worst_images(images: Any, gap: Any, *, num_images: int = 12, cmap: str = "gr
 
     Args:
         images: (N, channels, height, width)
-        gap: (N,), in nats; NaN are left out
+        gap: (N,), in nats, or a result of `log_marginal_likelihood` or `inference_gaps`; NaN are left out
         num_images: number of images shown
         cmap: see `image_grid`
         ax: axes to draw on
 
     Raises:
-        ValueError: if the numbers of images and gaps differ.
+        TypeError: for anything else.
+        ValueError: if the numbers of images and gaps differ, or all gaps are NaN.
     """
-    images, gap = np.asarray(images), np.asarray(gap, dtype=float)
+    forms = "worst_images takes images, and their gaps or a result of log_marginal_likelihood or inference_gaps"
+    images, gap = _pixels(images), as_array(forms, "gap", gap_of(gap))
     if len(images) != len(gap):
         raise ValueError(f"expected a gap for each image, found {len(images)} images and {len(gap)} gaps")
     known = np.flatnonzero(~np.isnan(gap))
+    if len(known) == 0:
+        raise ValueError(f"all of the {len(gap)} gaps are NaN")
     worst = known[np.argsort(-gap[known], kind="stable")][:num_images]
     labels = [f"{gap[index]:.1f}" for index in worst]
-    ax = image_table(images[worst][None], column_labels=labels, cmap=cmap, ax=ax)
-    ax.set_title(f"the largest gaps among {len(known):,} images, in nats", fontsize=10)
-    return ax
+    title = f"largest gaps of {len(known):,} {'image' if len(known) == 1 else 'images'} [nats]"
+    return image_table(images[worst][None], column_labels=labels, title=title, cmap=cmap, ax=ax)
+
+
+def _longest(labels: Sequence[Any] | None) -> float:
+    return text_width("\n".join(map(str, labels))) if labels is not None else 0.0
+
+
+def _pixels(images: Any) -> np.ndarray:
+    """Return images, tensors of any device or arrays, as an array.
+
+    Raises:
+        TypeError: for what holds no numbers.
+    """
+    try:
+        return to_numpy(images)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected images, a tensor or an array of numbers; found {type(images).__name__}") from error
 
 
 def _images(images: Any) -> np.ndarray:
     """Convert images to (N, height, width, channels) with values in [0, 1]."""
-    images = np.asarray(images, dtype=float)
+    images = _pixels(images)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"expected images (N, 1 or 3, height, width), found shape {images.shape}")
     return images.clip(0, 1).transpose(0, 2, 3, 1)

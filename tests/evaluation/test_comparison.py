@@ -139,3 +139,52 @@ def test_what_is_no_result_is_named(other):
         pv.compare({"a": result(torch.zeros(4)), "b": other})
     with pytest.raises(ValueError, match=r"different numbers of data, \{'a': 4, 'b': 5\}"):
         pv.compare({"a": result(torch.zeros(4)), "b": result(torch.zeros(5))})
+
+
+def test_the_frame_is_what_arviz_gives(double):
+    """The index holds the names, best first; the columns are numbers, the fields of a row."""
+    truth = torch.randn(60)
+    table = pv.compare({"worse": result(truth), 3: result(truth + 1), "middle": result(truth + 0.5)})
+    frame = table.to_dataframe()
+    assert list(frame.index) == ["3", "middle", "worse"]
+    assert frame.index.name == "name"
+    assert list(frame["rank"]) == [0, 1, 2]
+    for row in table.rows:
+        for column in frame.columns:
+            assert frame.loc[row.name, column] == getattr(row, column)
+    assert set(frame.columns) == set(vars(table.rows[0])) - {"name"}
+    assert frame.dtypes.map(lambda kind: kind.kind in "if").all()
+    assert len(table) == len(frame) == 3
+
+
+def test_print_shows_each_number_beside_its_error(double):
+    truth = torch.randn(60)
+    one = LogMarginalLikelihood.from_log_weights((truth - 1).unsqueeze(0))
+    table = pv.compare({"a pair of a long name": result(truth), "one <b>": one})
+    lines = repr(table).split("\n")
+    best, other = table.rows
+    assert lines[0].startswith("2 model/guide pairs on 60 data; nats per datum")
+    assert lines[1].split() == ["log", "p(x)", "difference", "bias", "ELBO", "ELBO", "difference", "gap", "bad", "k"]
+    assert lines[2].startswith("a pair of a long name")
+    for number in (f"{best.log_prob:.2f} ± {best.stderr:.2f}", "best", f">= {best.bias_estimate:.2f}"):
+        assert number in lines[2]
+    assert f"{other.difference:.2f} ± {other.difference_stderr:.2f}" in lines[3]
+    assert lines[3].split()[-2:] == ["unknown", "unknown"]  # gap and k
+    assert "nan" not in repr(table)
+    assert "+-" not in repr(table)
+    shown = table._repr_html_()
+    assert "<table" in shown
+    assert "one &lt;b&gt;" in shown
+    assert "training seed" in shown
+
+
+def test_one_datum_has_no_error_to_print():
+    single = LogMarginalLikelihood.from_log_weights(torch.randn(30, 1))
+    text = repr(pv.compare({"a": single, "b": LogMarginalLikelihood.from_log_weights(torch.randn(30, 1))}))
+    assert "±" not in text
+    assert "nan" not in text
+
+
+def test_two_names_that_print_alike_are_both_shown():
+    table = pv.compare({1: result(torch.zeros(4)), "1": result(torch.ones(4))})
+    assert sum(line.startswith("1 ") for line in repr(table).split("\n")) == 2

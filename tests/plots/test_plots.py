@@ -112,7 +112,7 @@ def test_worst_images_come_first():
 def test_rank_histograms_mark_what_is_not_uniform():
     flat, narrow = torch.full((10,), 50), torch.tensor([200] + [33] * 8 + [36])
     axes = plots.rank_histograms(torch.stack([flat, narrow]), names=["flat", "narrow"])
-    assert axes[0].get_title() == "flat: 0 of 10 outside"
+    assert axes[0].get_title() == "flat\n0 of 10 outside"
     assert len(axes) == 2
     hatched = [bool(bar.get_hatch()) for bar in axes[1].containers[0]]
     assert hatched[0]
@@ -143,7 +143,7 @@ def test_training_says_what_it_cuts_off():
     bottom, _ = axes[0].get_ylim()
     below = sum(row["validation_elbo"] < bottom for row in history(20))
     assert 0 < below < 5
-    assert axes[0].get_xlabel() == f"epoch ({below} of 20 lie below the axis)"
+    assert axes[0].get_xlabel() == f"epoch ({below} of 20 below the axis)"
     assert axes[2].get_xlabel() == "epoch"
     assert [ax.get_xlabel() for ax in plots.training(history(3))] == ["epoch"] * 3  # few are all shown
 
