@@ -44,6 +44,13 @@ class _Run(NamedTuple):
     state: list[Tensor]
 
 
+def _pairs(found: _Run, expected: _Run) -> Iterator[tuple[str, int, Tensor | None, Tensor | None]]:
+    """(part, position in it, found, expected) of all outputs, gradients, parameters and buffers."""
+    for part in _Run._fields:
+        for position, pair in enumerate(zip(getattr(found, part), getattr(expected, part), strict=True)):
+            yield part, position, *pair
+
+
 @dataclass(frozen=True)
 class SelfCheck:
     """Compares runs of a program with runs of its recording.
@@ -77,7 +84,7 @@ class SelfCheck:
                     f"every run changes the attribute '{name}' of a module, and a recording cannot do that: keep it in "
                     f"a buffer (register_buffer) and change the buffer in place"
                 )
-        if any(_differ(*pair) for part in zip(again, expected, strict=True) for pair in zip(*part, strict=True)):
+        if any(_differ(left, right) for _, _, left, right in _pairs(again, expected)):
             raise ValueError(
                 "run twice with the same data, parameters and torch seed, the program gives different numbers: it "
                 "draws from another generator than torch's, or changes something that it reads later (a counter, an "
@@ -124,38 +131,39 @@ class SelfCheck:
         other = self._run_recording(graph, inputs._replace(noise=3))
         # Compare with the largest gradient: a gradient may be zero because large terms cancel, which round differently.
         largest = max((_size(gradient) for gradient in expected.gradients if gradient is not None), default=0.0)
-        for part, least in (("outputs", 1.0), ("gradients", largest), ("state", 1.0)):
-            runs = zip(*(getattr(run, part) for run in (found, expected, other)), strict=True)
-            for position, (left, right, noisy) in enumerate(runs):
-                if right is None:
-                    continue
-                miss, eps = _distance(left, right), torch.finfo(right.dtype).eps if right.is_floating_point() else 0.0
-                scale = max(_size(right), least)
+        least = {"outputs": 1.0, "gradients": largest, "state": 1.0}
+        noisy = (value for _, _, value, _ in _pairs(other, expected))
+        for (part, position, left, right), elsewhere in zip(_pairs(found, expected), noisy, strict=True):
+            if left is None or right is None or elsewhere is None:
+                wrong = left is not right
+            else:
+                eps = torch.finfo(right.dtype).eps if right.is_floating_point() else 0.0
+                scale = max(_size(right), least[part])
                 allowed = eps**0.5 * scale
                 if part == "state":  # a small change (of a slow running mean) must not get lost in this
                     change = _distance(inputs.state[position], right)
                     allowed = min(allowed, max(change / 2, 32 * eps * scale))
-                if miss > max(allowed, 0.1 * _distance(noisy, right)):
-                    raise ValueError(
-                        f"compiled, the recording gives other numbers than the program ({self._name(part, position)})"
-                    )
+                allowed = max(allowed, 0.1 * _distance(elsewhere, right))
+                wrong = _distance(left, right) > allowed or bool((left.isnan() & right.isfinite()).any())
+            if wrong:
+                raise ValueError(
+                    f"compiled, the recording gives other numbers than the program ({self._name(part, position)})"
+                )
 
     def _check_same(self, found: _Run, expected: _Run) -> None:
-        for part in ("outputs", "gradients", "state"):
-            for position, pair in enumerate(zip(getattr(found, part), getattr(expected, part), strict=True)):
-                if not _differ(*pair):
-                    continue
-                name = self._name(part, position)
-                if part == "state":
-                    raise ValueError(
-                        f"the program changes {name}, and the recording does not: change it in place "
-                        f"(self.{self.names[position].rpartition('.')[2]}.copy_(...)) instead of assigning another tensor "
-                        f"to it"
-                    )
+        for part, position, left, right in _pairs(found, expected):
+            if not _differ(left, right):
+                continue
+            name = self._name(part, position)
+            if part == "state":
                 raise ValueError(
-                    f"the recording gives other numbers than the program ({name}): some values pass through NumPy or "
-                    f"Python and became constants"
+                    f"the program changes {name}, and the recording does not: change it in place "
+                    f"(self.{self.names[position].rpartition('.')[2]}.copy_(...)) instead of assigning another tensor to it"
                 )
+            raise ValueError(
+                f"the recording gives other numbers than the program ({name}): some values pass through NumPy or Python "
+                f"and became constants"
+            )
 
     def _name(self, part: str, position: int) -> str:
         if part == "outputs":

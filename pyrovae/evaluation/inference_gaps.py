@@ -179,8 +179,8 @@ def inference_gaps(
         x = x if device is None else x.to(device)
         if compile == "auto":
             # At least these steps; the gradient of a draw costs about as much as three weights.
-            num_steps, num_weights = min(3 * _FIRST_STEPS, max_num_steps), 3 * len(x) * _DRAWS
-            compile = pays_off(num_steps, num_weights, repeated=[model], once=[guide])
+            num_runs, num_rows = min(3 * _FIRST_STEPS, max_num_steps), 3 * len(x) * _DRAWS
+            compile = pays_off(num_runs, num_rows, repeated=[model], once=[guide])
         steps = _Steps(model, guide, tolerance, max_num_steps, learning_rate, min(data_batch_size, len(x)), compile)
         with progress_bar("refining", len(x), "data", progress) as bar:
             parameters, num_steps, converged = steps.best(x, bar.update)
