@@ -1,7 +1,7 @@
 """What a recording would lose without its numbers showing it: reads by Python, sizes, hooks, hidden state.
 
 The self-check compares a few runs. A count that Python reads may be equal in all of them, and a counter may act only
-after many runs. So these are looked for directly: in the graph, and in whatever the program holds outside of parameters
+after many runs. So these are searched for directly: in the graph, and in whatever the program holds outside of parameters
 and buffers (counters, lists, objects, generators of random numbers), which one run changes visibly.
 """
 

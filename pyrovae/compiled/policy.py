@@ -42,7 +42,7 @@ def pays_off(
             any known parts.
 
     Returns:
-        True if it pays off. False for third-party parts, because recording them may freeze values.
+        True if it pays off. False for third-party parts, because recording them may turn values into constants.
     """
     modules = modules_behind(*repeated, *once)
     if not (modules and known and has_known_parts(*repeated, *once)):
