@@ -12,8 +12,8 @@ from pyrovae.annealing.potential import Potential
 from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import warn_once
-from pyrovae.compiled.draws import pays_off
-from pyrovae.compiled.record import Extracted, all_ours
+from pyrovae.compiled.policy import pays_off
+from pyrovae.compiled.record import Recording
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.reach import modules_behind
 
@@ -78,12 +78,14 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
     blocks = list(pair.blocks(size))
     modules = modules_behind(pair.model, pair.guide)
     if settings.compile == "auto":
-        num_gradients = pair.num_data * num_chains * num_temperatures * settings.num_leapfrog_steps
-        record = bool(modules) and all_ours(pair.model, pair.guide)
-        inductor = pays_off(num_gradients, pair.model, pair.guide)
+        num_gradients, rows = num_temperatures * settings.num_leapfrog_steps, pair.num_data * num_chains
+        record, inductor = (
+            pays_off(num_gradients, rows, repeated=[pair.model], once=[pair.guide], inductor=inductor)
+            for inductor in (False, True)
+        )
     else:
         record = inductor = settings.compile
-    recorded: dict[tuple[int, int], Extracted | None] = {}
+    recorded: dict[tuple[int, int], Recording | None] = {}
 
     def potential_of(start: int, stop: int, num_chains: int) -> Potential:
         potential = Potential(pair, start, stop, num_chains, from_prior=from_prior, vectorised=not reason)

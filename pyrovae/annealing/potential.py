@@ -23,7 +23,7 @@ from pyrovae.annealing.coordinates import (
     unconstrained,
 )
 from pyrovae.common.arguments import checks_values, map_tensors
-from pyrovae.compiled.record import Extracted, extract
+from pyrovae.compiled.record import Recording, record
 from pyrovae.programs.masks import unmasked
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.simulation import ProperPriors
@@ -81,7 +81,7 @@ class Potential:
         self.args, self.kwargs = pair.cut(slice(start, stop))
         with torch.no_grad():
             self.encoded = None if from_prior else pair.encode(self.args, self.kwargs)
-        self.recorded: Extracted | None = None
+        self.recorded: Recording | None = None
         with torch.no_grad():
             model_trace, guide_trace = self._run(Placed({}), self.encoded, self.args, self.kwargs)
         refuse_without_coordinates(model_trace)
@@ -122,7 +122,7 @@ class Potential:
             return self._energy(u, beta, encoded, *map_tensors(lambda _: next(rest), (self.args, self.kwargs)))
 
         u = self.coordinates.u
-        self.recorded = extract(flat, modules, (u, u.new_tensor(0.5), *self._tensors()), inductor=inductor)
+        self.recorded = record(flat, modules, (u, u.new_tensor(0.5), *self._tensors()), inductor=inductor)
 
     def _tensors(self) -> list[Tensor]:
         tensors = [] if self.encoded is None else [self.encoded]

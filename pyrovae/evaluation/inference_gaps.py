@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
-from pyrovae.compiled.draws import pays_off
+from pyrovae.compiled.policy import pays_off
 from pyrovae.estimators.standard_error import standard_error
 from pyrovae.evaluation.importance_sampling import log_marginal_likelihood
 from pyrovae.evaluation.log_weights import log_weights
@@ -178,9 +178,9 @@ def inference_gaps(
     with evaluation_mode(guide, model) as device:
         x = x if device is None else x.to(device)
         if compile == "auto":
-            # A lower bound on the number of gradients; one gradient costs about as much as three weights.
-            num_gradients = len(x) * _DRAWS * min(3 * _FIRST_STEPS, max_num_steps)
-            compile = pays_off(3 * num_gradients, model, guide)
+            # At least these steps; the gradient of a draw costs about as much as three weights.
+            num_runs, num_rows = min(3 * _FIRST_STEPS, max_num_steps), 3 * len(x) * _DRAWS
+            compile = pays_off(num_runs, num_rows, repeated=[model], once=[guide])
         steps = _Steps(model, guide, tolerance, max_num_steps, learning_rate, min(data_batch_size, len(x)), compile)
         with progress_bar("refining", len(x), "data", progress) as bar:
             parameters, num_steps, converged = steps.best(x, bar.update)

@@ -14,7 +14,8 @@ from torch import Tensor
 from pyrovae.common.arguments import check_count, map_tensors
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import warn_once
-from pyrovae.compiled.draws import pays_off, record_draw
+from pyrovae.compiled.policy import pays_off
+from pyrovae.evaluation.recorded_draw import record_draw
 from pyrovae.guides.base import Guide
 from pyrovae.programs.pair import Pair, RecordedChunk
 from pyrovae.programs.particles import refuse_more_than_memory
@@ -113,7 +114,7 @@ def log_weight_blocks(
             vectorised = False
         modules = modules_behind(model, guide)
         if compile == "auto":
-            compile = pays_off(pair.num_data * num_particles, model, guide)
+            compile = pays_off(num_particles, pair.num_data, repeated=[model], once=[guide])
         if compile and isinstance(pair.guide, Guide):
             pair.guide = pair.guide.compiled(block_size)
         recorded = None

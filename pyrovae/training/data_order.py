@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyrovae.compiled.signature import Kept
+from pyrovae.compiled.signature import Snapshot
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.equivalence import equivalent, in_float64
 from pyrovae.programs.reach import evaluation_mode
@@ -174,7 +174,7 @@ def _turned(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> Itera
 
     So are buffers and attributes of the modules, with what was assigned to them meanwhile.
     """
-    of_modules = Kept(nn.ModuleList(modules))
+    of_modules = Snapshot(nn.ModuleList(modules))
     kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
     try:
         for parameter in parameters:

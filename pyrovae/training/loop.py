@@ -27,7 +27,7 @@ from pyrovae.training.fit_arguments import check_functions, check_numbers, check
 from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.optimization import OneAdam, cosine_schedule
 from pyrovae.training.precision import in_precision
-from pyrovae.training.recorded_step import pays_off
+from pyrovae.training.recorded_step import step_pays_off
 from pyrovae.training.run_file import RunFile, run_file
 from pyrovae.training.settings import settings_of
 from pyrovae.training.state import TrainingState
@@ -220,7 +220,7 @@ def fit(
     distributed.random_numbers_apart()
     num_steps = epochs * batches.per_epoch
     compiles = (
-        pays_off(num_steps, batches.batch_size, (model, guide), loss, transform) if compile == "auto" else compile
+        step_pays_off(num_steps, batches.batch_size, (model, guide), loss, transform) if compile == "auto" else compile
     )
     programs = in_precision(precision, model, guide)
     steps = Steps(programs[0], programs[1], loss, optimizer, modules, batches, compiles)

@@ -7,27 +7,23 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
 from pyrovae import data
-from pyrovae.compiled.record import Extracted, all_ours, extract
-from pyrovae.programs.reach import modules_behind
+from pyrovae.compiled.policy import pays_off
+from pyrovae.compiled.record import Recording, record
 from pyrovae.programs.traces import Program, sample_sites
 from pyrovae.training.optimization import OneAdam
 
-__all__ = ["RecordedStep", "pays_off", "record_step"]
+__all__ = ["RecordedStep", "record_step", "step_pays_off"]
 
-# Seconds that recording saves per step on two cores (handlers and constructors) and per product (arithmetic), and the
-# seconds that a run must save. These are constants, not timings, so that the same run takes the same path every time.
-_SAVED_PER_STEP, _SAVED_PER_PRODUCT, _WORTH = 2e-3, 1e-11, 15.0
+_SAVED_PER_STEP = 2e-3  # seconds on two cores: Pyro's handlers, constructors of distributions
 
 
-def pays_off(
+def step_pays_off(
     num_steps: int, batch_size: int, programs: Sequence[Program], loss: ELBO, transform: Callable | None
 ) -> bool:
-    """Whether `compile="auto"` compiles: the run uses only parts of this library and is long enough to gain from it."""
-    size = sum(parameter.numel() for module in modules_behind(*programs) for parameter in module.parameters())
-    saved = num_steps * (_SAVED_PER_STEP + _SAVED_PER_PRODUCT * batch_size * size)
+    """Whether `compile="auto"` records the step: `pyrovae.compiled.policy.pays_off` for its programs, loss and transform."""
     drawing = getattr(transform, "func", transform)  # of a partial
-    known = drawing in (None, data.binarize, data.dequantize)
-    return saved > _WORTH and all_ours(*programs) and _has_surrogate(loss) and known
+    known = _has_surrogate(loss) and drawing in (None, data.binarize, data.dequantize)
+    return pays_off(num_steps, batch_size, programs, saved_per_run=_SAVED_PER_STEP, known=known)
 
 
 def record_step(
@@ -47,26 +43,26 @@ def record_step(
         return _surrogate(loss, model, guide, batch)
 
     # An objective that changes with the steps (KL warm-up) keeps its state in buffers of its own modules.
-    extracted = extract(objective, [*modules, *getattr(loss, "modules", ())], (train, index), gradients=True)
-    return None if extracted is None else RecordedStep(extracted, optimizer, getattr(loss, "advance", None))
+    recording = record(objective, [*modules, *getattr(loss, "modules", ())], (train, index), gradients=True)
+    return None if recording is None else RecordedStep(recording, optimizer, getattr(loss, "advance", None))
 
 
 class RecordedStep:
     """Compute gradients with a recording, then make the optimizer's step, as `SVI.step` does.
 
     Args:
-        extracted: the recording.
+        recording: the loss, its parts and its gradients.
         optimizer: optimizer of the parameters.
         advance: function that tells the objective that a step was made, or None.
     """
 
-    def __init__(self, extracted: Extracted, optimizer: OneAdam, advance: Callable[[], None] | None):
-        self.extracted, self.optimizer, self.advance = extracted, optimizer, advance
-        self.parameters = extracted.parameters
+    def __init__(self, recording: Recording, optimizer: OneAdam, advance: Callable[[], None] | None):
+        self.recording, self.optimizer, self.advance = recording, optimizer, advance
+        self.parameters = recording.parameters
 
     def __call__(self, train: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Make a step and return (loss, reconstruction, kl), summed over the batch."""
-        (value, reconstruction, kl), gradients = self.extracted(train, index)
+        (value, reconstruction, kl), gradients = self.recording(train, index)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.watch(value)

@@ -9,7 +9,7 @@ import torch
 from shared.runs import binary, make
 
 import pyrovae as pv
-from pyrovae.compiled.record import Extracted
+from pyrovae.compiled.record import Recording
 from pyrovae.programs import pair as pairs
 
 NUM_DATA, NUM_PARTICLES = 6, 50
@@ -65,7 +65,7 @@ def test_halves_and_goes_on(room, caplog, double):
 
 def test_recorded_draws_too(room, caplog, monkeypatch):
     """What was recorded is for a chunk that no longer fits: the rest is drawn eagerly."""
-    monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
+    monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
     vae = make()
     options = {"num_particles": NUM_PARTICLES, "particle_batch_size": 10, "data_batch_size": None, "compile": True}
     with torch.no_grad():

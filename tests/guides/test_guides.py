@@ -14,7 +14,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import guides, likelihoods, nets, priors
-from pyrovae.compiled.record import extract
+from pyrovae.compiled.record import record
 from pyrovae.distributions.zuko_adapter import import_zuko
 from pyrovae.training.recorded_step import _surrogate
 
@@ -281,7 +281,7 @@ def test_recorded_step_gives_the_eager_gradients(name, double, monkeypatch, capl
     def objective(x):
         return _surrogate(Trace_ELBO(), model, guide, x)
 
-    recorded = extract(objective, [model, guide], (x,), gradients=True)
+    recorded = record(objective, [model, guide], (x,), gradients=True)
     assert recorded is not None, caplog.text
     torch.manual_seed(7)
     (value, _, _), gradients = recorded(x)

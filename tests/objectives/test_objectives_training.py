@@ -16,7 +16,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import objectives
-from pyrovae.compiled.record import extract
+from pyrovae.compiled.record import record
 from pyrovae.objectives import runs
 from pyrovae.training.elbo_parts import parts_of
 from pyrovae.training.recorded_step import _surrogate
@@ -125,7 +125,7 @@ def test_recorded_is_eager(name, double, not_compiled):
     objective = OBJECTIVES[name]()
     parameters = [*model.parameters(), *guide.parameters()]
     objective.differentiable_loss(model, guide, x)
-    recorded = extract(
+    recorded = record(
         lambda x: _surrogate(objective, model, guide, x), [model, guide, *objective.modules], (x,), gradients=True
     )
     assert recorded is not None
@@ -147,7 +147,7 @@ def test_recorded_is_eager_for_other_priors(prior, double, not_compiled):
     model = pv.GenerativeModel(PRIORS[prior](guide), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 12), SHAPE)).double()
     x, objective = binary().double(), objectives.DoublyReparameterised(3)
     objective.loss(model, guide, x)
-    recorded = extract(lambda x: _surrogate(objective, model, guide, x), [model, guide], (x,), gradients=True)
+    recorded = record(lambda x: _surrogate(objective, model, guide, x), [model, guide], (x,), gradients=True)
     pyro.set_rng_seed(0)
     (loss, _, _), found = recorded(x)
     pyro.set_rng_seed(0)
@@ -162,7 +162,7 @@ def test_recorded_discrete_codes(double, not_compiled):
     for objective in (objectives.VIMCO(3), objectives.MonteCarloKL(2)):
         objective.differentiable_loss(codes.model, codes.guide, x)
         model, guide = codes.model, codes.guide
-        recorded = extract(lambda x: _surrogate(objective, model, guide, x), [codes], (x,), gradients=True)  # noqa: B023
+        recorded = record(lambda x: _surrogate(objective, model, guide, x), [codes], (x,), gradients=True)  # noqa: B023
         pyro.set_rng_seed(0)
         (loss, _, _), found = recorded(x)
         pyro.set_rng_seed(0)
@@ -180,7 +180,7 @@ def test_a_recording_sees_the_schedule_move(compiled, double, request):
     x = binary().double()
     objective = objectives.AnalyticKL(beta=0.5, kl_warmup_steps=4)
     objective.loss(model, guide, x)
-    recorded = extract(
+    recorded = record(
         lambda x: _surrogate(objective, model, guide, x), [model, guide, *objective.modules], (x,), gradients=True
     )
     for step in range(6):
@@ -466,7 +466,7 @@ def test_pairs_that_do_not_match_are_refused():
 def test_a_pair_is_looked_at_before_it_is_recorded(not_compiled, caplog):
     model, guide = make()
     objective = objectives.AnalyticKL()
-    assert extract(lambda x: _surrogate(objective, model, guide, x), [model, guide], (binary(),)) is None
+    assert record(lambda x: _surrogate(objective, model, guide, x), [model, guide], (binary(),)) is None
     assert "run one step eagerly" in caplog.text
 
 

@@ -26,7 +26,7 @@ def recorded_step(model, guide, batch, loss=None, modules=None):
     modules = modules or [model, guide]
     step = record_step(model, guide, loss or Trace_ELBO(), None, modules, None, batch, torch.arange(len(batch)))
     pyro.set_rng_seed(3)
-    (value, _, _), grads = step.extracted(batch, torch.arange(len(batch)))
+    (value, _, _), grads = step.recording(batch, torch.arange(len(batch)))
     return value.item(), grads
 
 

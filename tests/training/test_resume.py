@@ -12,7 +12,7 @@ from shared.runs import Killed, binary, killed_after, make, parameters, same
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.compiled.record import Extracted
+from pyrovae.compiled.record import Recording
 from pyrovae.training import run_file
 from pyrovae.training.checkpoint_file import read, write
 
@@ -66,7 +66,7 @@ LOSSES = {
 def test_resumed_runs_are_the_same_bit_for_bit(pair, loss, compile, tmp_path, monkeypatch):
     """Stopped before each of five epochs, in eager and compiled runs; other modules and seeds in the second process."""
     if compile == "recorded":  # run as recorded, without the seconds that Inductor takes
-        monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
+        monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
     options = {"epochs": 5, "batch_size": 15, "learning_rate": 0.02, "compile": bool(compile), "progress": False}
     options |= {"validation": binary(20, 2), "transform": noisy if not compile else None}
 

@@ -13,7 +13,7 @@ from shared.runs import binary, make, parameters, same
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.compiled.record import Extracted
+from pyrovae.compiled.record import Recording
 from pyrovae.training.checkpoint_file import read
 from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.optimization import OneAdam
@@ -26,7 +26,7 @@ WAYS = [("eager", 1), ("eager", 50), ("recorded", 1), ("recorded", 50)]
 def way(request, monkeypatch):
     """Options of `fit`; with 50 the verdicts are read at the epoch's end, as on a GPU."""
     kind, look_every = request.param
-    monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
+    monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
     original = Steps.__init__
 
     def init(self, *arguments):
