@@ -228,7 +228,8 @@ def contradiction_in(options) -> str | None:
             return f"--objective {options.objective} needs --objective-particles of 2 or more: with one it is the ELBO"
     if options.num_test is not None and options.num_test < (least := max(2, pv.distributed.num_ranks())):
         return f"--num-test {options.num_test} is too few for a standard error over images: give at least {least}"
-    if options.dataset != "auto" and (too_long := warmup_too_long(options, options.dataset)):
+    known = options.epochs or options.dataset != "auto"  # else the number of epochs is known only after loading
+    if known and (too_long := warmup_too_long(options, options.dataset)):
         return too_long
     if options.resume and not options.out:
         return "--resume needs --out, the folder of the run to resume"
