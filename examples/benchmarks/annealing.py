@@ -95,17 +95,17 @@ def gradients(model: str, data, repeats: int, inductor: bool | None) -> Callable
     """Rate of gradients of the potential, with chains that start from the prior; inductor=None is eager."""
     import torch
 
-    from pyrovae.annealing.potential import Potential, prior_of
+    from pyrovae.annealing.potential import block_potential, prior_of
     from pyrovae.common.arguments import without_checks
-    from pyrovae.programs.pair import Pair
     from pyrovae.programs.reach import evaluation_mode, modules_behind
+    from pyrovae.programs.splitting import inspect
 
     program, _ = programs.ours(model, data)
     with evaluation_mode(program):
-        pair = Pair(program, prior_of(program), (data,), {}, None, "auto")
-        potential = Potential(pair, 0, len(data), CHAINS, from_prior=True)
+        pair = inspect(program, prior_of(program), (data,), {})
+        potential = block_potential(pair, 0, len(data), CHAINS, from_prior=True)
         if inductor is not None:
-            potential.record(modules_behind(program), inductor=inductor)
+            potential = potential.record(modules_behind(program), inductor=inductor)
             if potential.recorded is None:
                 raise RuntimeError("could not be recorded")
     u, beta = potential.draw(), torch.tensor(0.5, device=data.device)

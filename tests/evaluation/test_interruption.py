@@ -22,7 +22,7 @@ class Interrupted(torch.nn.Module):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.at, self.reached = math.inf, 0
+        self.at, self.reached = math.inf, -1
         cut, blocks = Pair.cut, Pair.blocks
         looking = [True]
 
