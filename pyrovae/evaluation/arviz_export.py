@@ -75,7 +75,7 @@ def to_inference_data(
     if (model is None) != (guide is None):
         raise ValueError("drawing needs both the model and the guide: pass both, or neither")
     stats: dict[str, tuple[Any, np.ndarray]] = {
-        name: ("datum", getattr(result, name).numpy()) for name in result.per_datum()
+        name: ("datum", values.numpy()) for name, values in result.per_datum().items()
     }
     stats["bound"] = (("num_particles", "datum"), result.curve.numpy())
     coords = {"datum": np.arange(len(result)), "num_particles": result.curve_particles}

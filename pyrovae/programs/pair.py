@@ -1,6 +1,6 @@
 """A model/guide pair that was inspected: where its data are, how they are cut, and how many pass through at once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -12,7 +12,7 @@ from pyrovae.common.arguments import map_tensors
 from pyrovae.programs.particles import reason_to_loop
 from pyrovae.programs.traces import Layout, Program
 
-__all__ = ["HEAD", "Block", "EncodesOnce", "Pair", "cut_rows", "encode_once", "guide_given"]
+__all__ = ["HEAD", "Block", "EncodesOnce", "Pair", "choose_rows", "encode_once", "guide_given"]
 
 HEAD = 32  # data used to inspect a program
 
@@ -55,9 +55,9 @@ def guide_given(guide: Program, encoded: Tensor | None) -> Program:
     return guide.given(encoded)
 
 
-def cut_rows(args: tuple, kwargs: dict, length: int, rows: slice | Tensor) -> tuple[tuple, dict]:
-    """The arguments with these rows of each tensor of this length."""
-    return map_tensors(lambda tensor: tensor[rows] if tensor.ndim and len(tensor) == length else tensor, (args, kwargs))
+def choose_rows(length: int, rows: slice | Tensor) -> Callable[[Tensor], Tensor]:
+    """A function for `map_tensors`: these rows of each tensor of this length."""
+    return lambda tensor: tensor[rows] if tensor.ndim and len(tensor) == length else tensor
 
 
 class Block(NamedTuple):
@@ -109,7 +109,7 @@ class Pair:
         """The arguments for a range of data."""
         if self.split_size is None:
             return self.args, self.kwargs
-        return cut_rows(self.args, self.kwargs, self.split_size, rows)
+        return map_tensors(choose_rows(self.split_size, rows), (self.args, self.kwargs))
 
     def layout_of(self, start: int, stop: int) -> Layout:
         """The layout for a range of data."""

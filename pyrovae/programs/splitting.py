@@ -3,6 +3,7 @@
 Data are passed in blocks if pieces of them give the same weights as the whole, which is tested by comparison.
 """
 
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 import pyro
@@ -14,7 +15,7 @@ from pyrovae.common.arguments import map_tensors
 from pyrovae.programs.equivalence import equivalent
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.log_densities import InspectedPair, log_weights_of
-from pyrovae.programs.pair import HEAD, EncodesOnce, Pair, cut_rows, encode_once, guide_given
+from pyrovae.programs.pair import HEAD, EncodesOnce, Pair, choose_rows, encode_once, guide_given
 from pyrovae.programs.parameters import check_program
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Layout, Program, as_guide, run_pair, sample_sites, select_data, trace_program
@@ -105,23 +106,21 @@ def _find_split(programs: _Programs, tensors: list[Tensor], fewest: int) -> tupl
         trace_program(guide, args, kwargs)
     store = pyro.get_param_store()
     known = set(store.keys())
-    found = _first_split(programs, sizes, fewest)
-    made = [name for name in store.keys() if name not in known and _OF_MODULES not in name]  # noqa: SIM118
-    if not made:
-        return found
-    for name in made:
-        del store[name]
-    run_pair(model, guide, args, kwargs)
-    return _first_split(programs, sizes, fewest)
-
-
-def _first_split(programs: _Programs, sizes: dict[int, int], fewest: int) -> tuple[int, InspectedPair] | None:
-    for length, row_size in sizes.items():
-        try:
-            return length, _inspect_some(programs, length, row_size, fewest)
-        except Exception:  # any error on a part of the data: the program is run again on all of them
-            continue
-    return None
+    found = None
+    for is_second in (False, True):
+        for length, row_size in sizes.items():
+            with suppress(Exception):  # any error on a part of the data: the program is run again on all of them
+                found = length, _inspect_some(programs, length, row_size, fewest)
+                break
+        made = [name for name in store.keys() if name not in known and _OF_MODULES not in name]  # noqa: SIM118
+        if is_second or not made:
+            break
+        # Parameters made on a few data may have their size: make them again on all of the data.
+        found = None
+        for name in made:
+            del store[name]
+        run_pair(model, guide, args, kwargs)
+    return found
 
 
 def _inspect_some(programs: _Programs, length: int, row_size: int, fewest: int) -> InspectedPair:
@@ -132,7 +131,7 @@ def _inspect_some(programs: _Programs, length: int, row_size: int, fewest: int) 
     model, guide, args, kwargs, plate = programs
     head, many = min(length, HEAD), min(length, max(HEAD, _LOOK // row_size))
     rows = _some(length, head)
-    args, kwargs = cut_rows(args, kwargs, length, rows)
+    args, kwargs = map_tensors(choose_rows(length, rows), (args, kwargs))
     guide = guide_given(guide, encode_once(guide, args, kwargs))
     pair = inspect_pair(model, guide, args, kwargs, plate, is_split=True)
     layout, traces = pair.layout, (pair.model_trace, pair.guide_trace)
@@ -152,7 +151,9 @@ def _pieces_agree(programs: _Programs, length: int, layout: Layout, rows: Tensor
     pieces = _pieces(part, fewest)
     if len(pieces) == 1:  # one piece is the whole again, which tests nothing
         pieces = _pieces(part, 1)
-    whole_cut, *cuts = (cut_rows(args, kwargs, length, some) for some in (rows, *(rows[piece] for piece in pieces)))
+    whole_cut, *cuts = (
+        map_tensors(choose_rows(length, some), (args, kwargs)) for some in (rows, *(rows[piece] for piece in pieces))
+    )
     outline = guide.outline() if isinstance(guide, EncodesOnce) else guide
 
     def both() -> tuple[Tensor, Tensor]:
