@@ -15,9 +15,9 @@ from pyrovae.annealing.coordinates import unconstrained
 from pyrovae.annealing.potential import prior_of
 from pyrovae.evaluation.log_weights import until_interrupted
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.evaluation.options import evaluation_of
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.particles import refuse_more_than_memory
-from pyrovae.programs.reach import evaluation_of
 from pyrovae.programs.simulation import first_data, simulate
 from pyrovae.programs.splitting import inspect
 from pyrovae.programs.supports import masks_of

@@ -11,9 +11,9 @@ from pyro.poutine.util import site_is_factor
 from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import import_arviz
+from pyrovae.evaluation.options import evaluation_of
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.log_densities import log_weights_of
-from pyrovae.programs.reach import evaluation_of
 from pyrovae.programs.traces import Layout, Program, as_guide, run_pair, sample_sites, trace_program
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
+from pyrovae.evaluation.options import evaluation_of
 from pyrovae.guides.base import Guide
 from pyrovae.programs.inspection import inspect_pair
-from pyrovae.programs.reach import evaluation_of
 from pyrovae.programs.simulation import simulate
 from pyrovae.programs.traces import Program, as_guide, sample_sites, trace_program
 

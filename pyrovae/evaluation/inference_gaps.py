@@ -15,10 +15,9 @@ from pyrovae.estimators.standard_error import standard_error
 from pyrovae.evaluation.importance_sampling import log_marginal_likelihood
 from pyrovae.evaluation.log_weights import log_weights
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
-from pyrovae.evaluation.options import Options
+from pyrovae.evaluation.options import Options, evaluation_of
 from pyrovae.guides.base import Guide, check_guide
 from pyrovae.guides.refinement import Refined
-from pyrovae.programs.reach import evaluation_of
 from pyrovae.programs.traces import Program
 
 __all__ = ["InferenceGaps", "inference_gaps"]

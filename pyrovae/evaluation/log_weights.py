@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import warn_once
 from pyrovae.compiled.draws import RecordedDraw, pays_off, record_draw
-from pyrovae.evaluation.options import SamplingOptions
+from pyrovae.evaluation.options import SamplingOptions, evaluation_of
 from pyrovae.guides.base import Guide
 from pyrovae.programs.inspection import refuse_impossible_data
 from pyrovae.programs.log_densities import log_weights_of
 from pyrovae.programs.pair import Block, Pair, guide_given
 from pyrovae.programs.particles import halved, refuse_more_than_memory, run_particles
-from pyrovae.programs.reach import evaluation_of, modules_behind
+from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.splitting import inspect
 from pyrovae.programs.traces import Program
 

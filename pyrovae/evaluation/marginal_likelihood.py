@@ -205,7 +205,9 @@ class LogMarginalLikelihood:
         kinds = sorted({(part.method, part.num_particles) for part in parts})
         if len(kinds) != 1:
             raise ValueError(f"only results of one method and one number of particles can be joined, found {kinds}")
-        joined = {name: torch.cat([part.per_datum()[name] for part in parts]) for name in parts[0].per_datum()}
+        joined: dict[str, Any] = {
+            name: torch.cat([part.per_datum()[name] for part in parts]) for name in parts[0].per_datum()
+        }
         return replace(parts[0], **joined, curve=torch.cat([part.curve for part in parts], dim=1))
 
     def per_datum(self) -> dict[str, Tensor]:
@@ -217,7 +219,7 @@ class LogMarginalLikelihood:
 
     def __getitem__(self, index: slice | Tensor) -> "LogMarginalLikelihood":
         """Select the results of some data by a slice, a mask or indices."""
-        chosen = {name: values[index] for name, values in self.per_datum().items()}
+        chosen: dict[str, Any] = {name: values[index] for name, values in self.per_datum().items()}
         return replace(self, **chosen, curve=self.curve[:, index])
 
     @property

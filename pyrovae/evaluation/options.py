@@ -1,11 +1,16 @@
-"""Options of an evaluation, in one frozen object that is checked where they enter."""
+"""What enters an evaluation: its options, checked in one frozen object, and the arguments of its programs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pyrovae.common.arguments import check_count
+import torch
 
-__all__ = ["Options", "SamplingOptions"]
+from pyrovae.common.arguments import check_count, map_tensors
+from pyrovae.programs.reach import evaluation_mode
+
+__all__ = ["Options", "SamplingOptions", "evaluation_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +52,23 @@ class SamplingOptions(Options):
             self._check_count("particle_batch_size")
         if self.vectorize_particles not in (True, False, "auto"):
             raise ValueError(f"vectorize_particles must be True, False or 'auto', found {self.vectorize_particles!r}")
+
+
+@contextmanager
+def evaluation_of(
+    *programs: Any, args: tuple, kwargs: dict
+) -> Iterator[tuple[torch.device | None, tuple, dict[str, Any]]]:
+    """`evaluation_mode`, and the arguments of the programs moved to their device.
+
+    Args:
+        programs: Pyro programs.
+        args: Their arguments, as the user passed them.
+        kwargs: Their keyword arguments, likewise.
+
+    Yields:
+        The device, as `evaluation_mode` does, and the arguments to call the programs with.
+    """
+    with evaluation_mode(*programs) as device:
+        if device is not None:
+            args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
+        yield device, args, kwargs

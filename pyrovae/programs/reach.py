@@ -22,13 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrovae.common.arguments import map_tensors
-
 __all__ = [
     "attributes_of",
     "changed_buffers",
     "evaluation_mode",
-    "evaluation_of",
     "find_modules",
     "is_installed",
     "modules_behind",
@@ -95,26 +92,6 @@ def evaluation_mode(*programs: Any) -> Iterator[torch.device | None]:
         finally:
             _evaluations.remove(evaluation)
             evaluation.leave()
-
-
-@contextmanager
-def evaluation_of(
-    *programs: Any, args: tuple, kwargs: dict
-) -> Iterator[tuple[torch.device | None, tuple, dict[str, Any]]]:
-    """`evaluation_mode`, and the arguments of the programs moved to their device.
-
-    Args:
-        programs: Pyro programs.
-        args: Their arguments, as the user passed them.
-        kwargs: Their keyword arguments, likewise.
-
-    Yields:
-        The device, as `evaluation_mode` does, and the arguments to call the programs with.
-    """
-    with evaluation_mode(*programs) as device:
-        if device is not None:
-            args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
-        yield device, args, kwargs
 
 
 @contextmanager
