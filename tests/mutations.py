@@ -106,7 +106,7 @@ ESTIMATORS = [
     ),
     Mutation(
         "log weights: log q added",
-        "programs/traces.py",
+        "programs/log_densities.py",
         'term if program == "model" else -term for',
         "term for",
         in_file("evaluation/test_exact_evidence.py", "exact_posterior_gives_exact_evidence_with_one_particle"),

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from pyrovae.compiled.signature import Snapshot
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.equivalence import equivalent, in_float64
+from pyrovae.programs.log_densities import site_log_prob
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.supports import innermost
-from pyrovae.programs.traces import Program, run_pair, sample_sites, site_log_prob
+from pyrovae.programs.traces import Program, run_pair, sample_sites
 
 __all__ = ["by_position", "site_by_position"]
 
