@@ -50,9 +50,9 @@ def run_populations(
     """
     state = start(potential, potential.draw())
     size = potential.num_chains // num_populations
-    shape = (num_populations, size, potential.num_data)
+    shape = (num_populations, size, state.u.shape[1])
     log_weights = state.log_weight.new_zeros(shape, dtype=torch.float64)  # since the last resampling
-    log_means = log_weights.new_zeros(num_populations, potential.num_data)
+    log_means = log_weights.new_zeros(num_populations, shape[2])
     acceptance = torch.zeros_like(state.log_weight[0])
     last = len(kernels.temperatures) - 1
     for t in range(1, last + 1):
