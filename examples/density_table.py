@@ -34,7 +34,7 @@ from support.provenance import git_revision, read_json, versions, write_json
 from support.run_folder import load_data
 
 import pyrovae as pv
-from pyrovae.training.locks import locked
+from pyrovae.training.checkpoint_file import locked
 
 ORDER_SEED = 0  # seed of the order of the test images
 AFTER_SEED = 1000  # offset, so that the second part of a training has other noise than the first

@@ -10,8 +10,7 @@ from support.metrics import report
 from support.provenance import command, read_json, write_json
 
 import pyrovae as pv
-from pyrovae.training.checkpoint_file import earlier, read
-from pyrovae.training.locks import locked
+from pyrovae.training.checkpoint_file import earlier, locked, read
 
 # Files: the state to resume from, the options, the results.
 TRAINING, OPTIONS, METRICS = "training.pt", "options.json", "metrics.json"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import pyrovae as pv
-from pyrovae.training.locks import locked
+from pyrovae.training.checkpoint_file import locked
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))

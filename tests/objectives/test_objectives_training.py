@@ -18,8 +18,7 @@ import pyrovae as pv
 from pyrovae import objectives
 from pyrovae.compiled.record import extract
 from pyrovae.objectives import runs
-from pyrovae.training.elbo_parts import parts_of
-from pyrovae.training.recorded_step import _surrogate
+from pyrovae.training.losses import EpochSums, ReportingLoss, surrogate
 
 # name -> make(): every objective, with what it can be asked for
 OBJECTIVES = {
@@ -126,7 +125,7 @@ def test_recorded_is_eager(name, double, not_compiled):
     parameters = [*model.parameters(), *guide.parameters()]
     objective.differentiable_loss(model, guide, x)
     recorded = extract(
-        lambda x: _surrogate(objective, model, guide, x), [model, guide, *objective.modules], (x,), gradients=True
+        lambda x: surrogate(objective, model, guide, x), [model, guide, *objective.modules], (x,), gradients=True
     )
     assert recorded is not None
     for seed in range(2):
@@ -147,7 +146,7 @@ def test_recorded_is_eager_for_other_priors(prior, double, not_compiled):
     model = pv.GenerativeModel(PRIORS[prior](guide), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 12), SHAPE)).double()
     x, objective = binary().double(), objectives.DoublyReparameterised(3)
     objective.loss(model, guide, x)
-    recorded = extract(lambda x: _surrogate(objective, model, guide, x), [model, guide], (x,), gradients=True)
+    recorded = extract(lambda x: surrogate(objective, model, guide, x), [model, guide], (x,), gradients=True)
     pyro.set_rng_seed(0)
     (loss, _, _), found = recorded(x)
     pyro.set_rng_seed(0)
@@ -162,7 +161,7 @@ def test_recorded_discrete_codes(double, not_compiled):
     for objective in (objectives.VIMCO(3), objectives.MonteCarloKL(2)):
         objective.differentiable_loss(codes.model, codes.guide, x)
         model, guide = codes.model, codes.guide
-        recorded = extract(lambda x: _surrogate(objective, model, guide, x), [codes], (x,), gradients=True)  # noqa: B023
+        recorded = extract(lambda x: surrogate(objective, model, guide, x), [codes], (x,), gradients=True)  # noqa: B023
         pyro.set_rng_seed(0)
         (loss, _, _), found = recorded(x)
         pyro.set_rng_seed(0)
@@ -181,7 +180,7 @@ def test_a_recording_sees_the_schedule_move(compiled, double, request):
     objective = objectives.AnalyticKL(beta=0.5, kl_warmup_steps=4)
     objective.loss(model, guide, x)
     recorded = extract(
-        lambda x: _surrogate(objective, model, guide, x), [model, guide, *objective.modules], (x,), gradients=True
+        lambda x: surrogate(objective, model, guide, x), [model, guide, *objective.modules], (x,), gradients=True
     )
     for step in range(6):
         (loss, reconstruction, kl), _ = recorded(x)
@@ -344,13 +343,13 @@ def test_history_of_pyros_enumeration_claims_no_parts():
     assert all(row["elbo"] == row["objective"] for row in result.history)
 
 
-def test_fit_reads_the_parts_off_the_surrogate():
+def test_fit_reads_the_parts_off_thesurrogate():
     model, guide = make()
     objective = objectives.AnalyticKL(beta=3.0)
-    with parts_of(objective) as parts:
-        objective.loss_and_grads(model, guide, binary())
-    parts.count(40)
-    elbo, reconstruction, kl = parts.means()
+    _, parts = ReportingLoss(objective).loss_and_grads(model, guide, binary())
+    sums = EpochSums()
+    sums.add(parts, 40)
+    elbo, reconstruction, kl = sums.means()
     assert reconstruction == pytest.approx(objective.last.reconstruction.item() / 40)
     assert kl == pytest.approx(objective.last.kl.item() / 40)
     assert elbo == pytest.approx(reconstruction - kl)
@@ -466,7 +465,7 @@ def test_pairs_that_do_not_match_are_refused():
 def test_a_pair_is_looked_at_before_it_is_recorded(not_compiled, caplog):
     model, guide = make()
     objective = objectives.AnalyticKL()
-    assert extract(lambda x: _surrogate(objective, model, guide, x), [model, guide], (binary(),)) is None
+    assert extract(lambda x: surrogate(objective, model, guide, x), [model, guide], (binary(),)) is None
     assert "run one step eagerly" in caplog.text
 
 

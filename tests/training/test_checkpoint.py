@@ -18,8 +18,7 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.objectives import MonteCarloKL
 from pyrovae.training import checkpoint_file
-from pyrovae.training.checkpoint_file import earlier, read, write
-from pyrovae.training.locks import locked
+from pyrovae.training.checkpoint_file import earlier, locked, read, write
 from pyrovae.training.specification import build as build_from
 
 # --- made again from the file alone -----------------------------------------------------------------------------------
@@ -376,7 +375,7 @@ def test_one_lock_at_a_time(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX locks")
 def test_a_killed_process_leaves_no_lock(tmp_path):
     code = (
-        "import os, sys; from pyrovae.training.locks import locked\nwith locked(sys.argv[1]): os.kill(os.getpid(), 9)"
+        "import os, sys; from pyrovae.training.checkpoint_file import locked\nwith locked(sys.argv[1]): os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt")], check=False)
     assert done.returncode == -9

@@ -604,7 +604,7 @@ def test_looking_leaves_the_run_as_it_was(monkeypatch):
     for looks in (True, False):
         pyro.clear_param_store()
         if not looks:
-            monkeypatch.setattr("pyrovae.training.steps.site_by_position", lambda *a: None)
+            monkeypatch.setattr("pyrovae.training.first_step.site_by_position", lambda *a: None)
         pyro.set_rng_seed(3)
         vae = Plain()
         pv.fit(vae.model, vae.guide, data(), **OPTIONS)
@@ -657,7 +657,7 @@ def test_what_a_program_assigns_stays_as_the_steps_left_it(kind, monkeypatch):
     for looks in (True, False):
         pyro.clear_param_store()
         if not looks:
-            monkeypatch.setattr("pyrovae.training.steps.site_by_position", lambda *a: None)
+            monkeypatch.setattr("pyrovae.training.first_step.site_by_position", lambda *a: None)
         pyro.set_rng_seed(3)
         guide = Kept(kind)
         pv.fit(local, guide, data(), **OPTIONS)
