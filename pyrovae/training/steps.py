@@ -1,6 +1,7 @@
 """The steps of an epoch: Pyro's `SVI.step`, or its recording."""
 
 import math
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -56,7 +57,7 @@ class Steps:
         ):
             parameter.grad = None
 
-    def epoch(self, number: int, full_size: int | None, progress: Any) -> EpochSums:
+    def epoch(self, number: int, full_size: int | None, progress: Callable[[int], object]) -> EpochSums:
         """Run one epoch.
 
         A step whose loss or gradient is NaN or infinite changes neither parameters nor buffers, its data do not count,

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO
 from shared.parts import LATENT_DIM, PRIORS, SHAPE
 from torch import nn
 
@@ -353,6 +353,51 @@ def test_fit_reads_the_parts_off_thesurrogate():
     assert reconstruction == pytest.approx(objective.last.reconstruction.item() / 40)
     assert kl == pytest.approx(objective.last.kl.item() / 40)
     assert elbo == pytest.approx(reconstruction - kl)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [Trace_ELBO(), Trace_ELBO(num_particles=2), TraceEnum_ELBO(strict_enumeration_warning=False), objectives.VIMCO(3)],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_a_reporting_loss_is_the_loss(loss):
+    """Same numbers and noise; its state is the loss's own (the depth of plates, guessed once), which stays as it was."""
+    model, guide = make()
+    ReportingLoss(loss).loss(model, guide, binary())
+    assert loss.max_plate_nesting == (1 if isinstance(loss, TraceEnum_ELBO) else math.inf)
+    kinds, state = [], []
+    for run in (loss.loss_and_grads, ReportingLoss(loss).loss_and_grads):
+        pyro.set_rng_seed(0)
+        found = run(model, guide, binary())
+        kinds.append(found[0] if isinstance(found, tuple) else found)
+        state.append((vars(loss).keys(), loss.max_plate_nesting, torch.rand(3).tolist()))
+    assert kinds[0] == kinds[1]
+    assert state[0] == state[1]
+    assert "_get_trace" not in vars(loss)
+    pyro.set_rng_seed(0)
+    value, parts = ReportingLoss(loss).loss(model, guide, binary())
+    if not isinstance(loss, objectives.VIMCO):
+        assert -value == pytest.approx(sum(part.reconstruction - part.kl for part in parts).item(), rel=1e-6)
+    assert len(parts) == (1 if isinstance(loss, objectives.VIMCO) else loss.num_particles)
+
+
+@pytest.mark.parametrize(
+    ("loss", "bound"),
+    [
+        (objectives.ImportanceWeighted(1), "ELBO"),
+        (objectives.ImportanceWeighted(2), "importance-weighted bound"),
+        (objectives.DoublyReparameterised(2), "importance-weighted bound"),
+        (objectives.AnalyticKL(beta=4.0), "ELBO"),
+        (Trace_ELBO(num_particles=5), "ELBO"),
+        (RenyiELBO(), "ELBO"),
+        (TraceEnum_ELBO(strict_enumeration_warning=False), "ELBO"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_the_result_names_the_bound_of_its_validation(loss, bound):
+    result = pv.fit(*make(), binary(), validation=binary(), loss=loss, epochs=1, progress=False)
+    assert result.bound == bound
+    assert ("validation bound" in repr(result)) == (bound != "ELBO")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
