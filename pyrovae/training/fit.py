@@ -102,8 +102,8 @@ def fit(
     Before the first step changes anything, its programs are checked. Refused are parameters that the loss depends on
     and no program declares, because training would not change them (a plain module without `pyro.module`; a second
     model under the names of the first in Pyro's store); a model that observes nothing; and, if the data are shuffled,
-    sites whose numbers depend on the place of a datum in the batch (a guide with parameters per datum). Declared
-    parameters without a gradient are logged.
+    sites whose numbers depend on the place of a datum in the batch (a guide with parameters per datum); and
+    validation data that the programs do not accept. Declared parameters without a gradient are logged.
 
     If `torchrun` started several processes (`pyrovae.common.distributed.joined`), each trains on its share of every
     batch with its own noise; with a loader, on its own batches, from a `DistributedSampler`. The reported numbers are

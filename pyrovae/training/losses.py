@@ -121,11 +121,11 @@ def _noting(loss: ELBO, note: Callable[[Parts], None]) -> ELBO:
     name = "surrogate" if is_objective else "_get_trace"
 
     def method(self: ELBO, *args: Any, **kwargs: Any) -> Any:
-        result = getattr(kind, name)(self, *args, **kwargs)
-        note(result[1] if is_objective else _parts_of(*result, self.num_particles))
+        result: Any = getattr(kind, name)(self, *args, **kwargs)
+        note(result[1] if is_objective else _parts_of(result[0], result[1], self.num_particles))
         return result
 
-    noting = object.__new__(new_class(kind.__name__, (kind,), exec_body=lambda body: body.update({name: method})))
+    noting: ELBO = object.__new__(new_class(kind.__name__, (kind,), exec_body=lambda body: body.update({name: method})))
     noting.__dict__ = loss.__dict__
     return noting
 

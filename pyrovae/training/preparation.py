@@ -211,7 +211,7 @@ def put_back(buffers: list[tuple[Tensor, Tensor]], unless: Tensor | None = None)
 def _check_positive(name: str, number: Any) -> None:
     if isinstance(number, bool) or not isinstance(number, Real):
         raise TypeError(f"{name} must be a number, found {number!r}")
-    if not 0 < number < math.inf:
+    if not 0 < float(number) < math.inf:
         raise ValueError(f"{name} must be positive and finite, found {number}")
 
 

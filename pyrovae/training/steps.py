@@ -92,6 +92,7 @@ class Steps:
         sums = EpochSums(full_size, objective=torch.zeros((), dtype=torch.float64, device=run.device))
         unseen: list[TriedStep] = []
         num_steps = int(guard.num_steps)
+        value: Tensor | float
         for step, (data, index) in enumerate(chain([first], batches)):
             run.optimizer.learning_rate = run.schedule((number - 1 + (step + 0.5) / per_epoch) / run.epochs)
             unseen.append(TriedStep(number, step + 1, data, index, self._random_state()))
