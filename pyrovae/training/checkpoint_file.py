@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 
@@ -40,6 +39,8 @@ def locked(path: str | os.PathLike, advice: str = "wait until it has ended, or n
         RuntimeError: if another run holds the lock.
         OSError: if the lock file cannot be created.
     """
+    import filelock  # only runs with a checkpoint need it, and importing pyrovae imports little
+
     path = path_of(path)
     real = target_of(path)  # one lock, whichever link leads to the file
     file = path / ".lock" if path.is_dir() else real.with_name(f".{real.name}.lock")

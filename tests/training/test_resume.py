@@ -267,6 +267,6 @@ def test_an_older_run_that_chose_its_epoch_by_the_elbo(tmp_path):
             assert again.history == whole.history
         else:
             with pytest.raises(
-                ValueError, match="chose the best epoch by the ELBO, not by its own bound: begin the run anew"
+                ValueError, match="chose the best epoch by the ELBO, not by its own bound: start a new run"
             ):
                 run(loss)
