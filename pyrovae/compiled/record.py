@@ -11,7 +11,7 @@ if the shape, dtype or device of an argument, parameter or buffer changes, or th
 draws new noise from torch's generator in the order of the eager program, so both give the same numbers up to rounding;
 `self_check.py` compares them. Checks of values are left out: run a program eagerly before you record it.
 
-What is recorded: a step (`training/recorded_step.py`), a chunk of draws (`evaluation/recorded_draw.py`), a gradient of
+What is recorded: a step (`training/acceleration.py`), a chunk of draws (`evaluation/recorded_draw.py`), a gradient of
 annealing (`annealing/potential.py`) and of refinement (`guides/refinement.py`). When: `policy.py`.
 """
 

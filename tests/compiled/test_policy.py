@@ -10,7 +10,7 @@ from pyrovae.annealing import blocks
 from pyrovae.compiled.policy import pays_off
 from pyrovae.compiled.record import Recording
 from pyrovae.evaluation import inference_gaps, log_weights
-from pyrovae.training import recorded_step
+from pyrovae.training import acceleration
 
 
 class ThirdParty(nn.Linear):
@@ -51,7 +51,7 @@ def test_without_inductor_known_parts_always_pay_off():
 
 
 RUNS = {
-    recorded_step: lambda model, guide, x: pv.fit(model, guide, x, epochs=2, batch_size=20, progress=False),
+    acceleration: lambda model, guide, x: pv.fit(model, guide, x, epochs=2, batch_size=20, progress=False),
     log_weights: lambda model, guide, x: pv.log_weights(model, guide, x, num_particles=4, particle_batch_size=2),
     blocks: lambda model, guide, x: pv.annealed_importance_sampling(
         model, x, num_temperatures=3, num_chains=2, progress=False
@@ -67,7 +67,7 @@ def test_every_caller_asks_and_does_what_it_is_told(uncompiled, short_pilots, mo
     monkeypatch.setattr(Recording, "_record", lambda self, *args: recordings.append(1) or original(self, *args))
     monkeypatch.setattr(caller, "pays_off", lambda *args, **kwargs: asked.append(1) or answer)
     model, guide = make()
-    with torch.no_grad() if caller is not recorded_step else torch.enable_grad():
-        RUNS[caller](model, guide, binary(40 if caller is recorded_step else 6))
+    with torch.no_grad() if caller is not acceleration else torch.enable_grad():
+        RUNS[caller](model, guide, binary(40 if caller is acceleration else 6))
     assert asked
     assert bool(recordings) == answer

@@ -16,7 +16,7 @@ import pyrovae as pv
 from pyrovae import guides, likelihoods, nets, priors
 from pyrovae.compiled.record import record
 from pyrovae.distributions.zuko_adapter import import_zuko
-from pyrovae.training.recorded_step import _surrogate
+from pyrovae.training.losses import surrogate
 
 FLOWS = ["InverseAutoregressiveFlow", "NeuralSplineFlow"]
 
@@ -279,7 +279,7 @@ def test_recorded_step_gives_the_eager_gradients(name, double, monkeypatch, capl
     x = model.generate(5)
 
     def objective(x):
-        return _surrogate(Trace_ELBO(), model, guide, x)
+        return surrogate(Trace_ELBO(), model, guide, x)
 
     recorded = record(objective, [model, guide], (x,), gradients=True)
     assert recorded is not None, caplog.text

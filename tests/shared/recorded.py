@@ -5,7 +5,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
-from pyrovae.training.recorded_step import record_step
+from pyrovae.training.acceleration import record_step
 
 
 def eager_step(model, guide, batch, loss=None):

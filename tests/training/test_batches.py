@@ -337,5 +337,5 @@ class UsedUp(IterableDataset):
 
 @pytest.mark.parametrize("num_epochs", [0, 1, 2])
 def test_a_stream_that_is_used_up(num_epochs):
-    with pytest.raises(ValueError, match=rf"gave no batch in epoch {num_epochs + 1}: .*must begin anew"):
+    with pytest.raises(ValueError, match=rf"gave no batch in epoch {num_epochs + 1}: .*must start again"):
         pv.fit(fixed, lambda x: None, DataLoader(UsedUp(num_epochs), batch_size=5), epochs=3, progress=False)

@@ -163,7 +163,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pyro.infer.SVI, "step", step)
         with pytest.raises(
-            KeyboardInterrupt, match=r"after epoch 2 was put back and is in .*run\.pt.*resume=True\) goes on"
+            KeyboardInterrupt, match=r"after epoch 2 was put back and is in .*run\.pt.*resume=True\) resumes from it"
         ):
             pv.fit(*stopped, binary(), **options)
     assert len(read(path)["training"]["state"]["history"]) == 2, "though ten seconds had not passed"
@@ -181,7 +181,7 @@ def test_what_is_not_the_same_run_is_refused(tmp_path):
     options = {"epochs": 2, "batch_size": 20, "checkpoint": path, "progress": False}
     pv.fit(*make(), binary(), **options)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"run\.pt is there already: resume=True goes on"):
+    with pytest.raises(ValueError, match=r"run\.pt is there already: resume=True resumes its run"):
         pv.fit(*make(), binary(), **options)
     for change, match in (
         ({"epochs": 3}, "with epochs=2, and this one has epochs=3"),
@@ -267,6 +267,6 @@ def test_an_older_run_that_chose_its_epoch_by_the_elbo(tmp_path):
             assert again.history == whole.history
         else:
             with pytest.raises(
-                ValueError, match="chose the best epoch by the ELBO, not by its own bound: begin the run anew"
+                ValueError, match="chose the best epoch by the ELBO, not by its own bound: start a new run"
             ):
                 run(loss)
