@@ -22,7 +22,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyrovae.common.arguments import map_tensors
-from pyrovae.compiled.signature import Kept
+from pyrovae.compiled.signature import Snapshot
 from pyrovae.programs.masks import counted
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program, run_pair
@@ -102,7 +102,7 @@ class FirstStepCheck:
         if run.validation is None:
             return
         random = pyro.util.get_rng_state()
-        kept = Kept(nn.ModuleList(run.modules))
+        kept = Snapshot(nn.ModuleList(run.modules))
         try:
             with torch.random.fork_rng(run.gpus()), poutine.block():
                 validate_ends(run.model, run.guide, run.validation, run.loss, run.batches.batch_size)
