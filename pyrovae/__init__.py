@@ -13,6 +13,7 @@ from pyrovae import (
 from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo
 from pyrovae.annealing.bounds import annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.annealing.difference import DifferenceEstimate, anneal_a_slice
+from pyrovae.annealing.rate_distortion import RateDistortion, rate_distortion
 from pyrovae.annealing.smc import sequential_monte_carlo
 from pyrovae.common import distributed
 from pyrovae.evaluation import detection
@@ -45,6 +46,7 @@ __all__ = [
     "HierarchicalModel",
     "InferenceGaps",
     "LogMarginalLikelihood",
+    "RateDistortion",
     "TopDownGuide",
     "active_units",
     "anneal_a_slice",
@@ -69,6 +71,7 @@ __all__ = [
     "pick_device",
     "plots",
     "priors",
+    "rate_distortion",
     "save",
     "sequential_monte_carlo",
     "simulation_based_calibration",
