@@ -17,6 +17,7 @@ from pyrovae.annealing.rate_distortion import RateDistortion, rate_distortion
 from pyrovae.annealing.smc import sequential_monte_carlo
 from pyrovae.common import distributed
 from pyrovae.evaluation import detection
+from pyrovae.evaluation.aggregate_posterior import AggregatePosterior, aggregate_posterior
 from pyrovae.evaluation.arviz_export import to_elpd_data, to_inference_data
 from pyrovae.evaluation.calibration import Calibration, simulation_based_calibration
 from pyrovae.evaluation.comparison import Comparison, compare
@@ -35,6 +36,7 @@ from pyrovae.training.saved_pair import load, save
 __version__ = "0.1.0"
 
 __all__ = [
+    "AggregatePosterior",
     "BidirectionalMonteCarlo",
     "BottomUpGuide",
     "Calibration",
@@ -49,6 +51,7 @@ __all__ = [
     "RateDistortion",
     "TopDownGuide",
     "active_units",
+    "aggregate_posterior",
     "anneal_a_slice",
     "annealed_importance_sampling",
     "bidirectional_monte_carlo",

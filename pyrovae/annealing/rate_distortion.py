@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrovae import estimators
 from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo
-from pyrovae.annealing.blocks import Settings, tuned_blocks
+from pyrovae.annealing.blocks import Settings, TunedBlock, tuned_blocks
 from pyrovae.annealing.chains import anneal
 from pyrovae.annealing.potential import prior_of
 from pyrovae.common.arguments import map_tensors
@@ -239,13 +239,17 @@ class _Curves(NamedTuple):
 
 def _curves(pair: Pair, settings: Settings) -> Iterator[tuple[_Curves, int, int]]:
     for block in tuned_blocks(pair, settings, from_prior=True, passes=1):
-        points: list[tuple[Tensor, ...]] = []
-        betas = block.kernels.temperatures
+        yield _curves_of(block), block.stop, pair.num_data
 
-        def look(log_weights: Tensor, log_likelihood: Tensor, points=points, betas=betas) -> None:
-            point = rate_and_distortion(betas[len(points)].item(), log_weights, log_likelihood)
-            points.append((*point, estimators.effective_sample_size(log_weights)))
 
-        annealed = anneal(block.potential, block.kernels, block.tick, look)
-        rows = (torch.stack(values) for values in zip(*points, strict=True))
-        yield _Curves(betas, *rows, annealed.acceptance.double()), block.stop, pair.num_data
+def _curves_of(block: TunedBlock) -> _Curves:
+    beta = block.kernels.temperatures
+    points: list[tuple[Tensor, ...]] = []
+
+    def look(log_weights: Tensor, log_likelihood: Tensor) -> None:
+        point = rate_and_distortion(beta[len(points)].item(), log_weights, log_likelihood)
+        points.append((*point, estimators.effective_sample_size(log_weights)))
+
+    annealed = anneal(block.potential, block.kernels, block.tick, look)
+    rows = (torch.stack(values) for values in zip(*points, strict=True))
+    return _Curves(beta, *rows, annealed.acceptance.double())
