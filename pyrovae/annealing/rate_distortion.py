@@ -252,4 +252,4 @@ def _curves_of(block: TunedBlock) -> _Curves:
 
     annealed = anneal(block.potential, block.kernels, block.tick, look)
     rows = (torch.stack(values) for values in zip(*points, strict=True))
-    return _Curves(beta, *rows, annealed.acceptance.double())
+    return _Curves._make((beta, *rows, annealed.acceptance.double()))

@@ -1,8 +1,9 @@
 """The aggregate posterior q(z), the average of q(z|x) over data: what the ELBO's KL term is made of."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import pyro.distributions as dist
@@ -20,6 +21,9 @@ __all__ = ["AggregatePosterior", "aggregate_posterior"]
 _ROWS = 500  # data that are encoded, and codes that are drawn, at once
 _CPU_ELEMENTS, _GPU_ELEMENTS, _PAIR_SIZE = 2**20, 2**26, 64  # numbers at once; a pair (z, x) counts as at least 64
 _NEAR = 0.1  # nats below log N: from there on, the mutual information counts as saturated
+
+
+Visit = Callable[[str, dist.TorchDistribution], Tensor]
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,9 +136,9 @@ def aggregate_posterior(
 
     Args:
         model: model of the pair, for p(z)
-        guide: any guide of this library, hierarchical ones included; densities of a flow at another datum's draws cost D
-            passes for each pair of data
-        x: data (N, *data_shape)
+        guide: any guide of this library, hierarchical ones included; an autoregressive flow takes D passes for the density
+            at each draw of another datum
+        x: data (N, *data_shape); the time grows with N^2, so take a few thousand, for a flow a few hundred
         num_draws: S, draws of q(z|x_n) per datum; one gives no standard error
         total_correlation: whether to compute TC and the dimension-wise KL; "auto": if the guide has marginals
         progress: show a progress bar
@@ -226,7 +230,7 @@ def _draw(model: LatentVariableModel, guide: Guide, parameters: Tensor, num_draw
     for some in parameters.split(_ROWS):
         drawn, log_q = _draw_some(guide, some, num_draws)
         log_own.append(log_q)
-        log_prior.append(_log_density(model, drawn))
+        log_prior.append(_log_density(model.latents, drawn))
         for name, value in drawn.items():
             values.setdefault(name, []).append(value)
     together = {name: torch.cat(parts, 1) for name, parts in values.items()}
@@ -248,8 +252,8 @@ def _draw_some(guide: Guide, parameters: Tensor, num_draws: int) -> tuple[dict[s
     return drawn, torch.stack(terms).sum(0)
 
 
-def _log_density(part: Guide | LatentVariableModel, values: dict[str, Tensor], *parameters: Tensor) -> Tensor:
-    """Return log q(z|x), given parameters, or log p(z) at values of all sites, in float64."""
+def _log_density(latents: Callable[[Visit], Tensor], values: dict[str, Tensor]) -> Tensor:
+    """Return log p(z) or log q(z|x), whose sites `latents` visits, at values of all of them, in float64."""
     terms: dict[str, Tensor] = {}
 
     def visit(name: str, distribution: dist.TorchDistribution) -> Tensor:
@@ -263,7 +267,7 @@ def _log_density(part: Guide | LatentVariableModel, values: dict[str, Tensor], *
         terms[name] = distribution.log_prob(values[name]).double()
         return values[name]
 
-    part.latents(*parameters, visit)
+    latents(visit)
     if missing := sorted(set(values) - set(terms)):
         raise ValueError(f"model and guide must have the same latent sites: the model has no {missing}")
     return torch.stack(list(terms.values())).sum(0)
@@ -290,7 +294,7 @@ def _sum_over_data(
                 for name, value in values.items()
             }
             is_own = owner[rows].unsqueeze(1) == torch.arange(columns.start, columns.stop, device=owner.device)
-            pairs = _log_density(guide, at, some).masked_fill(is_own, -torch.inf)
+            pairs = _log_density(partial(guide.latents, some), at).masked_fill(is_own, -torch.inf)
             others[rows] = torch.logaddexp(others[rows], pairs.logsumexp(1))
             if of_dimensions is not None:
                 (z,) = at.values()
