@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -54,10 +54,10 @@ class AggregatePosterior:
     mutual_information_upper_stderr: float
     marginal_kl: float
     marginal_kl_stderr: float
-    total_correlation: float | None
-    total_correlation_stderr: float | None
-    dimension_kl: Tensor | None
-    dimension_kl_stderr: Tensor | None
+    total_correlation: float | None = None
+    total_correlation_stderr: float | None = None
+    dimension_kl: Tensor | None = None
+    dimension_kl_stderr: Tensor | None = None
 
     @property
     def most(self) -> float:
@@ -185,27 +185,22 @@ def aggregate_posterior(
         others, of_dimensions = _sum_over_data(guide, parameters, drawn, marginals, progress)
         num_data = len(x)
         log_q = torch.logaddexp(others, drawn.log_own) - math.log(num_data)
-        estimates = {
+        terms = {
             "rate": drawn.log_own - drawn.log_prior,
             "mutual_information": drawn.log_own - log_q,
             "mutual_information_upper": drawn.log_own - (others - math.log(num_data - 1)),
             "marginal_kl": log_q - drawn.log_prior,
         }
-        results: dict[str, float | Tensor | None] = {}
-        for name, terms in estimates.items():
-            value, error = _mean(terms)
-            results[name], results[f"{name}_stderr"] = value.item(), error.item()
-        for name in ("total_correlation", "dimension_kl"):
-            results[name] = results[f"{name}_stderr"] = None
         if of_dimensions is not None:
-            value, error = _mean(log_q - of_dimensions.sum(-1))
-            results["total_correlation"], results["total_correlation_stderr"] = value.item(), error.item()
-            prior = _marginals(model.prior())
-            if prior is not None:
+            terms["total_correlation"] = log_q - of_dimensions.sum(-1)
+            if (prior := _marginals(model.prior())) is not None:
                 (z,) = drawn.values.values()
-                value, error = _mean(of_dimensions - prior.log_prob(z).double())
-                results["dimension_kl"], results["dimension_kl_stderr"] = value.cpu(), error.cpu()
-    return AggregatePosterior(num_data, num_draws, **results)  # type: ignore[arg-type]
+                terms["dimension_kl"] = of_dimensions - prior.log_prob(z).double()
+    found: dict[str, Any] = {}
+    for name, term in terms.items():
+        for suffix, value in zip(("", "_stderr"), _mean(term), strict=True):
+            found[name + suffix] = value.cpu() if value.ndim else value.item()
+    return AggregatePosterior(num_data, num_draws, **found)
 
 
 class _Drawn(NamedTuple):
