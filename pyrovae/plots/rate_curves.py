@@ -78,8 +78,8 @@ def rate_distortion(results: Any, *, bounds: Any = None, ax: Any = None) -> Any:
         if name in bounds:
             ends = np.array([distortion[-1], distortion[-1] + rate[-1]])
             least = np.maximum(-float(bounds[name].upper.mean()) - ends, 0)
-            label = "no code lies below" if name == next(iter(bounds)) else None
-            ax.plot(ends, least, color=color, linewidth=0.8, alpha=0.7, label=label)
+            note = "no code lies below" if name == next(iter(bounds)) else None
+            ax.plot(ends, least, color=color, linewidth=0.8, alpha=0.7, label=note)
     few = min(len(result.beta) for result in results.values()) - 1
     first = next(iter(results.values()))
     ax.set(
