@@ -13,7 +13,6 @@ from shared.hierarchies import LinearNormal, affine
 from shared.parts import (
     CONDITIONAL_PRIORS,
     CONTEXT_DIM,
-    DECODERS,
     GUIDES,
     GUIDES_ON_AN_ENCODER,
     LATENT_DIM,
@@ -185,7 +184,7 @@ def test_training_finds_the_regression(double):
     model = pv.GenerativeModel(prior, likelihood)
     guide = guides.FullRankNormal(Regression.joined(), 2, num_features=8)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
-    losses = [svi.step(x, c) / len(x) for _ in range(1200)]
+    losses = [svi.step(x, c) / len(x) for _ in range(600)]
     reached = -sum(losses[-50:]) / 50
     best = truth.log_prob(x, c)
     # The best fit lies above the truth by about half a nat per parameter and datum, 40 / 2 / 2000 nats.
@@ -198,7 +197,7 @@ def test_training_finds_the_regression(double):
 def make(prior, guide):
     """A conditional pair: the context reaches the prior (if it is conditional), the decoder and the encoder."""
     encoder = nets.Concatenate(nets.MLP(12 + CONTEXT_DIM, [8]))
-    likelihood = likelihoods.Bernoulli(nets.Concatenate(DECODERS["MLP"](SHAPE).__class__(5, [8], 12)), SHAPE)
+    likelihood = likelihoods.Bernoulli(nets.Concatenate(nets.MLP(LATENT_DIM + CONTEXT_DIM, [8], 12)), SHAPE)
     prior = CONDITIONAL_PRIORS[prior]() if prior in CONDITIONAL_PRIORS else priors.StandardNormal(LATENT_DIM)
     model = pv.GenerativeModel(prior, likelihood)
     return model, GUIDES_ON_AN_ENCODER[guide](encoder, model)
@@ -207,7 +206,6 @@ def make(prior, guide):
 PAIRS = [
     *((prior, "MeanFieldNormal") for prior in (*CONDITIONAL_PRIORS, "StandardNormal")),
     *(("DiagonalNormal", guide) for guide in GUIDES_ON_AN_ENCODER if guide != "MeanFieldNormal"),
-    ("NeuralSplineFlow", "DefensiveMixture"),
 ]
 
 
@@ -276,11 +274,6 @@ def test_pair(prior, guide, batch, tmp_path, double, uncompiled):
     assert weights[0].shape == (6, 5)
     assert torch.equal(weights[0], weights[1])
     assert torch.allclose(weights[0], weights[2], atol=1e-8)
-    pyro.set_rng_seed(8)
-    looped = pv.log_weights(model, guide, x, c, num_particles=600, vectorize_particles=False)
-    drawn = pv.log_weights(model, guide, x, c, num_particles=600)
-    error = (looped.var(0) / 600 + drawn.var(0) / 600).sqrt()
-    assert ((looped.mean(0) - drawn.mean(0)).abs() < 5 * error).all()
 
 
 @pytest.mark.parametrize("name", CONDITIONAL_PRIORS)
