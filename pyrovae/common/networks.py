@@ -96,7 +96,7 @@ class Inputs(NamedTuple):
         return (self.x,) if self.context is None else (self.x, self.context)
 
     @property
-    def kwargs(self) -> dict[str, Tensor]:
+    def kwargs(self) -> dict[str, Any]:
         """Keyword arguments of a program."""
         return {} if self.observed is None else {"observed": self.observed}
 

@@ -190,11 +190,12 @@ def inference_gaps(
         steps = _Steps(model, guide, tolerance, max_num_steps, learning_rate, min(data_batch_size, len(x)), compile)
         with progress_bar("refining", len(x), "data", progress) as bar:
             parameters, num_steps, converged = steps.best(data, bar.update)
-    options = {"num_particles": num_particles, "progress": progress}
+    options: dict[str, Any] = {"num_particles": num_particles, "progress": progress}
     start = log_marginal_likelihood(model, guide, *data.args, **data.kwargs, **options)
     # An interrupted evaluation returns the first data only.
     data, parameters = data.map(lambda part: part[: len(start)]), parameters[: len(start)]
-    best = log_marginal_likelihood(*_known(model, guide), data.x, parameters, *data.args[1:], **data.kwargs, **options)
+    alone, known = _known(model, guide)
+    best = log_marginal_likelihood(alone, known, data.x, parameters, *data.args[1:], **data.kwargs, **options)
     start, num_steps, converged = start[: len(best)], num_steps[: len(best)], converged[: len(best)]
     log_prob, stderr, share = best.log_prob, best.stderr, torch.ones_like(best.log_prob)
     if annealed is not None:
@@ -290,9 +291,15 @@ class _Steps:
         for parameters in (before, after):
             with torch.random.fork_rng([before.device] if before.is_cuda else []):
                 torch.manual_seed(seed)
-                known = _known(self.model, self.guide)
+                alone, known = _known(self.model, self.guide)
                 drawn = log_weights(
-                    *known, data.x, parameters, *data.args[1:], **data.kwargs, num_particles=_PILOT_PARTICLES
+                    alone,
+                    known,
+                    data.x,
+                    parameters,
+                    *data.args[1:],
+                    num_particles=_PILOT_PARTICLES,
+                    **data.kwargs,
                 )
             elbos.append(drawn.double().mean(0))
         return (elbos[1] - elbos[0]).nan_to_num(nan=-math.inf)

@@ -67,14 +67,15 @@ class DefensiveMixture(Guide):
     def encode(self, x: Tensor, context: Tensor | None = None, *, observed: Tensor | None = None) -> Tensor:
         more, options = given(context, observed)
         encoded = self.guide.encode(x, *more, **options)
-        return torch.cat([encoded, self.prior.features(context)], -1) if self._is_conditional else encoded
+        prior: Any = self.prior
+        return torch.cat([encoded, prior.features(context)], -1) if self._is_conditional else encoded
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
+        prior: Any = self.prior
         if not self._is_conditional:
-            return _Mixture(self.guide.distribution(parameters), self.prior(), self.weight)
-        width = parameters.shape[-1] - self.prior.num_features
-        of_guide, features = parameters.split([width, self.prior.num_features], -1)
-        return _Mixture(self.guide.distribution(of_guide), self.prior.distribution(features), self.weight)
+            return _Mixture(self.guide.distribution(parameters), prior(), self.weight)
+        of_guide, features = parameters.tensor_split([parameters.shape[-1] - prior.num_features], -1)
+        return _Mixture(self.guide.distribution(of_guide), prior.distribution(features), self.weight)
 
     def outline(self) -> "DefensiveMixture":
         return DefensiveMixture(self.guide.outline(), self.prior, self.weight)

@@ -282,7 +282,7 @@ def two_layer_vae(
     return model, guide
 
 
-def _takes_context(layer: nn.Module) -> bool:
+def _takes_context(layer: Any) -> bool:
     """Whether a layer takes a context by keyword, and uses it if it says so."""
     return takes_keyword(layer, "context") and getattr(layer, "takes_context", True)
 

@@ -12,6 +12,7 @@ values, `embed`, `sample_posterior` and `reconstruct` take the mask `observed=`.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -302,9 +303,13 @@ def _of_posterior(
     data, parts = Inputs(x, context, None if observed is None else check_mask(observed, x)), []
     with evaluation_mode(guide) as device:
         for start in range(0, len(x), _ROWS):
-            batch = data.map(lambda part, rows=slice(start, start + _ROWS): part[rows].to(device))
+            batch = data.map(partial(_moved, rows=slice(start, start + _ROWS), device=device))
             parts.append(take(guide.posterior(*batch.args, **batch.kwargs)).to(x.device))
     return torch.cat(parts, dim)
+
+
+def _moved(tensor: Tensor, rows: slice, device: torch.device | None) -> Tensor:
+    return tensor[rows].to(device)
 
 
 def _decode(model: LatentVariableModel, z: Tensor, context: Tensor | None = None, *, mean: bool = True) -> Tensor:
@@ -317,8 +322,8 @@ def _decode(model: LatentVariableModel, z: Tensor, context: Tensor | None = None
     with evaluation_mode(model) as device:
         for start in range(0, len(flat), _ROWS):
             rows = slice(start, start + _ROWS)
-            options = {} if context is None else {"context": context[rows].to(device)}
-            pictures.append(model.decode(flat[rows].to(device), mean=mean, **options))
+            options = {} if context is None else {"context": _moved(context, rows, device)}
+            pictures.append(model.decode(_moved(flat, rows, device), mean=mean, **options))
     return torch.cat(pictures).to(z.device).unflatten(0, z.shape[:-1])
 
 

@@ -109,8 +109,10 @@ def test_the_sandwich_holds_the_evidence_of_data_simulated_under_the_context(reg
     both = pv.bidirectional_monte_carlo(
         regression.model, torch.zeros(6, 5), c, num_chains=100, num_temperatures=30, compile=False
     )
-    truth = regression.log_prob(both.data["x"], c).mean().item()
-    assert both.lower.mean - 0.2 < truth < both.upper.mean + 0.2
+    truth = regression.log_prob(both.data["x"], c)
+    assert (both.lower - truth).mean() < 4.5 * both.lower_stderr.norm() / 6
+    assert (both.upper - truth).mean() > -4.5 * both.upper_stderr.norm() / 6
+    assert -0.5 < both.width.mean() < 1
 
 
 def test_gaps_are_right(regression):
@@ -178,17 +180,15 @@ def test_generation_follows_the_context(regression):
 def test_training_finds_the_regression(double):
     """A model and a guide that hold the truth reach its evidence by Pyro's SVI."""
     truth = Regression()
-    x, c = truth.data(2000)
+    x, c = truth.data(1000)
     prior = priors.DiagonalNormal(2, context_net=nn.Identity(), num_features=3)
     likelihood = likelihoods.LearnedScaleNormal(nets.Concatenate(nn.Linear(2 + 3, 5)), 5)
     model = pv.GenerativeModel(prior, likelihood)
     guide = guides.FullRankNormal(Regression.joined(), 2, num_features=8)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
-    losses = [svi.step(x, c) / len(x) for _ in range(600)]
-    reached = -sum(losses[-50:]) / 50
-    best = truth.log_prob(x, c)
-    # The best fit lies above the truth by about half a nat per parameter and datum, 40 / 2 / 2000 nats.
-    assert abs(reached - best.mean().item()) < 0.05
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.2, "lrd": 0.995}), Trace_ELBO())
+    losses = [svi.step(x, c) / len(x) for _ in range(800)]
+    # The best fit lies above the truth by half a nat per parameter, here about 0.02 nats per datum.
+    assert -sum(losses[-50:]) / 50 == pytest.approx(truth.log_prob(x, c).mean().item(), abs=0.05)
 
 
 # --- every part -------------------------------------------------------------------------------------------------------
@@ -282,11 +282,11 @@ def test_conditional_prior_density(name, double):
     prior = CONDITIONAL_PRIORS[name]().double()
     with torch.no_grad():
         for parameter in prior.parameters():  # so that contexts differ
-            parameter += 0.2 * torch.randn_like(parameter)
+            parameter += 0.1 * torch.randn_like(parameter)
         distribution = prior(torch.randn(2, CONTEXT_DIM))
         assert distribution.batch_shape == (2,)
         assert distribution.event_shape == (LATENT_DIM,)
-        axis = torch.linspace(-12, 12, 801)
+        axis = torch.linspace(-16, 16, 801)
         grid = torch.cartesian_prod(axis, axis).unsqueeze(1)
         density = distribution.log_prob(grid).exp() * (axis[1] - axis[0]) ** 2
         assert torch.allclose(density.sum(0), torch.ones(2), atol=1e-3)
