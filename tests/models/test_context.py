@@ -99,7 +99,7 @@ def test_annealing_is_right(regression, start):
     x, c = regression.data(6)
     guide = {"prior": None, "guide": regression.mean_field}[start]
     ais = pv.annealed_importance_sampling(
-        regression.model, x, c, guide=guide, num_chains=400, num_temperatures=30, compile=False
+        regression.model, x, c, guide=guide, num_chains=150, num_temperatures=15, compile=False
     )
     within(ais.mean, regression.log_prob(x, c).mean().item(), ais.mean_mc_stderr)
 
@@ -107,7 +107,7 @@ def test_annealing_is_right(regression, start):
 def test_the_sandwich_holds_the_evidence_of_data_simulated_under_the_context(regression):
     c = torch.randn(6, 3)
     both = pv.bidirectional_monte_carlo(
-        regression.model, torch.zeros(6, 5), c, num_chains=100, num_temperatures=30, compile=False
+        regression.model, torch.zeros(6, 5), c, num_chains=60, num_temperatures=15, compile=False
     )
     truth = regression.log_prob(both.data["x"], c)
     assert (both.lower - truth).mean() < 4.5 * both.lower_stderr.norm() / 6

@@ -114,7 +114,7 @@ def test_any_guide_estimates_the_evidence(linear, data, compile):
 def test_annealing(linear, data):
     x, observed = (part[::3] for part in data)
     ais = pv.annealed_importance_sampling(
-        linear.model, x, observed=observed, num_chains=300, num_temperatures=30, compile=False
+        linear.model, x, observed=observed, num_chains=100, num_temperatures=15, compile=False
     )
     within(ais.mean, linear.log_prob(x, observed).mean().item(), ais.mean_mc_stderr)
     with pytest.raises(ValueError, match="'x' is masked"):
@@ -128,9 +128,6 @@ def test_gaps(linear, data):
     gaps = pv.inference_gaps(linear.model, guide, x, observed=observed, num_particles=1000, compile=False)
     assert torch.allclose(gaps.log_prob, linear.log_prob(x, observed), atol=0.05)
     assert (gaps.approximation.abs() < 0.1).all()
-    refined = guides.Refined(guide, linear.model, num_steps=200)
-    mean = refined.posterior(x, observed=observed).mean
-    assert torch.allclose(mean, linear.guide.posterior(x, observed=observed).mean, atol=0.1)
 
 
 def test_uses(linear, data):
