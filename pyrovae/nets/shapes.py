@@ -72,4 +72,4 @@ def leading_shape(x: Tensor, width: int) -> torch.Size | None:
     """
     if x.shape[-1:] == (width,):
         return x.shape[:-1]
-    return next((x.shape[:count] for count in range(1, x.ndim) if x.shape[count:].numel() == width), None)
+    return next((x.shape[:count] for count in range(1, x.ndim) if math.prod(x.shape[count:]) == width), None)
