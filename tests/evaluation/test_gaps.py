@@ -9,6 +9,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import guides, priors
+from pyrovae.common.networks import Inputs
 from pyrovae.evaluation import inference_gaps
 
 
@@ -203,9 +204,9 @@ def test_gain_uses_the_same_noise(linear_gaussian):
     guide = exact_mean_field(linear_gaussian)
     steps = inference_gaps._Steps(linear_gaussian.model, guide, 0.05, 100, 0.05, 7, False)
     parameters = guide.encode(x).detach()
-    assert torch.equal(steps._gain(x, parameters, parameters), torch.zeros(7))
+    assert torch.equal(steps._gain(Inputs(x, None, None), parameters, parameters), torch.zeros(7))
     worse = parameters + 0.3
-    gain = steps._gain(x, worse, parameters)
+    gain = steps._gain(Inputs(x, None, None), worse, parameters)
     assert (gain > 0.05).all()
 
 
@@ -219,7 +220,7 @@ def test_compiled_and_in_batches(double, uncompiled):
         steps = inference_gaps._Steps(model, guide, 0.02, 400, 0.05, 4, compile)
         settled = []
         pyro.set_rng_seed(8)
-        found[compile] = *steps.best(x, settled.append), sum(settled)
+        found[compile] = *steps.best(Inputs(x, None, None), settled.append), sum(settled)
         recorded = steps.compiled._recorded
         assert recorded is None if not compile else recorded.num_recordings == 1
     parameters, num_steps, _, settled = found[True]
