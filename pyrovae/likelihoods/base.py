@@ -72,11 +72,25 @@ class Likelihood(Component, ABC):
             ValueError: A value is outside the support; the message says what was found.
         """
 
-    def forward(self, z: Tensor) -> dist.TorchDistribution:
+    def at(self, parameters: Tensor, context: Tensor | None) -> dist.TorchDistribution:
+        """Return p(x|z, context); the base class uses the context only as an input of the network.
+
+        Args:
+            parameters: The network's output (..., *parameters_shape).
+            context: What is known of each datum, of a shape that broadcasts with z's batch shape, or None.
+        """
+        return self.distribution(parameters)
+
+    def network_context(self, context: Tensor | None) -> Tensor | None:
+        """Return the part of the context that the network gets: all of it, unless a subclass keeps some for itself."""
+        return context
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         """Return p(x|z).
 
         Args:
             z: Latents (..., latent_dim).
+            context: What is known of each datum, of a shape that broadcasts with z's batch shape, or None.
         """
         rows = z.reshape(-1, z.shape[-1])
         output = run_network(self.decoder_net, rows, "make the decoder for the prior's number of latents (latent_dim)")
@@ -87,7 +101,7 @@ class Likelihood(Component, ABC):
                 f"{tuple(self.parameters_shape)}; found {tuple(output.shape)} for {len(rows)} latents: set the width of the "
                 f"network's output to {size}"
             )
-        return self.distribution(output.reshape(*z.shape[:-1], *self.parameters_shape))
+        return self.at(output.reshape(*z.shape[:-1], *self.parameters_shape), context)
 
     def check_shape(self, x: Tensor) -> None:
         """Check that `x` is a floating-point batch of data, (N, *data_shape).
