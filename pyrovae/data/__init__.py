@@ -11,12 +11,15 @@ from pyrovae.data.datasets import (
     load,
     mnist,
 )
+from pyrovae.data.frames import Column, Table, table
 from pyrovae.data.splits import Splits, binarize, dequantize
 
 __all__ = [
     "NAMES",
+    "Column",
     "DataUnavailableError",
     "Splits",
+    "Table",
     "binarize",
     "data_dir",
     "dequantize",
@@ -26,4 +29,5 @@ __all__ = [
     "kmnist",
     "load",
     "mnist",
+    "table",
 ]

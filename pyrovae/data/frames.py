@@ -53,6 +53,21 @@ class Table:
         """Names of the columns."""
         return [column.name for column in self.columns]
 
+    @property
+    def loc(self) -> list[float]:
+        """Means of the columns, 0 for categories: for `pyrovae.nets.TableEncoder`."""
+        return [column.loc for column in self.columns]
+
+    @property
+    def scale(self) -> list[float]:
+        """Standard deviations of the columns, 1 for categories: for `pyrovae.nets.TableEncoder`."""
+        return [column.scale for column in self.columns]
+
+    @property
+    def num_categories(self) -> list[int]:
+        """Numbers of categories of the columns, 0 for numbers: for `pyrovae.nets.TableEncoder`."""
+        return [0 if column.categories is None else len(column.categories) for column in self.columns]
+
     def encode(self, frame: Any) -> "Table":
         """Make a table of other rows, with the categories, loc and scale of this one: a test set, new data.
 

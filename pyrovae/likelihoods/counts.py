@@ -14,12 +14,17 @@ from pyrovae.likelihoods.base import Likelihood
 
 __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 
+# A count of 2e17. So a draw of z from far off has a finite log mass, and a gradient whose square fits float32.
+_LARGEST_LOG_MEAN = 40.0
 _SMALLEST_MEAN = 1e-3  # where the bias of an element starts that is 0 in all training data
 _INITIAL_GATE = 0.1  # probability of an extra zero at the start of training
 
 
 class _Counts(Likelihood):
-    """What likelihoods of counts share: the log mean with its bias and its exposure, and the check of the data."""
+    """What likelihoods of counts share: the log mean with its bias and its exposure, and the check of the data.
+
+    Log means above 40 count as 40.
+    """
 
     def __init__(
         self,
@@ -51,16 +56,13 @@ class _Counts(Likelihood):
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
         """Return p(x|z) for data of exposure 1."""
-        log_mean, *rest = self._parts(parameters + self.bias)
-        return self.counts(log_mean, *rest).to_event(len(self.data_shape))
+        return self._given(parameters, parameters.new_zeros(()))
 
     def at(self, parameters: Tensor, context: Tensor | None) -> dist.TorchDistribution:
         if self.exposure_column is None:
             return self.distribution(parameters)
         log_exposure = self._exposure(context).log()
-        log_mean, *rest = self._parts(parameters + self.bias)
-        log_mean = log_mean + log_exposure.reshape(*log_exposure.shape, *(1 for _ in self.data_shape))
-        return self.counts(log_mean, *rest).to_event(len(self.data_shape))
+        return self._given(parameters, log_exposure.reshape(*log_exposure.shape, *(1 for _ in self.data_shape)))
 
     def network_context(self, context: Tensor | None) -> Tensor | None:
         """Return the context without the exposure, or None if nothing is left."""
@@ -87,6 +89,11 @@ class _Counts(Likelihood):
         exposure = "" if self.exposure_column is None else f"exposure_column={self.exposure_column}, "
         return f"{exposure}{super().extra_repr()}"
 
+    def _given(self, parameters: Tensor, log_exposure: Tensor) -> dist.TorchDistribution:
+        log_mean, *rest = self._parts(parameters + self.bias)
+        log_mean = (log_mean + log_exposure).clamp(max=_LARGEST_LOG_MEAN)
+        return self.counts(log_mean, *rest).to_event(len(self.data_shape))
+
     def _parts(self, parameters: Tensor) -> tuple[Tensor, ...]:
         return (parameters,) if self.num_parts == 1 else parameters.unbind(-1 - len(self.data_shape))
 
@@ -112,6 +119,8 @@ class Poisson(_Counts):
     """Independent Poisson counts.
 
         p(x|z) = prod_d Poisson(x_d; t exp(l_d)),   l = decoder_net(z) + bias
+
+    Log rates above 40 count as 40, so that draws of z from far off have finite log masses.
 
     Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log masses in nats per datum, computed in
     float64.

@@ -2,5 +2,6 @@
 
 from pyrovae.nets.conv import ConvDecoder, ConvEncoder, ResidualDecoder, ResidualEncoder
 from pyrovae.nets.mlp import MLP
+from pyrovae.nets.tabular import TableEncoder
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "ResidualDecoder", "ResidualEncoder"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "ResidualDecoder", "ResidualEncoder", "TableEncoder"]
