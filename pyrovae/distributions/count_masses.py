@@ -101,9 +101,7 @@ class NegativeBinomial(Elementwise):
     log_inverse_dispersion: Tensor
 
     def __init__(self, log_mean: Tensor, log_inverse_dispersion: Tensor, validate_args: bool | None = None):
-        super().__init__(
-            log_mean=log_mean, log_inverse_dispersion=log_inverse_dispersion, validate_args=validate_args
-        )
+        super().__init__(log_mean=log_mean, log_inverse_dispersion=log_inverse_dispersion, validate_args=validate_args)
 
     @property
     def mean(self) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-
 __all__ = ["Categories", "Mixed"]
 
 
@@ -97,11 +96,11 @@ class Mixed(dist.TorchDistribution):
     def __init__(self, parts: Sequence[dist.TorchDistribution], validate_args: bool | None = None):
         self.parts = tuple(parts)
         shape = torch.broadcast_shapes(*(part.batch_shape for part in self.parts))
-        super().__init__(shape[:-1] + (len(self.parts),), validate_args=validate_args)
+        super().__init__((*shape[:-1], len(self.parts)), validate_args=validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "Mixed":
         rows = torch.Size(batch_shape)[:-1]
-        parts = [part.expand(rows + (1,)) for part in self.parts]
+        parts = [part.expand((*rows, 1)) for part in self.parts]
         return Mixed(parts, self.__dict__.get("_validate_args"))
 
     @constraints.dependent_property(event_dim=0)
@@ -121,9 +120,7 @@ class Mixed(dist.TorchDistribution):
             self._validate_sample(value)
         columns = value.split(1, -1)
         return torch.cat(
-            torch.broadcast_tensors(
-                *(part.log_prob(column) for part, column in zip(self.parts, columns, strict=True))
-            ),
+            torch.broadcast_tensors(*(part.log_prob(column) for part, column in zip(self.parts, columns, strict=True))),
             -1,
         )
 

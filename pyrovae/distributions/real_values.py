@@ -149,9 +149,7 @@ class Affine(dist.TorchDistribution):
 
     arg_constraints: ClassVar[dict] = {"loc": constraints.real, "scale": constraints.positive}
 
-    def __init__(
-        self, base: dist.TorchDistribution, loc: Tensor, scale: Tensor, validate_args: bool | None = None
-    ):
+    def __init__(self, base: dist.TorchDistribution, loc: Tensor, scale: Tensor, validate_args: bool | None = None):
         self.base, self.loc, self.scale = base, loc, scale
         super().__init__(base.batch_shape, validate_args=validate_args)
 

@@ -49,7 +49,7 @@ class Categories(Likelihood):
         self.num_categories = check_count("num_categories", num_categories, 2)
         bias = torch.zeros(self.parameters_shape)
         if frequencies is not None:
-            if frequencies.shape != (num_categories,) or not ((frequencies >= 0).all() and 0 < frequencies.sum()):
+            if frequencies.shape != (num_categories,) or not ((frequencies >= 0).all() and frequencies.sum() > 0):
                 raise ValueError(
                     f"frequencies must be the shares of {num_categories} categories, found {frequencies.tolist()}"
                 )
@@ -110,10 +110,10 @@ class Columns(Likelihood):
         torch.Size([5, 2])
     """
 
-    def __init__(
-        self, decoder_net: nn.Module, columns: Mapping[str, Likelihood] | Sequence[tuple[str, Likelihood]]
-    ):
-        pairs = tuple(columns.items()) if isinstance(columns, Mapping) else tuple((name, part) for name, part in columns)
+    def __init__(self, decoder_net: nn.Module, columns: Mapping[str, Likelihood] | Sequence[tuple[str, Likelihood]]):
+        pairs = (
+            tuple(columns.items()) if isinstance(columns, Mapping) else tuple((name, part) for name, part in columns)
+        )
         _check_columns(pairs)
         super().__init__(decoder_net, max(1, len(pairs)))
         # A file holds pairs, not mappings; a mapping in order is the same as its pairs.

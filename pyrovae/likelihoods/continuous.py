@@ -56,7 +56,9 @@ class StudentT(Likelihood):
         self.df = None if learn_df else float(df)
         if learn_df:
             self.raw_df = nn.Parameter(torch.tensor(_inverse_softplus(df - 1)))
-        self.log_scale = nn.Parameter(torch.full(self.data_shape, math.log(_check_positive("initial_scale", initial_scale))))
+        self.log_scale = nn.Parameter(
+            torch.full(self.data_shape, math.log(_check_positive("initial_scale", initial_scale)))
+        )
         mean = self.initial_mean(data_mean)
         self.bias = nn.Parameter(torch.zeros(self.data_shape) if mean is None else mean)
 

@@ -309,7 +309,11 @@ def test_a_wrong_cell_is_named_by_its_column(place, value, match):
             "frequencies must be the shares of 2 categories",
         ),
         (lambda: Scaled(StudentT(None, 3), 0.0, 0.0), ValueError, "scale must be positive and finite"),
-        (lambda: Scaled(StudentT(None, 3), torch.zeros(2), 1.0), ValueError, r"loc must be a number or of shape \(3,\)"),
+        (
+            lambda: Scaled(StudentT(None, 3), torch.zeros(2), 1.0),
+            ValueError,
+            r"loc must be a number or of shape \(3,\)",
+        ),
         (lambda: Scaled(Poisson(nn.Identity(), 1), 0.0, 2.0)(torch.zeros(1, 1)), ValueError, "masses, which do not"),
         (lambda: StudentT(None, 1, df=0.0), ValueError, "df must be positive"),
         (lambda: StudentT(None, 1, df=1.0, learn_df=True), ValueError, "above 1"),

@@ -11,7 +11,19 @@ import torch
 from conftest import within
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from shared.parts import DECODERS, ENCODERS, GUIDES, LATENT_DIM, LIKELIHOODS, PRIORS, SHAPE, TABLES, build, combinations, draw
+from shared.parts import (
+    DECODERS,
+    ENCODERS,
+    GUIDES,
+    LATENT_DIM,
+    LIKELIHOODS,
+    PRIORS,
+    SHAPE,
+    TABLES,
+    build,
+    combinations,
+    draw,
+)
 from torch import nn
 
 import pyrovae as pv
