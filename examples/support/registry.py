@@ -110,6 +110,7 @@ LIKELIHOODS = {
     "normal": LikelihoodName(likelihoods.Normal, "continuous", lambda data, scale: {"scale": scale}),
     "normal-learned": LikelihoodName(likelihoods.LearnedScaleNormal, "continuous"),
     "normal-per-pixel": LikelihoodName(likelihoods.HeteroscedasticNormal, "continuous"),
+    "student-t": LikelihoodName(likelihoods.StudentT, "continuous"),
     "discretized-logistic": LikelihoodName(
         likelihoods.DiscretizedLogistic, "levels", lambda data, scale: {"num_levels": data.num_levels}
     ),

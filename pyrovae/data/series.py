@@ -62,10 +62,11 @@ def japanese_vowels() -> RowSplits[Series]:
     longest = max(map(len, series + test))
     names = tuple(sorted(set(speakers)))
     order = torch.randperm(len(series), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
-    rows = [([series[place] for place in part], [speakers[place] for place in part]) for part in (order[:-54], order[-54:])]
-    padded = [_padded(part, longest) for part, _ in [*rows, (test, test_speakers)]]
-    labels = [torch.tensor([names.index(name) for name in part]) for _, part in [*rows, (test, test_speakers)]]
-    return RowSplits("japanese_vowels", *padded, *labels, label_names=names)
+    splits = [[(series[place], speakers[place]) for place in part] for part in (order[:-54], order[-54:])]
+    splits.append(list(zip(test, test_speakers, strict=True)))
+    train, validation, held_out = (_padded([one for one, _ in rows], longest) for rows in splits)
+    labels = [torch.tensor([names.index(speaker) for _, speaker in rows]) for rows in splits]
+    return RowSplits("japanese_vowels", train, validation, held_out, labels[0], labels[1], labels[2], names)
 
 
 def _padded(series: list[Tensor], longest: int) -> Series:
@@ -92,7 +93,9 @@ def _read_series(path: Path) -> tuple[list[Tensor], list[str]]:
             *channels, name = line.strip().split(":")
             values = torch.tensor([[float(value) for value in channel.split(",")] for channel in channels]).T
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}, is no series ({error}): replace the file by an intact one") from error
+            raise ValueError(
+                f"{path}, line {number}, is no series ({error}): replace the file by an intact one"
+            ) from error
         series.append(values)
         classes.append(name)
     if not series or len({one.shape[1] for one in series}) != 1 or not all(one.isfinite().all() for one in series):

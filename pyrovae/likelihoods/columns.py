@@ -1,6 +1,7 @@
 """Tables of mixed columns: each column has a likelihood of its own and gets its share of one network's output."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -40,7 +41,7 @@ class Categories(Likelihood):
     def __init__(
         self,
         decoder_net: nn.Module,
-        data_shape: Sequence[int] | int,
+        data_shape: Sequence[int],
         *,
         num_categories: int,
         frequencies: Tensor | None = None,
@@ -110,12 +111,14 @@ class Columns(Likelihood):
         torch.Size([5, 2])
     """
 
+    columns: Any  # an nn.ModuleList of likelihoods
+
     def __init__(self, decoder_net: nn.Module, columns: Mapping[str, Likelihood] | Sequence[tuple[str, Likelihood]]):
         pairs = (
             tuple(columns.items()) if isinstance(columns, Mapping) else tuple((name, part) for name, part in columns)
         )
         _check_columns(pairs)
-        super().__init__(decoder_net, max(1, len(pairs)))
+        super().__init__(decoder_net, (len(pairs),))
         # A file holds pairs, not mappings; a mapping in order is the same as its pairs.
         made = self.made_with
         net = made.arguments[0] if made.arguments else made.options["decoder_net"]
@@ -141,11 +144,12 @@ class Columns(Likelihood):
             The likelihoods by the names of the columns, in their order.
         """
         found: dict[str, Likelihood] = {}
+        none: Any = None  # a column has no network of its own
         for column in table.columns:
             if column.categories is None:
-                found[column.name] = Scaled(LearnedScaleNormal(None, 1, initial_scale=1.0), column.loc, column.scale)
+                found[column.name] = Scaled(LearnedScaleNormal(none, (1,), initial_scale=1.0), column.loc, column.scale)
             else:
-                found[column.name] = Categories(None, 1, num_categories=len(column.categories))
+                found[column.name] = Categories(none, (1,), num_categories=len(column.categories))
         return found
 
     @property

@@ -42,7 +42,7 @@ class StudentT(Likelihood):
     def __init__(
         self,
         decoder_net: nn.Module,
-        data_shape: Sequence[int] | int,
+        data_shape: Sequence[int],
         *,
         df: float = 4.0,
         learn_df: bool = False,
@@ -101,7 +101,7 @@ class LogNormal(Likelihood):
     def __init__(
         self,
         decoder_net: nn.Module,
-        data_shape: Sequence[int] | int,
+        data_shape: Sequence[int],
         *,
         initial_scale: float = 0.3,
         data_mean: Tensor | None = None,
@@ -176,7 +176,7 @@ class Scaled(Likelihood):
     scale: Tensor
 
     @property
-    def decoder_net(self) -> Any:
+    def decoder_net(self) -> Any:  # type: ignore[override]
         return self.likelihood.decoder_net
 
     @classmethod

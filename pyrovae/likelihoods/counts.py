@@ -29,7 +29,7 @@ class _Counts(Likelihood):
     def __init__(
         self,
         decoder_net: nn.Module,
-        data_shape: Sequence[int] | int,
+        data_shape: Sequence[int],
         exposure_column: int | None,
         data_mean: Tensor | None,
     ):
@@ -74,16 +74,16 @@ class _Counts(Likelihood):
     def check(self, x: Tensor) -> None:
         wrong = ~((x >= 0) & (x == x.round()) & (x < math.inf))
         if wrong.any():
-            found = x[wrong][0].item()
-            if math.isnan(found) or math.isinf(found):
+            value = x[wrong][0].item()
+            if not math.isfinite(value):
                 remedy = "remove these data, or fill in their values"
-            elif found < 0:
+            elif value < 0:
                 remedy = "use a likelihood for real values (LearnedScaleNormal, StudentT) if these are no counts"
             else:
                 remedy = (
                     "pass the raw counts, not normalised or logged ones; a likelihood for positive numbers is LogNormal"
                 )
-            raise ValueError(f"counts are whole numbers of 0 or more, found {found:g}: {remedy}")
+            raise ValueError(f"counts are whole numbers of 0 or more, found {value:g}: {remedy}")
 
     def extra_repr(self) -> str:
         exposure = "" if self.exposure_column is None else f"exposure_column={self.exposure_column}, "
@@ -107,9 +107,9 @@ class _Counts(Likelihood):
             )
         exposure = context[..., column]
         if checks_values() and not ((exposure > 0) & (exposure < math.inf)).all():
-            found = exposure[~((exposure > 0) & (exposure < math.inf))][0].item()
+            wrong = exposure[~((exposure > 0) & (exposure < math.inf))][0].item()
             raise ValueError(
-                f"exposures must be positive and finite, found {found:g} in column {column} of the context: remove these "
+                f"exposures must be positive and finite, found {wrong:g} in column {column} of the context: remove these "
                 f"data, or correct exposure_column"
             )
         return exposure
@@ -140,7 +140,7 @@ class Poisson(_Counts):
     def __init__(
         self,
         decoder_net: nn.Module,
-        data_shape: Sequence[int] | int,
+        data_shape: Sequence[int],
         *,
         exposure_column: int | None = None,
         data_mean: Tensor | None = None,
@@ -178,10 +178,12 @@ class NegativeBinomial(_Counts):
         Lopez, Regier, Cole, Jordan & Yosef, Deep generative modeling for single-cell transcriptomics (2018).
     """
 
+    network_dispersion: bool
+
     def __init__(
         self,
         decoder_net: nn.Module,
-        data_shape: Sequence[int] | int,
+        data_shape: Sequence[int],
         *,
         network_dispersion: bool = False,
         inverse_dispersion: float = 1.0,
@@ -242,7 +244,7 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
     def __init__(
         self,
         decoder_net: nn.Module,
-        data_shape: Sequence[int] | int,
+        data_shape: Sequence[int],
         *,
         network_dispersion: bool = False,
         inverse_dispersion: float = 1.0,

@@ -108,7 +108,11 @@ def test_numbers_that_are_codes():
         (np.zeros((2, 2)), TypeError, r"takes a pandas frame, found ndarray: pandas.DataFrame\(data\)"),
         (pd.DataFrame({"a": []}), ValueError, r"a row and a column or more, found shape \(0, 1\)"),
         (pd.DataFrame([[1, 2]], columns=["a", "a"]), ValueError, r"found \['a'\] more than once"),
-        (pd.DataFrame({"a": [3.0, 3.0, None]}), ValueError, "column 'a' holds one value, .*3.0.*, in 3 rows: leave it out"),
+        (
+            pd.DataFrame({"a": [3.0, 3.0, None]}),
+            ValueError,
+            "column 'a' holds one value, .*3.0.*, in 3 rows: leave it out",
+        ),
         (pd.DataFrame({"a": [None, None]}), ValueError, "column 'a' holds no value in 2 rows"),
         (pd.DataFrame({"a": [math.inf, 1.0]}), ValueError, "column 'a' holds inf"),
         (

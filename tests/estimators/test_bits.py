@@ -20,7 +20,9 @@ def test_codes_of_known_length(double):
     coins = dist.Bernoulli(torch.full((7,), 0.5)).to_event(1)
     assert bits_per_dim(coins.log_prob(torch.ones(7)), 7).item() == pytest.approx(1.0)
     uniform = likelihoods.ContinuousBernoulli(nn.Identity(), 9)
-    assert bits_per_dim(uniform(torch.zeros(9)).log_prob(torch.rand(9)), 9, bin_width=1 / 256).item() == pytest.approx(8)
+    assert bits_per_dim(uniform(torch.zeros(9)).log_prob(torch.rand(9)), 9, bin_width=1 / 256).item() == pytest.approx(
+        8
+    )
 
 
 def test_units_do_not_matter(double):

@@ -106,8 +106,14 @@ def test_a_pair_over_other_axes(name, spatial_dims, shape, tmp_path):
     ("make", "match"),
     [
         (lambda: nets.ConvEncoder((3, 8), spatial_dims=4), "spatial_dims must be 1 .*, 2 .* or 3 .*, found 4"),
-        (lambda: nets.ConvEncoder((8, 8), spatial_dims=3), r"for volumes, \(depth, height, width\) or .* found \(8, 8\)"),
-        (lambda: nets.ConvDecoder(3, (), spatial_dims=1), r"for series, \(length,\) or \(channels, length\); found \(\)"),
+        (
+            lambda: nets.ConvEncoder((8, 8), spatial_dims=3),
+            r"for volumes, \(depth, height, width\) or .* found \(8, 8\)",
+        ),
+        (
+            lambda: nets.ConvDecoder(3, (), spatial_dims=1),
+            r"for series, \(length,\) or \(channels, length\); found \(\)",
+        ),
         (
             lambda: nets.ResidualEncoder((16, 20, 24, 3), spatial_dims=3),
             r"looks like channels last, 16x20x24 with 3.*movedim\(-1, -4\), and pass the shape "
