@@ -17,6 +17,8 @@ class TableEncoder(Component):
 
         output = net((x_c - loc_c) / scale_c for numbers, 1[x_c = k] for each category k)
 
+    Of missing cells, which the mask `observed` names, the net sees 0: the mean of a number, no category.
+
     Shapes: (..., num_columns) -> (..., out_features).
 
     Args:
@@ -62,9 +64,10 @@ class TableEncoder(Component):
         """The width of the input of `net`."""
         return sum(max(1, number) for number in num_categories)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, observed: Tensor | None = None) -> Tensor:
+        known = None if observed is None else observed.reshape(x.shape).bool()
         if x.shape[-1:] != self.loc.shape and x.ndim > 1:
-            x = x.flatten(1)
+            x, known = x.flatten(1), None if known is None else known.flatten(1)
         if x.shape[-1:] != self.loc.shape:
             raise ValueError(f"this encoder is for rows of {len(self.loc)} columns, found shape {tuple(x.shape)}")
         numbers, codes = ((x - self.loc) / self.scale).split(1, -1), x.split(1, -1)
@@ -72,4 +75,6 @@ class TableEncoder(Component):
             (codes[place] == torch.arange(size, device=x.device)).to(x.dtype) if size else numbers[place]
             for place, size in enumerate(self.num_categories)
         ]
+        if known is not None:
+            features = [torch.where(cell, part, 0.0) for cell, part in zip(known.split(1, -1), features, strict=True)]
         return run_network(self.net, torch.cat(features, -1), "make it for num_features(num_categories) numbers")

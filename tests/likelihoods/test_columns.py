@@ -333,6 +333,10 @@ def test_table_encoder_by_definition():
     features = torch.tensor([[1.0, 0.0, 0.0, 1.0, -2.0], [-2.0, 1.0, 0.0, 0.0, 0.0]])
     assert torch.equal(encoder(x), encoder.net(features))
     assert torch.equal(encoder(x.expand(3, 2, 3)), encoder.net(features).expand(3, 2, 4))
+    observed = torch.tensor([[True, False, True], [False, True, False]])
+    features = torch.tensor([[1.0, 0.0, 0.0, 0.0, -2.0], [0.0, 1.0, 0.0, 0.0, 0.0]])
+    assert torch.equal(encoder(x, observed=observed), encoder.net(features))
+    assert torch.equal(encoder(torch.where(observed, x, math.nan), observed=observed), encoder.net(features))
     with pytest.raises(ValueError, match=r"rows of 3 columns, found shape \(2, 4\)"):
         encoder(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="one entry per column, found 1, 2 and 1"):
