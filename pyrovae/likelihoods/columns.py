@@ -1,5 +1,6 @@
 """Tables of mixed columns: each column has a likelihood of its own and gets its share of one network's output."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.component import Made
+from pyrovae.common.networks import takes_context
 from pyrovae.data.frames import Table
 from pyrovae.distributions import mixed
 from pyrovae.likelihoods.base import Likelihood
 from pyrovae.likelihoods.continuous import Scaled
-from pyrovae.likelihoods.pixelwise import LearnedScaleNormal
+from pyrovae.likelihoods.pixelwise import _FILL_IN, LearnedScaleNormal
 
 __all__ = ["Categories", "Columns"]
 
@@ -73,9 +75,11 @@ class Categories(Likelihood):
     def check(self, x: Tensor) -> None:
         wrong = ~((x >= 0) & (x < self.num_categories) & (x == x.round()))
         if wrong.any():
+            found = x[wrong][0].item()
+            remedy = "code them from 0 on (pyrovae.data.table codes the columns of a frame), or set num_categories="
             raise ValueError(
-                f"categories are coded 0 to {self.num_categories - 1}, found {x[wrong][0].item():g}: code them from 0 on "
-                f"(pyrovae.data.table codes the columns of a frame), or set num_categories="
+                f"categories are coded 0 to {self.num_categories - 1}, found {found:g}: "
+                f"{_FILL_IN if math.isnan(found) else remedy}"
             )
 
     def extra_repr(self) -> str:
@@ -165,6 +169,14 @@ class Columns(Likelihood):
             own = share.reshape(*share.shape[:-1], *column.parameters_shape)
             parts.append(column.at(own, context).base_dist)
         return mixed.Mixed(parts).to_event(1)
+
+    @property
+    def takes_context(self) -> bool:
+        return takes_context(self.decoder_net) or any(column.takes_context for column in self.columns)
+
+    def filled(self, x: Tensor, observed: Tensor) -> Tensor:
+        columns = zip(self.columns, x.split(1, -1), observed.split(1, -1), strict=True)
+        return torch.cat([column.filled(values, known) for column, values, known in columns], -1)
 
     def network_context(self, context: Tensor | None) -> Tensor | None:
         """Return the context without the exposures of the columns, or None if nothing is left."""

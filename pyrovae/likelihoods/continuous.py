@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyrovae.distributions import real_values
 from pyrovae.likelihoods.base import Likelihood
+from pyrovae.likelihoods.pixelwise import _FILL_IN
 
 __all__ = ["LogNormal", "Scaled", "StudentT"]
 
@@ -69,10 +70,7 @@ class StudentT(Likelihood):
 
     def check(self, x: Tensor) -> None:
         if not x.isfinite().all():
-            raise ValueError(
-                f"Student t data are real numbers, found {x[~x.isfinite()][0].item():g}: remove these data, or fill in "
-                f"their values"
-            )
+            raise ValueError(f"Student t data are real numbers, found {x[~x.isfinite()][0].item():g}: {_FILL_IN}")
 
     def extra_repr(self) -> str:
         return f"{'' if self.df is None else f'df={self.df:g}, '}{super().extra_repr()}"
@@ -116,6 +114,9 @@ class LogNormal(Likelihood):
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
         return real_values.LogNormal(parameters + self.bias, self.log_scale.exp()).to_event(len(self.data_shape))
 
+    def filled(self, x: Tensor, observed: Tensor) -> Tensor:
+        return torch.where(observed, x, 1.0)
+
     def check(self, x: Tensor) -> None:
         wrong = ~((x > 0) & (x < math.inf))
         if wrong.any():
@@ -123,7 +124,7 @@ class LogNormal(Likelihood):
             remedy = (
                 "use a likelihood for real values (StudentT), or for counts (NegativeBinomial)"
                 if math.isfinite(found)
-                else "remove these data, or fill in their values"
+                else _FILL_IN
             )
             raise ValueError(f"log-normal data are positive numbers, found {found:g}: {remedy}")
 
@@ -193,8 +194,16 @@ class Scaled(Likelihood):
     def at(self, parameters: Tensor, context: Tensor | None) -> dist.TorchDistribution:
         return self._scaled(self.likelihood.at(parameters, context))
 
-    def network_context(self, context: Tensor | None) -> Tensor | None:
+    def network_context(self, context: Any) -> Tensor | None:
         return self.likelihood.network_context(context)
+
+    @property
+    def takes_context(self) -> bool:
+        return self.likelihood.takes_context
+
+    def filled(self, x: Tensor, observed: Tensor) -> Tensor:
+        inside = self.likelihood.filled((x - self.loc) / self.scale, observed)
+        return torch.where(observed, x, self.loc + self.scale * inside)
 
     def check(self, x: Tensor) -> None:
         self.likelihood.check((x - self.loc) / self.scale)

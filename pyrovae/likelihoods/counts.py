@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.common.arguments import check_count, checks_values
+from pyrovae.common.networks import takes_context
 from pyrovae.distributions import count_masses
 from pyrovae.likelihoods.base import Likelihood
+from pyrovae.likelihoods.pixelwise import _FILL_IN
 
 __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 
@@ -61,8 +63,12 @@ class _Counts(Likelihood):
     def at(self, parameters: Tensor, context: Tensor | None) -> dist.TorchDistribution:
         if self.exposure_column is None:
             return self.distribution(parameters)
-        log_exposure = self._exposure(context).log()
+        log_exposure = self._exposure(context, parameters.ndim - len(self.parameters_shape)).log()
         return self._given(parameters, log_exposure.reshape(*log_exposure.shape, *(1 for _ in self.data_shape)))
+
+    @property
+    def takes_context(self) -> bool:
+        return self.exposure_column is not None or takes_context(self.decoder_net)
 
     def network_context(self, context: Tensor | None) -> Tensor | None:
         """Return the context without the exposure, or None if nothing is left."""
@@ -76,7 +82,7 @@ class _Counts(Likelihood):
         if wrong.any():
             value = x[wrong][0].item()
             if not math.isfinite(value):
-                remedy = "remove these data, or fill in their values"
+                remedy = _FILL_IN
             elif value < 0:
                 remedy = "use a likelihood for real values (LearnedScaleNormal, StudentT) if these are no counts"
             else:
@@ -97,10 +103,11 @@ class _Counts(Likelihood):
     def _parts(self, parameters: Tensor) -> tuple[Tensor, ...]:
         return (parameters,) if self.num_parts == 1 else parameters.unbind(-1 - len(self.data_shape))
 
-    def _exposure(self, context: Tensor | None) -> Tensor:
+    def _exposure(self, context: Tensor | None, num_batch_dims: int) -> Tensor:
         column = self.exposure_column
-        if context is None or context.ndim < 2 or not context.shape[-1] > (column or 0):
-            found = "none" if context is None else f"shape {tuple(context.shape)}"
+        row = None if context is None else context.shape[num_batch_dims:]
+        if context is None or row is None or len(row) != 1 or row[0] <= (column or 0):
+            found = "none" if row is None else f"rows of shape {tuple(row)}"
             raise ValueError(
                 f"{type(self).__name__} with exposure_column={column} takes the exposures from that column of a context "
                 f"(N, C), found {found}: pass the context, or make the likelihood without exposure_column"

@@ -190,7 +190,7 @@ def test_exposure_multiplies_the_mean(kind, context):
     assert torch.equal(kind(nn.Identity(), 1).network_context(context), context)
     with pytest.raises(ValueError, match=r"column of a context \(N, C\), found none: pass the context"):
         likelihood(parameters)
-    with pytest.raises(ValueError, match=r"exposure_column=0 .* found shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"exposure_column=0 .* found rows of shape \(\)"):
         likelihood(parameters, context[:, 0])
     for wrong in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"exposures must be positive and finite, found {wrong:g} in column 0"):
@@ -343,3 +343,46 @@ def test_table_encoder_by_definition():
         nets.TableEncoder(nets.MLP(5, [4]), [0.0], [1.0, 1.0], [0])
     with pytest.raises(ValueError, match="scale must be positive"):
         nets.TableEncoder(nets.MLP(5, [4]), [0.0], [0.0], [0])
+
+
+def test_missing_cells_of_a_table(double):
+    """The evidence of what is known, by quadrature over z, for every pattern; with importance sampling beside."""
+    columns = mixed_columns()
+    likelihood = Columns(nn.Linear(1, Columns.num_parameters(columns)), columns)
+    model = pv.GenerativeModel(pv.priors.StandardNormal(1), likelihood)
+    observed = (torch.arange(128).unsqueeze(-1) // 2 ** torch.arange(7)) % 2 == 1
+    x = torch.where(observed, rows(128), math.nan)
+    encoder = nets.TableEncoder(
+        nets.MLP(10, [8]), [170.0, 4e4, 0, 3, 9, 0, 0], [10.0, 4e4, 1, 2, 3, 1, 1], [0] * 6 + [4]
+    )
+    guide = pv.guides.MeanFieldNormal(encoder, 1)
+    with torch.no_grad():
+        guide.head.weight *= 0.1
+        guide.head.bias.zero_()
+        grid = torch.linspace(-9, 9, 2001).reshape(-1, 1, 1)
+        each = likelihood(grid.expand(-1, 128, 1)).base_dist.log_prob(likelihood.filled(x, observed))
+        log_joint = torch.where(observed, each, 0.0).sum(-1) + dist.Normal(0.0, 1.0).log_prob(grid[..., 0])
+        exact = log_joint.logsumexp(0) + math.log(18 / 2000)
+    found = pv.log_marginal_likelihood(model, guide, x, observed=observed, num_particles=4000)
+    assert found.log_prob[0].item() == pytest.approx(0.0, abs=0.1), "nothing known"
+    for estimate, truth, stderr in zip(found.log_prob.tolist(), exact.tolist(), found.stderr.tolist(), strict=True):
+        within(estimate, truth, stderr)
+
+
+def test_counts_of_unequal_exposure_through_the_model(context):
+    """`model(x, context)`: the exposure goes to the rate and the covariate to the network; a constant log rate is exact."""
+    net = nets.Concatenate(nn.Linear(3, 2))
+    nn.init.zeros_(net.net.weight)
+    likelihood = Poisson(net, 2, exposure_column=0)
+    model = pv.GenerativeModel(pv.priors.StandardNormal(2), likelihood)
+    guide = pv.guides.MeanFieldNormal(nets.MLP(2, [4]), 2)
+    for parameter in guide.head.parameters():
+        nn.init.zeros_(parameter)  # the prior, which is the posterior
+    x = torch.tensor([[0.0, 1.0], [2.0, 3.0], [7.0, 9.0], [130.0, 90.0]])
+    exact = dist.Poisson(net.net.bias.exp() * context[:, :1]).to_event(1).log_prob(x)
+    found = pv.log_marginal_likelihood(model, guide, x, context, num_particles=20)
+    assert torch.allclose(found.log_prob, exact, rtol=1e-9)
+    assert likelihood.takes_context
+    assert not Poisson(nn.Identity(), 2).takes_context
+    assert Columns(nn.Identity(), {"a": Poisson(None, 1, exposure_column=0)}).takes_context
+    assert not Columns(nn.Identity(), {"a": Scaled(LogNormal(None, 1), 0.0, 2.0)}).takes_context

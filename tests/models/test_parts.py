@@ -14,6 +14,7 @@ from pyro.infer import Trace_ELBO
 from shared.parts import (
     DECODERS,
     ENCODERS,
+    ENCODERS_OF_MORE,
     GUIDES,
     LATENT_DIM,
     LIKELIHOODS,
@@ -36,7 +37,7 @@ from pyrovae import guides, likelihoods, nets, priors
         (priors, set(PRIORS)),
         (guides, set(GUIDES)),
         (likelihoods, set(LIKELIHOODS) | set(TABLES)),
-        (nets, set(DECODERS) | set(ENCODERS)),
+        (nets, set(DECODERS) | set(ENCODERS) | set(ENCODERS_OF_MORE)),
     ],
 )
 def test_every_part_is_listed(module, listed):
