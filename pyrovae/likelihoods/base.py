@@ -77,7 +77,7 @@ class Likelihood(Component, ABC):
 
         Args:
             parameters: The network's output (..., *parameters_shape).
-            context: What is known of each datum, of a shape that broadcasts with z's batch shape, or None.
+            context: What is known of each datum, (..., *row), or None.
         """
         return self.distribution(parameters)
 
@@ -90,8 +90,10 @@ class Likelihood(Component, ABC):
 
         Args:
             z: Latents (..., latent_dim).
-            context: What is known of each datum, of a shape that broadcasts with z's batch shape, or None.
+            context: What is known of each datum, (N, ...), N the last dimension of z before latent_dim; or None.
         """
+        if context is not None:
+            context = context.expand(*z.shape[:-1], *context.shape[1:])
         rows = z.reshape(-1, z.shape[-1])
         output = run_network(self.decoder_net, rows, "make the decoder for the prior's number of latents (latent_dim)")
         size = math.prod(self.parameters_shape)

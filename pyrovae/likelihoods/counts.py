@@ -61,7 +61,7 @@ class _Counts(Likelihood):
     def at(self, parameters: Tensor, context: Tensor | None) -> dist.TorchDistribution:
         if self.exposure_column is None:
             return self.distribution(parameters)
-        log_exposure = self._exposure(context).log()
+        log_exposure = self._exposure(context, parameters.ndim - len(self.parameters_shape)).log()
         return self._given(parameters, log_exposure.reshape(*log_exposure.shape, *(1 for _ in self.data_shape)))
 
     def network_context(self, context: Tensor | None) -> Tensor | None:
@@ -97,10 +97,11 @@ class _Counts(Likelihood):
     def _parts(self, parameters: Tensor) -> tuple[Tensor, ...]:
         return (parameters,) if self.num_parts == 1 else parameters.unbind(-1 - len(self.data_shape))
 
-    def _exposure(self, context: Tensor | None) -> Tensor:
+    def _exposure(self, context: Tensor | None, num_batch_dims: int) -> Tensor:
         column = self.exposure_column
-        if context is None or context.ndim < 2 or not context.shape[-1] > (column or 0):
-            found = "none" if context is None else f"shape {tuple(context.shape)}"
+        row = None if context is None else context.shape[num_batch_dims:]
+        if context is None or row is None or len(row) != 1 or row[0] <= (column or 0):
+            found = "none" if row is None else f"rows of shape {tuple(row)}"
             raise ValueError(
                 f"{type(self).__name__} with exposure_column={column} takes the exposures from that column of a context "
                 f"(N, C), found {found}: pass the context, or make the likelihood without exposure_column"
