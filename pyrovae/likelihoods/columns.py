@@ -1,5 +1,6 @@
 """Tables of mixed columns: each column has a likelihood of its own and gets its share of one network's output."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from pyrovae.data.frames import Table
 from pyrovae.distributions import mixed
 from pyrovae.likelihoods.base import Likelihood
 from pyrovae.likelihoods.continuous import Scaled
-from pyrovae.likelihoods.pixelwise import LearnedScaleNormal
+from pyrovae.likelihoods.pixelwise import _FILL_IN, LearnedScaleNormal
 
 __all__ = ["Categories", "Columns"]
 
@@ -73,9 +74,11 @@ class Categories(Likelihood):
     def check(self, x: Tensor) -> None:
         wrong = ~((x >= 0) & (x < self.num_categories) & (x == x.round()))
         if wrong.any():
+            found = x[wrong][0].item()
+            remedy = "code them from 0 on (pyrovae.data.table codes the columns of a frame), or set num_categories="
             raise ValueError(
-                f"categories are coded 0 to {self.num_categories - 1}, found {x[wrong][0].item():g}: code them from 0 on "
-                f"(pyrovae.data.table codes the columns of a frame), or set num_categories="
+                f"categories are coded 0 to {self.num_categories - 1}, found {found:g}: "
+                f"{_FILL_IN if math.isnan(found) else remedy}"
             )
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyrovae.distributions import real_values
 from pyrovae.likelihoods.base import Likelihood
+from pyrovae.likelihoods.pixelwise import _FILL_IN
 
 __all__ = ["LogNormal", "Scaled", "StudentT"]
 
@@ -69,10 +70,7 @@ class StudentT(Likelihood):
 
     def check(self, x: Tensor) -> None:
         if not x.isfinite().all():
-            raise ValueError(
-                f"Student t data are real numbers, found {x[~x.isfinite()][0].item():g}: remove these data, or fill in "
-                f"their values"
-            )
+            raise ValueError(f"Student t data are real numbers, found {x[~x.isfinite()][0].item():g}: {_FILL_IN}")
 
     def extra_repr(self) -> str:
         return f"{'' if self.df is None else f'df={self.df:g}, '}{super().extra_repr()}"
@@ -123,7 +121,7 @@ class LogNormal(Likelihood):
             remedy = (
                 "use a likelihood for real values (StudentT), or for counts (NegativeBinomial)"
                 if math.isfinite(found)
-                else "remove these data, or fill in their values"
+                else _FILL_IN
             )
             raise ValueError(f"log-normal data are positive numbers, found {found:g}: {remedy}")
 
@@ -193,7 +191,7 @@ class Scaled(Likelihood):
     def at(self, parameters: Tensor, context: Tensor | None) -> dist.TorchDistribution:
         return self._scaled(self.likelihood.at(parameters, context))
 
-    def network_context(self, context: Tensor | None) -> Tensor | None:
+    def network_context(self, context: Any) -> Tensor | None:
         return self.likelihood.network_context(context)
 
     def check(self, x: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyrovae.common.arguments import check_count, checks_values
 from pyrovae.distributions import count_masses
 from pyrovae.likelihoods.base import Likelihood
+from pyrovae.likelihoods.pixelwise import _FILL_IN
 
 __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 
@@ -76,7 +77,7 @@ class _Counts(Likelihood):
         if wrong.any():
             value = x[wrong][0].item()
             if not math.isfinite(value):
-                remedy = "remove these data, or fill in their values"
+                remedy = _FILL_IN
             elif value < 0:
                 remedy = "use a likelihood for real values (LearnedScaleNormal, StudentT) if these are no counts"
             else:
