@@ -154,7 +154,7 @@ def check_context(context: Any, num_data: int) -> None:
         raise TypeError(
             f"the context must be a tensor (N, ...), found {type(context).__name__}: torch.as_tensor(context)"
         )
-    if context.ndim == 0 or len(context) != num_data:
+    if context.ndim == 0 or context.shape[0] != num_data:
         raise ValueError(
             f"the context must have one row for each of the {num_data} data, found shape {tuple(context.shape)}: pass "
             f"labels (N,), covariates (N, C) or images (N, ...) in the order of the data"
@@ -198,12 +198,12 @@ def broadcast_context(z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: z has another number of rows there, neither 1 nor N.
     """
     batch_shape, row = z.shape[:-1], context.shape[1:]
-    if batch_shape and batch_shape[-1] != 1 and len(context) not in (1, batch_shape[-1]):
+    if batch_shape and batch_shape[-1] != 1 and context.shape[0] not in (1, batch_shape[-1]):
         raise ValueError(
             f"latents of shape {tuple(z.shape)} and a context of shape {tuple(context.shape)} do not belong together: "
             f"pass one row of context for each of the {batch_shape[-1]} data, or one row for all"
         )
-    if batch_shape or len(context) != 1:
+    if batch_shape or context.shape[0] != 1:
         batch_shape = torch.broadcast_shapes(batch_shape, context.shape[:1])
     else:
         context = context[0]
@@ -254,7 +254,7 @@ def features_of(
         features.ndim > 2 and features.shape[1:-1].numel() == 1
     ):  # data (N, 1, D): a network that keeps dimensions returns (N, 1, num_features)
         features = features.flatten(1)
-    if features.shape != (len(x), num_features):
+    if features.shape != (x.shape[0], num_features):
         raise ValueError(
             f"the network must give features ({len(x)}, {num_features}), found {tuple(features.shape)}: "
             f"flatten its output, or set num_features="

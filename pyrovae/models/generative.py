@@ -88,7 +88,7 @@ class LatentVariableModel(Component, ABC):
         if checks_values():
             self.likelihood.check(x)
         if context is not None:
-            check_context(context, len(x))
+            check_context(context, x.shape[0])
             self._check_use(context)
         more, _ = given(context)
         emit_parameters(self, "model")

@@ -72,7 +72,7 @@ class Concatenate(Component):
                 f"{width} are not the trailing dimensions of x, of shape {tuple(x.shape)}: make the network for the "
                 f"numbers of both"
             )
-        if leading and leading[-1] != 1 and len(rows) not in (1, leading[-1]):
+        if leading and leading[-1] != 1 and rows.shape[0] not in (1, leading[-1]):
             raise ValueError(
                 f"x has {leading[-1]} rows (shape {tuple(x.shape)}) and the context has {len(rows)} (shape "
                 f"{tuple(context.shape)}): pass one row of context for each datum"
@@ -89,13 +89,13 @@ class Concatenate(Component):
                     f"the context holds whole numbers ({context.dtype}): pass num_classes= if they are labels, or make "
                     f"them {dtype} if they are quantities"
                 )
-            return context.reshape(len(context), -1).to(dtype)
+            return context.reshape(context.shape[0], -1).to(dtype)
         classes = torch.arange(self.num_classes, device=context.device)
         one_hot = context.unsqueeze(-1) == classes
         if checks_values() and not one_hot.any(-1).all():
             found = context[~one_hot.any(-1)][0].item()
             raise ValueError(f"labels must be whole numbers from 0 to {self.num_classes - 1}, found {found:g}")
-        return one_hot.reshape(len(context), -1).to(dtype)
+        return one_hot.reshape(context.shape[0], -1).to(dtype)
 
     def extra_repr(self) -> str:
         classes = "" if self.num_classes is None else f"num_classes={self.num_classes}, "

@@ -113,3 +113,18 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path):
         export(model, lambda x: x, tmp_path)
     with pytest.raises(TypeError, match="model must be"):
         export(lambda x: x, of()[1], tmp_path)
+
+
+def test_a_conditional_pair(tmp_path):
+    torch.manual_seed(0)
+    likelihood = pv.likelihoods.Bernoulli(pv.nets.Concatenate(pv.nets.MLP(LATENT_DIM + 2, [8], 12)), SHAPE)
+    model = pv.GenerativeModel(pv.priors.StandardNormal(LATENT_DIM), likelihood).eval()
+    guide = pv.guides.MeanFieldNormal(pv.nets.Concatenate(pv.nets.MLP(14, [8])), LATENT_DIM).eval()
+    files = export(model, guide, tmp_path, context=torch.randn(3, 2))
+    x, context = torch.rand(7, *SHAPE), torch.randn(7, 2)
+    z = guide.posterior(x, context).mean
+    torch.testing.assert_close(torch.export.load(files.encoder).module()(x, context), z, rtol=1e-5, atol=1e-6)
+    decoded = model.decode(z, context=context)
+    torch.testing.assert_close(torch.export.load(files.decoder).module()(z, context), decoded, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="3 rows or more, found 2"):
+        export(model, guide, tmp_path, context=context[:2])
