@@ -117,7 +117,7 @@ def main(held: ExitStack) -> None:
     lml = pv.LogMarginalLikelihood.concatenate(pv.distributed.gather(lml))
     if rank > 0:
         return  # only the first process writes
-    active = pv.active_units(guide, data.test)
+    active, use = pv.active_units(guide, data.test), pv.latent_use(model, guide, test)
     seconds = {"training": result.seconds, "evaluation": time.perf_counter() - evaluation_started}
 
     # Save and print the numbers before drawing, so that they survive an error in a figure.
@@ -126,7 +126,7 @@ def main(held: ExitStack) -> None:
         writer = csv.DictWriter(file, result.history[0])
         writer.writeheader()
         writer.writerows(result.history)
-    metrics = metrics_of(options, data, device, result, lml, active, seconds)
+    metrics = metrics_of(options, data, device, result, lml, active, use, seconds)
     write_json(out / run_folder.METRICS, metrics)
     print(report(metrics))
 

@@ -23,6 +23,7 @@ from pyrovae.evaluation.calibration import Calibration, simulation_based_calibra
 from pyrovae.evaluation.comparison import Comparison, compare
 from pyrovae.evaluation.importance_sampling import active_units, log_marginal_likelihood, particles_for
 from pyrovae.evaluation.inference_gaps import InferenceGaps, inference_gaps
+from pyrovae.evaluation.latent_use import LatentUse, latent_use
 from pyrovae.evaluation.log_weights import log_weights
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.models import uses
@@ -48,6 +49,7 @@ __all__ = [
     "GenerativeModel",
     "HierarchicalModel",
     "InferenceGaps",
+    "LatentUse",
     "LogMarginalLikelihood",
     "RateDistortion",
     "TopDownGuide",
@@ -65,6 +67,7 @@ __all__ = [
     "fit",
     "guides",
     "inference_gaps",
+    "latent_use",
     "likelihoods",
     "load",
     "log_marginal_likelihood",

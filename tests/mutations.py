@@ -118,6 +118,41 @@ ESTIMATORS = [
         "- 0 * share * covariance",
         in_file("evaluation/test_gaps.py", "the_error_of_what_shares_its_draws"),
     ),
+    Mutation(
+        "use of the latents: a datum counted once in the error",
+        "evaluation/latent_use.py",
+        "influence = own - other - given",
+        "influence = own - other",
+        in_file("evaluation/test_latent_use.py", "the_standard_error_is_the_spread_over_data_sets"),
+    ),
+    Mutation(
+        "use of the latents: the noise of draws counted as the data's",
+        "evaluation/latent_use.py",
+        "- within.mean(0) / num_draws",
+        "- 0 * within.mean(0) / num_draws",
+        in_file("evaluation/test_latent_use.py", "a_guide_with_one_code_for_all"),
+    ),
+    Mutation(
+        "use of the latents: each datum gets its own code",
+        "evaluation/latent_use.py",
+        "order.roll(1)",
+        "order.roll(0)",
+        in_file("evaluation/test_latent_use.py", "each_datum_gives_its_code_to_another"),
+    ),
+    Mutation(
+        "use of the latents: KL from the sum with the log weight",
+        "evaluation/latent_use.py",
+        "own - log_weights_of",
+        "own + log_weights_of",
+        in_file("evaluation/test_latent_use.py", "closed_form_over_data"),
+    ),
+    Mutation(
+        "use of the latents: others' codes from the block's neighbours",
+        "evaluation/latent_use.py",
+        "order[start:stop] if",
+        "torch.arange(start, stop) if",
+        in_file("evaluation/test_latent_use.py", "sorted_data_in_blocks"),
+    ),
 ]
 
 PARTS = [

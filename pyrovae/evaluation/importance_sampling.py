@@ -169,6 +169,10 @@ def active_units(
 
         A_d = Var_x( E_q(z|x)[ z_d ] ) > threshold
 
+    This is the published rule. Its variance is absolute, and 0.01 of a prior variance of 1 is little: almost all
+    dimensions of a pair that has just begun to train, or is about to collapse, can count. `latent_use` measures the
+    variance in units of the prior's, and whether z matters at all.
+
     Args:
         guide: a `pyrovae.guides.Guide`
         x: data (N, *data_shape)

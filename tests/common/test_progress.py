@@ -39,6 +39,7 @@ LONG = {
         lambda pair, **progress: pv.inference_gaps(*pair, X, num_particles=30, max_num_steps=2, **progress),
         {"refining", "log weights"},
     ),
+    "latent_use": (lambda pair, **progress: pv.latent_use(*pair, X, **progress), {"latent use"}),
     "log_marginal_likelihood": (
         lambda pair, **progress: pv.log_marginal_likelihood(*pair, X, num_particles=30, **progress),
         {"log weights"},

@@ -3,7 +3,9 @@
 import argparse
 import csv
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 import mnist_svi  # noqa: E402
 from support import parts, run_folder, script  # noqa: E402
+from support.report import report, slope_of, still_rising  # noqa: E402
 
 FIGURES = ("report.png", "samples.png", "reconstructions.png", "training.png", "tightness.png")
 
@@ -67,7 +71,121 @@ def test_digits_end_in_a_result(digits_runs):
     assert test["elbo"] <= test["log_marginal_likelihood"] < 0
     assert test["log_marginal_likelihood_mc_stderr"] < test["log_marginal_likelihood_stderr"]
     assert {"bias_estimate", "gap", "bits_per_pixel", "median_ess", "active_units", "num_particles"} <= test.keys()
+    # Three epochs are too few, and both reasons are said.
+    assert "the decoder hardly uses z" in test["verdict_on_z"] or "collapsed" in test["verdict_on_z"]
+    assert test["kl"] < 0.69
+    assert test["verdict_on_z"][1:] in done.stdout
+    assert "he validation bound still rose by about" in metrics["still_rising"]
+    assert metrics["still_rising"][1:] in done.stdout
+    assert f"{test['units_above_a_tenth_of_the_prior']} above a tenth of the prior's variance" in done.stdout
     assert {"dataset", "binarization", "device", "seed", "versions", "git_revision", "seconds"} <= metrics.keys()
+
+
+def test_reports_of_older_files(digits_runs):
+    """Runs that were evaluated before z was."""
+    _, out = digits_runs[0]
+    metrics = json.loads((out / "metrics.json").read_text())
+    shown = report(metrics)
+    del metrics["still_rising"]
+    for name in ("verdict_on_z", "units_above_a_tenth_of_the_prior"):
+        del metrics["test"][name]
+    older = report(metrics)
+    assert len(older.splitlines()) == len(shown.splitlines()) - 2
+    assert shown.startswith(older.partition("active units")[0])
+
+
+def history_of(bounds, rates=None, kl=20.0):
+    rates = rates or [1e-3] * len(bounds)
+    rows = zip(bounds, rates, strict=True)
+    return [{"validation_bound": bound, "learning_rate": rate, "validation_kl": kl, "kl": kl} for bound, rate in rows]
+
+
+def falling(epochs):
+    """The learning rates at the ends of the epochs under half a cosine."""
+    return [1e-3 * (1 + math.cos(math.pi * (epoch + 1) / epochs)) / 2 for epoch in range(epochs)]
+
+
+def noisy(bounds, scale, seed=0):
+    noise = torch.randn(len(bounds), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return [bound + scale * more for bound, more in zip(bounds, noise.tolist(), strict=True)]
+
+
+def saturating(epochs, speed, rates=None):
+    """-100 + 30 (1 - exp(-speed * share of the training done)), done in learning rates."""
+    rates = rates or [1.0] * epochs
+    done = torch.tensor(rates).cumsum(0) / sum(rates)
+    return (-100 + 30 * (1 - (-speed * done).exp())).tolist()
+
+
+NOT_KNOWN = math.nan
+CURVES = {
+    "levelled": (history_of(saturating(100, 20)), None),
+    "levelled, noisy": (history_of(noisy(saturating(100, 20), 1.0)), None),
+    "level from the start": (history_of([-90.0] * 50), None),
+    "rising": (history_of(saturating(100, 1)), 30 * (math.exp(-0.75) - math.exp(-1))),
+    "rising, noisy": (history_of(noisy(saturating(100, 1), 0.3)), 30 * (math.exp(-0.75) - math.exp(-1))),
+    "a line": (history_of([-100 + epoch / 4 for epoch in range(101)]), 25 / 4),
+    "noise as large as the rise": (history_of(noisy([-100 + epoch / 25 for epoch in range(100)], 10.0), kl=1.0), None),
+    "falling, after its best": (history_of([-90 - abs(epoch - 20) / 2 for epoch in range(60)]), None),
+    "too little to matter": (history_of([-100 + epoch / 1000 for epoch in range(100)], kl=0.01), None),
+    "little against the KL": (history_of([-100 + epoch / 100 for epoch in range(101)], kl=5.0), None),
+    "the same against a KL of 1": (history_of([-100 + epoch / 100 for epoch in range(101)], kl=1.0), 0.25),
+    "two epochs": (history_of([-100.0, -90.0]), 5.0),
+    "three epochs": (history_of([-100.0, -90.0, -80.0]), 7.5),
+    "three epochs, level": (history_of([-90.0, -90.0, -90.0]), None),
+    "NaN at first": (history_of([NOT_KNOWN] * 10 + [-100 + epoch / 4 for epoch in range(90)]), 25 / 4),
+    "NaN at last": (history_of([-100 + epoch / 4 for epoch in range(90)] + [NOT_KNOWN] * 10), 90 / 16),
+    "no validation": (history_of([NOT_KNOWN] * 50), None),
+    "no KL": (history_of([-100 + epoch / 4 for epoch in range(101)], kl=NOT_KNOWN), None),
+    "no learning after the first epoch": (history_of([-100.0, -90.0, -80.0], rates=[1e-3, 0.0, 0.0]), None),
+    "never any learning": (history_of([-100.0, -90.0, -80.0], rates=[0.0, 0.0, 0.0]), None),
+    "no epoch": ([], None),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_training_that_ended_too_early(name):
+    history, rise = CURVES[name]
+    found = still_rising(history)
+    if rise is None:
+        assert found is None
+        return
+    number = float(
+        re.search(r"still rose by about ([\d.]+) nats over the last \d+ of \d+ epochs: train longer", found)[1]
+    )
+    # A line through a bend: within 5% of the rise between its ends; the noise of 26 epochs is 0.3.
+    assert number == pytest.approx(rise, rel=0.05, abs=0.3 if "noisy" in name else 0.006)
+
+
+def test_one_epoch_shows_nothing():
+    assert still_rising(history_of([-90.0])).startswith("one epoch cannot show whether the validation bound levels off")
+    assert still_rising(history_of([NOT_KNOWN])) is None
+
+
+@pytest.mark.parametrize("epochs", [5, 40, 300])
+def test_a_falling_learning_rate_hides_nothing(epochs):
+    """The same bound as a function of the learning done: the last tenth of the epochs looks level either way."""
+    rates = falling(epochs)
+    for speed, rises in ((1, True), (20, False)):
+        bounds = saturating(epochs, speed, rates)
+        assert bounds[-1] - bounds[-1 - max(1, epochs // 10)] < (0.35 if epochs < 10 else 0.3)
+        assert (still_rising(history_of(bounds, rates, kl=5.0)) is not None) == rises
+
+
+def test_noise_alone_is_seldom_a_rise():
+    """A level bound with noise of 1 nat: slopes above two standard errors in 1 of 40 curves, plus the tails of few points."""
+    found = [still_rising(history_of(noisy([-90.0] * 40, 1.0, seed), kl=0.0)) for seed in range(400)]
+    assert sum(text is not None for text in found) < 40
+
+
+def test_slope_and_its_error():
+    """Against numpy's least squares."""
+    points = [(x / 10, y) for x, y in enumerate(noisy([0.3 * x for x in range(20)], 0.5))]
+    x, y = np.array(points).T
+    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+    assert slope_of(points) == pytest.approx((slope, covariance[0, 0] ** 0.5))
+    assert slope_of([(1.0, 2.0), (1.0, 5.0)]) == (0.0, 0.0)
+    assert slope_of([(1.0, 2.0), (2.0, 5.0)]) == (3.0, 0.0)
 
 
 def test_same_seed_same_numbers(digits_runs):
