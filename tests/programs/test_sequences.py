@@ -6,7 +6,9 @@ smoother gives the exact guide.
 
 import importlib.util
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -326,3 +328,53 @@ def test_annealing_of_mixed_lengths_estimates_the_evidence(state_space, uncompil
     stderr = ratio.std().item() / math.sqrt(len(x))
     assert stderr < 0.1
     within(ratio.mean().item(), 1.0, stderr)
+
+
+# --- the example as a script ---------------------------------------------------------------------------------------------
+
+
+def vowels():
+    """Series as `pv.data.japanese_vowels` gives them, of other lengths."""
+    lengths = torch.tensor([3, 6, 4, 6, 5, 3, 6, 4])
+    series = SimpleNamespace(values=torch.randn(8, 6, 12), lengths=lengths)
+    return SimpleNamespace(train=series, validation=series, test=series)
+
+
+def run_example(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["deep_markov.py", *options, "--quiet"])
+    deep_markov.main()
+
+
+@pytest.mark.parametrize("dataset", ["digits", "japanese-vowels"])
+def test_the_example_ends_in_a_report(monkeypatch, capsys, short_pilots, dataset):
+    monkeypatch.setattr(pv.data, "japanese_vowels", vowels, raising=False)
+    few = ("--epochs", "1", "--num-particles", "30", "--num-annealed", "2", "--num-temperatures", "3")
+    run_example(monkeypatch, "--dataset", dataset, *few)
+    lines = capsys.readouterr().out.splitlines()
+    for words in ("log p(x) by importance sampling", "nats per step", "annealing from the prior", "independent steps"):
+        assert any(words in line for line in lines), words
+    lengths = ["4", "5", "6", "7", "8"] if dataset == "digits" else ["3", "4", "5", "6"]
+    rows = [line.split() for line in lines]
+    assert [row[0] for row in rows if len(row) == 5 and (row[0].isdigit() or row[0] == "all")] == [*lengths, "all"]
+    assert len([row for row in rows if "±" in row and len(row) == 9]) == 2
+
+
+def test_the_example_says_that_a_package_is_missing(monkeypatch):
+    def missing():
+        raise ImportError("pip install aeon")
+
+    monkeypatch.setattr(pv.data, "japanese_vowels", missing, raising=False)
+    with pytest.raises(SystemExit, match="error: pip install aeon"):
+        run_example(monkeypatch, "--dataset", "japanese-vowels")
+
+
+def test_the_score_of_independent_steps_is_that_by_hand(double):
+    """Of the steps that are there: fitted to those of the training data, summed over those of each test sequence."""
+    train = (torch.tensor([[[1.0], [0.0]], [[1.0], [9.0]]]), torch.tensor([2, 1]))
+    test = (torch.tensor([[[0.0], [1.0]], [[1.0], [0.0]]]), torch.tensor([2, 1]))
+    found = deep_markov.log_prob_of_independent_steps(train, test, is_binary=True)
+    assert found.tolist() == pytest.approx([math.log(2 / 9), math.log(2 / 3)])
+    found = deep_markov.log_prob_of_independent_steps(train, test, is_binary=False)
+    normal = dist.Normal(2 / 3, math.sqrt(1 / 3))
+    by_hand = [normal.log_prob(torch.tensor([0.0, 1.0])).sum(), normal.log_prob(torch.tensor(1.0))]
+    assert found.tolist() == pytest.approx([each.item() for each in by_hand])
