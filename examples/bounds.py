@@ -11,6 +11,7 @@ gap into the part due to the guide's family and the part due to its encoder.
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -22,12 +23,10 @@ matplotlib.use("Agg")  # write figures to files, without a display
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from support import registry
-from support.command_line import parser_of, positive
-from support.provenance import command, read_json, versions, write_json
+from support import parts
+from support.script import command, parser_of, positive, read_json, versions, write_json
 
 import pyrovae as pv
-from pyrovae.estimators.standard_error import standard_error
 
 
 def main() -> None:
@@ -39,7 +38,8 @@ def main() -> None:
         needed = ("dataset", "likelihood", "binarization", "data_seed", "command", "git_revision", "epochs", "seed")
         trained = read_json(run / "metrics.json", "mnist_svi.py --resume on that folder makes it again", *needed)
         saved = pv.load(run / "checkpoint.pt")
-        data = load_data(trained, options.data_dir)
+        grey = pv.data.load(trained["dataset"], options.data_dir, binarization=None)
+        data = parts.LIKELIHOODS[trained["likelihood"]].prepare(grey, trained["binarization"], trained["data_seed"])
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     model, guide = saved["model"], saved["guide"]
@@ -150,15 +150,7 @@ def main() -> None:
 
 def over_data(values) -> tuple[float, float]:
     """Mean over images and its standard error."""
-    return values.mean().item(), standard_error(values)
-
-
-def load_data(trained, folder):
-    data = pv.data.load(trained["dataset"], folder, binarization=None)
-    images = registry.LIKELIHOODS[trained["likelihood"]].images
-    if images == "binary":
-        return data.binarized(trained["binarization"], trained["data_seed"])
-    return data.dequantized(trained["data_seed"]) if images == "continuous" else data
+    return values.mean().item(), values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
 def write_figures(out, images, sampled, annealed, both, gaps) -> None:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pyro
 import torch
-from support import registry
-from support.command_line import parser_of, positive
-from support.provenance import command, versions, write_json
+from support import parts
+from support.script import command, parser_of, positive, versions, write_json
 
 import pyrovae as pv
 
@@ -28,10 +27,10 @@ def main() -> None:
     options = parse_options()
     data = pv.data.load(options.dataset, options.data_dir)
     test = data.test[: options.num_test]
-    network = registry.NETWORKS["mlp"]
+    network = parts.NETWORKS["mlp"]
 
     def make_guide(name):
-        return registry.GUIDES[name](network.encoder(data.data_shape, HIDDEN), LATENT_DIM)
+        return parts.GUIDES[name](network.encoder(data.data_shape, HIDDEN), LATENT_DIM)
 
     seconds = {}
 
@@ -67,7 +66,7 @@ def main() -> None:
         guide = make_guide("mean-field")
         decoder = network.decoder(LATENT_DIM, data.data_shape, HIDDEN)
         likelihood = pv.likelihoods.Bernoulli(decoder, data.data_shape, data_mean=data.train.mean(0))
-        model = pv.GenerativeModel(registry.PRIORS[name](LATENT_DIM, guide, data.train), likelihood)
+        model = pv.GenerativeModel(parts.PRIORS[name](LATENT_DIM, guide, data.train), likelihood)
         by_prior[name] = train_and_evaluate(f"prior {name}", model, guide)
         if name == "standard-normal":
             frozen = model
@@ -113,14 +112,14 @@ def parse_options() -> argparse.Namespace:
         "--priors",
         nargs="+",
         default=["standard-normal", "vamp", "realnvp"],
-        choices=registry.PRIORS,
+        choices=parts.PRIORS,
         help="priors to compare; include standard-normal, whose model is frozen for the guides",
     )
     add(
         "--guides",
         nargs="*",
-        default=list(registry.GUIDES),
-        choices=registry.GUIDES,
+        default=list(parts.GUIDES),
+        choices=parts.GUIDES,
         help="guides to compare on the frozen model; none: compare priors only (default: all)",
     )
     add("--epochs", type=positive(int), default=15, help="epochs of each training (default: 15)")

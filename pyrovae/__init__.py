@@ -28,7 +28,8 @@ from pyrovae.models.export import export
 from pyrovae.models.generative import GenerativeModel
 from pyrovae.models.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
 from pyrovae.models.layers import ConditionalNormal
-from pyrovae.training.loop import FitResult, fit, pick_device
+from pyrovae.training.fit import FitResult, fit
+from pyrovae.training.preparation import pick_device
 from pyrovae.training.saved_pair import load, save
 
 __version__ = "0.1.0"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pyrovae.annealing import chains
-from pyrovae.compiled.draws import RecordedDraw
-from pyrovae.compiled.record import Extracted
+from pyrovae.compiled.record import Recording
+from pyrovae.evaluation.recorded_draw import RecordedDraw
 
 matplotlib.use("Agg")
 
@@ -61,7 +61,7 @@ def mnist_root():
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Recordings run as they were recorded: seconds faster than with Inductor, for what the recording itself decides."""
-    monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
+    monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ ESTIMATORS = [
     ),
     Mutation(
         "log weights: log q added",
-        "programs/traces.py",
+        "programs/log_densities.py",
         'term if program == "model" else -term for',
         "term for",
         in_file("evaluation/test_exact_evidence.py", "exact_posterior_gives_exact_evidence_with_one_particle"),
@@ -288,14 +288,14 @@ TRAINING = [
     ),
     Mutation(
         "history: the ELBO of the data as their sum of reconstruction and KL",
-        "training/elbo_parts.py",
+        "training/losses.py",
         "return reconstruction - kl, reconstruction, kl",
         "return reconstruction + kl, reconstruction, kl",
         in_file("training/test_training.py", "history_is_the_real_elbo_whatever_the_objective"),
     ),
     Mutation(
         "skipped steps: one more than allowed",
-        "training/step_guard.py",
+        "training/optimization.py",
         "self.num_skipped <= self.max_skipped",
         "self.num_skipped <= self.max_skipped + 1",
         in_file(
@@ -307,21 +307,21 @@ TRAINING = [
     Mutation(
         "skipped steps: an infinite loss taken where its gradient is finite",
         "training/steps.py",
-        "self.optimizer.watch(torch.tensor(value))",
+        "self.run.optimizer.watch(torch.tensor(value))",
         "pass",
         in_file("training/test_skipped_steps.py", "an_infinite_loss_with_finite_gradients_is_not_taken"),
     ),
     Mutation(
         "skipped steps: their data counted",
         "training/steps.py",
-        "parts.count(self.num_made.get(len(index), len(index)), verdicts.was_made)",
-        "parts.count(self.num_made.get(len(index), len(index)))",
+        "sums.add(parts, run.batches.num_made(len(index)), guard.was_made)",
+        "sums.add(parts, run.batches.num_made(len(index)))",
         in_file("training/test_skipped_steps.py", "a_skipped_step_is_counted_and_changes_nothing"),
     ),
     Mutation(
         "skipped steps: running means keep them",
         "training/steps.py",
-        "_put_back(buffers, unless=verdicts.was_made)",
+        "put_back(buffers, unless=guard.was_made)",
         "pass",
         in_file("training/test_skipped_steps.py", "running_means_do_not_see_a_skipped_step"),
     ),

@@ -30,8 +30,9 @@ RUN_BY = {
     "examples/benchmarks/training.py": "test_benchmarks.py::test_benchmark_runs",
     "examples/benchmarks/evaluation.py": "test_benchmarks.py::test_benchmark_runs",
     "examples/benchmarks/annealing.py": "test_benchmarks.py::test_benchmark_runs",
-    "examples/density_table.py": "test_density_table.py::test_a_row_and_its_table",
-    "examples/time_to_quality.py": "test_time_to_quality.py::test_all_of_it",
+    "examples/benchmarks/run_all.py": "test_benchmarks.py::test_one_command_runs_all",
+    "examples/reproductions/density_table.py": "test_density_table.py::test_a_row_and_its_table",
+    "examples/reproductions/time_to_quality.py": "test_time_to_quality.py::test_all_of_it",
     "tests/mutations.py": "test_mutations.py::test_it_can_be_planted",
     "ways": "test_pyro_ways.py::test_a_way_of_pyro",
     "torchrun": "test_distributed.py::test_torchrun_of_the_example",
@@ -65,7 +66,7 @@ def help_of(script):
         ("pyrovae/docs/benchmarks.md", "python examples/benchmarks/evaluation.py --tables memory"),
         ("pyrovae/docs/bounds.md", "python -m pytest tests/evaluation/test_mnist_grid.py -s"),
         ("examples/results/README.md", "python examples/compare_parts.py --dataset mnist --epochs 30"),
-        ("examples/results/density.md", "python examples/density_table.py --table"),
+        ("examples/results/density.md", "python examples/reproductions/density_table.py --table"),
         ("tests/README.md", "python -m pytest tests/training/test_killed.py -s"),
         (".github/CONTRIBUTING.md", "ruff check ."),
     ],
@@ -129,7 +130,7 @@ def test_printed_table_is_the_examples():
     labels = re.findall(r"^  (\S.{22}) ", block, re.MULTILINE)
     assert len(labels) >= 6
     for label in labels:
-        assert f'"{label.strip()}"' in (ROOT / "examples/support/metrics.py").read_text(), label
+        assert f'"{label.strip()}"' in (ROOT / "examples/support/report.py").read_text(), label
 
 
 def test_architecture_names_the_folders():

@@ -35,13 +35,12 @@ FLOOR_ROWS = 1_000  # rows at once, so that activations stay in the cache
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = turns.parser_for(__doc__, rounds=5)
     parser.add_argument(
         "--num-particles", type=int, help=f"particles per image (default: {NUM_PARTICLES}; 500 with --quick)"
     )
     parser.add_argument("--memory-of", type=int, nargs=2, metavar=("DATA", "PARTICLES"), help=argparse.SUPPRESS)
     parser.add_argument("--tables", nargs="+", choices=TABLES, help="tables to measure (default: all)")
-    turns.add_common_options(parser, rounds=5)
     options = parser.parse_args()
     turns.prepare(options)
     if options.memory_of:

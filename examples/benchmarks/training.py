@@ -8,7 +8,6 @@ pyrovae is `pv.fit` itself, after its eager epoch and the compilation. The floor
 matrix products alone or, for models other than the MLP, of the networks alone.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import io
@@ -27,13 +26,12 @@ MOST_DATA = 60_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = turns.parser_for(__doc__, rounds=7)
     parser.add_argument("--model", nargs="+", default=["mlp"], choices=[*programs.MODELS, "all"])
     parser.add_argument(
         "--batch-sizes", nargs="+", type=int, help="batch sizes (default: 64 256 1024 4096; 256 with --quick)"
     )
     parser.add_argument("--bf16", action="store_true", help="also measure pyrovae with networks in bfloat16")
-    turns.add_common_options(parser, rounds=7)
     options = parser.parse_args()
     turns.prepare(options)
     kind = "quick" if options.quick else "full"

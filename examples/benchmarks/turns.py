@@ -5,7 +5,6 @@ from round to round. The table reports medians over rounds and their ratios.
 """
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -13,13 +12,13 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["NOT_INSTALLED", "Row", "add_common_options", "in_turns", "prepare", "processor", "show", "write"]
+sys.path.append(str(Path(__file__).parents[1]))  # examples/
+
+from support.script import parser_of, positive, processor, versions, write_json
 
 NOT_INSTALLED = "not installed"
-_PACKAGES = ("pyrovae", "torch", "pyro-ppl", "zuko", "numpyro", "jax", "pythae", "numpy")
 
 
 @dataclass
@@ -43,20 +42,26 @@ class Row:
     note: str = ""
 
 
-def add_common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help explains the options)\n")
+def parser_for(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark."""
+    parser = parser_of(description)
+    parser.add_argument("--rounds", type=positive(int), help=f"rounds to run (default: {rounds}; 2 with --quick)")
+    parser.add_argument("--out", help="output file without suffix: writes .md and .json")
+    add_machine_options(parser)
+    parser.set_defaults(default_rounds=rounds)
+    return parser
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--rounds", type=int, help=f"rounds to run (default: {rounds}; 2 with --quick)")
     add("--quick", action="store_true", help="short trial run, to check that everything works")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="number of cores (default: all)")
+    add("--threads", type=positive(int), default=len(os.sched_getaffinity(0)), help="number of cores (default: all)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu); JAX uses the device it is installed for")
     add(
         "--data-dir",
         default=os.environ.get("PYROVAE_DATA"),
         help="folder of MNIST (default: $PYROVAE_DATA if set, else random pixels)",
     )
-    add("--out", help="output file without suffix: writes .md and .json")
-    parser.set_defaults(default_rounds=rounds)
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -127,16 +132,15 @@ def write(
         "cores": options.threads,
         "device": _device_name(options.device),
         "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": versions(),
         "rounds": options.rounds,
         "quick": options.quick,
         "command": " ".join(["python", *sys.argv]),
         **facts,
     }
-    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    packages = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
     about = (
-        f"{machine['machine']}, {options.threads} cores, {machine['device']}; Python {machine['python']}, {versions}; medians of "
+        f"{machine['machine']}, {options.threads} cores, {machine['device']}; {packages}; medians of "
         f"{options.rounds} rounds in turns. `{machine['command']}`"
     )
     text = "\n\n".join([f"## {title}", about, *(f"{name}\n\n{table}" for name, table in tables.items())]) + "\n"
@@ -144,29 +148,11 @@ def write(
     if options.out:
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         Path(f"{options.out}.md").write_text(text)
-        Path(f"{options.out}.json").write_text(
-            json.dumps({**machine, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
-        )
+        write_json(f"{options.out}.json", {**machine, "rows": [asdict(row) for row in rows]})
 
 
 def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _device_name(device: str) -> str:

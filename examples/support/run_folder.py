@@ -1,64 +1,22 @@
-"""The folder of a run, new or resumed, and the data that its options ask for. Each folder holds one run."""
+"""The folder of a run of `mnist_svi.py`, new or resumed. Each folder holds one run."""
 
 import sys
 from datetime import datetime
 from pathlib import Path
 
-from support import registry
-from support.command_line import DEFAULTS
-from support.metrics import report
-from support.provenance import command, read_json, write_json
+from filelock import FileLock, Timeout
+from support.report import report
+from support.script import command, read_json, write_json
 
 import pyrovae as pv
-from pyrovae.training.checkpoint_file import earlier, read
-from pyrovae.training.locks import locked
 
 # Files: the state to resume from, the options, the results.
 TRAINING, OPTIONS, METRICS = "training.pt", "options.json", "metrics.json"
 
 
-def begin(options, held):
-    """Return (device, data, folder) of a run, or exit with a one-line error; fill in the defaults for the data."""
-    try:
-        device = pv.pick_device(options.device)
-        refuse_other_run(options)
-        show_finished_run(options)
-        data = load_data(options)
-        defaults = DEFAULTS.get(data.name, DEFAULTS["image28"])
-        if options.kl_warmup > (epochs := options.epochs or defaults["epochs"]):
-            raise ValueError(f"--kl-warmup {options.kl_warmup} is longer than the run: {epochs} epochs")
-        out = claim_folder(options, data, held)
-    except (ValueError, RuntimeError, OSError) as error:  # a missing, damaged or locked file
-        sys.exit(f"error: {error}")
-    for name, value in defaults.items():  # last, because a resumed run is compared by the options as typed
-        setattr(options, name, getattr(options, name, None) or value)
-    if pv.distributed.rank() == 0:
-        images = registry.LIKELIHOODS[options.likelihood].images
-        kind = f"{data.num_levels} grey levels" if images == "levels" else images
-        held_out = "no" if data.validation is None else f"{len(data.validation):,}"
-        print(
-            f"{data.name}: {len(data.train):,} training, {held_out} validation and {len(data.test):,} test images of "
-            f"{data.data_shape.numel()} pixels ({kind}), {device}"
-        )
-    return device, data, out
-
-
-def load_data(options):
-    """Load images in the form that the likelihood needs.
-
-    With dynamic binarisation, training pixels are drawn anew from their grey values at every use. Test images are drawn
-    once, with a separate seed.
-    """
-    images = registry.LIKELIHOODS[options.likelihood].images
-    data = pv.data.load(options.dataset, options.data_dir, binarization=None, train_on_all=options.train_on_all)
-    if images == "binary":
-        return data.binarized(options.binarization or "dynamic", options.data_seed)
-    return data.dequantized(options.data_seed) if images == "continuous" else data
-
-
-def claim_folder(options, data, held) -> Path:
-    """Create the folder of the run and lock it until the run ends."""
-    out = Path(options.out or f"runs/{data.name}-{datetime.now():%Y%m%d-%H%M%S}")
+def claim(options, dataset: str, held) -> Path:
+    """Create the folder of the run and lock it until `held` closes."""
+    out = Path(options.out or f"runs/{dataset}-{datetime.now():%Y%m%d-%H%M%S}")
     if pv.distributed.rank() > 0:
         return out  # only the first process writes
     out.mkdir(parents=True, exist_ok=True)
@@ -67,9 +25,21 @@ def claim_folder(options, data, held) -> Path:
     return out
 
 
+def locked(folder: Path, remedy: str):
+    """Lock the folder; return the context that releases it. The operating system releases the lock of a killed process.
+
+    Raises:
+        RuntimeError: if another run holds the lock.
+    """
+    try:
+        return FileLock(folder / ".lock").acquire(blocking=False)
+    except Timeout:
+        raise RuntimeError(f"another run is writing to {folder}: {remedy}") from None
+
+
 def training_options(options) -> dict:
     """The options that must stay the same when a run is resumed."""
-    free = {"data_dir", "device", "num_particles", "out", "quiet", "resume"}
+    free = {"data_dir", "device", "num_particles", "num_test", "out", "quiet", "resume"}
     return {name: value for name, value in vars(options).items() if name not in free}
 
 
@@ -82,7 +52,8 @@ def refuse_other_run(options) -> None:
         return
     if not options.resume:
         raise ValueError(f"{out} holds a run: --resume goes on with it, another --out begins a new one")
-    if not (out / TRAINING).exists() and (before := earlier(out / TRAINING)).exists():
+    target = (out / TRAINING).resolve()  # of a symbolic link: the state before lies beside its target
+    if not target.exists() and (before := target.with_name(f"{target.name}.previous")).exists():
         raise ValueError(
             f"{out} lacks {TRAINING}, and {before} is the state before it: move it to {TRAINING} to go on from it"
         )
@@ -101,7 +72,7 @@ def refuse_other_run(options) -> None:
 
 
 def show_finished_run(options) -> None:
-    """If the run in --out is complete and was evaluated with as many particles, print its numbers and exit."""
+    """If the run in --out is complete and was evaluated as these options ask for, print its numbers and exit."""
     if not options.resume:
         return
     out = Path(options.out)
@@ -109,7 +80,8 @@ def show_finished_run(options) -> None:
     try:
         metrics = read_json(out / METRICS, "evaluating again from the checkpoint", "seconds", "test")
         # "total" is written last, when the run is finished.
-        if "total" not in metrics["seconds"] or metrics["test"]["num_particles"] != options.num_particles:
+        evaluated = metrics["test"]["num_particles"], metrics.get("num_test")
+        if "total" not in metrics["seconds"] or evaluated != (options.num_particles, options.num_test):
             return
         shown, files = report(metrics), [out / name for name in metrics.get("files", [])]
     except OSError:  # no file yet
@@ -125,15 +97,15 @@ def show_finished_run(options) -> None:
         if first:
             print(f"The run in {out} lacks {', '.join(missing)}: evaluating again to write them")
         return
-    read(out / TRAINING)  # a damaged one is an error
+    pv.load(out / TRAINING)  # a damaged one is an error
     try:
-        read(out / "checkpoint.pt")
+        pv.load(out / "checkpoint.pt")
     except (ValueError, OSError) as error:
         if first:
             print(f"note: {error}: evaluating again, to make it anew", file=sys.stderr)
         return
     if first:
-        print(f"The run in {out} is finished; a different --num-particles evaluates it again.\n{shown}")
+        print(f"The run in {out} is finished; a different --num-particles or --num-test evaluates it again.\n{shown}")
     sys.exit(0)
 
 

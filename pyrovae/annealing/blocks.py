@@ -2,47 +2,41 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
 from pyrovae.annealing.chains import Kernels, num_pilot_kernels, tune
-from pyrovae.annealing.potential import Potential
-from pyrovae.common.arguments import check_count
+from pyrovae.annealing.potential import Potential, block_potential
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import warn_once
-from pyrovae.compiled.draws import pays_off
-from pyrovae.compiled.record import Extracted, all_ours
+from pyrovae.compiled.policy import pays_off
+from pyrovae.compiled.record import Recording
+from pyrovae.evaluation.options import Options
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.reach import modules_behind
 
-__all__ = ["Settings", "TunedBlock", "tuned_blocks"]
+__all__ = ["AnnealingOptions", "TunedBlock", "tuned_blocks"]
 
 _FEWEST_PILOT_CHAINS = 4
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the chains; see `annealed_importance_sampling`."""
+@dataclass(frozen=True, kw_only=True)
+class AnnealingOptions(Options):
+    """Options of the chains; see `annealed_importance_sampling`."""
 
     num_chains: int
     num_temperatures: int
     num_leapfrog_steps: int
-    schedule: Literal["adaptive", "sigmoidal"]
-    data_batch_size: int | Literal["auto"] | None
-    compile: bool | Literal["auto"]
-    progress: bool
+    schedule: Literal["adaptive", "sigmoidal"] = "adaptive"
 
-    def __post_init__(self):
-        for name in ("num_chains", "num_temperatures", "num_leapfrog_steps"):
-            object.__setattr__(self, name, check_count(name, getattr(self, name)))  # the dataclass is frozen
-        if self.data_batch_size not in ("auto", None):
-            object.__setattr__(self, "data_batch_size", check_count("data_batch_size", self.data_batch_size))
+    counts: ClassVar[tuple[str, ...]] = ("num_chains", "num_temperatures", "num_leapfrog_steps")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.schedule not in ("adaptive", "sigmoidal"):
             raise ValueError(f"schedule must be 'adaptive' or 'sigmoidal', found {self.schedule!r}")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"compile must be True, False or 'auto', found {self.compile!r}")
 
 
 class TunedBlock(NamedTuple):
@@ -55,15 +49,15 @@ class TunedBlock(NamedTuple):
     tick: Callable[[], object]
 
 
-def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) -> Iterator[TunedBlock]:
+def tuned_blocks(pair: Pair, options: AnnealingOptions, from_prior: bool, passes: int) -> Iterator[TunedBlock]:
     """Yield the blocks of a pair's data, in order; the caller goes through each one `passes` times.
 
     Chains run together under an outer plate. If the program does not support such a plate, they run one by one, with a
     warning.
     """
-    num_chains, num_temperatures = settings.num_chains, settings.num_temperatures
+    num_chains, num_temperatures = options.num_chains, options.num_temperatures
     size = pair.num_data
-    most = settings.data_batch_size
+    most = options.data_batch_size
     reason = pair.reason_to_loop(most if isinstance(most, int) else size)
     if reason:
         warn_once(
@@ -77,26 +71,27 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
         size = math.ceil(size / math.ceil(size / most))  # blocks of nearly one size
     blocks = list(pair.blocks(size))
     modules = modules_behind(pair.model, pair.guide)
-    if settings.compile == "auto":
-        num_gradients = pair.num_data * num_chains * num_temperatures * settings.num_leapfrog_steps
-        record = bool(modules) and all_ours(pair.model, pair.guide)
-        inductor = pays_off(num_gradients, pair.model, pair.guide)
+    if options.compile == "auto":
+        num_gradients, rows = num_temperatures * options.num_leapfrog_steps, pair.num_data * num_chains
+        record, inductor = (
+            pays_off(num_gradients, rows, repeated=[pair.model], once=[pair.guide], inductor=inductor)
+            for inductor in (False, True)
+        )
     else:
-        record = inductor = settings.compile
-    recorded: dict[tuple[int, int], Extracted | None] = {}
+        record = inductor = options.compile
+    recorded: dict[tuple[int, int], Recording | None] = {}
 
     def potential_of(start: int, stop: int, num_chains: int) -> Potential:
-        potential = Potential(pair, start, stop, num_chains, from_prior=from_prior, vectorised=not reason)
+        potential = block_potential(pair, start, stop, num_chains, from_prior=from_prior, vectorised=not reason)
         sizes = (stop - start, num_chains)
-        if record and not reason and stop - start == size:  # not worth a compilation for a last block of another size
-            if sizes not in recorded:
-                potential.record(modules, inductor=inductor)
-                recorded[sizes] = potential.recorded
-            potential.recorded = recorded[sizes]
-        return potential
+        if not record or reason or stop - start != size:  # a last block of another size is not worth a compilation
+            return potential
+        if sizes not in recorded:
+            recorded[sizes] = potential.record(modules, inductor=inductor).recorded
+        return replace(potential, recorded=recorded[sizes])
 
     total = len(blocks) * (num_pilot_kernels(num_temperatures) + passes * num_temperatures)
-    with progress_bar("annealing", total, "kernels", settings.progress) as bar:
+    with progress_bar("annealing", total, "kernels", options.progress) as bar:
         for start, stop in blocks:
             potential = potential_of(start, stop, num_chains)
             pilot = potential
@@ -109,8 +104,8 @@ def tuned_blocks(pair: Pair, settings: Settings, from_prior: bool, passes: int) 
                 kernels = tune(
                     pilot,
                     num_temperatures,
-                    settings.num_leapfrog_steps,
-                    adaptive=settings.schedule == "adaptive",
+                    options.num_leapfrog_steps,
+                    adaptive=options.schedule == "adaptive",
                     tick=bar.update,
                 )
             yield TunedBlock(start, stop, potential, kernels, bar.update)

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from pyrovae import estimators
 from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo
-from pyrovae.annealing.blocks import Settings, tuned_blocks
+from pyrovae.annealing.blocks import AnnealingOptions, tuned_blocks
 from pyrovae.annealing.chains import anneal, anneal_back
 from pyrovae.annealing.coordinates import unconstrained
 from pyrovae.annealing.potential import prior_of
-from pyrovae.common.arguments import map_tensors
 from pyrovae.evaluation.log_weights import until_interrupted
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.evaluation.options import evaluation_of
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.particles import refuse_more_than_memory
-from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.simulation import first_data, simulate
+from pyrovae.programs.splitting import inspect
 from pyrovae.programs.supports import masks_of
 from pyrovae.programs.traces import Program, sample_sites, trace_program
 
@@ -85,17 +85,26 @@ def annealed_importance_sampling(
         Neal, Annealed Importance Sampling (2001).
         Wu, Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of Decoder-Based Generative Models (2017).
     """
-    settings = Settings(num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress)
-    with evaluation_mode(model, guide) as device:
-        refuse_more_than_memory("num_chains", settings.num_chains, device)
-        if device is not None:
-            args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
-        pair = Pair(model, guide or prior_of(model), args, kwargs, plate, data_batch_size)
-        return LogMarginalLikelihood.concatenate(until_interrupted(_annealed(pair, settings, guide is None)))
+    options = AnnealingOptions(
+        num_chains=num_chains,
+        num_temperatures=num_temperatures,
+        num_leapfrog_steps=num_leapfrog_steps,
+        schedule=schedule,
+        plate=plate,
+        data_batch_size=data_batch_size,
+        compile=compile,
+        progress=progress,
+    )
+    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (device, args, kwargs):
+        refuse_more_than_memory("num_chains", options.num_chains, device)
+        pair = inspect(model, guide or prior_of(model), args, kwargs, options.plate, options.data_batch_size)
+        return LogMarginalLikelihood.concatenate(until_interrupted(_annealed(pair, options, guide is None)))
 
 
-def _annealed(pair: Pair, settings: Settings, from_prior: bool) -> Iterator[tuple[LogMarginalLikelihood, int, int]]:
-    for block in tuned_blocks(pair, settings, from_prior, passes=1):
+def _annealed(
+    pair: Pair, options: AnnealingOptions, from_prior: bool
+) -> Iterator[tuple[LogMarginalLikelihood, int, int]]:
+    for block in tuned_blocks(pair, options, from_prior, passes=1):
         annealed = anneal(block.potential, block.kernels, block.tick)
         result = LogMarginalLikelihood.from_annealed(annealed.log_weights, annealed.acceptance)
         yield result, block.stop, pair.num_data
@@ -160,17 +169,24 @@ def bidirectional_monte_carlo(
         Grosse, Ghahramani & Adams, Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (2015).
         Wu, Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of Decoder-Based Generative Models (2017).
     """
-    settings = Settings(num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress)
-    with evaluation_mode(model, guide) as device:
-        refuse_more_than_memory("num_chains", settings.num_chains, device)
-        if device is not None:
-            args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
+    options = AnnealingOptions(
+        num_chains=num_chains,
+        num_temperatures=num_temperatures,
+        num_leapfrog_steps=num_leapfrog_steps,
+        schedule=schedule,
+        plate=plate,
+        data_batch_size=data_batch_size,
+        compile=compile,
+        progress=progress,
+    )
+    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (device, args, kwargs):
+        refuse_more_than_memory("num_chains", options.num_chains, device)
         trace, program, args, kwargs = simulate(model, guide, args, kwargs)
-        pair = Pair(program, guide or prior_of(program), args, kwargs, plate, data_batch_size)
+        pair = inspect(program, guide or prior_of(program), args, kwargs, options.plate, options.data_batch_size)
         if pair.layout.subsampled:
             raise ValueError(f"plate '{pair.layout.plate}' is subsampled: simulate with the whole plate")
-        exact = _exact_draws(pair, trace, guide, settings.num_chains)
-        parts = until_interrupted(_sandwiched(pair, exact, settings, guide is None))
+        exact = _exact_draws(pair, trace, guide, options.num_chains)
+        parts = until_interrupted(_sandwiched(pair, exact, options, guide is None))
     lower, lower_stderr, upper, upper_stderr, acceptance = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     observed: dict[str, Tensor] = {}
     latents: dict[str, Tensor] = {}
@@ -178,7 +194,7 @@ def bidirectional_monte_carlo(
         values = observed if site["infer"].get("was_observed") else latents
         values[name] = first_data(site, pair.layout, len(lower)).cpu()
     return BidirectionalMonteCarlo(
-        num_chains, lower, lower_stderr, upper, upper_stderr, acceptance, data=observed, latents=latents
+        options.num_chains, lower, lower_stderr, upper, upper_stderr, acceptance, data=observed, latents=latents
     )
 
 
@@ -191,9 +207,9 @@ class _Sandwich(NamedTuple):
 
 
 def _sandwiched(
-    pair: Pair, exact: Tensor, settings: Settings, from_prior: bool
+    pair: Pair, exact: Tensor, options: AnnealingOptions, from_prior: bool
 ) -> Iterator[tuple[_Sandwich, int, int]]:
-    for block in tuned_blocks(pair, settings, from_prior, passes=2):
+    for block in tuned_blocks(pair, options, from_prior, passes=2):
         forward = anneal(block.potential, block.kernels, block.tick)
         draws = exact[:, block.start : block.stop].contiguous()
         back = anneal_back(block.potential, block.kernels, draws, block.tick)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,23 +29,35 @@ class _Site(NamedTuple):
     width: int  # numbers per datum
 
 
+@dataclass(frozen=True)
 class Coordinates:
     """Mapping between the columns of u (S, N, D) and the sites of the start density's program.
 
-    Args:
-        trace: trace of that program; its draws become `u`
-        layout: plates of the program
-        num_chains: S if the trace is under a plate of chains; None for one chain without that plate, S = 1
-
-    Raises:
-        ValueError: naming the site, for a latent without a bijection from the real numbers; for a trace without
-            latents.
+    Attributes:
+        num_chains: S if chains run under a plate; None for one chain without that plate, S = 1
+        sites: where the columns belong, by site
+        u: the draws of the trace that the coordinates were read from
     """
 
-    def __init__(self, trace: poutine.Trace, layout: Layout, num_chains: int | None):
-        self.num_chains = num_chains
-        self.sites: dict[str, _Site] = {}
+    num_chains: int | None
+    sites: dict[str, _Site]
+    u: Tensor
+
+    @classmethod
+    def of(cls, trace: poutine.Trace, layout: Layout, num_chains: int | None) -> "Coordinates":
+        """Read the coordinates from a trace of that program; its draws become `u`.
+
+        Args:
+            trace: trace of the program
+            layout: plates of the program
+            num_chains: S if the trace is under a plate of chains; None for one chain without that plate
+
+        Raises:
+            ValueError: naming the site, for a latent without a bijection from the real numbers; for a trace without
+                latents.
+        """
         refuse_without_coordinates(trace)
+        sites: dict[str, _Site] = {}
         columns = []
         for name, site in random_sites(trace):
             value = _bijection_of(site).inv(site["value"])
@@ -57,14 +70,14 @@ class Coordinates:
                 value = value.expand(num_chains, *value.shape[1:])
             axis = None if layout.dim is None else layout.dim - event_dim
             flat = flatten(value, axis)
-            self.sites[name] = _Site(value.shape[1:], axis, flat.shape[-1])
+            sites[name] = _Site(value.shape[1:], axis, flat.shape[-1])
             columns.append(flat)
         if not columns:
             raise ValueError(
                 "the model has no latent sites, so there is nothing to anneal and log p(x) is exact: take "
                 "log_marginal_likelihood with a guide that draws nothing (lambda *args, **kwargs: None)"
             )
-        self.u = torch.cat(columns, -1)
+        return cls(num_chains, sites, torch.cat(columns, -1))
 
     def values(self, u: Tensor) -> dict[str, Tensor]:
         """Return each site's unconstrained value in the program's shape; without chains if `num_chains` is None."""
@@ -177,7 +190,7 @@ def _support_of(distribution: Any) -> Constraint | None:
 @torch.no_grad()
 def unconstrained(trace: poutine.Trace, layout: Layout, num_chains: int | None) -> Tensor:
     """Return the draws of a trace as u: (S, N, D) under a plate of S chains, (1, N, D) without that plate."""
-    return Coordinates(trace, layout, num_chains).u
+    return Coordinates.of(trace, layout, num_chains).u
 
 
 class Placed(Messenger):

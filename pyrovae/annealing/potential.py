@@ -6,6 +6,7 @@ whose normaliser is p(x). Any pair that `pyrovae.log_weights` accepts will do, i
 Without a guide, the prior takes its place, and log w is log p(x|z).
 """
 
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import NamedTuple
@@ -23,13 +24,14 @@ from pyrovae.annealing.coordinates import (
     unconstrained,
 )
 from pyrovae.common.arguments import checks_values, map_tensors
-from pyrovae.compiled.record import Extracted, extract
+from pyrovae.compiled.record import Recording, record
+from pyrovae.programs.log_densities import log_weights_of, site_log_prob
 from pyrovae.programs.masks import unmasked
-from pyrovae.programs.pair import Pair
+from pyrovae.programs.pair import Block, Pair, guide_given
 from pyrovae.programs.simulation import ProperPriors
-from pyrovae.programs.traces import Program, log_weights_of, sample_sites, site_log_prob, spread, under_particles
+from pyrovae.programs.traces import Program, sample_sites, spread, under_particles
 
-__all__ = ["Energy", "Potential", "prior_of"]
+__all__ = ["Energy", "Potential", "block_potential", "prior_of"]
 
 
 class Energy(NamedTuple):
@@ -51,8 +53,103 @@ def prior_of(model: Program) -> Program:
     return prior
 
 
+@dataclass(frozen=True)
 class Potential:
-    """Densities of one block of data, under S chains at once.
+    """Densities of one block of data, under S chains at once; `block_potential` makes it.
+
+    Attributes:
+        pair: an inspected pair; its guide is `prior_of(model)` if `from_prior`
+        block: range of its data
+        num_chains: S
+        from_prior: whether the start density is the prior
+        plate_size: size of the outer plate of chains; None if they run one by one
+        coordinates: of the latents
+        recorded: recording of `energy`; None if there is none
+    """
+
+    pair: Pair
+    block: Block
+    num_chains: int
+    from_prior: bool
+    plate_size: int | None
+    coordinates: Coordinates
+    recorded: Recording | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.coordinates.u.device
+
+    @torch.no_grad()
+    def draw(self) -> Tensor:
+        """Return draws u (S, N, D) from the guide."""
+        runs = 1 if self.plate_size is not None else self.num_chains
+        traces = (_run(self.pair, self.block, Placed({}), self.from_prior, self.plate_size)[1] for _ in range(runs))
+        return torch.cat([unconstrained(trace, self.block.layout, self.plate_size) for trace in traces])
+
+    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (log q(u), log w(u)), each (S, N); differentiable."""
+        return self._log_densities(u, self.block)
+
+    def energy(self, u: Tensor, beta: Tensor) -> Energy:
+        """Return both densities and the gradient of log q(u) + beta log w(u), without a graph; beta () or (N,)."""
+        if self.recorded is not None:
+            energy = Energy(*self.recorded(u, beta, *_tensors_of(self.block))[0])
+            if not checks_values() or (torch.maximum(energy.log_start, energy.log_weight) < torch.inf).all():
+                return energy
+        # If a recorded density is NaN or +inf, evaluate it eagerly: the error then names the site.
+        return self._energy(u, beta, self.block)
+
+    def record(self, modules: list[nn.Module], *, inductor: bool) -> "Potential":
+        """Return this potential with `energy` recorded (and compiled) if possible; it serves blocks of the same size."""
+
+        def flat(u: Tensor, beta: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            rest = iter(tensors)
+            encoded = None if self.block.encoded is None else next(rest)
+            args, kwargs = map_tensors(lambda _: next(rest), (self.block.args, self.block.kwargs))
+            return tuple(self._energy(u, beta, Block(args, kwargs, self.block.layout, encoded)))
+
+        u = self.coordinates.u
+        recorded = record(flat, modules, (u, u.new_tensor(0.5), *_tensors_of(self.block)), inductor=inductor)
+        return replace(self, recorded=recorded)
+
+    def _energy(self, u: Tensor, beta: Tensor, block: Block) -> Energy:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            log_start, log_weight = self._log_densities(u, block)
+            (gradient,) = torch.autograd.grad(log_start.sum() + (beta * log_weight).sum(), u)
+        return Energy(log_start.detach(), log_weight.detach(), gradient)
+
+    def _log_densities(self, u: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        together = [u] if self.plate_size is not None else u.split(1)
+        log_start, log_weight = zip(*(self._of_one_run(some, block) for some in together), strict=True)
+        return torch.cat(log_start), torch.cat(log_weight)
+
+    def _of_one_run(self, u: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        placed = Placed(self.coordinates.values(u))
+        model_trace, guide_trace = _run(self.pair, block, placed, self.from_prior, self.plate_size)
+        terms = {}
+        for name, site in random_sites(guide_trace):
+            # Masks do not change what is drawn. With a log density of 0, masked elements of a chain would drift without limit.
+            site = {**site, "mask": None, "fn": unmasked(site["fn"])}
+            terms[name] = spread(site_log_prob(site) + placed.log_jacobians[name], site, block.layout, self.plate_size)
+        for name, term in terms.items() if checks_values() else ():
+            if not (term < torch.inf).all():
+                raise ValueError(
+                    f"the start density of site '{name}' is NaN or +inf at one of its draws: look for NaN in the data or "
+                    f"parameters, or for an unbounded density"
+                )
+        log_start = reduce(add, terms.values())
+        if self.from_prior:  # the prior terms of the latents cancel
+            for name, _ in random_sites(guide_trace):
+                model_trace.remove_node(name)
+            guide_trace = poutine.Trace()
+        return log_start, log_weights_of(block.layout, model_trace, guide_trace, self.plate_size)
+
+
+def block_potential(
+    pair: Pair, start: int, stop: int, num_chains: int, *, from_prior: bool, vectorised: bool = True
+) -> Potential:
+    """Find the coordinates of a pair's latents, and return the densities of a range of its data.
 
     Args:
         pair: an inspected pair; its guide is `prior_of(model)` if `from_prior`
@@ -66,136 +163,62 @@ class Potential:
     Raises:
         ValueError: naming the site, for latents that are discrete, on a circle or sphere, or without a gradient.
     """
+    if pair.layout.sequential:
+        raise ValueError(
+            f"plate '{pair.layout.plate}' is sequential, and chains run over all data at once: write it with "
+            f"'with pyro.plate(...)'"
+        )
+    block = pair.block(start, stop)
+    plate_size = num_chains if vectorised else None
+    with torch.no_grad():
+        model_trace, guide_trace = _run(pair, block, Placed({}), from_prior, plate_size)
+    refuse_without_coordinates(model_trace)
+    coordinates = Coordinates.of(guide_trace, block.layout, plate_size)
+    potential = Potential(pair, block, num_chains, from_prior, plate_size, coordinates)
+    _refuse_without_gradient(potential)
+    return potential
 
-    def __init__(
-        self, pair: Pair, start: int, stop: int, num_chains: int, *, from_prior: bool, vectorised: bool = True
-    ):
-        self.pair, self.num_chains, self.from_prior = pair, num_chains, from_prior
-        self.plate_size = num_chains if vectorised else None  # size of the outer plate of chains
-        self.layout = pair.layout_of(start, stop)
-        if self.layout.sequential:
-            raise ValueError(
-                f"plate '{self.layout.plate}' is sequential, and chains run over all data at once: write it with "
-                f"'with pyro.plate(...)'"
-            )
-        self.args, self.kwargs = pair.cut(slice(start, stop))
-        with torch.no_grad():
-            self.encoded = None if from_prior else pair.encode(self.args, self.kwargs)
-        self.recorded: Extracted | None = None
-        with torch.no_grad():
-            model_trace, guide_trace = self._run(Placed({}), self.encoded, self.args, self.kwargs)
-        refuse_without_coordinates(model_trace)
-        self.coordinates = Coordinates(guide_trace, self.layout, self.plate_size)
-        self.device = self.coordinates.u.device
-        self._refuse_without_gradient(self.coordinates.u)
 
-    @property
-    def num_data(self) -> int:
-        return self.layout.num_data
+def _tensors_of(block: Block) -> list[Tensor]:
+    tensors = [] if block.encoded is None else [block.encoded]
+    map_tensors(tensors.append, (block.args, block.kwargs))
+    return tensors
 
-    @torch.no_grad()
-    def draw(self) -> Tensor:
-        """Return draws u (S, N, D) from the guide."""
-        runs = 1 if self.plate_size is not None else self.num_chains
-        traces = (self._run(Placed({}), self.encoded, self.args, self.kwargs)[1] for _ in range(runs))
-        return torch.cat([unconstrained(trace, self.layout, self.plate_size) for trace in traces])
 
-    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (log q(u), log w(u)), each (S, N); differentiable."""
-        return self._log_densities(u, self.encoded, self.args, self.kwargs)
-
-    def energy(self, u: Tensor, beta: Tensor) -> Energy:
-        """Return both densities and the gradient of log q(u) + beta log w(u), without a graph; beta () or (N,)."""
-        if self.recorded is not None:
-            energy = Energy(*self.recorded(u, beta, *self._tensors())[0])
-            if not checks_values() or (torch.maximum(energy.log_start, energy.log_weight) < torch.inf).all():
-                return energy
-        # If a recorded density is NaN or +inf, evaluate it eagerly: the error then names the site.
-        return Energy(*self._energy(u, beta, self.encoded, self.args, self.kwargs))
-
-    def record(self, modules: list[nn.Module], *, inductor: bool) -> None:
-        """Record `energy` (and compile it) if possible; `recorded` then serves every block of the same size."""
-
-        def flat(u: Tensor, beta: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            rest = iter(tensors)
-            encoded = None if self.encoded is None else next(rest)
-            return self._energy(u, beta, encoded, *map_tensors(lambda _: next(rest), (self.args, self.kwargs)))
-
-        u = self.coordinates.u
-        self.recorded = extract(flat, modules, (u, u.new_tensor(0.5), *self._tensors()), inductor=inductor)
-
-    def _tensors(self) -> list[Tensor]:
-        tensors = [] if self.encoded is None else [self.encoded]
-        map_tensors(tensors.append, (self.args, self.kwargs))
-        return tensors
-
-    def _energy(
-        self, u: Tensor, beta: Tensor, encoded: Tensor | None, args: tuple, kwargs: dict
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            log_start, log_weight = self._log_densities(u, encoded, args, kwargs)
-            (gradient,) = torch.autograd.grad(log_start.sum() + (beta * log_weight).sum(), u)
-        return log_start.detach(), log_weight.detach(), gradient
-
-    def _log_densities(self, u: Tensor, encoded: Tensor | None, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
-        together = [u] if self.plate_size is not None else u.split(1)
-        log_start, log_weight = zip(*(self._of_one_run(some, encoded, args, kwargs) for some in together), strict=True)
-        return torch.cat(log_start), torch.cat(log_weight)
-
-    def _of_one_run(self, u: Tensor, encoded: Tensor | None, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
-        placed = Placed(self.coordinates.values(u))
-        model_trace, guide_trace = self._run(placed, encoded, args, kwargs)
-        terms = {}
-        for name, site in random_sites(guide_trace):
-            # Masks do not change what is drawn. With a log density of 0, masked elements of a chain would drift without limit.
-            site = {**site, "mask": None, "fn": unmasked(site["fn"])}
-            terms[name] = spread(site_log_prob(site) + placed.log_jacobians[name], site, self.layout, self.plate_size)
-        for name, term in terms.items() if checks_values() else ():
-            if not (term < torch.inf).all():
-                raise ValueError(
-                    f"the start density of site '{name}' is NaN or +inf at one of its draws: look for NaN in the data or "
-                    f"parameters, or for an unbounded density"
-                )
-        log_start = reduce(add, terms.values())
-        if self.from_prior:  # the prior terms of the latents cancel
-            for name, _ in random_sites(guide_trace):
-                model_trace.remove_node(name)
-            guide_trace = poutine.Trace()
-        return log_start, log_weights_of(self.layout, model_trace, guide_trace, self.plate_size)
-
-    def _run(
-        self, placed: Placed, encoded: Tensor | None, args: tuple, kwargs: dict
-    ) -> tuple[poutine.Trace, poutine.Trace]:
-        """Run both programs, under the plate of chains if there is one, and return (model trace, guide trace)."""
-        guide, model = self.pair.guide_given(encoded), self.pair.model
-        if self.plate_size is not None:
-            guide, model = (under_particles(program, self.layout, self.plate_size) for program in (guide, model))
-        with pyro.validation_enabled(False), poutine.replay(trace=self.layout.pinned):
-            if self.from_prior:
-                with placed:
-                    model_trace = poutine.trace(model).get_trace(*args, **kwargs)
-                latents = poutine.Trace()
-                for name, site in sample_sites(model_trace):
-                    if not site["is_observed"]:
-                        latents.add_node(name, **site)
-                return model_trace, latents
+def _run(
+    pair: Pair, block: Block, placed: Placed, from_prior: bool, plate_size: int | None
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Run both programs, under the plate of chains if there is one, and return (model trace, guide trace)."""
+    guide, model = guide_given(pair.guide, block.encoded), pair.model
+    if plate_size is not None:
+        guide, model = (under_particles(program, block.layout, plate_size) for program in (guide, model))
+    with pyro.validation_enabled(False), poutine.replay(trace=block.layout.pinned):
+        if from_prior:
             with placed:
-                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace
+                model_trace = poutine.trace(model).get_trace(*block.args, **block.kwargs)
+            latents = poutine.Trace()
+            for name, site in sample_sites(model_trace):
+                if not site["is_observed"]:
+                    latents.add_node(name, **site)
+            return model_trace, latents
+        with placed:
+            guide_trace = poutine.trace(guide).get_trace(*block.args, **block.kwargs)
+        return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
+            *block.args, **block.kwargs
+        ), guide_trace
 
-    def _refuse_without_gradient(self, u: Tensor) -> None:
-        with torch.enable_grad():
-            values = {name: value.detach().requires_grad_() for name, value in self.coordinates.values(u).items()}
-            log_start, log_weight = self.log_densities(self.coordinates.join(values))
-            for part, what in ((log_start, "the density it starts from"), (log_weight, "the weight")):
-                if not part.requires_grad:
-                    raise ValueError(
-                        f"{what} has no gradient with respect to site(s) {sorted(values)}: detached somewhere?"
-                    )
-            gradients = torch.autograd.grad((log_start + log_weight).sum(), list(values.values()), allow_unused=True)
-        for name, gradient in zip(values, gradients, strict=True):
-            if gradient is None:
+
+def _refuse_without_gradient(potential: Potential) -> None:
+    coordinates = potential.coordinates
+    with torch.enable_grad():
+        values = {name: value.detach().requires_grad_() for name, value in coordinates.values(coordinates.u).items()}
+        log_start, log_weight = potential.log_densities(coordinates.join(values))
+        for part, what in ((log_start, "the density it starts from"), (log_weight, "the weight")):
+            if not part.requires_grad:
                 raise ValueError(
-                    f"the joint density has no gradient with respect to site '{name}': detached somewhere?"
+                    f"{what} has no gradient with respect to site(s) {sorted(values)}: detached somewhere?"
                 )
+        gradients = torch.autograd.grad((log_start + log_weight).sum(), list(values.values()), allow_unused=True)
+    for name, gradient in zip(values, gradients, strict=True):
+        if gradient is None:
+            raise ValueError(f"the joint density has no gradient with respect to site '{name}': detached somewhere?")

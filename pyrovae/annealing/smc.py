@@ -7,15 +7,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrovae.annealing.blocks import Settings, tuned_blocks
+from pyrovae.annealing.blocks import AnnealingOptions, tuned_blocks
 from pyrovae.annealing.chains import Annealed, Kernels, factor, move, start
 from pyrovae.annealing.potential import Potential, prior_of
-from pyrovae.common.arguments import check_count, map_tensors
+from pyrovae.common.arguments import check_count
 from pyrovae.evaluation.log_weights import until_interrupted
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.evaluation.options import evaluation_of
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.particles import refuse_more_than_memory
-from pyrovae.programs.reach import evaluation_mode
+from pyrovae.programs.splitting import inspect
 from pyrovae.programs.traces import Program
 
 __all__ = ["run_populations", "sequential_monte_carlo", "systematic_ancestors"]
@@ -49,9 +50,9 @@ def run_populations(
     """
     state = start(potential, potential.draw())
     size = potential.num_chains // num_populations
-    shape = (num_populations, size, potential.num_data)
+    shape = (num_populations, size, state.u.shape[1])
     log_weights = state.log_weight.new_zeros(shape, dtype=torch.float64)  # since the last resampling
-    log_means = log_weights.new_zeros(num_populations, potential.num_data)
+    log_means = log_weights.new_zeros(num_populations, shape[2])
     acceptance = torch.zeros_like(state.log_weight[0])
     last = len(kernels.temperatures) - 1
     for t in range(1, last + 1):
@@ -157,21 +158,26 @@ def sequential_monte_carlo(
     """
     num_populations = check_count("num_populations", num_populations)
     num_chains = check_count("num_chains", num_chains, least=2)
-    settings = Settings(
-        num_populations * num_chains, num_temperatures, num_leapfrog_steps, schedule, data_batch_size, compile, progress
+    options = AnnealingOptions(
+        num_chains=num_populations * num_chains,
+        num_temperatures=num_temperatures,
+        num_leapfrog_steps=num_leapfrog_steps,
+        schedule=schedule,
+        plate=plate,
+        data_batch_size=data_batch_size,
+        compile=compile,
+        progress=progress,
     )
-    with evaluation_mode(model, guide) as device:
-        refuse_more_than_memory("num_chains", settings.num_chains, device)
-        if device is not None:
-            args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
-        pair = Pair(model, guide or prior_of(model), args, kwargs, plate, data_batch_size)
-        parts = until_interrupted(_populations(pair, settings, num_populations, guide is None))
+    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (device, args, kwargs):
+        refuse_more_than_memory("num_chains", options.num_chains, device)
+        pair = inspect(model, guide or prior_of(model), args, kwargs, options.plate, options.data_batch_size)
+        parts = until_interrupted(_populations(pair, options, num_populations, guide is None))
         return LogMarginalLikelihood.concatenate(parts)
 
 
 def _populations(
-    pair: Pair, settings: Settings, num_populations: int, from_prior: bool
+    pair: Pair, options: AnnealingOptions, num_populations: int, from_prior: bool
 ) -> Iterator[tuple[LogMarginalLikelihood, int, int]]:
-    for block in tuned_blocks(pair, settings, from_prior, passes=1):
+    for block in tuned_blocks(pair, options, from_prior, passes=1):
         found = run_populations(block.potential, block.kernels, num_populations, block.tick)
         yield LogMarginalLikelihood.from_annealed(found.log_weights, found.acceptance), block.stop, pair.num_data

@@ -1,1 +1,1 @@
-"""Recording a Pyro program as a pure tensor function, and compiling it."""
+"""Recording a Pyro program as a pure tensor function, and compiling it: start in `record.py`."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["compiled_by_inductor", "import_compiler", "refuse_unwritable_cache", "remove_damaged_library"]
+__all__ = ["check_cache_is_writable", "compiled_by_inductor", "import_compiler", "remove_damaged_library"]
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -22,7 +22,7 @@ def compiled_by_inductor(graph: torch.fx.GraphModule) -> Callable:
         "fallback_random": True,
         "reorder_for_locality": False,
         "reorder_for_peak_memory": False,
-        # No guards: `Extracted` has already checked everything that a guard would check.
+        # No guards: `Recording` has already checked everything that a guard would check.
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
     }
     return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
@@ -51,7 +51,7 @@ def import_compiler() -> None:
             os.environ.pop(_CACHE, None)
 
 
-def refuse_unwritable_cache() -> None:
+def check_cache_is_writable() -> None:
     """Raise OSError if Inductor cannot write to its cache."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 

@@ -5,14 +5,16 @@ they take a third of its time. Recording runs them once. What remains is a few h
 buffers, arguments and new random numbers, which Inductor fuses. (`torch.compile` on the Pyro program itself breaks the
 graph at every handler and makes it slower.)
 
-A recording freezes what Python sees: numbers, attributes, lengths, the branch taken, and tensors that are neither
-parameters, buffers nor arguments (frozen by identity: their values may change in place). A new recording is made if the
-shape, dtype or device of an argument, parameter or buffer changes, or the train/eval mode of a module. Each call draws
-new noise from torch's generator in the order of the eager program, so both give the same numbers up to rounding. Checks
-of values are left out: run a program eagerly before you record it.
+A recording keeps what Python sees as constants: numbers, attributes, lengths, the branch taken, and tensors that are
+neither parameters, buffers nor arguments (the same tensor, whose values may change in place). A new recording is made
+if the shape, dtype or device of an argument, parameter or buffer changes, or the train/eval mode of a module. Each call
+draws new noise from torch's generator in the order of the eager program, so both give the same numbers up to rounding;
+`self_check.py` compares them. Checks of values are left out: run a program eagerly before you record it.
+
+What is recorded: a step (`training/acceleration.py`), a chunk of draws (`evaluation/recorded_draw.py`), a gradient of
+annealing (`annealing/potential.py`) and of refinement (`guides/refinement.py`). When: `policy.py`.
 """
 
-import inspect
 import logging
 import random
 import warnings
@@ -29,87 +31,65 @@ from torch import Tensor, nn
 
 from pyrovae.common.arguments import without_checks
 from pyrovae.compiled.compiler import (
+    check_cache_is_writable,
     compiled_by_inductor,
     import_compiler,
-    refuse_unwritable_cache,
     remove_damaged_library,
 )
-from pyrovae.compiled.frozen import (
-    Comparison,
-    refuse_captured_parameters,
-    refuse_hooks_of_gradients,
-    refuse_reading,
-    refuse_sizes_by_values,
-)
-from pyrovae.compiled.signature import Last, kinds
-from pyrovae.programs.reach import modules_behind
+from pyrovae.compiled.hidden_state import ReadsByPython, check_gradient_hooks, check_graph
+from pyrovae.compiled.self_check import Inputs, SelfCheck
+from pyrovae.compiled.signature import Last, Snapshot, kinds
 
-__all__ = ["Extracted", "all_ours", "extract"]
+__all__ = ["Recording", "record"]
 
 _logger = logging.getLogger("pyrovae")
-_OURS = {"pyrovae", "torch", "zuko"}
+
+Results = tuple[list[Tensor], list[Tensor | None]]  # outputs, gradients
 
 
-def all_ours(*programs: Any) -> bool:
-    """Whether programs are modules of pyrovae, torch and zuko only: recording third-party code may freeze values."""
-    parts = {type(part) for module in modules_behind(*programs) for part in module.modules()}
-    return all(map(_is_ours, programs)) and all(part.__module__.partition(".")[0] in _OURS for part in parts)
-
-
-def _is_ours(program: Any) -> bool:
-    if inspect.ismethod(program):
-        return _is_ours(program.__self__)
-    # A function of this library wraps a program that is checked on its own (annealing's prior of a model).
-    return isinstance(program, nn.Module) or getattr(program, "__module__", "").partition(".")[0] == "pyrovae"
-
-
-def extract(
+def record(
     function: Callable[..., tuple[Tensor, ...]],
     modules: Sequence[nn.Module],
     examples: Sequence[Tensor],
     *,
     gradients: bool = False,
     inductor: bool = True,
-) -> "Extracted | None":
+) -> "Recording | None":
     """Record and compile a function of tensors and of the modules it refers to.
 
     Args:
         function: Tensors -> tuple of tensors.
         modules: The modules whose parameters and buffers it uses.
         examples: Tensors like those it will be called with.
-        gradients: Also return d(first output) / d(parameter) for each of `Extracted.parameters`.
+        gradients: Also return d(first output) / d(parameter) for each of `Recording.parameters`.
         inductor: Compile the recording, which takes seconds. If False, run the recorded operations as they are, which
             already saves Pyro's overhead.
 
     Returns:
-        The recording, or None if that fails (control flow that depends on values, no C++ compiler). One line of the log
-        gives the reason, and the caller runs its eager program.
+        The recording, or None if that fails (control flow that depends on values, no C++ compiler) or the self-check
+        finds other values, gradients or buffers than the function's. One line of the log gives the reason, and the
+        caller runs its eager program.
     """
-    extracted = Extracted(function, modules, gradients, inductor)
+    recording = Recording(function, modules, gradients, inductor)
     try:
         try:
-            extracted.at(*examples)
+            recording.at(*examples)
         except Exception as error:
             if not (inductor and remove_damaged_library(error)):
                 raise
-            extracted.at(*examples)
+            recording.at(*examples)
     except Exception as error:  # any failure: the caller can always run its eager program
-        _say_why(error)
+        _log_reason(error)
         return None
-    return extracted
+    return recording
 
 
-def _say_why(error: Exception) -> None:
-    reason = str(error).strip().partition("\n")[0]
-    _logger.warning("runs eagerly: recording and compiling failed (%s: %s)", type(error).__name__, reason)
-
-
-class Extracted:
+class Recording:
     """A recorded function. Each call uses the current values of parameters and buffers, and draws new noise.
 
     A call with tensors returns the outputs and the gradients in the order of `parameters` (None for a parameter without
     one; an empty list if gradients were not requested). Each new signature (shapes, strides, dtypes, devices, modes) is
-    recorded; the last `CAPACITY` recordings are kept. If recording fails, calls with that signature run the function
+    recorded; the last `CAPACITY` graphs are kept. If recording fails, calls with that signature run the function
     itself, and the log says so.
     """
 
@@ -124,7 +104,7 @@ class Extracted:
         self.modules = nn.ModuleList(modules)
         self.gradients = gradients
         self.num_recordings = 0
-        self._recorded: OrderedDict[Any, Callable[..., tuple[list[Tensor], list[Tensor | None]]]] = OrderedDict()
+        self._recorded: OrderedDict[Any, Callable[..., Results]] = OrderedDict()
         self._last: Last | None = None
 
     @property
@@ -132,11 +112,11 @@ class Extracted:
         """The trainable parameters, each once: gradients come in this order."""
         return [parameter for parameter in self.modules.parameters() if parameter.requires_grad]
 
-    def __call__(self, *tensors: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    def __call__(self, *tensors: Tensor) -> Results:
         return self.at(*tensors)()
 
-    def at(self, *tensors: Tensor) -> Callable[[], tuple[list[Tensor], list[Tensor | None]]]:
-        """Return the recording for these tensors, recorded now if necessary.
+    def at(self, *tensors: Tensor) -> Callable[[], Results]:
+        """Return the recorded function for these tensors, recorded now if necessary.
 
         Call the result as often as you like while only values change. Unlike `__call__`, it does not check whether the
         modules have changed.
@@ -156,7 +136,7 @@ class Extracted:
             except Exception as error:
                 if not self.num_recordings:
                     raise
-                _say_why(error)  # do not raise: the caller has worked with an earlier recording already
+                _log_reason(error)  # do not raise: the caller has worked with an earlier recording already
                 run = self._run_eagerly
             self._recorded[signature] = run
             if len(self._recorded) > self.CAPACITY:
@@ -164,78 +144,67 @@ class Extracted:
         self._recorded.move_to_end(signature)
         return Last(self.modules, tensors, run, list(state.values()))
 
-    def _run_eagerly(self, tensors: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-        leaves = self.parameters if self.gradients else []
-        with torch.set_grad_enabled(self.gradients):
-            outputs = self.function(*tensors)
-            gradients = torch.autograd.grad(outputs[0], leaves, allow_unused=True) if leaves else ()
-        return [output.detach() for output in outputs], list(gradients)
-
     def _signature(self, tensors: Sequence[Tensor]) -> tuple:
         modes = tuple(module.training for module in self.modules.modules())
         trained = tuple(parameter.requires_grad for parameter in self.modules.parameters())
         return modes, trained, *kinds(tensors)
 
-    def _record(self, tensors: Sequence[Tensor], state: dict[str, Tensor]) -> Callable:
+    def _record(self, tensors: Sequence[Tensor], state: dict[str, Tensor]) -> Callable[..., Results]:
+        """Record the function for tensors and modules like these, check the recording, compile it, check it again."""
         import_compiler()
         if self.inductor:
-            refuse_unwritable_cache()
+            check_cache_is_writable()
         from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
 
-        names = list(state)
-        trained = {name for name, parameter in self.modules.named_parameters() if parameter.requires_grad}
-        has_gradient: list[bool] = []
-
-        def flat(tensors: list[Tensor], values: list[Tensor]) -> list[Tensor]:
-            given = dict(zip(names, values, strict=True))
-            if self.gradients:
-                given = {n: v.detach().requires_grad_() if n in trained else v for n, v in given.items()}
-            with torch.set_grad_enabled(self.gradients):
-                by_id = {
-                    id(slot): given[name]
-                    for name, slot in (*self.modules.named_parameters(), *self.modules.named_buffers())
-                }
-                # List each slot once: functional_call would restore a module reached by two paths wrongly, as a clone.
-                placed = {
-                    f"{path}.{name}" if path else name: by_id[id(slot)]
-                    for path, module in self.modules.named_modules()
-                    for name, slot in (*module._parameters.items(), *module._buffers.items())
-                    if slot is not None and id(slot) in by_id
-                }
-                outputs = torch.func.functional_call(
-                    _Caller(self.modules), _prefixed(placed), (self.function, *tensors), tie_weights=False
-                )
-                leaves = [given[name] for name in names if name in trained] if self.gradients else []
-                gradients = torch.autograd.grad(outputs[0], leaves, allow_unused=True) if leaves else ()
-            has_gradient[:] = [gradient is not None for gradient in gradients]
-            return [*(o.detach() for o in outputs), *(g for g in gradients if g is not None)]
-
-        # Give each argument its own alias: one tensor passed twice now may be two tensors at the next call.
-        given = [tensor.detach() for tensor in tensors]
+        check_gradient_hooks(self.modules)
         devices = list({tensor.device for tensor in (*tensors, *state.values()) if tensor.is_cuda})
-        programs = self._run_eagerly, self.function
-        refuse_hooks_of_gradients(self.modules)
-        with _unseen(devices), Comparison(*programs, self.modules, given, state, devices) as comparison:
-            comparison.check_program()
-            with comparison.noise(0), refuse_reading():
-                graph = make_fx(flat)(given, [tensor.clone() for tensor in state.values()])
-            refuse_captured_parameters(graph)
-            refuse_sizes_by_values(graph)
-            comparison.check_recording(graph)
+        # Give each argument its own alias: one tensor passed twice now may be two tensors at the next call.
+        given = Inputs([tensor.detach() for tensor in tensors], [value.clone() for value in state.values()], noise=1)
+        with _unseen(devices), Snapshot(self.modules) as before:
+            check = SelfCheck(self._run_eagerly, self.modules, list(state), before, devices)
+            expected = check.check_program(self.function, given)
+            with check.noise(0), ReadsByPython():
+                graph = make_fx(partial(self._run_on, list(state)))(given.tensors, [v.clone() for v in state.values()])
+            check_graph(graph)
+            elsewhere = check.check_recording(graph, given, expected)
             compiled: Callable = graph
             if self.inductor:
                 compiled = self.compiler(graph)
-                comparison.check_compiled(graph, compiled)  # compiles now, so that a failure shows here
+                check.check_compiled(graph, compiled, elsewhere)  # compiles now, so that a failure shows here
         self.num_recordings += 1
 
-        def run(tensors: Sequence[Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+        def run(tensors: Sequence[Tensor], values: list[Tensor]) -> Results:
             with torch.no_grad():
-                results = compiled(list(tensors), values)
-            num_outputs = len(results) - sum(has_gradient)
-            gradients = iter(results[num_outputs:])
-            return list(results[:num_outputs]), [next(gradients) if there else None for there in has_gradient]
+                return compiled(list(tensors), values)
 
         return run
+
+    def _run_on(self, names: list[str], tensors: list[Tensor], values: list[Tensor]) -> Results:
+        """Run the function on other values of parameters and buffers: what `make_fx` records."""
+        given = dict(zip(names, values, strict=True))
+        trained = [name for name, parameter in self.modules.named_parameters() if parameter.requires_grad]
+        if self.gradients:
+            given |= {name: given[name].detach().requires_grad_() for name in trained}
+        by_id = {
+            id(slot): given[name] for name, slot in (*self.modules.named_parameters(), *self.modules.named_buffers())
+        }
+        # List each slot once: functional_call would restore a module reached by two paths wrongly, as a clone.
+        placed = {
+            ".".join(filter(None, ("modules_", path, name))): by_id[id(slot)]
+            for path, module in self.modules.named_modules()
+            for name, slot in (*module._parameters.items(), *module._buffers.items())
+            if slot is not None and id(slot) in by_id
+        }
+        with torch.set_grad_enabled(self.gradients):
+            outputs = torch.func.functional_call(
+                _Caller(self.modules), placed, (self.function, *tensors), tie_weights=False
+            )
+            return _with_gradients(outputs, [given[name] for name in trained] if self.gradients else [])
+
+    def _run_eagerly(self, tensors: Sequence[Tensor], _: Sequence[Tensor]) -> Results:
+        """Run the function on the modules as they are."""
+        with torch.set_grad_enabled(self.gradients):
+            return _with_gradients(self.function(*tensors), self.parameters if self.gradients else [])
 
 
 class _Caller(nn.Module):
@@ -249,8 +218,14 @@ class _Caller(nn.Module):
         return function(*tensors)
 
 
-def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"modules_.{name}": tensor for name, tensor in state.items()}
+def _with_gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> Results:
+    gradients = torch.autograd.grad(outputs[0], leaves, allow_unused=True) if leaves else ()
+    return [output.detach() for output in outputs], list(gradients)
+
+
+def _log_reason(error: Exception) -> None:
+    reason = str(error).strip().partition("\n")[0]
+    _logger.warning("runs eagerly: recording and compiling failed (%s: %s)", type(error).__name__, reason)
 
 
 @contextmanager

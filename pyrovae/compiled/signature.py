@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Kept", "Last", "kinds"]
+__all__ = ["Last", "Snapshot", "kinds"]
 
 
 class Last:
@@ -50,8 +50,8 @@ def kinds(tensors: Sequence[Tensor]) -> tuple:
     return kinds, torch.get_default_dtype(), autocast
 
 
-class Kept:
-    """The state of modules, to be restored after a program was run for inspection only."""
+class Snapshot:
+    """The state of modules, to be restored after a program was run for inspection only; `with` does so on exit."""
 
     def __init__(self, modules: nn.ModuleList):
         self.modules = modules
@@ -61,6 +61,12 @@ class Kept:
         self.values = [_keep_values(tensor) for tensor in tensors]
         plain = (value for _, before in self.others for value in before.values() if isinstance(value, Tensor))
         self.other_values = [_keep_values(tensor) for tensor in plain]
+
+    def __enter__(self) -> "Snapshot":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.put_back()
 
     def put_back_state(self) -> None:
         """Restore the values of parameters and buffers only."""

@@ -34,7 +34,10 @@ def pareto_tail(log_weights: Tensor | Weights) -> ParetoTail:
     Raises:
         ValueError: The array is not (S, N) with S >= 1.
     """
-    weights = Weights.of(log_weights)
+    return Weights.of(log_weights).once(_fit_tail)
+
+
+def _fit_tail(weights: Weights) -> ParetoTail:
     k, bound = weights.unknown(), weights.bound
     if len(weights) < 25:
         return ParetoTail(k, bound)

@@ -1,7 +1,9 @@
 """Log weights, checked and in float64, with the intermediate results that estimators share."""
 
 import math
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ _USUAL_TERMS = 100
 # Largest range in nats that counts as rounding in any dtype. It hides a gap of at most 1.3e-5 nats (range^2 / 8) and a
 # standard error of at most 0.005 / sqrt(S).
 _NEGLIGIBLE = 0.01
+
+
+_Shared = TypeVar("_Shared")
 
 
 class Weights:
@@ -49,6 +54,7 @@ class Weights:
         if not log_weights.is_floating_point():
             raise TypeError(f"log weights must be floating point, found {log_weights.dtype}")
         self.log = log_weights.double()
+        self._shared: dict[Callable, Any] = {}
         low, high = self.log.aminmax(dim=0)
         epsilon = torch.finfo(log_weights.dtype).eps
         self.spacing = epsilon * high.abs().clamp_min(1)
@@ -78,6 +84,12 @@ class Weights:
     def relative(self) -> Tensor:
         """w / mean(w), (S, N)."""
         return (self.log - self.bound).exp()
+
+    def once(self, function: "Callable[[Weights], _Shared]") -> _Shared:
+        """function(self), computed at the first call: a result that several estimators share."""
+        if function not in self._shared:
+            self._shared[function] = function(self)
+        return self._shared[function]
 
     def unknown(self) -> Tensor:
         """NaN for each datum, (N,)."""

@@ -11,9 +11,10 @@ from pyro.poutine.util import site_is_factor
 from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import import_arviz
+from pyrovae.evaluation.options import evaluation_of
 from pyrovae.programs.inspection import inspect_pair
-from pyrovae.programs.reach import evaluation_mode
-from pyrovae.programs.traces import Layout, Program, as_guide, log_weights_of, run_pair, sample_sites, trace_program
+from pyrovae.programs.log_densities import log_weights_of
+from pyrovae.programs.traces import Layout, Program, as_guide, run_pair, sample_sites, trace_program
 
 if TYPE_CHECKING:
     from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
@@ -74,7 +75,7 @@ def to_inference_data(
     if (model is None) != (guide is None):
         raise ValueError("drawing needs both the model and the guide: pass both, or neither")
     stats: dict[str, tuple[Any, np.ndarray]] = {
-        name: ("datum", getattr(result, name).numpy()) for name in result.per_datum()
+        name: ("datum", values.numpy()) for name, values in result.per_datum().items()
     }
     stats["bound"] = (("num_particles", "datum"), result.curve.numpy())
     coords = {"datum": np.arange(len(result)), "num_particles": result.curve_particles}
@@ -156,14 +157,16 @@ def _draws(
     def add(group: str, layout: Layout, name: str, site: dict, value: torch.Tensor, event_dim: int) -> None:
         draws.setdefault(group, {}).setdefault(name, []).append(_array(layout, site, value, event_dim))
 
-    with evaluation_mode(model, guide) as device, progress_bar("draws", num_draws, "draws", progress) as bar:
-        if device is not None:
-            args = tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
+    with (
+        evaluation_of(model, guide, args=args, kwargs={}) as (_, args, _),
+        progress_bar("draws", num_draws, "draws", progress) as bar,
+    ):
         guide = as_guide(guide)
-        layout, model_trace, _ = inspect_pair(model, guide, args, {}, plate)
+        pair = inspect_pair(model, guide, args, {}, plate)
+        layout = pair.layout
         observed = {
             name: _array(layout, site, site["value"], len(site["fn"].event_shape))
-            for name, site in sample_sites(model_trace)
+            for name, site in sample_sites(pair.model_trace)
             if site["is_observed"] and site["value"].numel()
         }
         free = poutine.uncondition(model)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.common.arguments import check_count, map_tensors
+from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
+from pyrovae.evaluation.options import evaluation_of
 from pyrovae.guides.base import Guide
 from pyrovae.programs.inspection import inspect_pair
-from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.simulation import simulate
 from pyrovae.programs.traces import Program, as_guide, sample_sites, trace_program
 
@@ -160,12 +160,10 @@ def simulation_based_calibration(
         Calibration (2018).
     """
     num_draws = check_count("num_draws", num_draws)
-    with evaluation_mode(model, guide) as device:
-        if device is not None:
-            args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
+    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (_, args, kwargs):
         trace, program, args, kwargs = simulate(model, guide, args, kwargs)
         guide = as_guide(guide)
-        layout, _, _ = inspect_pair(program, guide, args, kwargs, plate)
+        layout = inspect_pair(program, guide, args, kwargs, plate).layout
         if layout.dim is None or layout.subsampled:
             raise ValueError(
                 f"calibration needs a datum plate that holds all data at once; found "

@@ -10,6 +10,7 @@ from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
 from pyrovae.evaluation.log_weights import log_weight_blocks, until_interrupted
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.evaluation.options import SamplingOptions
 from pyrovae.guides.base import Guide
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program
@@ -78,11 +79,7 @@ def log_marginal_likelihood(
         Rezende, Mohamed & Wierstra, Stochastic Backpropagation (2014), appendix E.
         Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
     """
-    blocks = log_weight_blocks(
-        model,
-        guide,
-        args,
-        kwargs,
+    options = SamplingOptions(
         num_particles=num_particles,
         plate=plate,
         vectorize_particles=vectorize_particles,
@@ -91,6 +88,7 @@ def log_marginal_likelihood(
         compile=compile,
         progress=progress,
     )
+    blocks = log_weight_blocks(model, guide, args, kwargs, options)
     parts = ((LogMarginalLikelihood.from_log_weights(block), done, num_data) for block, done, num_data in blocks)
     return LogMarginalLikelihood.concatenate(until_interrupted(parts))
 

@@ -4,21 +4,20 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
-from pyrovae.compiled.draws import pays_off
+from pyrovae.compiled.policy import pays_off
 from pyrovae.estimators.standard_error import standard_error
 from pyrovae.evaluation.importance_sampling import log_marginal_likelihood
 from pyrovae.evaluation.log_weights import log_weights
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.evaluation.options import Options, evaluation_of
 from pyrovae.guides.base import Guide, check_guide
 from pyrovae.guides.refinement import Refined
-from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program
 
 __all__ = ["InferenceGaps", "inference_gaps"]
@@ -162,32 +161,30 @@ def inference_gaps(
         Cremer, Li & Duvenaud, Inference Suboptimality in Variational Autoencoders (2018).
     """
     check_guide(guide)
-    max_num_steps = check_count("max_num_steps", max_num_steps)
-    data_batch_size = check_count("data_batch_size", data_batch_size)
-    num_particles = check_count("num_particles", num_particles)
-    if num_particles < 2:
-        raise ValueError("the gap is unknown with one particle: num_particles must be 2 or more")
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, in nats per datum; found {tolerance}")
+    options = _Options(
+        num_particles=num_particles,
+        tolerance=tolerance,
+        max_num_steps=max_num_steps,
+        learning_rate=learning_rate,
+        data_batch_size=data_batch_size,
+        compile=compile,
+        progress=progress,
+    )
     if annealed is not None and (not isinstance(annealed, LogMarginalLikelihood) or len(annealed) != len(x)):
         raise ValueError(
             f"annealed must be the result of annealed_importance_sampling for the same {len(x):,} data, found {annealed!r}"
         )
-    with evaluation_mode(guide, model) as device:
-        x = x if device is None else x.to(device)
-        if compile == "auto":
-            # A lower bound on the number of gradients; one gradient costs about as much as three weights.
-            num_gradients = len(x) * _DRAWS * min(3 * _FIRST_STEPS, max_num_steps)
-            compile = pays_off(3 * num_gradients, model, guide)
-        steps = _Steps(model, guide, tolerance, max_num_steps, learning_rate, min(data_batch_size, len(x)), compile)
-        with progress_bar("refining", len(x), "data", progress) as bar:
-            parameters, num_steps, converged = steps.best(x, bar.update)
-    start = log_marginal_likelihood(model, guide, x, num_particles=num_particles, progress=progress)
+    with (
+        evaluation_of(guide, model, args=(x,), kwargs={}) as (_, (x,), _),
+        progress_bar("refining", len(x), "data", progress) as bar,
+    ):
+        parameters, num_steps, converged = _search(model, guide, len(x), options).best(x, bar.update)
+    start = log_marginal_likelihood(model, guide, x, num_particles=options.num_particles, progress=progress)
     # An interrupted evaluation returns the first data only.
     x, parameters = x[: len(start)], parameters[: len(start)]
-    best = log_marginal_likelihood(*_known(model, guide), x, parameters, num_particles=num_particles, progress=progress)
+    best = log_marginal_likelihood(
+        *_known(model, guide), x, parameters, num_particles=options.num_particles, progress=progress
+    )
     start, num_steps, converged = start[: len(best)], num_steps[: len(best)], converged[: len(best)]
     log_prob, stderr, share = best.log_prob, best.stderr, torch.ones_like(best.log_prob)
     if annealed is not None:
@@ -197,7 +194,7 @@ def inference_gaps(
         share = both.softmax(0)[0]
         stderr = ((share * best.stderr).square() + ((1 - share) * annealed.stderr).square()).sqrt()
     return InferenceGaps(
-        num_particles=num_particles,
+        num_particles=options.num_particles,
         log_prob=log_prob,
         stderr=stderr,
         elbo=start.elbo,
@@ -224,23 +221,59 @@ def _approximation_stderr(best: LogMarginalLikelihood, stderr: Tensor, share: Te
     return (stderr.square() + elbo - 2 * share * covariance).clamp_min(0).sqrt()
 
 
-class _Steps:
-    """Search for the best parameters."""
+@dataclass(frozen=True, kw_only=True)
+class _Options(Options):
+    """Options of `inference_gaps`."""
 
-    def __init__(
-        self,
-        model: Program,
-        guide: Guide,
-        tolerance: float,
-        max_num_steps: int,
-        learning_rate: float,
-        batch_size: int,
-        compile: bool,
-    ):
-        self.model, self.guide, self.tolerance, self.max_num_steps = model, guide, tolerance, max_num_steps
-        self.refined = Refined(guide, model, num_particles=_DRAWS, learning_rate=learning_rate)
-        self.compiled = self.refined.compiled(batch_size) if compile else self.refined
-        self.batch_size = batch_size
+    num_particles: int
+    data_batch_size: int
+    max_num_steps: int
+    tolerance: float
+    learning_rate: float
+
+    counts: ClassVar[tuple[str, ...]] = ("max_num_steps", "data_batch_size", "num_particles")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_particles < 2:
+            raise ValueError("the gap is unknown with one particle: num_particles must be 2 or more")
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance must be positive, in nats per datum; found {self.tolerance}")
+
+
+def _search(model: Program, guide: Guide, num_data: int, options: _Options) -> "_Search":
+    compile = options.compile
+    if compile == "auto":
+        # At least these steps; the gradient of a draw costs about as much as three weights.
+        num_runs, num_rows = min(3 * _FIRST_STEPS, options.max_num_steps), 3 * num_data * _DRAWS
+        compile = pays_off(num_runs, num_rows, repeated=[model], once=[guide])
+    batch_size = min(options.data_batch_size, num_data)
+    refined = Refined(guide, model, num_particles=_DRAWS, learning_rate=options.learning_rate)
+    compiled = refined.compiled(batch_size) if compile else refined
+    return _Search(model, guide, refined, compiled, batch_size, options.tolerance, options.max_num_steps)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Search for the best parameters.
+
+    Attributes:
+        model: Pyro program of x
+        guide: its guide
+        refined: the guide, refined
+        compiled: the same, with its gradients recorded for full batches
+        batch_size: number of data refined at once
+        tolerance: gain below which refinement stops
+        max_num_steps: steps after which it stops
+    """
+
+    model: Program
+    guide: Guide
+    refined: Refined
+    compiled: Refined
+    batch_size: int
+    tolerance: float
+    max_num_steps: int
 
     @torch.no_grad()
     def best(self, x: Tensor, settle: Callable[[int], Any]) -> tuple[Tensor, Tensor, Tensor]:

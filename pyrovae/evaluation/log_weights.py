@@ -5,23 +5,31 @@ once, which the reducers of `pyrovae.estimators` require, while memory does not 
 """
 
 import warnings
-from collections.abc import Iterator
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from pyro.poutine import Trace
+from torch import Tensor, nn
 
-from pyrovae.common.arguments import check_count, map_tensors
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import warn_once
-from pyrovae.compiled.draws import pays_off, record_draw
+from pyrovae.compiled.policy import pays_off
+from pyrovae.evaluation.options import SamplingOptions, evaluation_of
+from pyrovae.evaluation.recorded_draw import RecordedDraw, record_draw
 from pyrovae.guides.base import Guide
-from pyrovae.programs.pair import Pair, RecordedChunk
-from pyrovae.programs.particles import refuse_more_than_memory
-from pyrovae.programs.reach import evaluation_mode, modules_behind
+from pyrovae.programs.inspection import refuse_impossible_data
+from pyrovae.programs.log_densities import log_weights_of
+from pyrovae.programs.pair import Block, Pair, guide_given
+from pyrovae.programs.particles import halved, refuse_more_than_memory, run_particles
+from pyrovae.programs.reach import modules_behind
+from pyrovae.programs.splitting import inspect
 from pyrovae.programs.traces import Program
 
-__all__ = ["log_weight_blocks", "log_weights", "until_interrupted"]
+__all__ = ["Drawn", "draw", "log_weight_blocks", "log_weights", "until_interrupted"]
+
+_OTHERS = 8  # further runs, all of which must find data impossible before they are reported
 
 _Part = TypeVar("_Part")
 
@@ -52,11 +60,7 @@ def log_weights(
     References:
         Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
     """
-    blocks = log_weight_blocks(
-        model,
-        guide,
-        args,
-        kwargs,
+    options = SamplingOptions(
         num_particles=num_particles,
         plate=plate,
         vectorize_particles=vectorize_particles,
@@ -65,68 +69,134 @@ def log_weights(
         compile=compile,
         progress=progress,
     )
-    return torch.cat([block for block, _, _ in blocks], dim=1)
+    return torch.cat([block for block, _, _ in log_weight_blocks(model, guide, args, kwargs, options)], dim=1)
 
 
 def log_weight_blocks(
-    model: Program,
-    guide: Program,
-    args: tuple,
-    kwargs: dict,
-    *,
-    num_particles: int,
-    plate: str | None,
-    vectorize_particles: bool | Literal["auto"],
-    data_batch_size: int | Literal["auto"] | None,
-    particle_batch_size: int | Literal["auto"],
-    compile: bool | Literal["auto"],
-    progress: bool,
+    model: Program, guide: Program, args: tuple, kwargs: dict, options: SamplingOptions
 ) -> Iterator[tuple[Tensor, int, int]]:
     """Yield the log weights in blocks of data, in order: (array (S, B), number of data done, number of data in all)."""
-    num_particles = check_count("num_particles", num_particles)
-    if data_batch_size not in ("auto", None):
-        data_batch_size = check_count("data_batch_size", data_batch_size)
-    if particle_batch_size != "auto":
-        particle_batch_size = check_count("particle_batch_size", particle_batch_size)
-    if vectorize_particles not in (True, False, "auto"):
-        raise ValueError(f"vectorize_particles must be True, False or 'auto', found {vectorize_particles!r}")
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
-    with evaluation_mode(model, guide) as device:
+    num_particles = options.num_particles
+    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (device, args, kwargs):
         refuse_more_than_memory("num_particles", num_particles, device)
-        if device is not None:
-            args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
-        pair = Pair(model, guide, args, kwargs, plate, data_batch_size)
-        block_size, chunk_size = pair.sizes(num_particles, data_batch_size, particle_batch_size)
-        vectorised = bool(vectorize_particles)
-        if vectorised and (reason := pair.reason_to_loop(block_size)):
-            if vectorize_particles is True:
-                raise ValueError(
-                    f"the program cannot draw its particles under an outer plate ({reason}); "
-                    f"vectorize_particles='auto' draws them one by one"
-                )
-            warn_once(
-                model,
-                f"particles are drawn one by one, which is slow: under an outer plate the program fails ({reason}); "
-                f"use networks that keep leading dimensions (no view(-1, D), no fixed dim=1)",
-            )
-            vectorised = False
-        modules = modules_behind(model, guide)
+        pair = inspect(model, guide, args, kwargs, options.plate, options.data_batch_size)
+        block_size, chunk_size = pair.sizes(num_particles, options.data_batch_size, options.particle_batch_size)
+        vectorised = _can_vectorise(pair, block_size, options.vectorize_particles)
+        compile = options.compile
         if compile == "auto":
-            compile = pays_off(pair.num_data * num_particles, model, guide)
+            compile = pays_off(num_particles, pair.num_data, repeated=[model], once=[guide])
         if compile and isinstance(pair.guide, Guide):
-            pair.guide = pair.guide.compiled(block_size)
+            pair = replace(pair, guide=pair.guide.compiled(block_size))
         recorded = None
         if vectorised and compile and chunk_size < num_particles:
-            with torch.no_grad():
-                draw, example = pair.chunk_of(block_size, chunk_size)
-                recording = record_draw(draw, modules, *example)
-            if recording is not None:
-                recorded = RecordedChunk((block_size, chunk_size), recording.given)
-        with progress_bar("log weights", pair.num_data, "data", progress) as bar:
+            recorded = _record(pair, modules_behind(model, guide), block_size, chunk_size)
+        with progress_bar("log weights", pair.num_data, "data", options.progress) as bar:
             for start, stop in pair.blocks(block_size):
-                yield pair.block(start, stop, num_particles, chunk_size, vectorised, recorded), stop, pair.num_data
+                block = pair.block(start, stop)
+                weights, chunk_size = _draw_block(pair, block, num_particles, chunk_size, vectorised, recorded)
+                yield weights, stop, pair.num_data
                 bar.update(stop - start)
+
+
+def _can_vectorise(pair: Pair, block_size: int, wanted: bool | Literal["auto"]) -> bool:
+    """Whether to draw particles under an outer plate; warns if they must be drawn one by one."""
+    if not wanted or not (reason := pair.reason_to_loop(block_size)):
+        return bool(wanted)
+    if wanted is True:
+        raise ValueError(
+            f"the program cannot draw its particles under an outer plate ({reason}); "
+            f"vectorize_particles='auto' draws them one by one"
+        )
+    warn_once(
+        pair.model,
+        f"particles are drawn one by one, which is slow: under an outer plate the program fails ({reason}); "
+        f"use networks that keep leading dimensions (no view(-1, D), no fixed dim=1)",
+    )
+    return False
+
+
+class Drawn(NamedTuple):
+    """Some particles of a block of data.
+
+    Attributes:
+        log_weights: (S, B); S = 1 without an outer plate.
+        model_trace: Trace of the model, with the draws of all sites.
+        guide_trace: Trace of the guide.
+    """
+
+    log_weights: Tensor
+    model_trace: Trace
+    guide_trace: Trace
+
+
+@torch.no_grad()
+def draw(pair: Pair, block: Block, num_particles: int | None) -> Drawn:
+    """Draw all sites of a block, and their log weights: `num_particles` under an outer plate, or one if None."""
+    traces = _run(pair, block, num_particles)
+    return Drawn(log_weights_of(block.layout, *traces, num_particles), *traces)
+
+
+def _run(pair: Pair, block: Block, num_particles: int | None) -> tuple[Trace, Trace]:
+    guide = guide_given(pair.guide, block.encoded)
+    return run_particles(pair.model, guide, block.args, block.kwargs, block.layout, num_particles)
+
+
+class _RecordedChunk(NamedTuple):
+    sizes: tuple[int, int]  # (data, particles)
+    draw: RecordedDraw
+
+
+def _record(pair: Pair, modules: list[nn.Module], block_size: int, chunk_size: int) -> _RecordedChunk | None:
+    """Record the draw of a chunk of this size, if possible."""
+    example = pair.block(0, block_size)
+
+    def chunk(encoded: Tensor | None, args: tuple, kwargs: dict) -> Tensor:
+        return draw(pair, example._replace(encoded=encoded, args=args, kwargs=kwargs), chunk_size).log_weights
+
+    with torch.no_grad():
+        recording = record_draw(chunk, modules, example.encoded, example.args, example.kwargs)
+    return None if recording is None else _RecordedChunk((block_size, chunk_size), recording)
+
+
+@torch.no_grad()
+def _draw_block(
+    pair: Pair, block: Block, num_particles: int, chunk_size: int, vectorised: bool, recorded: _RecordedChunk | None
+) -> tuple[Tensor, int]:
+    """Log weights (S, B) of a block, by the recording if it has this chunk size; and the chunk size that memory allows."""
+    # Allocate one array at the start: small arrays kept among large ones that are freed prevent the heap from
+    # shrinking.
+    log_weights = torch.empty(0)
+    drawn = 0
+    next_chunk: Callable[[], Tensor] | None = None
+    while drawn < num_particles:
+        size = min(chunk_size, num_particles - drawn) if vectorised else None
+        too_many = None
+        try:
+            # The first chunk of each block is drawn eagerly, with every check.
+            if drawn and recorded is not None and (block.layout.num_data, size) == recorded.sizes:
+                next_chunk = next_chunk or recorded.draw.given(block.encoded, block.args, block.kwargs)
+                chunk = next_chunk()
+            else:
+                chunk = _draw_checked(pair, block, size) if not drawn else draw(pair, block, size).log_weights
+        except torch.OutOfMemoryError as error:
+            too_many = error.with_traceback(None)  # the frames of the traceback keep large tensors alive
+        if too_many is not None:
+            chunk_size = halved(size, block.layout.num_data, too_many)
+            continue
+        if not drawn:
+            log_weights = chunk.new_empty(num_particles, chunk.shape[1])
+        log_weights[drawn : drawn + len(chunk)] = chunk
+        drawn += len(chunk)
+    return log_weights, chunk_size
+
+
+def _draw_checked(pair: Pair, block: Block, size: int | None) -> Tensor:
+    """Log weights of the first chunk of a block; ValueError if its data are impossible, which `inspect` saw a few of."""
+    model_trace, guide_trace = _run(pair, block, size)
+    if pair.split_size is not None:
+        others = (_run(pair, block._replace(encoded=None), size)[0] for _ in range(_OTHERS))
+        refuse_impossible_data(model_trace, others)
+    return log_weights_of(block.layout, model_trace, guide_trace, size)
 
 
 def until_interrupted(blocks: Iterator[tuple[_Part, int, int]]) -> list[_Part]:

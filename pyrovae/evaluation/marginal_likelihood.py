@@ -1,8 +1,13 @@
-"""Result of an estimate of log p(x): per-datum numbers from log weights, and diagnostics of how far to trust them."""
+"""Result of an estimate of log p(x): per-datum numbers from log weights, and diagnostics of how far to trust them.
+
+A new estimate is one function in `pyrovae.estimators`, and one line among the fields of `LogMarginalLikelihood`: it is
+then computed, joined, selected, exported to ArviZ and its file, and shown in the summary.
+"""
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +16,100 @@ from pyrovae import estimators
 from pyrovae.estimators.standard_error import standard_error
 from pyrovae.estimators.weights import Weights
 
-__all__ = ["LogMarginalLikelihood"]
+__all__ = ["LogMarginalLikelihood", "estimate"]
+
+_Text = Callable[["LogMarginalLikelihood"], str | None]
 
 
-@dataclass(frozen=True, repr=False)
+class _Estimate(NamedTuple):
+    compute: Callable[[Weights], Tensor] | None
+    label: str | None
+    text: str | _Text
+    of_annealed: bool
+
+    def line(self, result: "LogMarginalLikelihood", values: Tensor) -> str | None:
+        """The line of the summary; None if there is none."""
+        if isinstance(self.text, str):
+            said = None if values.isnan().all() else f"{values.mean():10.3f}   {self.text}".rstrip()
+        else:
+            said = self.text(result)
+        return None if self.label is None or said is None else f"  {self.label:16}{said}"
+
+
+def estimate(
+    compute: Callable[[Weights], Tensor] | None,
+    label: str | None = None,
+    text: str | _Text = "",
+    *,
+    of_annealed: bool = True,
+) -> dict[str, Any]:
+    """Metadata that declare a field of `LogMarginalLikelihood`: an estimate (N,) from log weights.
+
+    Args:
+        compute: log weights (S, N) -> (N,); None for numbers that do not come from weights
+        label: name of its line in the summary; None if it has no line of its own
+        text: what the line says behind the mean over data; or a function of the result that gives all behind the label,
+            None to leave out the line. A mean that is unknown has no line
+        of_annealed: whether annealed weights have this estimate; NaN if not
+    """
+    return {"estimate": _Estimate(compute, label, text, of_annealed)}
+
+
+def _of_log_prob(result: "LogMarginalLikelihood") -> str:
+    known = (
+        f"Monte Carlo error and bias are unknown with one {result._unit}"
+        if result.num_particles == 1
+        else f"± {result.mean_mc_stderr:.3f} Monte Carlo; a lower bound, too low by >= {result.bias_estimate:.3f}"
+    )
+    return f"{result.mean:10.3f}   ± {result.mean_stderr:.3f} over data, {known}"
+
+
+def _of_jackknife(result: "LogMarginalLikelihood") -> str | None:
+    if result.num_particles == 1:
+        return None
+    return (
+        f"{result.jackknife.mean():10.3f}   jackknife; {result.jackknife_2.mean():.3f} of order 2, "
+        f"{result.smoothed.mean():.3f} Pareto-smoothed; not bounds"
+    )
+
+
+def _of_gap(result: "LogMarginalLikelihood") -> str | None:
+    if result.acceptance is not None:
+        return None
+    if result.num_particles == 1:
+        return "   unknown with one particle"
+    return f"{result.gap.mean():10.3f}   a lower estimate of KL(q(z|x) || p(z|x))"
+
+
+def _of_acceptance(result: "LogMarginalLikelihood") -> str | None:
+    return None if result.acceptance is None else f"{result.acceptance.mean():10.2f}   of the trajectories"
+
+
+def _of_ess(result: "LogMarginalLikelihood") -> str | None:
+    return None if result.num_particles == 1 else f"{result.ess.median():10.1f}   median, of {result._counted}"
+
+
+def _of_tails(result: "LogMarginalLikelihood") -> str | None:
+    bad, doubtful = result.share_of_bad_k(), result.share_of_bad_k(0.5)
+    if math.isnan(bad):
+        return None
+    limit, num_data = result.pareto_k_limit, len(result)
+    lines = [f"{result.pareto_k.nanmedian():10.2f}   median; the limit is {limit:.2f}"]
+    if bad > 0:
+        lines.append(
+            f"  {round(bad * num_data):,} of {_data(num_data)} have k > {limit:.2f}, so their estimates cannot be trusted: "
+            f"use more particles, a better guide, or annealed importance sampling"
+        )
+    if doubtful > 0:
+        lines.append(f"  {round(doubtful * num_data):,} have k > 0.5: their standard errors may be too small")
+    return "\n".join(lines)
+
+
+def _data(count: int) -> str:
+    return f"{count:,} {'datum' if count == 1 else 'data'}"
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
 class LogMarginalLikelihood:
     """Estimates of log p(x) per datum: float64 tensors (N,) on the CPU, in nats.
 
@@ -38,20 +133,20 @@ class LogMarginalLikelihood:
     """
 
     num_particles: int
-    log_prob: Tensor
-    stderr: Tensor
-    elbo: Tensor
-    elbo_stderr: Tensor
-    gap: Tensor
-    gap_stderr: Tensor
-    jackknife: Tensor
-    jackknife_2: Tensor
-    smoothed: Tensor
-    ess: Tensor
-    pareto_k: Tensor
+    log_prob: Tensor = field(metadata=estimate(estimators.importance_weighted_bound, "log p(x)", _of_log_prob))
+    stderr: Tensor = field(metadata=estimate(estimators.importance_weighted_bound_stderr))
+    jackknife: Tensor = field(metadata=estimate(estimators.jackknife, "corrected", _of_jackknife))
+    jackknife_2: Tensor = field(metadata=estimate(estimators.jackknife_2))
+    smoothed: Tensor = field(metadata=estimate(estimators.pareto_smoothed_bound))
+    elbo: Tensor = field(metadata=estimate(estimators.elbo, "ELBO", of_annealed=False))
+    elbo_stderr: Tensor = field(metadata=estimate(estimators.elbo_stderr, of_annealed=False))
+    gap: Tensor = field(metadata=estimate(estimators.gap, "gap", _of_gap, of_annealed=False))
+    gap_stderr: Tensor = field(metadata=estimate(estimators.gap_stderr, of_annealed=False))
+    acceptance: Tensor | None = field(default=None, metadata=estimate(None, "acceptance", _of_acceptance))
+    ess: Tensor = field(metadata=estimate(estimators.effective_sample_size, "ESS", _of_ess))
+    pareto_k: Tensor = field(metadata=estimate(estimators.pareto_k, "Pareto k", _of_tails))
     curve_particles: list[int]
     curve: Tensor
-    acceptance: Tensor | None = None
 
     @classmethod
     def from_log_weights(cls, log_weights: Tensor) -> "LogMarginalLikelihood":
@@ -60,25 +155,7 @@ class LogMarginalLikelihood:
         Args:
             log_weights: (S, N)
         """
-        weights = Weights(log_weights)
-        curve_particles, curve = estimators.bound_curve(weights)
-        tail = estimators.pareto_tail(weights)
-        return cls(
-            num_particles=len(weights),
-            log_prob=estimators.importance_weighted_bound(weights).cpu(),
-            stderr=estimators.importance_weighted_bound_stderr(weights).cpu(),
-            elbo=estimators.elbo(weights).cpu(),
-            elbo_stderr=estimators.elbo_stderr(weights).cpu(),
-            gap=estimators.gap(weights).cpu(),
-            gap_stderr=estimators.gap_stderr(weights).cpu(),
-            jackknife=estimators.jackknife(weights).cpu(),
-            jackknife_2=estimators.jackknife_2(weights).cpu(),
-            smoothed=tail.smoothed_bound.cpu(),
-            ess=estimators.effective_sample_size(weights).cpu(),
-            pareto_k=tail.k.cpu(),
-            curve_particles=curve_particles,
-            curve=curve.cpu(),
-        )
+        return cls._of(log_weights, None)
 
     @classmethod
     def from_annealed(cls, log_weights: Tensor, acceptance: Tensor) -> "LogMarginalLikelihood":
@@ -88,16 +165,28 @@ class LogMarginalLikelihood:
             log_weights: (S, N)
             acceptance: mean acceptance rate per datum (N,)
         """
-        result = cls.from_log_weights(log_weights)
-        unknown = torch.full_like(result.elbo, math.nan)
-        return replace(
-            result,
-            elbo=unknown,
-            elbo_stderr=unknown,
-            gap=unknown,
-            gap_stderr=unknown,
-            acceptance=acceptance.cpu().double(),
+        return cls._of(log_weights, acceptance.cpu().double())
+
+    @classmethod
+    def _of(cls, log_weights: Tensor, acceptance: Tensor | None) -> "LogMarginalLikelihood":
+        weights = Weights(log_weights)
+        estimates = {
+            name: declared.compute(weights) if acceptance is None or declared.of_annealed else weights.unknown()
+            for name, declared in cls._declared().items()
+            if declared.compute is not None
+        }
+        curve_particles, curve = estimators.bound_curve(weights)
+        return cls(
+            num_particles=len(weights),
+            **{name: values.cpu() for name, values in estimates.items()},
+            curve_particles=curve_particles,
+            curve=curve.cpu(),
+            acceptance=acceptance,
         )
+
+    @classmethod
+    def _declared(cls) -> dict[str, _Estimate]:
+        return {field.name: field.metadata["estimate"] for field in fields(cls) if "estimate" in field.metadata}
 
     @classmethod
     def concatenate(cls, parts: "list[LogMarginalLikelihood]") -> "LogMarginalLikelihood":
@@ -116,30 +205,22 @@ class LogMarginalLikelihood:
         kinds = sorted({(part.method, part.num_particles) for part in parts})
         if len(kinds) != 1:
             raise ValueError(f"only results of one method and one number of particles can be joined, found {kinds}")
-        first = parts[0]
-        acceptances = [part.acceptance for part in parts if part.acceptance is not None]  # one per part, or none
-        return cls(
-            first.num_particles,
-            **{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.per_datum()},
-            curve_particles=first.curve_particles,
-            curve=torch.cat([part.curve for part in parts], dim=1),
-            acceptance=torch.cat(acceptances) if acceptances else None,
-        )
+        joined: dict[str, Any] = {
+            name: torch.cat([part.per_datum()[name] for part in parts]) for name in parts[0].per_datum()
+        }
+        return replace(parts[0], **joined, curve=torch.cat([part.curve for part in parts], dim=1))
 
-    @staticmethod
-    def per_datum() -> tuple[str, ...]:
-        """Return the names of the (N,) estimates."""
-        estimates = ("log_prob", "stderr", "elbo", "elbo_stderr", "gap", "gap_stderr", "jackknife", "jackknife_2")
-        return (*estimates, "smoothed", "ess", "pareto_k")
+    def per_datum(self) -> dict[str, Tensor]:
+        """Return the estimates (N,) by name; `acceptance` is there for annealed importance sampling only."""
+        return {name: getattr(self, name) for name in self._declared() if getattr(self, name) is not None}
 
     def __len__(self) -> int:
         return len(self.log_prob)
 
     def __getitem__(self, index: slice | Tensor) -> "LogMarginalLikelihood":
         """Select the results of some data by a slice, a mask or indices."""
-        chosen = {name: getattr(self, name)[index] for name in self.per_datum()}
-        acceptance = None if self.acceptance is None else self.acceptance[index]
-        return replace(self, **chosen, curve=self.curve[:, index], acceptance=acceptance)
+        chosen: dict[str, Any] = {name: values[index] for name, values in self.per_datum().items()}
+        return replace(self, **chosen, curve=self.curve[:, index])
 
     @property
     def mean(self) -> float:
@@ -180,51 +261,20 @@ class LogMarginalLikelihood:
             return math.nan
         return (self.pareto_k > (self.pareto_k_limit if limit is None else limit)).double().mean().item()
 
+    @property
+    def _unit(self) -> str:
+        unit = "particle" if self.acceptance is None else "chain"
+        return unit if self.num_particles == 1 else f"{unit}s"
+
+    @property
+    def _counted(self) -> str:
+        return f"{self.num_particles:,} {self._unit}"
+
     def summary(self) -> str:
         """Return a few lines to print: bound, corrected estimates, gap, their errors, and whether to trust them."""
-        num_data = f"{len(self):,} {'datum' if len(self) == 1 else 'data'}"
-        one = self.num_particles == 1
-        what = ("particle" if one else "particles") if self.acceptance is None else ("chain" if one else "chains")
-        counted = f"{self.num_particles:,} {what}"
-        known = (
-            f"Monte Carlo error and bias are unknown with one {what}"
-            if one
-            else f"± {self.mean_mc_stderr:.3f} Monte Carlo; a lower bound, too low by >= {self.bias_estimate:.3f}"
-        )
-        lines = [
-            f"log p(x) by {self.method}: {num_data}, {counted}; nats per datum",
-            f"  log p(x)        {self.mean:10.3f}   ± {self.mean_stderr:.3f} over data, {known}",
-        ]
-        if not one:
-            lines.append(
-                f"  corrected       {self.jackknife.mean():10.3f}   jackknife; {self.jackknife_2.mean():.3f} of order 2, "
-                f"{self.smoothed.mean():.3f} Pareto-smoothed; not bounds"
-            )
-        if self.acceptance is None:
-            gap = "   unknown with one particle"
-            if not one:
-                gap = f"{self.gap.mean():10.3f}   a lower estimate of KL(q(z|x) || p(z|x))"
-            lines += [f"  ELBO            {self.elbo.mean():10.3f}", f"  gap             {gap}"]
-        else:
-            lines.append(f"  acceptance      {self.acceptance.mean():10.2f}   of the trajectories")
-        if not one:
-            lines.append(f"  ESS             {self.ess.median():10.1f}   median, of {counted}")
-        return "\n".join([*lines, *self._about_tails(num_data)])
-
-    def _about_tails(self, num_data: str) -> list[str]:
-        bad, doubtful = self.share_of_bad_k(), self.share_of_bad_k(0.5)
-        if math.isnan(bad):
-            return []
-        limit = self.pareto_k_limit
-        lines = [f"  Pareto k        {self.pareto_k.nanmedian():10.2f}   median; the limit is {limit:.2f}"]
-        if bad > 0:
-            lines.append(
-                f"  {round(bad * len(self)):,} of {num_data} have k > {limit:.2f}, so their estimates cannot be trusted: "
-                f"use more particles, a better guide, or annealed importance sampling"
-            )
-        if doubtful > 0:
-            lines.append(f"  {round(doubtful * len(self)):,} have k > 0.5: their standard errors may be too small")
-        return lines
+        lines = [f"log p(x) by {self.method}: {_data(len(self))}, {self._counted}; nats per datum"]
+        shown = [self._declared()[name].line(self, values) for name, values in self.per_datum().items()]
+        return "\n".join([*lines, *(line for line in shown if line is not None)])
 
     def __repr__(self) -> str:
         gap = "unknown" if self.num_particles == 1 else f"{self.gap.mean():.3f}"

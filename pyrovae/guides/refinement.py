@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count, checks_values
 from pyrovae.compiled.compiler import import_compiler
-from pyrovae.compiled.record import Extracted, extract
+from pyrovae.compiled.record import Recording, record
 from pyrovae.guides.base import Guide, check_guide
 from pyrovae.programs.parameters import apart_from_handlers
 from pyrovae.programs.reach import evaluation_mode, modules_behind
@@ -82,7 +82,7 @@ class Refined(Guide):
         self.guide, self.model = guide, model
         self.num_steps, self.learning_rate, self.num_particles = num_steps, learning_rate, num_particles
         self._to_record: int | None = None  # batch size whose gradients are recorded
-        self._recorded: Extracted | None = None
+        self._recorded: Recording | None = None
 
     def encode(self, x: Tensor) -> Tensor:
         if not checks_values():
@@ -155,7 +155,7 @@ class Refined(Guide):
             with torch.random.fork_rng([repeated.device] if repeated.is_cuda else []), torch.no_grad():
                 self._log_joint(repeated, draw(parameters)[0])  # run the checks that a recording leaves out
             if self._recorded is None:
-                self._recorded = extract(gradient, modules_behind(self.guide, self.model), (parameters, repeated))
+                self._recorded = record(gradient, modules_behind(self.guide, self.model), (parameters, repeated))
             if self._recorded is not None:
                 run = self._recorded.at(parameters, repeated)
                 return lambda: run()[0][0]

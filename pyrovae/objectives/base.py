@@ -73,6 +73,11 @@ class Objective(ELBO, ABC):
         self.modules: list[nn.Module] = []  # modules whose buffers the loss depends on
         self._looked_at: dict[tuple[Program, Program], tuple[Layout, bool]] = {}
 
+    @property
+    def bound_name(self) -> str:
+        """Name of the bound that is trained, if all weights of the KL are 1. `fit` validates by it."""
+        return "ELBO"
+
     @abstractmethod
     def estimate(self, runs: Sequence[Run]) -> tuple[Tensor, Parts]:
         """Compute the loss, whose value is minus the bound and whose gradient is minus an estimate of the bound's.

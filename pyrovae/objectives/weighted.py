@@ -41,6 +41,10 @@ class WeightObjective(Objective):
     ):
         super().__init__(num_particles, plate, vectorize_particles)
 
+    @property
+    def bound_name(self) -> str:
+        return "ELBO" if self.num_particles == 1 else "importance-weighted bound"
+
     @abstractmethod
     def bound(self, runs: Sequence[Run], terms: Terms, model: Tensor, guide: Tensor) -> Tensor:
         """Return the sum of L_n over the data, whose gradient is the estimator's.

@@ -20,7 +20,7 @@ from pyrovae.plots.canvas import (
     stderr_of_mean,
     with_error,
 )
-from pyrovae.training.loop import FitResult
+from pyrovae.training.fit import FitResult
 
 __all__ = ["bound_curve", "sandwich", "tightness", "training"]
 

@@ -17,8 +17,9 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyrovae.programs.log_densities import site_log_prob
 from pyrovae.programs.supports import innermost, support_of
-from pyrovae.programs.traces import Layout, Program, sample_sites, site_log_prob, spread, trace_program
+from pyrovae.programs.traces import Layout, Program, sample_sites, spread, trace_program
 
 __all__ = ["is_delta", "refuse_other_dimensions", "refuse_point_masses", "refuse_wrong_stretches"]
 

@@ -20,20 +20,17 @@ from torch import Tensor
 
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.kinds import bounds_of, is_discrete, repeats
-from pyrovae.programs.masks import counted
-from pyrovae.programs.reruns import same_random_numbers
-from pyrovae.programs.supports import innermost, is_angle, is_possible, num_parts, support_of
-from pyrovae.programs.traces import (
+from pyrovae.programs.log_densities import (
     InspectedPair,
-    Layout,
     log_joint_with,
     log_likelihood_of,
     log_weights_of,
-    sample_sites,
     site_log_prob,
-    spread,
-    trace_program,
 )
+from pyrovae.programs.masks import counted
+from pyrovae.programs.reruns import same_random_numbers
+from pyrovae.programs.supports import innermost, is_angle, is_possible, num_parts, support_of
+from pyrovae.programs.traces import Layout, sample_sites, spread, trace_program
 
 __all__ = ["refuse_uncovered"]
 

@@ -1,8 +1,7 @@
-"""Inspects a pair of Pyro programs: finds the plate of the data, and refuses pairs whose log weights would be wrong.
+"""Inspects a pair of Pyro programs, and refuses pairs whose log weights would be wrong.
 
-A Pyro program is a black box until it runs. `inspect_pair` runs model and guide on all the data, and returns a `Layout`
-(which plate indexes the data, how deep plates nest) or raises an error that names the site. `pyrovae.weights` can then
-draw without further checks.
+A Pyro program is a black box until it runs. `inspect_pair` runs model and guide on the data it is given, and answers
+with an `InspectedPair`, or raises an error that names the site.
 """
 
 from collections.abc import Iterable
@@ -11,33 +10,26 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.programs.auxiliary import refuse_other_dimensions, refuse_point_masses, refuse_wrong_stretches
 from pyrovae.programs.coverage import refuse_uncovered
 from pyrovae.programs.kinds import refuse_mass_against_density, refuse_turns
+from pyrovae.programs.layout import find_layout, refuse_scales
+from pyrovae.programs.log_densities import InspectedPair, site_log_prob
 from pyrovae.programs.reach import find_modules, replaced_parameters
 from pyrovae.programs.reruns import refuse_coupled_data, refuse_influence_of_masked, refuse_other_reruns
 from pyrovae.programs.supports import innermost, possible_elements
-from pyrovae.programs.traces import (
-    InspectedPair,
-    Layout,
-    Program,
-    plate_size,
-    run_pair,
-    sample_sites,
-    site_log_prob,
-    trace_program,
-)
+from pyrovae.programs.traces import Layout, Program, run_pair, sample_sites, trace_program
 
 __all__ = ["inspect_pair", "layout_for_training", "refuse_impossible_data"]
 
 
 def inspect_pair(
     model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None, *, is_split: bool = False
-) -> tuple[Layout, poutine.Trace, poutine.Trace]:
+) -> InspectedPair:
     """Inspect a model/guide pair, and raise an error if its log weights would be wrong.
 
     Args:
@@ -49,7 +41,7 @@ def inspect_pair(
         is_split: The caller compares pieces of the data with the whole, which shows whether data influence each other.
 
     Returns:
-        The layout, and the traces of model and guide.
+        The pair, with its layout and a trace of each program.
 
     Raises:
         ValueError: The message names the site. Raised for latent sites that only one program has; enumerated sites;
@@ -74,8 +66,8 @@ def inspect_pair(
     refuse_mass_against_density(model_trace, guide_trace)
     refuse_turns(model_trace, guide_trace)
     refuse_other_dimensions(model_trace, guide_trace)
-    layout = _find_layout(model_trace, guide_trace, plate)
-    _refuse_scales(layout, model_trace, guide_trace)
+    layout = find_layout(model_trace, guide_trace, plate)
+    refuse_scales(layout, model_trace, guide_trace)
     refuse_wrong_stretches(guide, layout, model_trace, guide_trace, args, kwargs)
     # About 256 draws from the prior in total, for many data or a single one.
     num_draws = max(1, min(32, 256 // layout.num_data))
@@ -86,7 +78,7 @@ def inspect_pair(
     refuse_coupled_data(pair, prior_traces[:2], is_split=is_split)
     refuse_influence_of_masked(pair)
     refuse_uncovered(pair, prior_traces)
-    return layout, model_trace, guide_trace
+    return pair
 
 
 def _prior_trace(model: Program, args: tuple, kwargs: dict, model_trace: poutine.Trace) -> poutine.Trace:
@@ -134,9 +126,9 @@ def layout_for_training(
     refuse_mass_against_density(model_trace, guide_trace)
     refuse_turns(model_trace, guide_trace)
     refuse_other_dimensions(model_trace, guide_trace)
-    layout = _find_layout(model_trace, guide_trace, plate)
+    layout = find_layout(model_trace, guide_trace, plate)
     if not scales:
-        _refuse_scales(layout, model_trace, guide_trace)
+        refuse_scales(layout, model_trace, guide_trace)
         refuse_coupled_data(InspectedPair(model, guide, args, kwargs, layout, model_trace, guide_trace), [prior_trace])
     return layout
 
@@ -178,103 +170,6 @@ def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Tr
             f"the guide samples site(s) {extra} that are not latent sites of the model, which has {sorted(latents)}: "
             f"use the model's names, or sum the extra sites out (a mixture: MixtureSameFamily)"
         )
-
-
-def _plates_of(site: dict) -> dict[str, Any]:
-    return {frame.name: frame for frame in site["cond_indep_stack"]}
-
-
-def _find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: str | None) -> Layout:
-    model_sites = [(name, _plates_of(site), "model") for name, site in sample_sites(model_trace)]
-    guide_sites = [(name, _plates_of(site), "guide") for name, site in sample_sites(guide_trace)]
-    sites = model_sites + guide_sites
-    if not model_sites:
-        raise ValueError("the model has no sample sites, so there is no log p(x) to estimate")
-    nesting = max(
-        (-frame.dim for _, plates, _ in sites for frame in plates.values() if frame.dim is not None), default=0
-    )
-    pinned = poutine.Trace()
-    for trace in (guide_trace, model_trace):
-        for name, site in trace.nodes.items():
-            drawn = site["type"] == "sample" and site_is_subsample(site) and len(site["value"]) < site["fn"].size
-            if drawn and name not in pinned:
-                pinned.add_node(name, **site)
-
-    def common(some_sites):
-        vectorised = [{n for n, frame in plates.items() if frame.dim is not None} for _, plates, _ in some_sites]
-        return set.intersection(*vectorised) if vectorised else set()
-
-    if plate is None:
-        candidates = common(sites)
-        if len(candidates) > 1:
-            raise ValueError(
-                f"every site is in each of the plates {sorted(candidates)}, and only one of them indexes the data: "
-                f"say which, plate={sorted(candidates)[0]!r} for example"
-            )
-        if not candidates:
-            if guide_sites and common(model_sites) and common(guide_sites):
-                raise ValueError(
-                    f"all sites of the model are in plate {sorted(common(model_sites))}, all sites of the guide in "
-                    f"{sorted(common(guide_sites))}: give the plate of the data the same name in both"
-                )
-            for trace, program, others in ((model_trace, "model", guide_sites), (guide_trace, "guide", model_sites)):
-                if others and (shared := common(others)):
-                    _refuse_undeclared_data(trace, program, min(shared))
-            return Layout(None, None, 1, False, nesting, pinned)
-        plate = candidates.pop()
-    else:
-        for name, plates, program in sites:
-            if plate not in plates:
-                found = sorted({n for _, p, _ in sites for n in p}) or "none"
-                raise ValueError(
-                    f"site '{name}' of the {program} is outside plate '{plate}', so log p(x) is no sum over the plate "
-                    f"(plates found: {found}): put the site in the plate, or pass plate=None to treat the whole "
-                    f"program as one datum"
-                )
-    frames = [plates[plate] for _, plates, _ in sites]
-    dims, sizes = {frame.dim for frame in frames}, {frame.size for frame in frames}
-    if -1 in sizes and len(dims) == 1 and None not in dims:  # a plate made without a size
-        inside = (site for trace in (model_trace, guide_trace) for _, site in sample_sites(trace))
-        sizes = sizes - {-1} or {plate_size(frames[0], *inside)}
-    if len(dims) > 1 or len(sizes) > 1 or sizes == {-1}:
-        raise ValueError(
-            f"plate '{plate}' needs one known size and one dim in model and guide, found sizes {sorted(sizes)} and "
-            f"dims {sorted(dims, key=str)}: write the same pyro.plate('{plate}', size, dim=...) in both"
-        )
-    full_sizes = {frame.full_size for frame in frames if frame.full_size not in (None, -1)}
-    return Layout(plate, dims.pop(), sizes.copy().pop(), full_sizes - sizes != set(), nesting, pinned)
-
-
-def _refuse_undeclared_data(trace: poutine.Trace, program: str, plate: str) -> None:
-    """Raise ValueError if a program has batch shapes without plates, and the other has all its sites in a plate."""
-    sites = dict(sample_sites(trace))
-    if any(_plates_of(site) for site in sites.values()):
-        return
-    for name, site in sites.items():
-        if shape := tuple(site["fn"].batch_shape):
-            other = "guide" if program == "model" else "model"
-            raise ValueError(
-                f"site '{name}' of the {program} has batch shape {shape} and is in no plate, while all sites of the "
-                f"{other} are in plate '{plate}': write 'with pyro.plate({plate!r}, {shape[-1]}, dim=-1)' around the "
-                f"sites of the {program} too, or .to_event({len(shape)}) if all of it is a single datum"
-            )
-
-
-def _refuse_scales(layout: Layout, *traces: poutine.Trace) -> None:
-    for trace in traces:
-        for name, site in sample_sites(trace):
-            frames = _plates_of(site)
-            expected = 1.0
-            if layout.plate is not None:
-                frame = frames[layout.plate]
-                expected = (frame.full_size or frame.size) / frame.size  # 1 for a plate without a size: both are -1
-            scale = float(torch.as_tensor(site["scale"]).max())
-            if not abs(scale - expected) <= 1e-6 * expected or torch.as_tensor(site["scale"]).numel() > 1:
-                raise ValueError(
-                    f"site '{name}' carries a scale of {scale:g}, and its datum plate explains {expected:g}; a scaled "
-                    f"log density is no density (poutine.scale, or a subsampled plate other than the plate of the "
-                    f"data): remove the scale for the evaluation"
-                )
 
 
 def refuse_impossible_data(model_trace: poutine.Trace, other_traces: Iterable[poutine.Trace]) -> None:

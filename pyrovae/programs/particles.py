@@ -8,14 +8,8 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyrovae.programs.equivalence import equivalent
-from pyrovae.programs.traces import (
-    Layout,
-    Program,
-    log_weights_of,
-    run_pair,
-    select_particle,
-    under_particles,
-)
+from pyrovae.programs.log_densities import log_weights_of
+from pyrovae.programs.traces import Layout, Program, run_pair, select_particle, under_particles
 
 __all__ = ["halved", "reason_to_loop", "refuse_more_than_memory", "run_particles"]
 

@@ -234,7 +234,7 @@ def is_installed(module: str | None) -> bool:
     if package in sys.stdlib_module_names or package in sys.builtin_module_names:
         return True
     file = getattr(sys.modules.get(package), "__file__", None)
-    return file is not None and "site-packages" in Path(file).parts
+    return file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 def _values_in_reach(function: types.FunctionType) -> Iterator[Any]:

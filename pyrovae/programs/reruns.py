@@ -14,19 +14,11 @@ from torch.distributions import constraints
 
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.equivalence import equivalent
+from pyrovae.programs.log_densities import InspectedPair, log_joint_with, log_weights_of
 from pyrovae.programs.masks import SHARED, counted
 from pyrovae.programs.reach import changed_buffers
 from pyrovae.programs.supports import innermost, num_parts, support_of
-from pyrovae.programs.traces import (
-    InspectedPair,
-    latents_of,
-    log_joint_with,
-    log_weights_of,
-    run_pair,
-    sample_sites,
-    sequential_column,
-    trace_program,
-)
+from pyrovae.programs.traces import latents_of, run_pair, sample_sites, sequential_column, trace_program
 
 __all__ = ["refuse_coupled_data", "refuse_influence_of_masked", "refuse_other_reruns", "same_random_numbers"]
 

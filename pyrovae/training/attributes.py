@@ -4,19 +4,26 @@ import argparse
 import dis
 import functools
 import inspect
-import os
 import re
-import sys
-import sysconfig
 import types
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-__all__ = ["changed_by_use", "changed_in", "constants_of", "is_circumstance", "is_free", "is_installed", "names_in"]
+from pyrovae.programs import reach
+
+__all__ = [
+    "changed_by_use",
+    "changed_in",
+    "constants_of",
+    "hooks_of",
+    "is_circumstance",
+    "is_free",
+    "is_installed",
+    "names_in",
+]
 
 # Names of attributes that may differ between two runs of one model: where it runs, what it reports.
 _CIRCUMSTANCES = re.compile(
@@ -39,8 +46,6 @@ _RUNS = re.compile(
 _FILLS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}
 _CONTAINERS = (list, dict, set, Tensor, np.ndarray)
 _OF_TORCH = set(vars(nn.Module()))
-_FOLDERS = [str(Path(__file__).parent.parent), *(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib"))]
-_INSTALLED = tuple(os.path.join(folder, "") for folder in _FOLDERS)
 
 
 def constants_of(thing: Any, *, amounts: bool = False) -> dict[str, Any]:
@@ -80,11 +85,14 @@ def is_free(name: str) -> bool:
 
 def is_installed(thing: Any) -> bool:
     """Whether a class or function is of Python or an installed package, this one included."""
-    name = getattr(thing, "__module__", None) or ""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None:
-        return name != "__main__"
-    return file.startswith(_INSTALLED) or "site-packages" in file or "dist-packages" in file
+    module = getattr(thing, "__module__", None) or "builtins"
+    return module.partition(".")[0] == "pyrovae" or reach.is_installed(module)
+
+
+def hooks_of(module: nn.Module) -> tuple:
+    """Functions that were given to a module to change what it computes: its hooks, a `forward` of its own."""
+    own = [vars(module)["forward"]] if "forward" in vars(module) else []
+    return (*own, *module._forward_pre_hooks.values(), *module._forward_hooks.values())
 
 
 def names_in(code: types.CodeType, *operations: str) -> set[str]:

@@ -11,10 +11,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from pyrovae.common import distributed
 
-__all__ = ["Batches", "batches_of", "check_data", "check_transformed"]
+__all__ = ["Arguments", "Batches", "arguments_of", "batches_of", "check_data"]
 
 _FEW = 12
 Transform = Callable[[Any], Tensor] | None
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what the programs are called with: (args, kwargs)
 
 
 class Batches(ABC):
@@ -39,6 +40,19 @@ class Batches(ABC):
     device: torch.device
     transform: Transform
     in_one_order: bool
+
+    def __init__(self) -> None:
+        self._num_made: dict[int, int] = {}
+
+    def arguments(self, data: Tensor, index: Tensor) -> Arguments:
+        """What the programs are called with for a batch, as `epoch` yields it."""
+        (batch,), options = arguments_of(data, index, self.transform)
+        self._num_made[len(index)] = len(batch)
+        return (batch,), options
+
+    def num_made(self, num_rows: int) -> int:
+        """How many data the transform makes of so many."""
+        return self._num_made.get(num_rows, num_rows)
 
     @abstractmethod
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -70,8 +84,20 @@ def check_data(name: str, data: Any) -> None:
     raise ValueError(f"{name} must be a tensor of at least one datum, found {found}{remedy}")
 
 
-def check_transformed(batch: Any) -> None:
-    """Raise TypeError for what a transform made, if it is no tensor of data."""
+def arguments_of(data: Tensor, index: Tensor, transform: Transform) -> Arguments:
+    """The arguments of the programs for the data at these positions. Every call of a program in training gets its batch here.
+
+    Raises:
+        TypeError: if the transform makes no tensor of data.
+    """
+    batch = data[index]
+    if transform is not None:
+        batch = transform(batch)
+        _check_transformed(batch)
+    return (batch,), {}
+
+
+def _check_transformed(batch: Any) -> None:
     if not isinstance(batch, Tensor) or batch.ndim == 0:
         raise TypeError(f"transform must make one tensor of a batch, found {_described(batch)}")
 
@@ -94,6 +120,7 @@ class _InMemory(Batches):
     in_one_order = False
 
     def __init__(self, train: Tensor, batch_size: int, transform: Transform, device: torch.device):
+        super().__init__()
         self.sizes = _sizes(len(train), batch_size)
         joined = batch_size > 1 and self.sizes[-1] == batch_size + 1
         distributed.check_shares(len(train) - joined, batch_size)
@@ -130,6 +157,7 @@ class _Loaded(Batches):
     name = "batch"
 
     def __init__(self, loader: DataLoader, batch_size: int | None, transform: Transform, device: torch.device):
+        super().__init__()
         if batch_size is not None:
             raise ValueError(f"found batch_size={batch_size} beside a DataLoader, which has its own: leave it out")
         try:
@@ -172,7 +200,7 @@ class _Loaded(Batches):
                 )
             data = self.of_items(data)
             self.transform = None  # it is done, for the items of a batch belong together
-            check_transformed(data)
+            _check_transformed(data)
         return data, torch.arange(len(data), device=self.device)
 
 

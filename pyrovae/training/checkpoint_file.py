@@ -1,4 +1,4 @@
-"""Checkpoint files, written atomically and checked when read.
+"""Checkpoint files: locked by one run, written atomically, and checked when read.
 
 A file holds the output of `torch.save` for tensors and plain values, then a marker and a digest of the bytes before it,
 so that any changed byte is detected. `torch.load` can read the file too.
@@ -11,19 +11,55 @@ import logging
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["FORMAT", "earlier", "path_of", "plain", "read", "target_of", "write"]
+__all__ = ["FORMAT", "earlier", "locked", "path_of", "plain", "read", "target_of", "write"]
 
 _logger = logging.getLogger("pyrovae")
 
 FORMAT = 2
 _MARK = b"\npyrovae sha256 "
 _DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+@contextmanager
+def locked(path: str | os.PathLike, advice: str = "wait until it has ended, or name another place") -> Iterator[None]:
+    """Hold a lock on `path` inside the context, so that two runs do not write to the same place.
+
+    The lock file lies beside a file and inside a folder, and is removed on release. The operating system holds the
+    lock, so a file left behind by a killed process locks nothing.
+
+    Raises:
+        RuntimeError: if another run holds the lock.
+        OSError: if the lock file cannot be created.
+    """
+    import filelock  # only runs with a checkpoint need it, and importing pyrovae imports little
+
+    path = path_of(path)
+    real = target_of(path)  # one lock, whichever link leads to the file
+    file = path / ".lock" if path.is_dir() else real.with_name(f".{real.name}.lock")
+    lock = filelock.FileLock(file, timeout=0)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise RuntimeError(f"another run is writing to {path}: {advice}") from None
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"cannot write to {file.parent} ({error.strerror}): name a folder that can be written to"
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)  # before the release: filelock takes no file that has been removed
+        lock.release()
 
 
 def write(path: str | os.PathLike, content: dict[str, Any], *, keep: bool = False) -> None:
@@ -102,7 +138,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     if not is_marked:
         _logger.warning(
             "%s has format 1, which has no digest of the whole file: only the checksums of its parts were checked; "
-            "pyrovae.save writes it anew with a digest",
+            "pyrovae.save writes it again with a digest",
             path,
         )
     return found

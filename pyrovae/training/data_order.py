@@ -12,12 +12,13 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyrovae.compiled.signature import Kept
+from pyrovae.compiled.signature import Snapshot
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.equivalence import equivalent, in_float64
+from pyrovae.programs.log_densities import site_log_prob
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.supports import innermost
-from pyrovae.programs.traces import Program, run_pair, sample_sites, site_log_prob
+from pyrovae.programs.traces import Program, run_pair, sample_sites
 
 __all__ = ["by_position", "site_by_position"]
 
@@ -174,7 +175,7 @@ def _turned(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> Itera
 
     So are buffers and attributes of the modules, with what was assigned to them meanwhile.
     """
-    of_modules = Kept(nn.ModuleList(modules))
+    of_modules = Snapshot(nn.ModuleList(modules))
     kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
     try:
         for parameter in parameters:

@@ -7,6 +7,7 @@ step depend on.
 
 import gc
 import logging
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,20 +15,100 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO, TraceTMC_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyrovae.common.arguments import map_tensors
+from pyrovae.compiled.signature import Snapshot
 from pyrovae.programs.masks import counted
-from pyrovae.programs.traces import Program
+from pyrovae.programs.reach import evaluation_mode
+from pyrovae.programs.traces import Program, run_pair
+from pyrovae.training.data_order import by_position, site_by_position
+from pyrovae.training.losses import validate_ends
 from pyrovae.training.non_finite import leaves_of
+from pyrovae.training.preparation import Run, put_back
 
-__all__ = ["FirstStep"]
+__all__ = ["FirstStep", "FirstStepCheck"]
 
 _logger = logging.getLogger("pyrovae")
 _SHOWN = 4  # names in a message
 _OF_MODULES = "$$$"  # separator in the names that Pyro's store gives to a module's parameters
+
+
+class FirstStepCheck:
+    """The checks of the first step whose loss is finite, before any parameter changes.
+
+    Attributes:
+        is_done: whether a step passed.
+        refusal: the error of the check that did not pass.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.is_done = False
+        self.refusal: Exception | None = None
+
+    def __call__(
+        self, loss_and_grads: Callable[..., tuple[float, Any]], args: tuple, kwargs: dict, restored: bool = False
+    ) -> tuple[float, Any]:
+        """Return what `loss_and_grads(model, guide, *args, **kwargs)` returns.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: if no step of these programs can train what they are made of, or if
+                they do not accept the validation data. Buffers are restored, gradients dropped.
+        """
+        run = self.run
+        look, buffers = FirstStep(run.modules, restored), run.buffers()
+        value, parts = look.run(loss_and_grads, *run.programs, args, kwargs)
+        if not math.isfinite(value):
+            return value, parts
+        if look.masked and not look.observed and self._observes_elsewhere():
+            look.observed |= look.masked
+        try:
+            look.check(run.loss)
+            if not run.batches.in_one_order:
+                site = site_by_position(*run.programs, args[0], list(look.declared.values()), run.modules)
+                if site is not None:
+                    raise ValueError(by_position(site))
+            self._check_validation()
+        except (TypeError, ValueError, RuntimeError) as error:
+            put_back(buffers)
+            look.drop_gradients()
+            self.refusal = error
+            raise
+        self.is_done = True
+        return value, parts
+
+    def _observes_elsewhere(self) -> bool:
+        """Whether some of the data are not masked out, if those of the first step are; not known of a loader."""
+        run = self.run
+        if not isinstance(train := getattr(run.batches, "train", None), Tensor):
+            return True
+        look, buffers = FirstStep(run.modules), run.buffers()
+        with torch.random.fork_rng(run.gpus()), torch.no_grad(), evaluation_mode(*run.modules), look:
+            for index in torch.arange(len(train), device=run.device).split(run.batches.full_size):
+                run_pair(*run.programs, *run.batches.arguments(train, index))
+                if look.observed:
+                    break
+        put_back(buffers)
+        return bool(look.observed)
+
+    def _check_validation(self) -> None:
+        """Run the programs on validation data, after their first step, which may create what they hold."""
+        run = self.run
+        if run.validation is None:
+            return
+        random = pyro.util.get_rng_state()
+        kept = Snapshot(nn.ModuleList(run.modules))
+        try:
+            with torch.random.fork_rng(run.gpus()), poutine.block():
+                validate_ends(run.model, run.guide, run.validation, run.loss, run.batches.batch_size)
+        finally:
+            kept.put_back()
+            pyro.util.set_rng_state(random)
 
 
 class FirstStep(Messenger):
@@ -81,14 +162,16 @@ class FirstStep(Messenger):
         self.used += map(weakref.ref, leaves_of(value, self._seen))
 
     def run(
-        self, step: Callable[[Program, Program, Tensor], float], model: Program, guide: Program, batch: Tensor
-    ) -> float:
-        """Run the first step and return its loss. Gradients from before fit are dropped; those of the step stay."""
+        self, step: Callable[..., tuple[float, Any]], model: Program, guide: Program, args: tuple, kwargs: dict
+    ) -> tuple[float, Any]:
+        """Run the first step and return its result. Gradients from before fit are dropped; those of the step stay."""
         self.drop_gradients()
-        leaves_of(batch, self._seen)  # data may have a gradient of their own
+        map_tensors(
+            lambda tensor: leaves_of(tensor, self._seen), (args, kwargs)
+        )  # data may have gradients of their own
         try:
             with self:
-                return step(model, guide, batch)
+                return step(model, guide, *args, **kwargs)
         finally:
             self._seen.clear()  # which keeps leaves alive
 
@@ -110,7 +193,7 @@ class FirstStep(Messenger):
             raise ValueError(
                 f"Pyro's store has parameters of another model under the names of this one's, and the programs took those in "
                 f"place of their own: {names}. Training one model would change the other. Call pyro.clear_param_store() before "
-                f"fit, once the other is no longer used; or give each PyroModule a name, super().__init__(name=...). To go on from "
+                f"fit, once the other is no longer used; or give each PyroModule a name, super().__init__(name=...). To start from "
                 f"the values in the store, run the model and the guide on a batch before fit"
             )
         if not self.declared:  # the optimizer reports this

@@ -1,23 +1,37 @@
-"""Find where a number stops being finite: the site, the program and the data."""
+"""Find where a number stops being finite (the site, the program, the data), and stop the run or warn of the skipped step."""
 
+import logging
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyrovae.common import distributed
 from pyrovae.programs.supports import innermost
 from pyrovae.programs.traces import Program
+from pyrovae.training.losses import differentiable, pyro_checks
+from pyrovae.training.preparation import Run, put_back
 
-__all__ = ["NonFiniteSource", "NotFiniteError", "find_non_finite", "leaves_of"]
+__all__ = [
+    "NonFiniteSource",
+    "NotFiniteError",
+    "TriedStep",
+    "find_non_finite",
+    "find_source",
+    "leaves_of",
+    "stop",
+    "warn_skipped",
+]
+
+_logger = logging.getLogger("pyrovae")
 
 _ROWS, _SHOWN = 512, 8  # rows whose gradients are checked singly; indices in a message
+_LARGE = 5.0  # root mean square above which data count as unscaled
 
 
 class NotFiniteError(RuntimeError):
@@ -58,6 +72,100 @@ class NonFiniteSource(NamedTuple):
         )
 
 
+class TriedStep(NamedTuple):
+    """A step with all that is needed to run it again; `was_made` is None until known."""
+
+    epoch: int
+    step: int
+    data: Tensor
+    rows: Tensor
+    random: list[Tensor]
+    was_made: Tensor | None = None
+
+
+def stop(run: Run, tried: TriedStep, error: ValueError | None = None, none_made: bool = False) -> NoReturn:
+    """Raise NotFiniteError with the source of this step's bad numbers, or `error` if they are finite.
+
+    Args:
+        run: what is trained.
+        tried: the step.
+        error: error that the step raised.
+        none_made: whether the epoch ended with all steps of the run skipped.
+    """
+    source, what = find_source(run, tried)
+    if source is None and error is not None:
+        raise error
+    where, index = source.at(tried.rows, run.batches.name) if source else ("", tried.rows.cpu())
+    broken = [name for name, p in nn.ModuleList(run.modules).named_parameters() if not p.isfinite().all()]
+    guard = run.optimizer.guard
+    num_skipped = min(int(guard.num_skipped), guard.max_skipped)
+    before = "" if none_made else " before"
+    raise NotFiniteError(
+        ("no step of this run was made, and nothing was trained: " if none_made else "")
+        + f"the loss or its gradient is not finite at epoch {tried.epoch}, step {tried.step}: {what}{', for ' if where else ''}{where}"
+        + (f"; not finite before that step: {', '.join(broken[:3])}" if broken else "")
+        + (f"; {num_skipped} such steps were skipped{before} (max_skipped_steps)" if num_skipped else "")
+        + f". {_advice(run, tried)}",
+        *(source.site if source else None, tried.epoch, tried.step, index),
+    ) from error
+
+
+def warn_skipped(run: Run, tried: list[TriedStep]) -> None:
+    """Log which of these steps were skipped."""
+    guard = run.optimizer.guard
+    for step in tried if guard.max_skipped and guard.num_skipped else ():
+        if not step.was_made:
+            source, what = find_source(run, step)
+            where = f", for {source.at(step.rows, run.batches.name)[0]}" if source else ""
+            _logger.warning(
+                "epoch %d, step %d was skipped because its loss or gradient is not finite: %s%s (skipped so far: %d of at "
+                "most %d)",
+                *(step.epoch, step.step, what, where, int(guard.num_skipped), guard.max_skipped),
+            )
+
+
+def find_source(run: Run, tried: TriedStep) -> tuple[NonFiniteSource | None, str]:
+    """Run a step again, without side effects, and return the source of its bad numbers, and a text about it."""
+    buffers = run.buffers()
+    with torch.random.fork_rng(run.gpus()):
+        torch.set_rng_state(tried.random[0])
+        if run.gpus():
+            torch.cuda.set_rng_state(tried.random[1], run.device)
+        try:
+            (batch,), _ = run.batches.arguments(tried.data, tried.rows)
+            source = find_non_finite(*run.programs, run.loss, batch)
+        except Exception as again:  # programs may raise any error for NaN
+            return None, f"running that step again raises {type(again).__name__}: {again}"
+        finally:
+            put_back(buffers)
+            for parameter in run.optimizer.parameters:
+                parameter.grad = None
+    if source is not None and run.batches.num_made(len(tried.rows)) != len(tried.rows):
+        source = source._replace(rows=None)  # rows that the transform made are not those of the data
+    finite = "running that step again, eagerly, gives finite numbers"
+    elsewhere = "; look at the messages of the other processes" if distributed.num_ranks() > 1 else ""
+    return source, source.what if source else finite + elsewhere
+
+
+def _advice(run: Run, tried: TriedStep) -> str:
+    numbers = tried.data[tried.rows].double()
+    if not numbers.isfinite().all():
+        return "Leave these data out, or replace their values that are not finite"
+    if run.optimizer.has_moved:
+        return (
+            f"Look at these data; lower the learning rate ({run.optimizer.learning_rate:g} in that step) or clip gradients "
+            f"(clip_norm=)"
+        )
+    if numbers.square().mean().sqrt() <= _LARGE:
+        return "No step was made before it, so the learning rate is not the cause: look at these data and at the parameters"
+    return (
+        f"No step was made before it, so the learning rate is not the cause. The data of that step have mean "
+        f"{numbers.mean():.3g} and standard deviation {numbers.std(correction=0):.3g}, from {numbers.min():.3g} to "
+        f"{numbers.max():.3g}: scale the data, (x - x.mean(0)) / x.std(0) for a table without the columns whose x.std(0) is "
+        f"0, or x / 255 for bytes"
+    )
+
+
 def find_non_finite(model: Program, guide: Program, loss: ELBO, batch: Tensor) -> NonFiniteSource | None:
     """Run the loss of a step eagerly and find the first number that is not finite.
 
@@ -70,8 +178,8 @@ def find_non_finite(model: Program, guide: Program, loss: ELBO, batch: Tensor) -
     if not batch.isfinite().all():
         rows = _rows(~batch.isfinite(), 0).any(1).nonzero().squeeze(1)
         return NonFiniteSource(None, "the data themselves are not finite", rows)
-    run = _differentiable(loss)
-    with pyro.validation_enabled(False):
+    run = differentiable(loss)
+    with pyro_checks(False):
         try:
             with watch:
                 value = run(model, guide, batch)
@@ -79,11 +187,11 @@ def find_non_finite(model: Program, guide: Program, loss: ELBO, batch: Tensor) -
             with watch:
                 guide_trace = poutine.trace(guide).get_trace(batch)
                 poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(batch)
-            if watch.culprit is None:
+            if watch.source is None:
                 raise
-            return watch.culprit
-        if watch.culprit is not None or (found := _culprit_of_gradient(value, watch.terms)) is None:
-            return watch.culprit
+            return watch.source
+        if watch.source is not None or (found := _source_of_gradient(value, watch.terms)) is None:
+            return watch.source
         return NonFiniteSource(*found, _rows_with_bad_gradients(lambda row: run(model, guide, row), batch))
 
 
@@ -93,13 +201,13 @@ class _Watch(Messenger):
     def __init__(self, num_rows: int):
         super().__init__()
         self.num_rows = num_rows
-        self.culprit: NonFiniteSource | None = None
+        self.source: NonFiniteSource | None = None
         self.terms: list[tuple[str, str, Tensor]] = []  # (program, site, log density)
         self.seen: set[str] = set()
 
     def _pyro_post_sample(self, message: dict[str, Any]) -> None:
         name = message["name"]
-        if self.culprit is not None or site_is_subsample(message) or not torch.is_grad_enabled():
+        if self.source is not None or site_is_subsample(message) or not torch.is_grad_enabled():
             return
         program = "model" if message["is_observed"] or name in self.seen else "guide"
         self.seen.add(name)
@@ -109,7 +217,7 @@ class _Watch(Messenger):
             dims = [frame.dim for frame in message["cond_indep_stack"] if frame.size == self.num_rows]
             known = bool(dims) and dims[0] is not None and log_prob.ndim >= -dims[0]
             rows = _rows(~log_prob.isfinite(), dims[0]).any(1).nonzero().squeeze(1) if known else None
-            self.culprit = NonFiniteSource(name, f"site '{name}' of the {program} {what}", rows)
+            self.source = NonFiniteSource(name, f"site '{name}' of the {program} {what}", rows)
 
 
 def _what_is_wrong(message: dict[str, Any], log_prob: Tensor) -> str | None:
@@ -125,7 +233,7 @@ def _what_is_wrong(message: dict[str, Any], log_prob: Tensor) -> str | None:
     return f"has the log density {_example(log_prob)}"
 
 
-def _culprit_of_gradient(value: Tensor, terms: list[tuple[str, str, Tensor]]) -> tuple[str | None, str] | None:
+def _source_of_gradient(value: Tensor, terms: list[tuple[str, str, Tensor]]) -> tuple[str | None, str] | None:
     """(name, clause) of a site whose log density is finite but has a gradient that is not."""
     if not _has_bad_gradient(value):
         return None
@@ -172,18 +280,6 @@ def leaves_of(value: Any, seen: set[Any] | None = None) -> list[Tensor]:
             leaves.append(node.variable)
         queue.extend(function for function, _ in node.next_functions)
     return leaves
-
-
-def _differentiable(loss: ELBO) -> Callable[..., Any]:
-    if hasattr(loss, "surrogate"):
-        return lambda *programs: loss.surrogate(*programs)[0]
-
-    def run(*programs: Any) -> Any:
-        with suppress(NotImplementedError, AttributeError):  # not every Pyro loss has it
-            return loss.differentiable_loss(*programs)
-        return loss.loss_and_grads(*programs)
-
-    return run
 
 
 def _example(tensor: Tensor) -> str:

@@ -1,7 +1,8 @@
-"""One optimizer for all parameters, with the interface that Pyro's `SVI` expects, and a learning-rate schedule."""
+"""The optimizer of a run, its learning rate, and which steps it skips because their numbers are not finite."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor, nn
 
 from pyrovae.common import distributed
 from pyrovae.compiled.compiler import import_compiler
-from pyrovae.training.step_guard import StepGuard
 
-__all__ = ["OneAdam", "cosine_schedule"]
+__all__ = ["OneAdam", "Schedule", "StepGuard", "cosine_schedule", "make_optimizer", "schedule_message"]
 
 
 def cosine_schedule(fraction: float) -> float:
@@ -36,6 +36,92 @@ def cosine_schedule(fraction: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (fraction - warm_up) / (1 - warm_up))
 
 
+class Schedule(NamedTuple):
+    """The learning rate as a function of the fraction of training done.
+
+    Attributes:
+        learning_rate: the rate at factor 1.
+        shape: function from the fraction to a factor; None for a constant rate.
+    """
+
+    learning_rate: float
+    shape: Callable[[float], float] | None
+
+    def __call__(self, done: float) -> float:
+        try:
+            factor = float(self.shape(done) if self.shape else 1.0)  # a checkpoint takes no NumPy number
+        except (TypeError, ValueError, AttributeError) as error:  # a torch scheduler, which expects an optimizer
+            problem = f"raises {type(error).__name__} when called with {done:.3g}: {error}"
+            raise TypeError(schedule_message(self.shape, problem)) from error
+        if not 0 <= factor < math.inf:
+            raise ValueError(
+                f"schedule gives {factor:g} at the fraction {done:.3g} of the training: a factor of the learning rate must be "
+                f"0 or more, and finite"
+            )
+        return self.learning_rate * factor
+
+
+def schedule_message(schedule: Any, problem: str) -> str:
+    """Say what a schedule must be, and what is wrong with this one."""
+    return (
+        f"schedule must be a function from the fraction of training done, 0 to 1, to a factor of the learning rate (by "
+        f"default pyrovae.training.optimization.cosine_schedule), or None for a constant rate; {schedule!r} {problem}"
+    )
+
+
+class StepGuard(nn.Module):
+    """Decide which steps are made, on the device, without waiting for the host at every step.
+
+    A step whose loss or gradient is not finite is skipped: it changes no parameter and no moment. Up to `max_skipped`
+    steps are skipped; after one more, no step is made until `restart`.
+
+    All four attributes are buffers and change in place, so that a recording may hold them.
+
+    Args:
+        max_skipped: number of steps that may be skipped.
+        device: device of the buffers.
+
+    Attributes:
+        was_made: whether the last step was made.
+        is_running: whether steps are still made: False after one step too many that is not finite.
+        num_steps: steps made or skipped while `is_running` was True.
+        num_skipped: steps that were not finite, including the one that ended the run.
+
+    Example:
+        >>> guard = StepGuard(max_skipped=1)
+        >>> for finite in (True, False, True, False, True):
+        ...     guard(torch.tensor(finite))
+        >>> guard.is_running.item(), guard.num_steps.item(), guard.num_skipped.item()
+        (False, 3, 2)
+    """
+
+    was_made: Tensor
+    is_running: Tensor
+    num_steps: Tensor
+    num_skipped: Tensor
+
+    def __init__(self, max_skipped: int = 0, device: torch.device | None = None):
+        super().__init__()
+        self.max_skipped = max_skipped
+        for name in ("was_made", "is_running"):
+            self.register_buffer(name, torch.ones((), dtype=torch.bool, device=device))
+        for name in ("num_steps", "num_skipped"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long, device=device))
+
+    def forward(self, is_finite: Tensor) -> None:
+        """Decide on a step, given whether its loss and gradient are finite."""
+        self.num_skipped.add_(self.is_running & ~is_finite)
+        self.is_running.copy_(self.num_skipped <= self.max_skipped)
+        self.num_steps.add_(self.is_running)
+        self.was_made.copy_(self.is_running & is_finite)
+
+    def restart(self, num_skipped: int = 0) -> None:
+        """Start again, counting `num_skipped` steps as skipped already."""
+        self.was_made.fill_(True)
+        self.is_running.fill_(True)
+        self.num_skipped.fill_(num_skipped)
+
+
 class OneAdam(pyro.optim.PyroOptim):
     """One fused Adam over all parameters, as a Pyro optimizer for `SVI`.
 
@@ -48,7 +134,7 @@ class OneAdam(pyro.optim.PyroOptim):
         learning_rate: learning rate.
         clip_norm: largest global gradient norm; None for no clipping.
         max_skipped: a step whose gradient or loss (`watch`) is not finite changes nothing. This many such steps are
-            skipped; after one more, no step changes anything. `verdicts` keeps this count on the device, without
+            skipped; after one more, no step changes anything. `guard` keeps this count on the device, without
             waiting for the host.
 
     References:
@@ -65,7 +151,7 @@ class OneAdam(pyro.optim.PyroOptim):
         self.adam: torch.optim.Adam | None = None
         self.parameters: list[Tensor] = []
         device = parameters[0].device if parameters else None
-        self.verdicts = StepGuard(max_skipped, device)
+        self.guard = StepGuard(max_skipped, device)
         self._watched = torch.zeros((), device=device)
 
     @property
@@ -80,7 +166,7 @@ class OneAdam(pyro.optim.PyroOptim):
     def restore(self, parameters: list[Tensor], state: dict[str, Any] | None) -> None:
         """Continue with these parameters from the `state_dict` of an `adam` over as many, or from the start if it is None."""
         self.parameters, self.adam = list(parameters), None
-        self.verdicts.restart()
+        self.guard.restart()
         if state is not None:
             remaining = iter(parameters)
             groups = [[next(remaining) for _ in group["params"]] for group in state["param_groups"]]
@@ -111,15 +197,22 @@ class OneAdam(pyro.optim.PyroOptim):
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self.verdicts((norm + self._watched).isfinite())
+        self.guard((norm + self._watched).isfinite())
         self._watched.zero_()
         # The fused step asks for it on the device, as in mixed precision.
-        self.adam.found_inf = (~self.verdicts.was_made).float()  # type: ignore[attr-defined]  # set by torch's scaler, too
+        self.adam.found_inf = (~self.guard.was_made).float()  # type: ignore[attr-defined]  # set by torch's scaler, too
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad = _laid_out(parameter.grad, parameter)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros
+
+
+def make_optimizer(
+    modules: Iterable[nn.Module], learning_rate: float, clip_norm: float | None, max_skipped: int
+) -> OneAdam:
+    """Make the optimizer of a run over all parameters of the modules."""
+    return OneAdam([p for module in modules for p in module.parameters()], learning_rate, clip_norm, max_skipped)
 
 
 def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from pyrovae.common.component import Component, Unknown
 from pyrovae.models.generative import GenerativeModel
 from pyrovae.models.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide
 from pyrovae.models.layers import ConditionalNormal
-from pyrovae.training.description import hooks_of
+from pyrovae.training.attributes import hooks_of
 
 __all__ = ["NotSpecifiedError", "build", "specify"]
 

@@ -11,8 +11,8 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from pyrovae.common.arguments import map_tensors
+from pyrovae.training.losses import bound_name
 from pyrovae.training.optimization import OneAdam
-from pyrovae.training.validation import bounds_otherwise
 
 __all__ = ["TrainingState"]
 
@@ -108,10 +108,14 @@ class TrainingState:
                     f"{shapes[1]}, {kinds[1]} here"
                 )
         best_epoch, best = captured["best"]["epoch"], captured["best"]["tensors"]
-        if best_epoch and bounds_otherwise(self.loss) and "validation_bound" not in captured["history"][0]:
+        if (
+            best_epoch
+            and bound_name(self.loss) == "importance-weighted bound"
+            and "validation_bound" not in captured["history"][0]
+        ):
             raise ValueError(
                 f"it is the state of an earlier version, in which {type(self.loss).__name__} chose the best epoch by the ELBO, "
-                f"not by its own bound: begin the run anew, with another checkpoint"
+                f"not by its own bound: start a new run, with another checkpoint"
             )
         _put(there, here)
         self.optimizer.restore([here[name] for name in captured["optimized"]], _copied_tree(captured["adam"]))
@@ -121,7 +125,7 @@ class TrainingState:
         self.history = [
             row | {"validation_bound": row["validation_elbo"], "skipped_steps": 0} | row for row in captured["history"]
         ]
-        self.optimizer.verdicts.restart(self.num_skipped_steps)
+        self.optimizer.guard.restart(self.num_skipped_steps)
         self.full_size = captured["full_size"]
         self.best_epoch = best_epoch
         self._best = {name: tensor.to(here[name].device) for name, tensor in best.items()}

@@ -82,7 +82,7 @@ def ratios_of_a_model(linear_gaussian, monkeypatch, leap):
     x = linear_gaussian.data(200)
     truth = linear_gaussian.log_prob(x)
     potential = potential_of(linear_gaussian.model, None, 8, x)
-    potential.record([], inductor=False)
+    potential = potential.record([], inductor=False)
     kernels = tune(potential, 100, 8)
     monkeypatch.setattr(chains, "_leap", leap)
     forward = anneal(potential, kernels)

@@ -14,8 +14,8 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.annealing.potential import Potential, prior_of
-from pyrovae.programs.pair import Pair
+from pyrovae.annealing.potential import block_potential, prior_of
+from pyrovae.programs.splitting import inspect
 
 SETTINGS = {"num_chains": 4, "num_temperatures": 10, "num_leapfrog_steps": 4}
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -23,9 +23,9 @@ ONE_BY_ONE = "chains are run one by one, which is slow"
 
 
 def both_potentials(model, guide, num_chains, *args):
-    pair = Pair(model, guide or prior_of(model), args, {}, None, "auto")
+    pair = inspect(model, guide or prior_of(model), args, {})
     return (
-        Potential(pair, 0, pair.num_data, num_chains, from_prior=guide is None, vectorised=vectorised)
+        block_potential(pair, 0, pair.num_data, num_chains, from_prior=guide is None, vectorised=vectorised)
         for vectorised in (True, False)
     )
 
@@ -67,7 +67,7 @@ def test_chains_one_by_one_have_the_densities_of_chains_together(double, model, 
         guide(x)
     together, apart = both_potentials(model, guide, num_chains, x)
     for u in (together.draw(), apart.draw()):
-        assert u.shape[:2] == (num_chains, together.num_data)
+        assert u.shape[:2] == (num_chains, together.block.layout.num_data)
         first, second = (potential.energy(u, torch.tensor(beta)) for potential in (together, apart))
         for name, one, other in zip(first._fields, first, second, strict=True):
             assert one.shape == other.shape
@@ -115,9 +115,9 @@ LOOPED = ["view", "batch_norm", "fixed_dim"]
 @pytest.mark.parametrize("decoder", LOOPED)
 def test_a_decoder_that_takes_no_plate_has_the_densities_of_one_that_does(linear_gaussian, decoder):
     x = linear_gaussian.data(4)
-    pair = Pair(pair_with(linear_gaussian, decoder), linear_gaussian.mean_field_guide, (x,), {}, None, "auto")
+    pair = inspect(pair_with(linear_gaussian, decoder), linear_gaussian.mean_field_guide, (x,), {})
     assert pair.reason_to_loop(4)
-    apart = Potential(pair, 0, 4, 3, from_prior=False, vectorised=False)
+    apart = block_potential(pair, 0, 4, 3, from_prior=False, vectorised=False)
     together, _ = both_potentials(linear_gaussian.model, linear_gaussian.mean_field_guide, 3, x)
     u, beta = together.draw(), torch.tensor(0.4)
     for one, other in zip(apart.energy(u, beta), together.energy(u, beta), strict=True):

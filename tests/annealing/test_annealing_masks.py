@@ -14,8 +14,8 @@ from pyro.infer.autoguide import AutoNormal
 
 import pyrovae as pv
 from pyrovae.annealing.chains import anneal, tune
-from pyrovae.annealing.potential import Potential, prior_of
-from pyrovae.programs.pair import Pair
+from pyrovae.annealing.potential import block_potential, prior_of
+from pyrovae.programs.splitting import inspect
 
 LOC, SCALE = 0.4, 0.8  # of the guides
 SETTINGS = {"plate": "data", "num_chains": 4, "num_temperatures": 10, "num_leapfrog_steps": 4}
@@ -101,9 +101,9 @@ def test_chains_start_from_what_is_drawn_and_end_at_the_joint_density(double, mo
     mask = torch.tensor(mask).reshape(num_data, width)
     x = torch.randn(num_data, width)
     for guide in guides_of(model):
-        pair = Pair(model, guide or prior_of(model), (x, mask), {}, "data", "auto")
+        pair = inspect(model, guide or prior_of(model), (x, mask), {}, "data")
         for vectorised in (True, False):
-            potential = Potential(pair, 0, num_data, 3, from_prior=guide is None, vectorised=vectorised)
+            potential = block_potential(pair, 0, num_data, 3, from_prior=guide is None, vectorised=vectorised)
             u = potential.draw()
             log_start, log_weight = potential.log_densities(u)
             z = u[..., :width]
@@ -141,8 +141,8 @@ def test_the_evidence_of_masked_models(double, uncompiled, short_pilots, model):
 def test_masked_elements_stay_where_they_are_drawn(double, short_pilots, masked_too):
     """Under a density of 0 they would walk off, by a step per temperature."""
     x, mask = torch.zeros(200, 2), torch.tensor([True, False]).expand(200, 2)
-    pair = Pair(masked_by_handler, of_slots(masked_too), (x, mask), {}, "data", "auto")
-    potential = Potential(pair, 0, 200, 4, from_prior=False)
+    pair = inspect(masked_by_handler, of_slots(masked_too), (x, mask), {}, "data")
+    potential = block_potential(pair, 0, 200, 4, from_prior=False)
     masked = anneal(potential, tune(potential, 40, 4)).u[..., 1]
     within(masked.mean().item(), LOC, SCALE / math.sqrt(800))
     within(masked.var().item(), SCALE**2, SCALE**2 * math.sqrt(2 / 800))

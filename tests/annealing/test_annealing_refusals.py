@@ -10,10 +10,10 @@ import torch
 from shared.exact import gamma_poisson, potential_of
 
 import pyrovae as pv
-from pyrovae.annealing.blocks import Settings, tuned_blocks
+from pyrovae.annealing.blocks import AnnealingOptions, tuned_blocks
 from pyrovae.annealing.potential import prior_of
 from pyrovae.common.arguments import without_checks
-from pyrovae.programs.pair import Pair
+from pyrovae.programs.splitting import inspect
 
 
 @pytest.fixture(autouse=True)
@@ -110,9 +110,9 @@ def test_a_likelihood_that_does_not_vary(double, schedule):
 def test_no_datum_is_left_over(monkeypatch, num_data, size, blocks):
     """A program may squeeze() a single one out of shape, and a pilot learns little from it."""
     monkeypatch.setattr("pyrovae.annealing.blocks.tune", lambda *args, **kwargs: None)
-    pair = Pair(gamma_poisson, prior_of(gamma_poisson), (torch.ones(num_data, 3),), {}, None, size)
-    settings = Settings(**SETTINGS, schedule="adaptive", data_batch_size=size, compile=False, progress=False)
-    found = [(block.start, block.stop) for block in tuned_blocks(pair, settings, True, passes=1)]
+    pair = inspect(gamma_poisson, prior_of(gamma_poisson), (torch.ones(num_data, 3),), {}, None, size)
+    options = AnnealingOptions(**SETTINGS, data_batch_size=size, compile=False)
+    found = [(block.start, block.stop) for block in tuned_blocks(pair, options, True, passes=1)]
     assert found == blocks
 
 
@@ -124,7 +124,7 @@ class NaNFarOut(torch.nn.Module):
 def test_a_recorded_nan_names_the_site(double):
     model = pv.GenerativeModel(pv.priors.StandardNormal(1), pv.likelihoods.Normal(NaNFarOut(), (1,)))
     potential = potential_of(model, None, 2, torch.zeros(3, 1))
-    potential.record([model], inductor=False)
+    potential = potential.record([model], inductor=False)
     assert potential.recorded is not None
     far, beta = torch.full((2, 3, 1), 7.0), torch.tensor(0.5)
     with pytest.raises(ValueError, match="site 'x'"):

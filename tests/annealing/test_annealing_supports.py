@@ -13,9 +13,9 @@ from pyro.distributions import constraints
 from torch.distributions import biject_to
 
 import pyrovae as pv
-from pyrovae.annealing.potential import Potential, prior_of
+from pyrovae.annealing.potential import block_potential, prior_of
 from pyrovae.distributions.zuko_adapter import FlowDistribution, import_zuko, support_of_flow
-from pyrovae.programs.pair import Pair
+from pyrovae.programs.splitting import inspect
 
 zuko = import_zuko()
 SETTINGS = {"num_chains": 4, "num_temperatures": 10, "num_leapfrog_steps": 4}
@@ -84,7 +84,7 @@ def test_the_adapter_of_pyro_has_the_densities_of_ours(double):
             pyro.sample("x", dist.Normal(z, 0.8).to_event(1), obs=x)
 
     first, second = (
-        Potential(Pair(model, prior_of(model), (x,), {}, None, "auto"), 0, 4, 3, from_prior=True)
+        block_potential(inspect(model, prior_of(model), (x,), {}), 0, 4, 3, from_prior=True)
         for model in (of_flow(flow), ours)
     )
     u = first.draw()

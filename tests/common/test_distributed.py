@@ -54,8 +54,8 @@ class Model(torch.nn.Module):
             pyro.sample("x", dist.Normal(self.layer(z), 0.5).to_event(1), obs=x[:, :6])
 """
 TRAIN = """
-from pyrovae.compiled.record import Extracted
-Extracted.compiler = staticmethod(lambda graph: graph)
+from pyrovae.compiled.record import Recording
+Recording.compiler = staticmethod(lambda graph: graph)
 with pv.distributed.joined() as rank:
     torch.manual_seed(0)
     train = torch.randn(24, 8)

@@ -16,9 +16,9 @@ from shared.runs import binary, make, parameters
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.compiled.record import Extracted, extract
+from pyrovae.compiled.record import Recording, record
+from pyrovae.training.acceleration import record_step, step_pays_off
 from pyrovae.training.optimization import OneAdam
-from pyrovae.training.recorded_step import pays_off, record_step
 
 
 @pytest.mark.parametrize("num_particles", [1, 3])
@@ -79,10 +79,10 @@ def test_fit_gives_the_same_numbers_compiled(caplog):
 def test_a_library_that_a_killed_process_left_unfinished_is_compiled_again(tmp_path, monkeypatch, caplog):
     program = """
 import logging, sys, torch
-from pyrovae.compiled.record import extract
+from pyrovae.compiled.record import record
 logging.basicConfig()
 layer = torch.nn.Linear(3, 2)
-found = extract(lambda x: (layer(x).sin().exp().sum(),), [layer], (torch.ones(5, 3),))
+found = record(lambda x: (layer(x).sin().exp().sum(),), [layer], (torch.ones(5, 3),))
 print("compiled" if found is not None else "eager")
 """
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
@@ -108,7 +108,7 @@ def test_what_stays_alive_in_a_recording(uncompiled):
         return layer(x).sum() * beta * frozen[0], torch.randn(())
 
     x = torch.ones(4, 3)
-    recorded = extract(function, [layer], (x,), gradients=True)
+    recorded = record(function, [layer], (x,), gradients=True)
     state = torch.get_rng_state()
     (first, noise), _ = recorded(x)
     (second, other_noise), gradients = recorded(x)
@@ -128,7 +128,7 @@ def test_what_stays_alive_in_a_recording(uncompiled):
 def test_recording_takes_no_random_numbers_and_leaves_buffers_and_gradients(uncompiled):
     layer = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Dropout())
     before, state = [buffer.clone() for buffer in layer.buffers()], torch.get_rng_state()
-    assert extract(
+    assert record(
         lambda x: (layer(x).sum(),), [layer], (torch.randn(4, 3, generator=torch.Generator()),), gradients=True
     )
     assert torch.equal(torch.get_rng_state(), state)
@@ -138,7 +138,7 @@ def test_recording_takes_no_random_numbers_and_leaves_buffers_and_gradients(unco
 
 def test_changes_of_shape_dtype_and_mode_are_noticed(uncompiled):
     layer = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.999))
-    recorded = extract(lambda x: (layer(x),), [layer], (torch.ones(4, 3),))
+    recorded = record(lambda x: (layer(x),), [layer], (torch.ones(4, 3),))
     recorded(torch.ones(4, 3))
     assert recorded.num_recordings == 1
     assert recorded(torch.ones(5, 3))[0][0].shape == (5, 2)
@@ -153,7 +153,7 @@ def test_changes_of_shape_dtype_and_mode_are_noticed(uncompiled):
     assert recorded.num_recordings == 4
     for size in range(10, 30):
         recorded(torch.ones(size, 3))
-    assert len(recorded._recorded) == Extracted.CAPACITY
+    assert len(recorded._recorded) == Recording.CAPACITY
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_batch_norm_keeps_its_running_statistics_compiled():
     eager = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     torch.manual_seed(0)
     compiled = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    recorded = extract(lambda x: (compiled(x).square().sum(),), [compiled], (batch,), gradients=True)
+    recorded = record(lambda x: (compiled(x).square().sum(),), [compiled], (batch,), gradients=True)
     for _ in range(3):
         eager(batch)
         recorded(batch)
@@ -253,16 +253,16 @@ def test_auto_compiles_long_runs_of_our_own_parts():
     )
     guide = pv.guides.MeanFieldNormal(pv.nets.MLP(784, [400, 400]), 40)
     ours = [model, guide]
-    assert pays_off(8_500, 200, ours, Trace_ELBO(), pv.data.binarize)
-    assert pays_off(8_500, 200, ours, Trace_ELBO(), None)
-    assert not pays_off(100, 200, ours, Trace_ELBO(), None)
-    assert not pays_off(8_500, 200, ours, TraceGraph_ELBO(), None)
-    assert not pays_off(8_500, 200, ours, Trace_ELBO(), lambda x: x)
+    assert step_pays_off(8_500, 200, ours, Trace_ELBO(), pv.data.binarize)
+    assert step_pays_off(8_500, 200, ours, Trace_ELBO(), None)
+    assert not step_pays_off(100, 200, ours, Trace_ELBO(), None)
+    assert not step_pays_off(8_500, 200, ours, TraceGraph_ELBO(), None)
+    assert not step_pays_off(8_500, 200, ours, Trace_ELBO(), lambda x: x)
 
     class Strange(nn.Linear):
         pass
 
-    assert not pays_off(8_500, 200, [*ours, Strange(2, 2)], Trace_ELBO(), None)
+    assert not step_pays_off(8_500, 200, [*ours, Strange(2, 2)], Trace_ELBO(), None)
 
 
 def test_the_optimizer_moves_what_the_recording_gives(uncompiled):
@@ -272,8 +272,8 @@ def test_the_optimizer_moves_what_the_recording_gives(uncompiled):
     before = parameters(model, guide)
     batch = binary()
     step = record_step(model, guide, Trace_ELBO(), optimizer, [model, guide], None, batch, torch.arange(40))
-    value, reconstruction, kl = step(batch, torch.arange(40))
-    assert value.item() == pytest.approx((kl - reconstruction).item())
+    value, [parts] = step(batch, torch.arange(40))
+    assert value.item() == pytest.approx((parts.kl - parts.reconstruction).item())
     assert all(not torch.equal(a, b) for a, b in zip(before, parameters(model, guide), strict=True))
 
 
@@ -308,8 +308,8 @@ def test_shared_modules_stay_whole(uncompiled):
 
 def test_one_recording_for_a_whole_run(uncompiled, monkeypatch):
     """Four epochs after the eager one, each with a ragged last batch, parameters and learning rate changing at every step."""
-    recordings, original = [], Extracted._record
-    monkeypatch.setattr(Extracted, "_record", lambda self, *args: recordings.append(1) or original(self, *args))
+    recordings, original = [], Recording._record
+    monkeypatch.setattr(Recording, "_record", lambda self, *args: recordings.append(1) or original(self, *args))
     pv.fit(*make(), binary(), epochs=5, batch_size=15, compile=True, progress=False)
     assert len(recordings) == 1
 

@@ -16,8 +16,9 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.annealing.potential import prior_of
-from pyrovae.compiled.frozen import turned
-from pyrovae.compiled.record import Extracted, all_ours, extract
+from pyrovae.compiled.policy import has_known_parts
+from pyrovae.compiled.record import Recording, record
+from pyrovae.compiled.self_check import turned
 
 
 @pytest.fixture(autouse=True)
@@ -296,7 +297,7 @@ def test_what_a_recording_would_freeze_runs_eagerly(double, uncompiled, chunks, 
     if step in (through_numpy, listed):
         eager, recorded = both_ways(model, standard_guide(), x)
         assert torch.equal(recorded, eager)
-        assert "were frozen" in caplog.text
+        assert "would be constants" in caplog.text
     else:  # particles drawn together are not those drawn apart, so it does not come to a recording
         with pytest.warns(UserWarning, match="one by one"):
             pv.log_weights(model, standard_guide(), x, num_particles=12, data_batch_size=None, compile=True)
@@ -304,10 +305,10 @@ def test_what_a_recording_would_freeze_runs_eagerly(double, uncompiled, chunks, 
 
 
 @pytest.mark.parametrize("step", [through_numpy, of_python, branching])
-def test_what_a_recording_would_freeze_is_not_extracted(double, uncompiled, caplog, step):
-    assert extract(lambda z: (step(z + torch.randn_like(z)),), [], [torch.randn(40)]) is None
+def test_what_a_recording_would_freeze_is_not_recorded(double, uncompiled, caplog, step):
+    assert record(lambda z: (step(z + torch.randn_like(z)),), [], [torch.randn(40)]) is None
     assert "runs eagerly" in caplog.text
-    assert extract(lambda z: (z + torch.randn_like(z),), [], [torch.randn(40)]) is not None
+    assert record(lambda z: (z + torch.randn_like(z),), [], [torch.randn(40)]) is not None
 
 
 @pytest.mark.parametrize("step", [through_numpy, listed])
@@ -323,11 +324,11 @@ def test_what_it_would_freeze_of_the_data_is_seen_as_well(double, uncompiled, ch
     eager, recorded = both_ways(model, standard_guide(), x)
     assert torch.equal(recorded, eager)
     assert not chunks
-    assert "were frozen" in caplog.text
+    assert "would be constants" in caplog.text
 
     linear = nn.Linear(1, 1)
-    assert extract(lambda x: (x + step(linear.bias.detach()),), [linear], [x]) is None
-    assert extract(lambda x: (x + linear.bias.detach().tanh(),), [linear], [x]) is not None
+    assert record(lambda x: (x + step(linear.bias.detach()),), [linear], [x]) is None
+    assert record(lambda x: (x + linear.bias.detach().tanh(),), [linear], [x]) is not None
 
 
 def test_other_values_lie_in_memory_alike():
@@ -358,11 +359,11 @@ def test_auto_is_for_programs_of_this_library_alone():
     def function(x):
         return net(x)
 
-    assert all_ours(model, guide)
-    assert all_ours(model.forward, guide.forward, prior_of(model))
-    assert not all_ours(function, prior_of(function))
-    assert not all_ours(function, guide)
-    assert not all_ours(functools.partial(model, scale=2), guide)
+    assert has_known_parts(model, guide)
+    assert has_known_parts(model.forward, guide.forward, prior_of(model))
+    assert not has_known_parts(function, prior_of(function))
+    assert not has_known_parts(function, guide)
+    assert not has_known_parts(functools.partial(model, scale=2), guide)
 
 
 def test_nan_is_named_and_chance_is_not_thrown_away(double, uncompiled):
@@ -442,8 +443,8 @@ def test_a_hierarchy_records_as_it_draws(double, uncompiled, chunks):
 
 def test_one_recording_for_all_blocks(double, uncompiled, chunks, monkeypatch):
     """Seven blocks of data and the ragged eighth, five chunks and a ragged sixth: recorded once."""
-    recordings, original = [], Extracted._record
-    monkeypatch.setattr(Extracted, "_record", lambda self, *args: recordings.append(1) or original(self, *args))
+    recordings, original = [], Recording._record
+    monkeypatch.setattr(Recording, "_record", lambda self, *args: recordings.append(1) or original(self, *args))
     x = torch.randn(31, 3)
     both_ways(BatchNorm(), standard_guide(), x, num_particles=22, particle_batch_size=4, data_batch_size=4)
     assert len(recordings) == 1
@@ -451,7 +452,7 @@ def test_one_recording_for_all_blocks(double, uncompiled, chunks, monkeypatch):
 
 
 def test_arguments_that_were_one_tensor_when_it_was_recorded(double, uncompiled):
-    recorded = extract(lambda x, y: (x - 2 * y,), [], [x := torch.randn(5), x])
+    recorded = record(lambda x, y: (x - 2 * y,), [], [x := torch.randn(5), x])
     y = torch.randn(5)
     assert torch.equal(recorded(x, x)[0][0], -x)
     assert torch.equal(recorded(x, y)[0][0], x - 2 * y)

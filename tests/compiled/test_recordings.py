@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import pyrovae as pv
-from pyrovae.compiled.record import extract
+from pyrovae.compiled.record import record
 
 # --- a function of data whose values go through Python ----------------------------------------------------------------
 
@@ -74,8 +74,8 @@ def test_what_goes_through_python_is_not_frozen(statistic, data, of, rows, colum
             else ((layer(x) + noise).square().sum() * (1 + share * torch.as_tensor(term, dtype=dtype).sum())),
         )
 
-    assert extract(program, [layer], (x,), gradients=True, inductor=False) is None
-    assert extract(lambda x: program(x, False), [layer], (x,), gradients=True, inductor=False) is not None
+    assert record(program, [layer], (x,), gradients=True, inductor=False) is None
+    assert record(lambda x: program(x, False), [layer], (x,), gradients=True, inductor=False) is not None
 
 
 @settings(max_examples=40, deadline=None)
@@ -102,8 +102,8 @@ def test_whole_numbers_and_masks_are_not_frozen(labels, kind, seed):
     def right(y):
         return table[y] if kind == "one hot" else y.float() * (table[0] if kind == "scalar" else 1)
 
-    assert extract(lambda y: (read(y) + torch.randn(3),), [], (y,), inductor=False) is None
-    assert extract(lambda y: (right(y) + torch.randn(3),), [], (y,), inductor=False) is not None
+    assert record(lambda y: (read(y) + torch.randn(3),), [], (y,), inductor=False) is None
+    assert record(lambda y: (right(y) + torch.randn(3),), [], (y,), inductor=False) is not None
 
 
 # --- modules with a state of their own: the eager numbers, or the eager program ---------------------------------------
@@ -349,7 +349,7 @@ def steps(net, compile):
     STATE["count"] = 0
     pyro.set_rng_seed(3)
     data = torch.randn(6, 5, 3, dtype=torch.float64)
-    recorded = extract(lambda x: (net(x),), [net], (data[0],), gradients=True, inductor=False) if compile else None
+    recorded = record(lambda x: (net(x),), [net], (data[0],), gradients=True, inductor=False) if compile else None
     losses = []
     for x in data:
         if recorded is not None:
@@ -563,14 +563,14 @@ def in_an_attribute(layer, scale):
 @pytest.mark.parametrize("kind", FREEZES)
 def test_what_acts_later_or_seldom_is_not_frozen(kind, place, caplog):
     layer = nn.Linear(3, 2)
-    assert extract(place(layer, kind()), [layer], (torch.randn(5, 3),), gradients=True, inductor=False) is None
+    assert record(place(layer, kind()), [layer], (torch.randn(5, 3),), gradients=True, inductor=False) is None
     assert "every run changes what the program holds" in caplog.text or "the size of a tensor depends" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [closure_counter, nonlocal_counter, Held, in_a_dict, history])
 def test_a_refused_recording_has_counted_once_at_most(kind):
     layer, scale = nn.Linear(3, 2), kind()
-    extract(in_the_function(layer, scale), [layer], (torch.randn(5, 3),), inductor=False)
+    record(in_the_function(layer, scale), [layer], (torch.randn(5, 3),), inductor=False)
     runs = next(run for run in range(LATE + 2) if scale(torch.randn(5, 3)) != 1)
     assert runs >= LATE - 2
 
@@ -599,7 +599,7 @@ def index_by_numbers(x):
 def test_what_stays_as_it_is_does_not_stand_in_the_way(scale):
     layer, held = nn.Linear(3, 2), Held()
     layer.note, layer.names = {"of": held}, ["a", "b"]
-    recorded = extract(in_the_function(layer, scale), [layer], (torch.randn(5, 3),), gradients=True, inductor=False)
+    recorded = record(in_the_function(layer, scale), [layer], (torch.randn(5, 3),), gradients=True, inductor=False)
     x = torch.randn(5, 3)
     assert torch.allclose(recorded(x)[0][0], in_the_function(layer, scale)(x)[0])
 
@@ -610,7 +610,7 @@ def test_a_hook_on_the_accumulated_gradient_is_not_lost(caplog, name):
     for own, parameter in layer.named_parameters():
         if name in (own, "both"):
             parameter.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))
-    assert extract(lambda x: (layer(x).sum(),), [layer], (torch.randn(5, 3),), gradients=True, inductor=False) is None
+    assert record(lambda x: (layer(x).sum(),), [layer], (torch.randn(5, 3),), gradients=True, inductor=False) is None
     assert "has a hook on its accumulated gradient" in caplog.text
 
 
@@ -695,7 +695,7 @@ def test_a_later_recording_that_fails_runs_the_program(uncompiled, caplog, gradi
         scale = float(x.detach().numpy().mean()) if len(x) > 4 else 1.0
         return (layer(x).square().sum() * scale,)
 
-    recorded = extract(program, [layer], (torch.randn(4, 3),), gradients=gradients)
+    recorded = record(program, [layer], (torch.randn(4, 3),), gradients=gradients)
     assert not caplog.records
     for size in (6, 4, 6, 7, 4):
         x = torch.randn(size, 3)

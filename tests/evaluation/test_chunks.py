@@ -10,6 +10,7 @@ import torch
 from conftest import within
 
 import pyrovae as pv
+from pyrovae.evaluation import log_weights
 
 NUM_DATA, NUM_PARTICLES = 10, 130
 
@@ -68,15 +69,13 @@ def test_replayed_latents_give_the_same_bits(double, monkeypatch, particle_batch
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", Tape(table, columns))
 
-    from pyrovae.programs.pair import Pair
-
-    original = Pair.block
+    original = log_weights._draw_block
 
     def recording_block(*args):
         table.recording = True
         return original(*args)
 
-    monkeypatch.setattr(Pair, "block", recording_block)
+    monkeypatch.setattr(log_weights, "_draw_block", recording_block)
     drawn = pv.log_weights(
         model,
         guide,

@@ -197,11 +197,16 @@ def test_what_is_refused(linear_gaussian):
         pv.inference_gaps(linear_gaussian.model, mixed, x, num_particles=20)
 
 
+def search(model, guide, num_data, **options):
+    options = inference_gaps._Options(num_particles=2, learning_rate=0.05, **options)
+    return inference_gaps._search(model, guide, num_data, options)
+
+
 def test_gain_uses_the_same_noise(linear_gaussian):
     """Of parameters against themselves: exactly nothing."""
     x = linear_gaussian.data(7)
     guide = exact_mean_field(linear_gaussian)
-    steps = inference_gaps._Steps(linear_gaussian.model, guide, 0.05, 100, 0.05, 7, False)
+    steps = search(linear_gaussian.model, guide, 7, tolerance=0.05, max_num_steps=100, data_batch_size=7, compile=False)
     parameters = guide.encode(x).detach()
     assert torch.equal(steps._gain(x, parameters, parameters), torch.zeros(7))
     worse = parameters + 0.3
@@ -216,7 +221,7 @@ def test_compiled_and_in_batches(double, uncompiled):
     x = model.generate(11)
     found = {}
     for compile in (False, True):
-        steps = inference_gaps._Steps(model, guide, 0.02, 400, 0.05, 4, compile)
+        steps = search(model, guide, 11, tolerance=0.02, max_num_steps=400, data_batch_size=4, compile=compile)
         settled = []
         pyro.set_rng_seed(8)
         found[compile] = *steps.best(x, settled.append), sum(settled)

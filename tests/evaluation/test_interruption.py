@@ -22,7 +22,7 @@ class Interrupted(torch.nn.Module):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.at, self.reached = math.inf, 0
+        self.at, self.reached = math.inf, -1
         cut, blocks = Pair.cut, Pair.blocks
         looking = [True]
 
@@ -97,12 +97,13 @@ def test_nothing_done_is_an_interrupt(monkeypatch, estimate):
     assert model.training
 
 
-def test_bounds_of_the_blocks_that_are_done(double, monkeypatch):
+@pytest.mark.parametrize("num_data", [10, 40])  # the second: more than are looked at before
+def test_bounds_of_the_blocks_that_are_done(double, monkeypatch, num_data):
     model = Interrupted(monkeypatch)
     model.at = 1
-    with pytest.warns(RuntimeWarning, match="the first 4 of 10 data"):
+    with pytest.warns(RuntimeWarning, match=f"the first 4 of {num_data} data"):
         result = pv.bidirectional_monte_carlo(
-            model, torch.zeros(10), num_chains=16, num_temperatures=30, num_leapfrog_steps=5, data_batch_size=4
+            model, torch.zeros(num_data), num_chains=16, num_temperatures=30, num_leapfrog_steps=5, data_batch_size=4
         )
     assert len(result) == len(result.data["x"]) == len(result.latents["z"]) == 4
     truth = dist.Normal(0.0, math.sqrt(2)).log_prob(result.data["x"])

@@ -9,8 +9,8 @@ import torch
 from shared.runs import binary, make
 
 import pyrovae as pv
-from pyrovae.compiled.record import Extracted
-from pyrovae.programs import pair as pairs
+from pyrovae.compiled.record import Recording
+from pyrovae.evaluation import log_weights
 
 NUM_DATA, NUM_PARTICLES = 6, 50
 
@@ -31,7 +31,7 @@ def posterior(x):
 def room(monkeypatch):
     """A device that has room for so many rows (particles times data); what was asked of it is kept."""
     asked = []
-    original = pairs.run_particles
+    original = log_weights.run_particles
 
     def room_for(rows):
         def run(model, guide, args, kwargs, layout, num_particles):
@@ -40,7 +40,7 @@ def room(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return original(model, guide, args, kwargs, layout, num_particles)
 
-        monkeypatch.setattr(pairs, "run_particles", run)
+        monkeypatch.setattr(log_weights, "run_particles", run)
         return asked
 
     return room_for
@@ -65,7 +65,7 @@ def test_halves_and_goes_on(room, caplog, double):
 
 def test_recorded_draws_too(room, caplog, monkeypatch):
     """What was recorded is for a chunk that no longer fits: the rest is drawn eagerly."""
-    monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
+    monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
     vae = make()
     options = {"num_particles": NUM_PARTICLES, "particle_batch_size": 10, "data_batch_size": None, "compile": True}
     with torch.no_grad():

@@ -21,13 +21,19 @@ def turns(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     import turns
 
-    yield turns
-    del sys.modules["turns"]
+    return turns
+
+
+@pytest.fixture
+def run_all(turns):
+    import run_all
+
+    return run_all
 
 
 def test_every_benchmark_is_tested():
     programs = {path.name for path in FOLDER.glob("*.py") if "__main__" in path.read_text()}
-    assert programs == set(SCRIPTS)
+    assert programs == {*SCRIPTS, "run_all.py"}
 
 
 def test_turns_are_taken_and_medians_compared(turns, capsys):
@@ -62,6 +68,33 @@ def test_turns_are_taken_and_medians_compared(turns, capsys):
     table = turns.show(rows, "images/s", "x slow")
     assert "| setting | quick | 50 | 25.5 - 75 | 2.50 |  |" in table
     assert "| setting | absent | - | - | - | not installed |" in table
+
+
+def test_one_command_runs_what_the_page_shows(run_all):
+    page = (FOLDER.parents[1] / "pyrovae/docs/benchmarks.md").read_text()
+    prefix = "python examples/benchmarks/"
+    shown = [line.removeprefix(prefix) for line in page.splitlines() if line.startswith(prefix)]
+    assert [command for command in shown if not command.startswith("run_all.py")] == list(run_all.COMMANDS.values())
+
+
+def test_one_command_runs_all(run_all, monkeypatch, tmp_path, capfd):
+    """With scripts that only say how they were called: the page holds all tables, a failure is named at the end."""
+    script = "import sys; from pathlib import Path; Path(sys.argv[sys.argv.index('--out') + 1] + '.md').write_text(str(sys.argv))"
+    (tmp_path / "good.py").write_text(script)
+    (tmp_path / "bad.py").write_text("raise SystemExit('it broke')")
+    monkeypatch.setattr(run_all, "FOLDER", tmp_path)
+    monkeypatch.setattr(run_all, "COMMANDS", {"first": "good.py --rounds 3", "broken": "bad.py", "last": "good.py"})
+    words = ["--quick", "--threads", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["run_all.py", *words])
+    with pytest.raises(SystemExit, match="broken failed, see above; --only broken runs them again"):
+        run_all.main()
+    assert "it broke" in capfd.readouterr().err
+    page = (tmp_path / "all.md").read_text()
+    assert page.count("good.py") == 2
+    assert page.index("'--rounds', '3'") < page.index("'--quick', '--rounds', '1'")
+    monkeypatch.setattr(sys, "argv", ["run_all.py", *words, "--only", "last"])
+    run_all.main()
+    assert (tmp_path / "all.md").read_text() == page  # what was measured before stays on it
 
 
 @pytest.mark.slow

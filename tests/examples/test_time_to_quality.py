@@ -9,12 +9,12 @@ import torch
 
 import pyrovae as pv
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+FOLDER = Path(__file__).parents[2] / "examples/reproductions"
 
 
 @pytest.fixture
 def quality(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(FOLDER)
     import time_to_quality
 
     return time_to_quality
@@ -32,7 +32,7 @@ def grey():
 
 def measured(states, x):
     """(posterior, logits at its mean) of our pair with the weights that were handed over."""
-    from support import trainers
+    import trainers
 
     model, guide = trainers.pair()
     model.load_state_dict(states["model"])

@@ -14,9 +14,9 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import guides, likelihoods, nets, priors
-from pyrovae.compiled.record import extract
+from pyrovae.compiled.record import record
 from pyrovae.distributions.zuko_adapter import import_zuko
-from pyrovae.training.recorded_step import _surrogate
+from pyrovae.training.losses import surrogate
 
 FLOWS = ["InverseAutoregressiveFlow", "NeuralSplineFlow"]
 
@@ -279,9 +279,9 @@ def test_recorded_step_gives_the_eager_gradients(name, double, monkeypatch, capl
     x = model.generate(5)
 
     def objective(x):
-        return _surrogate(Trace_ELBO(), model, guide, x)
+        return surrogate(Trace_ELBO(), model, guide, x)
 
-    recorded = extract(objective, [model, guide], (x,), gradients=True)
+    recorded = record(objective, [model, guide], (x,), gradients=True)
     assert recorded is not None, caplog.text
     torch.manual_seed(7)
     (value, _, _), gradients = recorded(x)

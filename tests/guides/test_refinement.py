@@ -133,8 +133,8 @@ def test_refinement_compiled(double):
 @pytest.mark.parametrize("mixed", [False, True])
 def test_each_evaluation_records_refinement_anew(mixed, double, uncompiled, monkeypatch):
     """For blocks of one size alone, not for the looks at the program; attributes may change between evaluations."""
-    recordings, extract = [], refinement.extract
-    monkeypatch.setattr(refinement, "extract", lambda *args: (recordings.append(1), extract(*args))[1])
+    recordings, original = [], refinement.record
+    monkeypatch.setattr(refinement, "record", lambda *args: (recordings.append(1), original(*args))[1])
     likelihood = likelihoods.Normal(nets.MLP(2, [8], 6), 6, scale=1.0)
     model = pv.GenerativeModel(priors.StandardNormal(2), likelihood).double()
     guide, x = guides.MeanFieldNormal(nets.MLP(6, [8]), 2).double(), torch.randn(20, 6)

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import pyrovae as pv
 from pyrovae import likelihoods, nets, priors
 from pyrovae.common.arguments import without_checks
-from pyrovae.compiled.record import extract
+from pyrovae.compiled.record import record
 from pyrovae.distributions.pixels import CategoricalLevels, ContinuousBernoulli, LogisticLevels
 
 SHAPE = (1, 2, 2)
@@ -407,7 +407,7 @@ def test_compiled_as_eager():
         return (torch.stack(parts).sum(), *parts)
 
     tensors = [tensor for name in ALL for tensor in (z[name], x[name])]
-    compiled = extract(loss, modules, tensors, gradients=True)
+    compiled = record(loss, modules, tensors, gradients=True)
     assert compiled is not None
     outputs, gradients = compiled(*tensors)
     eager = loss(*tensors)

@@ -17,7 +17,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import guides, likelihoods, nets, priors
-from pyrovae.compiled.record import Extracted
+from pyrovae.compiled.record import Recording
 from pyrovae.models.layers import Chain, ConditionalNormal
 
 SHAPE = (1, 4, 3)
@@ -26,7 +26,7 @@ SHAPE = (1, 4, 3)
 @pytest.fixture
 def as_recorded(monkeypatch):
     """Recordings run without Inductor, which takes seconds."""
-    monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
+    monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
 
 
 @pytest.fixture

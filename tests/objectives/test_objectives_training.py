@@ -10,16 +10,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO
 from shared.parts import LATENT_DIM, PRIORS, SHAPE
 from torch import nn
 
 import pyrovae as pv
 from pyrovae import objectives
-from pyrovae.compiled.record import extract
+from pyrovae.compiled.record import record
 from pyrovae.objectives import runs
-from pyrovae.training.elbo_parts import parts_of
-from pyrovae.training.recorded_step import _surrogate
+from pyrovae.training.losses import EpochSums, ReportingLoss, surrogate
 
 # name -> make(): every objective, with what it can be asked for
 OBJECTIVES = {
@@ -125,8 +124,8 @@ def test_recorded_is_eager(name, double, not_compiled):
     objective = OBJECTIVES[name]()
     parameters = [*model.parameters(), *guide.parameters()]
     objective.differentiable_loss(model, guide, x)
-    recorded = extract(
-        lambda x: _surrogate(objective, model, guide, x), [model, guide, *objective.modules], (x,), gradients=True
+    recorded = record(
+        lambda x: surrogate(objective, model, guide, x), [model, guide, *objective.modules], (x,), gradients=True
     )
     assert recorded is not None
     for seed in range(2):
@@ -147,7 +146,7 @@ def test_recorded_is_eager_for_other_priors(prior, double, not_compiled):
     model = pv.GenerativeModel(PRIORS[prior](guide), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 12), SHAPE)).double()
     x, objective = binary().double(), objectives.DoublyReparameterised(3)
     objective.loss(model, guide, x)
-    recorded = extract(lambda x: _surrogate(objective, model, guide, x), [model, guide], (x,), gradients=True)
+    recorded = record(lambda x: surrogate(objective, model, guide, x), [model, guide], (x,), gradients=True)
     pyro.set_rng_seed(0)
     (loss, _, _), found = recorded(x)
     pyro.set_rng_seed(0)
@@ -162,7 +161,7 @@ def test_recorded_discrete_codes(double, not_compiled):
     for objective in (objectives.VIMCO(3), objectives.MonteCarloKL(2)):
         objective.differentiable_loss(codes.model, codes.guide, x)
         model, guide = codes.model, codes.guide
-        recorded = extract(lambda x: _surrogate(objective, model, guide, x), [codes], (x,), gradients=True)  # noqa: B023
+        recorded = record(lambda x: surrogate(objective, model, guide, x), [codes], (x,), gradients=True)  # noqa: B023
         pyro.set_rng_seed(0)
         (loss, _, _), found = recorded(x)
         pyro.set_rng_seed(0)
@@ -180,8 +179,8 @@ def test_a_recording_sees_the_schedule_move(compiled, double, request):
     x = binary().double()
     objective = objectives.AnalyticKL(beta=0.5, kl_warmup_steps=4)
     objective.loss(model, guide, x)
-    recorded = extract(
-        lambda x: _surrogate(objective, model, guide, x), [model, guide, *objective.modules], (x,), gradients=True
+    recorded = record(
+        lambda x: surrogate(objective, model, guide, x), [model, guide, *objective.modules], (x,), gradients=True
     )
     for step in range(6):
         (loss, reconstruction, kl), _ = recorded(x)
@@ -344,16 +343,61 @@ def test_history_of_pyros_enumeration_claims_no_parts():
     assert all(row["elbo"] == row["objective"] for row in result.history)
 
 
-def test_fit_reads_the_parts_off_the_surrogate():
+def test_fit_reads_the_parts_off_thesurrogate():
     model, guide = make()
     objective = objectives.AnalyticKL(beta=3.0)
-    with parts_of(objective) as parts:
-        objective.loss_and_grads(model, guide, binary())
-    parts.count(40)
-    elbo, reconstruction, kl = parts.means()
+    _, parts = ReportingLoss(objective).loss_and_grads(model, guide, binary())
+    sums = EpochSums()
+    sums.add(parts, 40)
+    elbo, reconstruction, kl = sums.means()
     assert reconstruction == pytest.approx(objective.last.reconstruction.item() / 40)
     assert kl == pytest.approx(objective.last.kl.item() / 40)
     assert elbo == pytest.approx(reconstruction - kl)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [Trace_ELBO(), Trace_ELBO(num_particles=2), TraceEnum_ELBO(strict_enumeration_warning=False), objectives.VIMCO(3)],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_a_reporting_loss_is_the_loss(loss):
+    """Same numbers and noise; its state is the loss's own (the depth of plates, guessed once), which stays as it was."""
+    model, guide = make()
+    ReportingLoss(loss).loss(model, guide, binary())
+    assert loss.max_plate_nesting == (1 if isinstance(loss, TraceEnum_ELBO) else math.inf)
+    kinds, state = [], []
+    for run in (loss.loss_and_grads, ReportingLoss(loss).loss_and_grads):
+        pyro.set_rng_seed(0)
+        found = run(model, guide, binary())
+        kinds.append(found[0] if isinstance(found, tuple) else found)
+        state.append((vars(loss).keys(), loss.max_plate_nesting, torch.rand(3).tolist()))
+    assert kinds[0] == kinds[1]
+    assert state[0] == state[1]
+    assert "_get_trace" not in vars(loss)
+    pyro.set_rng_seed(0)
+    value, parts = ReportingLoss(loss).loss(model, guide, binary())
+    if not isinstance(loss, objectives.VIMCO):
+        assert -value == pytest.approx(sum(part.reconstruction - part.kl for part in parts).item(), rel=1e-6)
+    assert len(parts) == (1 if isinstance(loss, objectives.VIMCO) else loss.num_particles)
+
+
+@pytest.mark.parametrize(
+    ("loss", "bound"),
+    [
+        (objectives.ImportanceWeighted(1), "ELBO"),
+        (objectives.ImportanceWeighted(2), "importance-weighted bound"),
+        (objectives.DoublyReparameterised(2), "importance-weighted bound"),
+        (objectives.AnalyticKL(beta=4.0), "ELBO"),
+        (Trace_ELBO(num_particles=5), "ELBO"),
+        (RenyiELBO(), "ELBO"),
+        (TraceEnum_ELBO(strict_enumeration_warning=False), "ELBO"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_the_result_names_the_bound_of_its_validation(loss, bound):
+    result = pv.fit(*make(), binary(), validation=binary(), loss=loss, epochs=1, progress=False)
+    assert result.bound == bound
+    assert ("validation bound" in repr(result)) == (bound != "ELBO")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -466,7 +510,7 @@ def test_pairs_that_do_not_match_are_refused():
 def test_a_pair_is_looked_at_before_it_is_recorded(not_compiled, caplog):
     model, guide = make()
     objective = objectives.AnalyticKL()
-    assert extract(lambda x: _surrogate(objective, model, guide, x), [model, guide], (binary(),)) is None
+    assert record(lambda x: surrogate(objective, model, guide, x), [model, guide], (binary(),)) is None
     assert "run one step eagerly" in caplog.text
 
 

@@ -11,7 +11,7 @@ from conftest import within
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
-from pyrovae.compiled.record import extract
+from pyrovae.compiled.record import record
 from pyrovae.distributions.zuko_adapter import FlowDistribution, _spread_points, import_zuko, start_near_identity
 
 IMPORT = """
@@ -281,7 +281,7 @@ def test_recorded_draw_density_mean_and_gradients_are_the_eager_ones(kind, doubl
         log_prob = q.log_prob(value)
         return (value.square().sum(-1) + log_prob).sum(), value, log_prob, q.mean
 
-    recorded = extract(function, [flow], [context], gradients=True)
+    recorded = record(function, [flow], [context], gradients=True)
     for seed in (0, 1):  # and with other parameters
         pyro.set_rng_seed(seed)
         outputs, grads = recorded(context)

@@ -15,7 +15,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import guides, likelihoods, nets, priors
-from pyrovae.compiled.record import extract
+from pyrovae.compiled.record import record
 from pyrovae.distributions.mixtures import Mixture
 from pyrovae.distributions.zuko_adapter import FlowDistribution, import_zuko, start_near_identity
 
@@ -458,7 +458,7 @@ def assert_recorded_is_eager(name, num_draws):
     guide = guides.MeanFieldNormal(nets.MLP(12, [8]), LATENT_DIM)
     model = pv.GenerativeModel(PRIORS[name](guide), likelihoods.Bernoulli(nets.MLP(2, [8], 12), SHAPE))
     function, x = surrogate(model, guide, num_draws), binary(5)
-    recorded = extract(function, [model, guide], [x], gradients=True)
+    recorded = record(function, [model, guide], [x], gradients=True)
     for seed in (1, 2):
         pyro.set_rng_seed(seed)
         (loss, draws), gradients = recorded(x)

@@ -13,7 +13,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.programs.equivalence import equivalent, in_float64
-from pyrovae.programs.pair import Pair
+from pyrovae.programs.splitting import inspect
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_honest_float32_programs_are_cut_and_vectorised(kind, scale):
             z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
             pyro.sample("x", dist.Normal(decoder(z) + captured, scale).to_event(1), obs=x)
 
-    pair = Pair(model, standard_guide(3), (x,), {}, None, "auto")
+    pair = inspect(model, standard_guide(3), (x,), {})
     assert pair.split_size == 45
     assert pair.reason_to_loop(10) is None
     assert all(parameter.dtype == torch.float32 for parameter in decoder.parameters())
@@ -283,7 +283,7 @@ def test_a_single_row_left_over_is_no_block(double, num_data, data_batch_size):
 def test_blocks_cover_the_data():
     linear = LinearGaussian()
     for num_data in (1, 2, 3, 7, 8, 9, 33):
-        pair = Pair(linear.model, linear.guide, (linear.data(num_data),), {}, None, "auto")
+        pair = inspect(linear.model, linear.guide, (linear.data(num_data),), {})
         for size in (1, 2, 4, 8, 40):
             blocks = list(pair.blocks(size))
             assert [i for start, stop in blocks for i in range(start, stop)] == list(range(num_data))

@@ -4,13 +4,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyrovae.annealing.potential import Potential, prior_of
-from pyrovae.programs.pair import Pair
+from pyrovae.annealing.potential import block_potential, prior_of
+from pyrovae.programs.splitting import inspect
 
 
 def potential_of(model, guide, num_chains, *args):
-    pair = Pair(model, guide or prior_of(model), args, {}, None, "auto")
-    return Potential(pair, 0, pair.num_data, num_chains, from_prior=guide is None)
+    pair = inspect(model, guide or prior_of(model), args, {})
+    return block_potential(pair, 0, pair.num_data, num_chains, from_prior=guide is None)
 
 
 def gamma_poisson(counts):

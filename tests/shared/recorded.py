@@ -5,7 +5,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
-from pyrovae.training.recorded_step import record_step
+from pyrovae.training.acceleration import record_step
 
 
 def eager_step(model, guide, batch, loss=None):
@@ -26,7 +26,7 @@ def recorded_step(model, guide, batch, loss=None, modules=None):
     modules = modules or [model, guide]
     step = record_step(model, guide, loss or Trace_ELBO(), None, modules, None, batch, torch.arange(len(batch)))
     pyro.set_rng_seed(3)
-    (value, _, _), grads = step.extracted(batch, torch.arange(len(batch)))
+    (value, _, _), grads = step.recording(batch, torch.arange(len(batch)))
     return value.item(), grads
 
 

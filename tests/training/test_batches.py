@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 import pyrovae as pv
-from pyrovae.compiled.record import Extracted
+from pyrovae.compiled.record import Recording
 from pyrovae.training.batches import batches_of
 from pyrovae.training.non_finite import NotFiniteError
 
@@ -76,8 +76,8 @@ def test_as_from_a_tensor(compile, workers):
 @pytest.mark.usefixtures("uncompiled")
 def test_full_batches_share_one_recording(monkeypatch):
     recordings = []
-    original = Extracted._record
-    monkeypatch.setattr(Extracted, "_record", lambda *a: recordings.append(1) or original(*a))
+    original = Recording._record
+    monkeypatch.setattr(Recording, "_record", lambda *a: recordings.append(1) or original(*a))
     train(loader(list(binary(33))), compile=True)
     assert len(recordings) == 1
 
@@ -337,5 +337,5 @@ class UsedUp(IterableDataset):
 
 @pytest.mark.parametrize("num_epochs", [0, 1, 2])
 def test_a_stream_that_is_used_up(num_epochs):
-    with pytest.raises(ValueError, match=rf"gave no batch in epoch {num_epochs + 1}: .*must begin anew"):
+    with pytest.raises(ValueError, match=rf"gave no batch in epoch {num_epochs + 1}: .*must start again"):
         pv.fit(fixed, lambda x: None, DataLoader(UsedUp(num_epochs), batch_size=5), epochs=3, progress=False)

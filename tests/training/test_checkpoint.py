@@ -18,8 +18,7 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.objectives import MonteCarloKL
 from pyrovae.training import checkpoint_file
-from pyrovae.training.checkpoint_file import earlier, read, write
-from pyrovae.training.locks import locked
+from pyrovae.training.checkpoint_file import earlier, locked, read, write
 from pyrovae.training.specification import build as build_from
 
 # --- made again from the file alone -----------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ def test_the_first_format_says_that_it_has_no_digest(tmp_path, caplog):
     first_format(tmp_path / "old.pt")
     pv.load(tmp_path / "old.pt", *make(seed=1))
     assert "old.pt has format 1, which has no digest" in caplog.text
-    assert "pyrovae.save writes it anew" in caplog.text
+    assert "pyrovae.save writes it again" in caplog.text
     caplog.clear()
     pv.save(tmp_path / "new.pt", *make())
     pv.load(tmp_path / "new.pt", *make())
@@ -373,11 +372,30 @@ def test_one_lock_at_a_time(tmp_path):
         pass
 
 
+def test_processes_that_race_for_a_lock(tmp_path):
+    """Each removes the lock file when it is done: none may then hold the removed one beside one that holds the new."""
+    code = """
+import os, sys
+from pyrovae.training.checkpoint_file import locked
+path, done = sys.argv[1], 0
+while done < 100:
+    try:
+        with locked(path):
+            os.close(os.open(path + ".held", os.O_CREAT | os.O_EXCL))  # fails if another holds it
+            os.unlink(path + ".held")
+            done += 1
+    except RuntimeError:
+        pass
+"""
+    path = str(tmp_path / "run.pt")
+    racing = [subprocess.Popen([sys.executable, "-c", code, path]) for _ in range(3)]
+    assert [process.wait() for process in racing] == [0, 0, 0]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX locks")
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    code = (
-        "import os, sys; from pyrovae.training.locks import locked\nwith locked(sys.argv[1]): os.kill(os.getpid(), 9)"
-    )
+    code = "import os, sys; from pyrovae.training.checkpoint_file import locked\nwith locked(sys.argv[1]): os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt")], check=False)
     assert done.returncode == -9
     assert (tmp_path / ".a.pt.lock").exists()

@@ -11,7 +11,7 @@ from shared.runs import binary, make, parameters, same
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.compiled.record import Extracted
+from pyrovae.compiled.record import Recording
 from pyrovae.training.checkpoint_file import read
 from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.steps import Steps
@@ -33,7 +33,7 @@ def test_it_stops_at_the_step_and_names_site_and_data(spoil, what, way, look_eve
 
     look_every=50: the flag is read at the epoch's end, as on a GPU; the steps after the bad one change nothing.
     """
-    monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
+    monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
     options = {**OPTIONS, "compile": way == "recorded", "clip_norm": clip_norm}
     if look_every > 1:
         original = Steps.__init__

@@ -9,7 +9,7 @@ from shared.runs import binary, make
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.training.precision import in_precision
+from pyrovae.training.acceleration import in_precision
 
 
 def rounded(tensor):

@@ -12,7 +12,7 @@ from shared.runs import Killed, binary, killed_after, make, parameters, same
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.compiled.record import Extracted
+from pyrovae.compiled.record import Recording
 from pyrovae.training import run_file
 from pyrovae.training.checkpoint_file import read, write
 
@@ -66,7 +66,7 @@ LOSSES = {
 def test_resumed_runs_are_the_same_bit_for_bit(pair, loss, compile, tmp_path, monkeypatch):
     """Stopped before each of five epochs, in eager and compiled runs; other modules and seeds in the second process."""
     if compile == "recorded":  # run as recorded, without the seconds that Inductor takes
-        monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
+        monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
     options = {"epochs": 5, "batch_size": 15, "learning_rate": 0.02, "compile": bool(compile), "progress": False}
     options |= {"validation": binary(20, 2), "transform": noisy if not compile else None}
 
@@ -163,7 +163,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pyro.infer.SVI, "step", step)
         with pytest.raises(
-            KeyboardInterrupt, match=r"after epoch 2 was put back and is in .*run\.pt.*resume=True\) goes on"
+            KeyboardInterrupt, match=r"after epoch 2 was put back and is in .*run\.pt.*resume=True\) resumes from it"
         ):
             pv.fit(*stopped, binary(), **options)
     assert len(read(path)["training"]["state"]["history"]) == 2, "though ten seconds had not passed"
@@ -181,7 +181,7 @@ def test_what_is_not_the_same_run_is_refused(tmp_path):
     options = {"epochs": 2, "batch_size": 20, "checkpoint": path, "progress": False}
     pv.fit(*make(), binary(), **options)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"run\.pt is there already: resume=True goes on"):
+    with pytest.raises(ValueError, match=r"run\.pt is there already: resume=True resumes its run"):
         pv.fit(*make(), binary(), **options)
     for change, match in (
         ({"epochs": 3}, "with epochs=2, and this one has epochs=3"),
@@ -267,6 +267,6 @@ def test_an_older_run_that_chose_its_epoch_by_the_elbo(tmp_path):
             assert again.history == whole.history
         else:
             with pytest.raises(
-                ValueError, match="chose the best epoch by the ELBO, not by its own bound: begin the run anew"
+                ValueError, match="chose the best epoch by the ELBO, not by its own bound: start a new run"
             ):
                 run(loss)

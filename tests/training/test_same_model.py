@@ -21,7 +21,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.training.checkpoint_file import read, write
-from pyrovae.training.description import describe_module, difference
+from pyrovae.training.saved_pair import describe_module, difference
 from pyrovae.training.values import describe_callable
 
 

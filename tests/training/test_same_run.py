@@ -406,7 +406,7 @@ def test_a_data_set_with_workers_is_not_read_before_them(tmp_path):
             Read.reads += 1
             return super().__getitem__(place)
 
-    from pyrovae.training.settings import settings_of
+    from pyrovae.training.run_file import settings_of
 
     found = settings_of(loader(dataset=Read(1.5), num_workers=1), None, Trace_ELBO(), None, None)
     assert "train.dataset.items" not in found

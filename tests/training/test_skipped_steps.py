@@ -13,7 +13,7 @@ from shared.runs import binary, make, parameters, same
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.compiled.record import Extracted
+from pyrovae.compiled.record import Recording
 from pyrovae.training.checkpoint_file import read
 from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.optimization import OneAdam
@@ -24,9 +24,9 @@ WAYS = [("eager", 1), ("eager", 50), ("recorded", 1), ("recorded", 50)]
 
 @pytest.fixture
 def way(request, monkeypatch):
-    """Options of `fit`; with 50 the verdicts are read at the epoch's end, as on a GPU."""
+    """Options of `fit`; with 50 the guard is read at the epoch's end, as on a GPU."""
     kind, look_every = request.param
-    monkeypatch.setattr(Extracted, "compiler", staticmethod(lambda graph: graph))
+    monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
     original = Steps.__init__
 
     def init(self, *arguments):
@@ -52,7 +52,7 @@ def test_a_skipped_step_is_counted_and_changes_nothing(spoil, way, monkeypatch, 
     def step(self, *arguments, **keywords):
         before = parameters(model, guide)
         original(self, *arguments, **keywords)
-        seen.append((self.verdicts.was_made.item(), same(before, parameters(model, guide))))
+        seen.append((self.guard.was_made.item(), same(before, parameters(model, guide))))
 
     monkeypatch.setattr(OneAdam, "__call__", step)
     with caplog.at_level(logging.WARNING, "pyrovae"):
@@ -247,9 +247,9 @@ def test_in_a_hand_written_svi():
         svi.step(rows)
         moved.append(not same(before, parameters(model, guide)))
     assert moved == [True, False, True, False, True, False, False]
-    assert (optimizer.verdicts.num_skipped.item(), optimizer.verdicts.goes_on.item()) == (3, False)
+    assert (optimizer.guard.num_skipped.item(), optimizer.guard.is_running.item()) == (3, False)
     assert optimizer.adam.state[guide.head.weight]["step"] == 3
-    optimizer.verdicts.restart()
+    optimizer.guard.restart()
     svi.step(x[:10])
     assert optimizer.adam.state[guide.head.weight]["step"] == 4
 

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 import pyrovae as pv
+from pyrovae.training.losses import validate
 from pyrovae.training.optimization import OneAdam
 from pyrovae.training.state import TrainingState
-from pyrovae.training.validation import validate
 
 
 def test_trace_elbo_is_the_loss_written_by_hand(double):
@@ -155,6 +155,7 @@ def test_importance_weighted_training_is_validated_by_its_own_bound():
     options = {"epochs": 3, "batch_size": 20, "learning_rate": 0.02, "validation": validation, "progress": False}
     result = pv.fit(model, guide, train, loss=pv.objectives.ImportanceWeighted(20), **options)
     row = result.history[result.best_epoch - 1]
+    assert result.bound == "importance-weighted bound"
     assert "validation bound" in repr(result)
     lml = pv.log_marginal_likelihood(model, guide, validation, num_particles=20)
     elbo_error = lml.elbo_stderr.square().sum().sqrt().item() / len(lml)

@@ -598,13 +598,73 @@ def test_programs_that_carry_their_data_along():
         pv.fit(*pair, train, **{**OPTIONS, "batch_size": 20})
 
 
+# --- validation data --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "validation",
+    [torch.randn(9, 4), torch.randn(9, 3).double(), torch.cat([torch.randn(500, 3), torch.randn(1, 3)])],
+    ids=["columns", "dtype", "a last block of one"],
+)
+def test_validation_data_are_refused_before_anything_moves(validation):
+    """The programs must take them; what is wrong shows in the first or last block. Nothing moved, no number was drawn."""
+
+    class OfTwo(Plain):
+        def model(self, x):
+            if len(x) == 1:
+                raise ValueError("one row")
+            super().model(x)
+
+    vae = OfTwo()
+    vae.decoder.requires_grad_(True)
+    before = [tensor.clone() for tensor in vae.state_dict().values()]
+    moved = []
+    with pytest.raises((ValueError, RuntimeError), match="with the data of validation=: "):
+        pv.fit(
+            vae.model,
+            vae.guide,
+            data(),
+            validation=validation,
+            **OPTIONS,
+            schedule=lambda done: moved.append(done) or 1.0,
+        )
+    assert same(before, vae.state_dict().values())
+    assert len(moved) == 1  # the first step was not made
+    assert all(parameter.grad is None for parameter in vae.parameters())
+
+
+def test_the_check_of_validation_data_draws_nothing():
+    """Neither torch's, NumPy's nor Python's numbers, of programs that draw from all three."""
+    import random
+
+    class Drawing(Plain):
+        def model(self, x):
+            np.random.rand(), random.random()  # noqa: NPY002
+            super().model(x)
+
+    ends = []
+    for validation in (None, data()):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(4)
+        vae, seen = Drawing(), []
+
+        def transform(x, seen=seen):
+            seen.append((torch.rand(()).item(), np.random.rand(), random.random()))  # noqa: NPY002
+            return x
+
+        pv.fit(vae.model, vae.guide, data(), validation=validation, transform=transform, **OPTIONS | {"epochs": 1})
+        ends.append((seen, [tensor.clone() for tensor in vae.state_dict().values()]))
+    assert ends[0][0] == ends[1][0]
+    assert same(ends[0][1], ends[1][1])
+
+
 def test_looking_leaves_the_run_as_it_was(monkeypatch):
     """Bit for bit, with BatchNorm's statistics and the generators; it costs a few runs, once."""
     results = []
     for looks in (True, False):
         pyro.clear_param_store()
         if not looks:
-            monkeypatch.setattr("pyrovae.training.steps.site_by_position", lambda *a: None)
+            monkeypatch.setattr("pyrovae.training.first_step.site_by_position", lambda *a: None)
         pyro.set_rng_seed(3)
         vae = Plain()
         pv.fit(vae.model, vae.guide, data(), **OPTIONS)
@@ -657,7 +717,7 @@ def test_what_a_program_assigns_stays_as_the_steps_left_it(kind, monkeypatch):
     for looks in (True, False):
         pyro.clear_param_store()
         if not looks:
-            monkeypatch.setattr("pyrovae.training.steps.site_by_position", lambda *a: None)
+            monkeypatch.setattr("pyrovae.training.first_step.site_by_position", lambda *a: None)
         pyro.set_rng_seed(3)
         guide = Kept(kind)
         pv.fit(local, guide, data(), **OPTIONS)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
-from support.provenance import read_json, write_json
+from support.script import read_json, write_json
 
 
 def cpu_seconds() -> float:

@@ -1,7 +1,8 @@
-"""What a program keeps outside of parameters and buffers: counters, lists, objects, generators of random numbers.
+"""What a recording would lose without its numbers showing it: reads by Python, sizes, hooks, hidden state.
 
-A recording would freeze them. Their effect may come only after many runs, so that comparing a few runs does not show it;
-but that a run changes them shows at once.
+The self-check compares a few runs. A count that Python reads may be equal in all of them, and a counter may act only
+after many runs. So these are searched for directly: in the graph, and in whatever the program holds outside of parameters
+and buffers (counters, lists, objects, generators of random numbers), which one run changes visibly.
 """
 
 import functools
@@ -11,17 +12,18 @@ import operator
 import random
 import types
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pyrovae.programs.reach import attributes_of, is_installed
 
-__all__ = ["Reached"]
+__all__ = ["HiddenState", "ReadsByPython", "check_gradient_hooks", "check_graph"]
 
 _DEEPEST, _MOST, _LONGEST = 12, 20_000, 1000  # references in a row; holders; items of one that are followed
 _OF_TORCH = set(vars(nn.Module()))
@@ -36,12 +38,63 @@ def _generators() -> tuple[type, ...]:
     return random.Random, numpy.random.Generator, numpy.random.RandomState, torch.Generator
 
 
-class Reached:
+class ReadsByPython(TorchFunctionMode):
+    """Context that raises ValueError if Python or NumPy reads values of traced tensors: they would become constants.
+
+    (`make_fx` itself refuses item(), float() and bool().)
+    """
+
+    _READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__)
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in self._READS:
+            from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot
+
+            mode = get_proxy_mode()
+            if mode is not None and has_proxy_slot(args[0], mode.tracer):
+                raise ValueError(
+                    f"values of data, parameters or draws are read by Python or NumPy (Tensor.{func.__name__}) and "
+                    f"would be constants in the recording"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def check_gradient_hooks(modules: nn.Module) -> None:
+    """Raise ValueError for a hook on an accumulated gradient, which a recording does not call."""
+    for name, parameter in modules.named_parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"parameter '{name}' has a hook on its accumulated gradient, which a recording does not call"
+            )
+
+
+def check_graph(graph: torch.fx.GraphModule) -> None:
+    """Raise ValueError for a parameter of no module, and for a tensor whose size depends on values.
+
+    The first (pyro.param in a function) would get no gradient. The second (nonzero, a mask as an index) Python may have
+    read.
+    """
+    masks = {torch.bool, torch.uint8}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and getattr(getattr(graph, node.target, None), "requires_grad", False):
+            raise ValueError("the program uses a parameter that belongs to none of its modules")
+        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+            continue
+        indices = node.args[1] if node.target is torch.ops.aten.index.Tensor else ()
+        if not indices or any(i is not None and i.meta["tensor_meta"].dtype in masks for i in indices):
+            raise ValueError(
+                f"the size of a tensor depends on values ({node.target}), and would be a constant in the recording"
+            )
+
+
+class HiddenState:
     """Whatever Python values can be reached from programs, as they are now.
 
     Args:
         roots: Functions and modules.
-        state: Tensors that are looked at elsewhere: parameters and buffers.
+        state: Tensors that are compared elsewhere: parameters and buffers.
     """
 
     def __init__(self, roots: Sequence[Any], state: Sequence[Tensor]):

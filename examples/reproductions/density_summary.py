@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from support.density_rows import ROWS
-from support.provenance import read_json
+from density_rows import ROWS
+from support.script import read_json
 
 COLUMNS = (
     "| row | NLL | target | published | too high by | ELBO | gap | k too high | annealing above | active | CPU minutes |",
@@ -13,7 +13,7 @@ COLUMNS = (
 ABOUT = """\
 # Density estimation on binarised MNIST: all rows
 
-Written by `python examples/density_table.py --table` from the JSON files in this folder; edit those or the script, not this page. Each JSON file
+Written by `python examples/reproductions/density_table.py --table` from the JSON files in this folder; edit those or the script, not this page. Each JSON file
 holds the row's command, seeds, versions, settings and seconds. What the numbers say is discussed in `README.md` beside this page.
 
 - **NLL**: test negative log-likelihood in nats per image, lower is better; importance sampled with the guide, so rather too high than too low.

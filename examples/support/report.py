@@ -2,9 +2,19 @@
 
 import math
 
-from support.provenance import command, git_revision, versions
+from support.script import command, git_revision, versions
 
 import pyrovae as pv
+
+
+def described(data, device) -> str:
+    """The line that a run begins with."""
+    kind = "binary" if data.binarization else "continuous" if data.is_dequantized else f"{data.num_levels} grey levels"
+    held_out = "no" if data.validation is None else f"{len(data.validation):,}"
+    return (
+        f"{data.name}: {len(data.train):,} training, {held_out} validation and {len(data.test):,} test images of "
+        f"{data.data_shape.numel()} pixels ({kind}), {device}"
+    )
 
 
 def metrics_of(options, data, device, result, lml, active, seconds) -> dict:
@@ -25,8 +35,10 @@ def metrics_of(options, data, device, result, lml, active, seconds) -> dict:
         "batch_size": options.batch_size,
         "learning_rate": options.learning_rate,
         "best_epoch": result.best_epoch,
+        "num_test": options.num_test,
         "test": {
             "num_data": len(lml),
+            "of_test_images": len(data.test),
             "num_particles": lml.num_particles,
             "elbo": lml.elbo.mean().item(),
             "log_marginal_likelihood": lml.mean,
@@ -82,6 +94,9 @@ def report(metrics) -> str:
         *((f"seconds, {name}", f"{value:.1f}") for name, value in seconds.items()),
     ]
     table = "\n".join(f"  {name:24} {value}" for name, value in rows)
+    chosen, images = test["num_data"], test.get("of_test_images", test["num_data"])  # absent from older files
+    subset = f" of {images:,}" if chosen < images else ""
+    drawn = ", a random subset" if chosen < images else ""
     binarization = f", {metrics['binarization']} binarisation" if metrics["binarization"] else ""
     meaning = (
         "With one particle the estimate of log p(x) is the ELBO: --num-particles 1000 shows the gap between them."
@@ -97,7 +112,7 @@ def report(metrics) -> str:
     return (
         f"\n{metrics['dataset']}{binarization}: {metrics['prior']} prior, "
         f"{metrics['guide']} guide, {metrics['likelihood']} likelihood, {metrics['network']} networks; "
-        f"{test['num_data']:,} test images, {test['num_particles']:,} particles each\n{table}\n{meaning}"
+        f"{chosen:,}{subset} test images{drawn}, {test['num_particles']:,} particles each\n{table}\n{meaning}"
     )
 
 

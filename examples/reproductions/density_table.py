@@ -1,9 +1,9 @@
 """Measure the test NLL of models of binarised MNIST, one table row per model.
 
-    python examples/density_table.py --list
-    python examples/density_table.py mlp300-standard mlp300-maf
-    python examples/density_table.py --all
-    python examples/density_table.py --table
+    python examples/reproductions/density_table.py --list
+    python examples/reproductions/density_table.py mlp300-standard mlp300-maf
+    python examples/reproductions/density_table.py --all
+    python examples/reproductions/density_table.py --table
 
 Each row is trained, evaluated and stored as JSON. log p(x) of the test images, which are drawn once with a separate
 seed, is estimated by importance sampling and, on some of them, by annealing, to see how loose importance sampling is.
@@ -23,18 +23,18 @@ from pathlib import Path
 
 import pyro
 import torch
-from benchmarks.turns import processor
-from support import registry
-from support.clock import Clock
-from support.command_line import parser_of, positive
-from support.density_estimates import anneal, compared, estimate, of_all_images
-from support.density_rows import ROWS, Row
-from support.density_summary import write_table
-from support.provenance import git_revision, read_json, versions, write_json
-from support.run_folder import load_data
+
+sys.path.append(str(Path(__file__).parents[1]))  # examples/
+
+from clock import Clock
+from density_estimates import anneal, compared, estimate, of_all_images
+from density_rows import ROWS, Row
+from density_summary import write_table
+from support import parts
+from support.run_folder import locked
+from support.script import git_revision, parser_of, positive, processor, read_json, versions, write_json
 
 import pyrovae as pv
-from pyrovae.training.locks import locked
 
 ORDER_SEED = 0  # seed of the order of the test images
 AFTER_SEED = 1000  # offset, so that the second part of a training has other noise than the first
@@ -86,8 +86,8 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
     """Train and evaluate a row, resuming what is unfinished, and return its numbers."""
     revision = git_revision()  # at the start, because it may change during the run
     device = pv.pick_device("auto" if row.device == "cuda" else "cpu")
-    wanted = {"binarization": row.binarization, "train_on_all": row.train_on_all, "likelihood": "bernoulli"}
-    data = load_data(argparse.Namespace(**wanted, **vars(options)))
+    grey = pv.data.load(options.dataset, options.data_dir, binarization=None, train_on_all=row.train_on_all)
+    data = grey.binarized(row.binarization, options.data_seed)
     clock = Clock(folder / "seconds.json")
     model, guide, history = train(row, options, folder, data, device, clock)
     # Shuffle, so that the first images are a random sample.
@@ -167,7 +167,7 @@ def train(row, options, folder, data, device, clock):
             model, guide, _ = train(ROWS[row.after], options, before, data, device, Clock(before / "seconds.json"))
         pyro.set_rng_seed(options.seed + AFTER_SEED)
     steps_per_epoch = -(-len(data.train) // settings["batch_size"])
-    objective = registry.make_objective(
+    objective = parts.make_objective(
         row.objective, row.particles, kl_warmup_steps=min(row.kl_warmup, settings["epochs"]) * steps_per_epoch
     )
     with clock("training"):
@@ -204,7 +204,7 @@ def train(row, options, folder, data, device, clock):
 
 def command(row: Row, options: argparse.Namespace) -> str:
     """The command that reproduces these numbers, without the paths of this machine."""
-    words = ["python", "examples/density_table.py", row.name]
+    words = ["python", "examples/reproductions/density_table.py", row.name]
     for name in ("dataset", "data_seed", "seed", "epochs", "particles", "images", "ais_images"):
         if (value := getattr(options, name)) is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
@@ -227,8 +227,8 @@ def parse_options() -> argparse.Namespace:
     add("--runs", default="runs/density", help="folder for the states of the runs (default: runs/density)")
     add(
         "--results",
-        default=str(Path(__file__).parent / "results"),
-        help="folder for the numbers (default: results, beside this script)",
+        default=str(Path(__file__).parents[1] / "results"),
+        help="folder for the numbers (default: examples/results)",
     )
     add("--particles", type=positive(int), default=5000, help="particles per test image (default: 5000)")
     add("--images", type=positive(int), help="use a random sample of this many test images (default: all)")

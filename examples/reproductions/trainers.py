@@ -6,6 +6,7 @@ every use. It saves its weights in the form of this library's pair (`pair()`), s
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import tempfile
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from benchmarks import programs
-from support.clock import cpu_seconds
+from clock import cpu_seconds
 from torch import Tensor
 
 import pyrovae as pv
@@ -23,6 +24,7 @@ import pyrovae as pv
 BATCH_SIZE = {"pyro": 256, "numpyro": 128}  # as in the examples of these libraries; Pythae has it in its configuration
 GROWTH = 1.25  # factor between the times of two snapshots
 FIRST = 5.0  # seconds until the first snapshot
+DEFAULT_SCHEDULE = inspect.signature(pv.fit).parameters["schedule"].default
 
 
 class Enough(Exception):
@@ -72,8 +74,6 @@ def pair(data_mean: Tensor | None = None) -> tuple[pv.GenerativeModel, pv.guides
 
 def pyrovae(grey: Tensor, snapshots: Snapshots, epochs: int, validation: Tensor | None = None) -> None:
     """Train with the defaults of `mnist_svi.py`, except for the number of epochs."""
-    from pyrovae.training.optimization import cosine_schedule
-
     model, guide = pair(grey.mean(0))
 
     def export():
@@ -81,7 +81,7 @@ def pyrovae(grey: Tensor, snapshots: Snapshots, epochs: int, validation: Tensor 
 
     def schedule(done):  # called at every step
         snapshots.look(export)
-        return cosine_schedule(done)
+        return DEFAULT_SCHEDULE(done)
 
     pv.fit(
         model,

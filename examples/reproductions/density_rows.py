@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from support.density_models import hierarchy, images, mlp, two_layers
+from density_models import hierarchy, images, mlp, two_layers
 from torch import nn
 
 import pyrovae as pv
@@ -25,7 +25,7 @@ class Row:
         pair: function data -> (model, guide).
         epochs, batch_size, learning_rate, clip_norm: arguments of `pv.fit`. The learning rate has a cosine decay,
             so the number of epochs is fixed in advance. No row uses weight decay.
-        objective: training objective, a name in `registry.OBJECTIVES`.
+        objective: training objective, a name in `parts.OBJECTIVES`.
         particles: particles of the training objective.
         kl_warmup: epochs over which the weight of the KL grows from 0 to 1.
         binarization: "dynamic" or "static" training images. Validation and test images are always drawn once.

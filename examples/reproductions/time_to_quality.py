@@ -1,6 +1,6 @@
 """Compare the training time to reach a given NLL: this library, Pyro's own example, NumPyro and Pythae.
 
-    pip install -e ".[bench]" && python examples/time_to_quality.py --out runs/time
+    pip install -e ".[bench]" && python examples/reproductions/time_to_quality.py --out runs/time
 
 All train the network of `mnist_svi.py` (784-400-400-40 and back, LayerNorm, SiLU) on MNIST, binarised anew at every
 use, each with its own defaults for batch size, learning rate and schedule. Weights are saved during training, and one
@@ -31,11 +31,12 @@ matplotlib.use("Agg")  # write figures to files, without a display
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from benchmarks.turns import processor
 from matplotlib.ticker import NullFormatter
-from support import trainers
-from support.command_line import parser_of, positive
-from support.provenance import git_revision, versions, write_json
+
+sys.path.append(str(Path(__file__).parents[1]))  # examples/
+
+import trainers
+from support.script import git_revision, parser_of, positive, processor, versions, write_json
 
 import pyrovae as pv
 
@@ -89,7 +90,7 @@ def main() -> None:
         "data_seed": data.data_seed,
         "processor": processor(),
         "threads": 1,
-        "versions": versions() | peers(),
+        "versions": versions(),
         "git_revision": git_revision(),
         "command": command(options),
     }
@@ -234,23 +235,11 @@ def draw(curves: dict[str, list[dict]]):
     return axes
 
 
-def peers() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("numpyro", "jax", "pythae"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def command(options: argparse.Namespace) -> str:
     """The command that reproduces these numbers, without the data folder of this machine."""
     words = [
         "python",
-        "examples/time_to_quality.py",
+        "examples/reproductions/time_to_quality.py",
         "--libraries",
         *options.libraries,
         "--our-epochs",

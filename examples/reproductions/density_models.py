@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from support import registry
+from support import parts
 
 import pyrovae as pv
 
@@ -19,15 +19,15 @@ def mlp(
 
 
 def images(data, *, network, latent_dim, prior, guide="mean-field"):
-    """One layer of latents, with image networks named as in `registry.NETWORKS`."""
-    nets = registry.NETWORKS[network]
+    """One layer of latents, with image networks named as in `parts.NETWORKS`."""
+    nets = parts.NETWORKS[network]
     encoder = nets.encoder(data.data_shape, ())
     return one_layer(data, encoder, nets.decoder(latent_dim, data.data_shape, ()), latent_dim, prior, guide)
 
 
 def one_layer(data, encoder, decoder, latent_dim, prior, guide):
-    guide = registry.GUIDES[guide](encoder, latent_dim)
-    prior = registry.PRIORS[prior](latent_dim, guide, data.train)
+    guide = parts.GUIDES[guide](encoder, latent_dim)
+    prior = parts.PRIORS[prior](latent_dim, guide, data.train)
     return pv.GenerativeModel(prior, bernoulli(decoder, data)), guide
 
 

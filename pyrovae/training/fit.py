@@ -1,4 +1,4 @@
-"""`fit`: the training loop around Pyro's `SVI`, and its result."""
+"""`fit`: prepare, run the epochs around Pyro's `SVI`, report."""
 
 import math
 import os
@@ -7,34 +7,26 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from pyrovae.common import distributed
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import plain_errors
-from pyrovae.programs.parameters import check_program
-from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
-from pyrovae.training.batches import batches_of, check_data
-from pyrovae.training.fit_arguments import check_functions, check_numbers, check_saving, checked_loss
+from pyrovae.training.losses import bound_name, elbo_of, validate
 from pyrovae.training.non_finite import NotFiniteError
-from pyrovae.training.optimization import OneAdam, cosine_schedule
-from pyrovae.training.precision import in_precision
-from pyrovae.training.recorded_step import pays_off
-from pyrovae.training.run_file import RunFile, run_file
-from pyrovae.training.settings import settings_of
+from pyrovae.training.optimization import cosine_schedule
+from pyrovae.training.preparation import Options, Run, prepare
+from pyrovae.training.run_file import RunFile, run_file, settings_of
 from pyrovae.training.state import TrainingState
-from pyrovae.training.steps import Schedule, Steps
-from pyrovae.training.validation import elbo_of, validate
+from pyrovae.training.steps import Steps
 
-__all__ = ["FitResult", "fit", "pick_device"]
+__all__ = ["FitResult", "fit"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +47,7 @@ class FitResult:
         seconds: wall time, including validation.
         device: device of the training.
         num_skipped_steps: skipped steps of all epochs.
+        bound: name of the bound that validation_bound holds: "ELBO", or that of the objective, if it trains another.
     """
 
     history: list[dict[str, float]]
@@ -63,11 +56,12 @@ class FitResult:
     seconds: float
     device: torch.device
     num_skipped_steps: int = 0
+    bound: str = "ELBO"
 
     def __repr__(self) -> str:
         last = self.history[self.best_epoch - 1]
         skipped = f" ({self.num_skipped_steps} skipped)" if self.num_skipped_steps else ""
-        own = f", validation bound {last['validation_bound']:.2f}" if _bounded_otherwise(last) else ""
+        own = f", validation bound {last['validation_bound']:.2f}" if self.bound != "ELBO" else ""
         return (
             f"FitResult({len(self.history)} epochs, {self.num_steps} steps{skipped} in {self.seconds:.1f} s on {self.device}; "
             f"best epoch {self.best_epoch}: elbo {last['elbo']:.2f}, validation elbo {last['validation_elbo']:.2f}{own})"
@@ -108,8 +102,8 @@ def fit(
     Before the first step changes anything, its programs are checked. Refused are parameters that the loss depends on
     and no program declares, because training would not change them (a plain module without `pyro.module`; a second
     model under the names of the first in Pyro's store); a model that observes nothing; and, if the data are shuffled,
-    sites whose numbers depend on the place of a datum in the batch (a guide with parameters per datum). Declared
-    parameters without a gradient are logged.
+    sites whose numbers depend on the place of a datum in the batch (a guide with parameters per datum); and
+    validation data that the programs do not accept. Declared parameters without a gradient are logged.
 
     If `torchrun` started several processes (`pyrovae.common.distributed.joined`), each trains on its share of every
     batch with its own noise; with a loader, on its own batches, from a `DistributedSampler`. The reported numbers are
@@ -171,157 +165,124 @@ def fit(
         Wingate & Weber, Automated Variational Inference in Probabilistic Programming (2013).
         Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
-    check_program("model", model)
-    check_program("guide", guide)
-    check_numbers(epochs, batch_size, max_skipped_steps, learning_rate, clip_norm)
-    epochs, max_skipped_steps = int(epochs), int(max_skipped_steps)  # a checkpoint holds plain numbers, not NumPy's
-    learning_rate = float(learning_rate)
-    batch_size = None if batch_size is None else int(batch_size)
-    clip_norm = None if clip_norm is None else float(clip_norm)
-    check_functions(schedule, transform)
-    check_saving(checkpoint, checkpoint_every, resume)
-    if not isinstance(train, DataLoader):
-        check_data("train", train)
-    if validation is not None:
-        check_data("validation", validation)
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
-    loss = checked_loss(loss)
-
-    device = pick_device(device)
-    batches = batches_of(train, batch_size, transform, device)
-    if resume and distributed.num_ranks() > 1:
-        raise ValueError(
-            f"found resume=True in one of {distributed.num_ranks()} processes, but a checkpoint holds the random state of one: "
-            f"resume with one process, or start a new run"
-        )
-    modules = [module.to(device) for module in modules_behind(model, guide)]
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            if is_lazy(parameter):
-                raise ValueError(
-                    f"'{name}' of {type(module).__name__} is a parameter of a lazy module, and has no shape yet: call the module "
-                    f"once on a batch before fit"
-                )
-    settings = {
-        "epochs": epochs,
-        "batch_size": batches.batch_size,
-        "learning_rate": learning_rate,
-        "clip_norm": clip_norm,
-        "precision": precision,
-    }
-    if checkpoint is not None:
-        settings |= settings_of(train, validation, loss, transform, schedule)
-    validation = None if validation is None else validation.to(device)
-    optimizer = OneAdam(
-        [p for module in modules for p in module.parameters()], learning_rate, clip_norm, max_skipped_steps
-    )
-    distributed.same_everywhere(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-    distributed.random_numbers_apart()
-    num_steps = epochs * batches.per_epoch
-    compiles = (
-        pays_off(num_steps, batches.batch_size, (model, guide), loss, transform) if compile == "auto" else compile
-    )
-    programs = in_precision(precision, model, guide)
-    steps = Steps(programs[0], programs[1], loss, optimizer, modules, batches, compiles)
-    state = TrainingState(loss, optimizer, modules, device)
+    options = Options(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        loss=loss,
+        transform=transform,
+        clip_norm=clip_norm,
+        max_skipped_steps=max_skipped_steps,
+        compile=compile,
+        precision=precision,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        device=device,
+        progress=progress,
+    ).checked()
+    run = prepare(model, guide, train, validation, options)
+    state = TrainingState(run.loss, run.optimizer, run.modules, run.device)
     with (
-        run_file(
-            checkpoint if distributed.rank() == 0 else None, resume, checkpoint_every, settings, model, guide
-        ) as file,
-        progress_bar("training", epochs * batches.num_data, "data", progress) as bar,
+        run_file(*_place(options), _settings(run, options, train, validation), model, guide) as file,
+        progress_bar("training", run.epochs * run.batches.num_data, "data", options.progress) as bar,
         _without_warnings_of_nan(),
         plain_errors(),
     ):
-        if file is not None and (saved := file.found()) is not None:
-            if saved["history"]:
-                steps.get_ready()
-            _restore(file.path, state, saved)
-            bar.update(len(state.history) * batches.num_data)
-        good = state.capture()
-        if file is not None and not state.history:
-            file.save(state, good)
-        start = time.perf_counter() - state.seconds
-        try:
-            for epoch in range(len(state.history) + 1, epochs + 1):
-                epoch_start = time.perf_counter()
-                objective, parts, num_rows = steps.epoch(
-                    epoch, epochs, Schedule(learning_rate, schedule), state.full_size, bar.update
-                )
-                state.full_size = parts.full_size
-                seconds = time.perf_counter() - epoch_start
-                try:
-                    checked = validate(model, guide, validation, loss, batches.batch_size)
-                except (TypeError, ValueError, RuntimeError) as error:
-                    error.args = (f"with the data of validation=: {error}",)
-                    raise
-                elbo, reconstruction, kl = parts.means()
-                bar.total = epochs * num_rows  # a loader may give another number of data than its length says
-                state.finish_epoch(
-                    {
-                        "epoch": epoch,
-                        "objective": objective,
-                        "elbo": elbo_of(loss, elbo, objective),
-                        "reconstruction": reconstruction,
-                        "kl": kl,
-                        **checked,
-                        "learning_rate": optimizer.learning_rate,
-                        "skipped_steps": int(optimizer.verdicts.num_skipped) - state.num_skipped_steps,
-                        "seconds": time.perf_counter() - start,
-                        "data_per_second": distributed.sums(num_rows)[0] / seconds,
-                    }
-                )
-                bar.set_postfix(_shown(state.history[-1], epochs))
-                good = state.capture()
-                if file is not None:
-                    file.save_when_due(state, good, is_last=epoch == epochs)
-        except (KeyboardInterrupt, NotFiniteError) as stop:
-            _end(stop, file, state, good)
-            raise
-    state.take_best()
+        _train(run, state, file, bar)
     return FitResult(
-        state.history, state.best_epoch or epochs, num_steps, state.seconds, device, state.num_skipped_steps
+        history=state.history,
+        best_epoch=state.best_epoch or run.epochs,
+        num_steps=run.num_steps,
+        seconds=state.seconds,
+        device=run.device,
+        num_skipped_steps=state.num_skipped_steps,
+        bound=bound_name(run.loss),
     )
 
 
-def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """Choose the device.
+def _place(options: Options) -> tuple[str | os.PathLike | None, bool, float]:
+    """Where this process saves the run (only the first one does), whether it resumes it, and how often it saves."""
+    return options.checkpoint if distributed.rank() == 0 else None, options.resume, options.checkpoint_every
 
-    Args:
-        device: "auto" takes CUDA if there is a GPU, else the CPU; any other name is taken as given.
 
-    Raises:
-        ValueError: if the name is unknown, or CUDA is requested and there is no GPU.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _settings(run: Run, options: Options, train: Tensor | DataLoader, validation: Tensor | None) -> dict[str, Any]:
+    """What must be the same when the run is resumed."""
+    settings = {
+        "epochs": options.epochs,
+        "batch_size": run.batches.batch_size,
+        "learning_rate": options.learning_rate,
+        "clip_norm": options.clip_norm,
+        "precision": options.precision,
+    }
+    if options.checkpoint is not None:
+        settings |= settings_of(train, validation, run.loss, options.transform, options.schedule)
+    return settings
+
+
+def _train(run: Run, state: TrainingState, file: RunFile | None, bar: Any) -> None:
+    """Run the epochs that are left, and leave the programs in the state of the best one."""
+    steps = Steps(run)
+    if file is not None and (saved := file.found()) is not None:
+        if saved["history"]:
+            steps.get_ready()
+        _restore(file, state, saved)
+        bar.update(len(state.history) * run.batches.num_data)
+    good = state.capture()
+    if file is not None and not state.history:
+        file.save(state, good)
+    start = time.perf_counter() - state.seconds
     try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', or one of torch's; found {device!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was requested, but torch finds no GPU: take device='auto' or 'cpu'")
-    return device
+        for number in range(len(state.history) + 1, run.epochs + 1):
+            state.finish_epoch(_epoch(run, steps, state, number, start, bar))
+            bar.set_postfix(_shown(state.history[-1], run))
+            good = state.capture()
+            if file is not None:
+                file.save_when_due(state, good, is_last=number == run.epochs)
+    except (KeyboardInterrupt, NotFiniteError) as stop:
+        _end(stop, file, state, good)
+        raise
+    state.take_best()
 
 
-def _shown(row: dict[str, float], epochs: int) -> dict[str, str]:
+def _epoch(run: Run, steps: Steps, state: TrainingState, number: int, start: float, bar: Any) -> dict[str, float]:
+    """Run an epoch and return its row of the history."""
+    epoch_start = time.perf_counter()
+    sums = steps.epoch(number, state.full_size, bar.update)
+    state.full_size = sums.full_size
+    seconds = time.perf_counter() - epoch_start
+    validated = validate(run.model, run.guide, run.validation, run.loss, run.batches.batch_size)
+    bar.total = run.epochs * sums.num_rows  # a loader may give another number of data than its length says
+    elbo, reconstruction, kl = sums.means()
+    objective = sums.objective / sums.num_data if sums.num_data else math.nan
+    return {
+        "epoch": number,
+        "objective": objective,
+        "elbo": elbo_of(run.loss, elbo, objective),
+        "reconstruction": reconstruction,
+        "kl": kl,
+        **validated,
+        "learning_rate": run.optimizer.learning_rate,
+        "skipped_steps": int(run.optimizer.guard.num_skipped) - state.num_skipped_steps,
+        "seconds": time.perf_counter() - start,
+        "data_per_second": distributed.sums(sums.num_rows)[0] / seconds,
+    }
+
+
+def _shown(row: dict[str, float], run: Run) -> dict[str, str]:
     """Numbers of an epoch for the progress bar, the most important first because a narrow terminal cuts off the end."""
-    checked = "bound" if _bounded_otherwise(row) else "elbo"
-    columns = {"elbo": "elbo", f"val {checked}": f"validation_{checked}", "rec": "reconstruction", "kl": "kl"}
+    validated = "elbo" if bound_name(run.loss) == "ELBO" else "bound"
+    columns = {"elbo": "elbo", f"val {validated}": f"validation_{validated}", "rec": "reconstruction", "kl": "kl"}
     numbers = {name: f"{row[column]:.2f}" for name, column in columns.items() if not math.isnan(row[column])}
-    return {"epoch": f"{row['epoch']}/{epochs}", **numbers}
+    return {"epoch": f"{row['epoch']}/{run.epochs}", **numbers}
 
 
-def _bounded_otherwise(row: dict[str, float]) -> bool:
-    """Whether validation used another bound than the ELBO."""
-    return row["validation_bound"] > row["validation_elbo"]
-
-
-def _restore(path: Path, state: TrainingState, found: dict[str, Any]) -> None:
+def _restore(file: RunFile, state: TrainingState, saved: dict[str, Any]) -> None:
     try:
-        state.restore(found)
+        state.restore(saved)
     except ValueError as error:
-        raise ValueError(f"{path} does not fit this run: {error}") from error
+        raise ValueError(f"{file.path} does not fit this run: {error}") from error
 
 
 def _end(stop: BaseException, file: RunFile | None, state: TrainingState, good: dict[str, Any]) -> None:
@@ -332,7 +293,7 @@ def _end(stop: BaseException, file: RunFile | None, state: TrainingState, good: 
     kept = f"the state after epoch {len(state.history)} was put back"
     if file is not None:
         file.save(state, good)
-        kept += f" and is in {file.path}; fit(..., checkpoint={str(file.path)!r}, resume=True) goes on from there"
+        kept += f" and is in {file.path}; fit(..., checkpoint={str(file.path)!r}, resume=True) resumes from it"
     said = str(stop) or "training was interrupted"
     stop.args = (f"{said}; {kept}",)
 

@@ -1,0 +1,138 @@
+"""What makes a step faster: recording it as a tensor function (`compile`), and layers in bfloat16 (`precision`)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pyro.infer import ELBO
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pyrovae import data
+from pyrovae.common.arguments import map_tensors
+from pyrovae.compiled.policy import pays_off
+from pyrovae.compiled.record import Recording, record
+from pyrovae.objectives.base import Parts
+from pyrovae.programs.traces import Program
+from pyrovae.training.batches import arguments_of
+from pyrovae.training.losses import has_surrogate, surrogate
+from pyrovae.training.optimization import OneAdam
+
+__all__ = ["PRECISIONS", "RecordedStep", "in_precision", "record_step", "step_pays_off"]
+
+_SAVED_PER_STEP = 2e-3  # seconds on two cores: Pyro's handlers, constructors of distributions
+
+
+def step_pays_off(
+    num_steps: int, batch_size: int, programs: Sequence[Program], loss: ELBO, transform: Callable | None
+) -> bool:
+    """Whether `compile="auto"` records the step: `pyrovae.compiled.policy.pays_off` for its programs, loss and transform."""
+    drawing = getattr(transform, "func", transform)  # of a partial
+    known = has_surrogate(loss) and drawing in (None, data.binarize, data.dequantize)
+    return pays_off(num_steps, batch_size, programs, saved_per_run=_SAVED_PER_STEP, known=known)
+
+
+def record_step(
+    model: Program,
+    guide: Program,
+    loss: ELBO,
+    optimizer: OneAdam,
+    modules: Sequence[nn.Module],
+    transform: Callable[[Tensor], Tensor] | None,
+    train: Tensor,
+    index: Tensor,
+) -> "RecordedStep | None":
+    """Record the step of `SVI(model, guide, optimizer, loss)` on transform(train[index]); None if that is impossible."""
+
+    def objective(train: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = arguments_of(train, index, transform)
+        return surrogate(loss, model, guide, *args, **kwargs)
+
+    # An objective that changes with the steps (KL warm-up) keeps its state in buffers of its own modules.
+    recording = record(objective, [*modules, *getattr(loss, "modules", ())], (train, index), gradients=True)
+    return None if recording is None else RecordedStep(recording, optimizer, getattr(loss, "advance", None))
+
+
+class RecordedStep:
+    """Compute gradients with a recording, then make the optimizer's step, as `SVI.step` does.
+
+    Args:
+        recording: the loss, its parts and its gradients.
+        optimizer: optimizer of the parameters.
+        advance: function that tells the objective that a step was made, or None.
+    """
+
+    def __init__(self, recording: Recording, optimizer: OneAdam, advance: Callable[[], None] | None):
+        self.recording, self.optimizer, self.advance = recording, optimizer, advance
+        self.parameters = recording.parameters
+
+    def __call__(self, train: Tensor, index: Tensor) -> tuple[Tensor, list[Parts]]:
+        """Make a step and return (loss, parts of the ELBO), summed over the batch."""
+        (value, reconstruction, kl), gradients = self.recording(train, index)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.watch(value)
+        self.optimizer(self.optimizer.parameters)
+        if self.advance is not None:
+            self.advance()
+        return value, [Parts(reconstruction, kl, None)]
+
+
+# The functions of linear and convolutional layers. Distributions use other functions to multiply matrices.
+_LAYERS = {
+    F.linear,
+    F.bilinear,
+    *(F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+}
+
+
+class _Rounded(TorchFunctionMode):
+    """Round input, weights and bias of the layers inside to bfloat16, and return their output as float32.
+
+    `torch.autocast` goes by operation instead of layer: it hands the features to the distributions in bfloat16, and
+    rounds the matrix products in densities, too (that of a LowRankMultivariateNormal is off by 0.003 nats).
+    """
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function not in _LAYERS or not _is_float32(args[0] if args else kwargs["input"]):
+            return function(*args, **kwargs)
+        args, kwargs = map_tensors(lambda tensor: tensor.bfloat16() if _is_float32(tensor) else tensor, (args, kwargs))
+        return function(*args, **kwargs).float()
+
+
+def _is_float32(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32
+
+
+def _rounded(program: Program) -> Program:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _Rounded():
+            return program(*args, **kwargs)
+
+    return run
+
+
+# name -> (program -> program)
+PRECISIONS: dict[str, Callable[[Program], Program]] = {"float32": lambda program: program, "bf16": _rounded}
+
+
+def in_precision(precision: str, *programs: Program) -> list[Program]:
+    """Return the programs with their layers computed in a precision.
+
+    "bf16" rounds input and weights of linear and convolutional layers to bfloat16 (3 significant digits) and
+    accumulates in float32 or better; outputs and weight gradients are rounded to bfloat16 too. Parameters, updates and
+    everything else stay float32. Layers in float64 are unchanged.
+
+    Args:
+        precision: "float32" (no change) or "bf16".
+        programs: models and guides.
+
+    Raises:
+        ValueError: if the precision has another name.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {list(PRECISIONS)}, found {precision!r}")
+    return [PRECISIONS[precision](program) for program in programs]

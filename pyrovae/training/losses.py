@@ -1,0 +1,306 @@
+"""What `fit` asks of a loss: its value with the two parts of the ELBO, the bound that it trains, and a form to record."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from types import new_class
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceTailAdaptive_ELBO,
+    TraceTMC_ELBO,
+)
+from torch import Tensor
+
+from pyrovae.objectives.base import Objective, Parts
+from pyrovae.programs.reach import evaluation_mode
+from pyrovae.programs.traces import Program, sample_sites
+
+__all__ = [
+    "EpochSums",
+    "ReportingLoss",
+    "bound_name",
+    "check_loss",
+    "differentiable",
+    "elbo_of",
+    "has_surrogate",
+    "pyro_checks",
+    "surrogate",
+    "validate",
+    "validate_ends",
+]
+
+_JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
+_COLUMNS = ("validation_bound", "validation_elbo", "validation_reconstruction", "validation_kl")
+_ROWS, _SEED = 500, 20260101
+
+
+def check_loss(loss: ELBO | None) -> ELBO:
+    """Return the loss, `Trace_ELBO()` for None; raise TypeError if it is no loss or cannot train modules."""
+    loss = Trace_ELBO() if loss is None else loss
+    if not isinstance(loss, ELBO):
+        raise TypeError(f"loss must be a pyro.infer.ELBO, Trace_ELBO() for instance; found {loss!r}")
+    if isinstance(loss, _JIT):
+        name = type(loss).__name__
+        raise TypeError(
+            f"loss={name}() reads its parameters from Pyro's global store, which does not hold those of modules: take "
+            f"{name.removeprefix('Jit')}(), with compile=True to record and compile the step"
+        )
+    if isinstance(loss, ReweightedWakeSleep | TraceTailAdaptive_ELBO):
+        gives = "two losses" if isinstance(loss, ReweightedWakeSleep) else "gradients without a loss"
+        raise TypeError(
+            f"loss={type(loss).__name__}() gives {gives}, but fit needs one loss, to report it and to stop if it is not finite: take "
+            f"RenyiELBO or an objective of pyrovae.objectives, or train with pyro.infer.SVI"
+        )
+    return loss
+
+
+def pyro_checks(are_made: bool) -> AbstractContextManager[None]:
+    """Turn Pyro's checks of distributions and traces on or off inside.
+
+    They take a fifth of the time of a step, so training makes them in its first step only. Pyro has no switch but the
+    global one, which this restores.
+    """
+    context: AbstractContextManager[None] = pyro.validation_enabled(are_made)
+    return context
+
+
+def bound_name(loss: ELBO) -> str:
+    """The bound that validation measures: the one that is trained, with KL weights of 1."""
+    if isinstance(loss, Objective):
+        return loss.bound_name
+    return "tensor Monte Carlo bound" if isinstance(loss, TraceTMC_ELBO) else "ELBO"
+
+
+def elbo_of(loss: ELBO, elbo: float, objective: float) -> float:
+    """The ELBO from its parts; from the loss if it sums latents out and so has no parts."""
+    return objective if math.isnan(elbo) and isinstance(loss, TraceEnum_ELBO) else elbo
+
+
+class ReportingLoss:
+    """A loss whose calls return the parts of the ELBO beside its value.
+
+    The parts come from what the loss computes anyway: the traces that Pyro's losses make by `_get_trace`, the method
+    that each of them defines, and the parts that an `Objective` returns from `surrogate`. A subclass of the loss's own
+    class overrides this method. Its instance shares the state of the loss, which itself stays as it is.
+    """
+
+    def __init__(self, loss: ELBO):
+        self._parts: list[Parts] = []
+        self._loss = _noting(loss, self._parts.append)
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[float, list[Parts]]:
+        """Return (loss, parts of each trace), and add the gradients, as `ELBO.loss_and_grads` does."""
+        return self._run(self._loss.loss_and_grads, model, guide, *args, **kwargs)
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[float, list[Parts]]:
+        """Return (loss, parts of each trace) without gradients."""
+        return self._run(self._loss.loss, model, guide, *args, **kwargs)
+
+    def _run(self, method: Callable[..., float], *args: Any, **kwargs: Any) -> tuple[float, list[Parts]]:
+        self._parts.clear()
+        value = method(*args, **kwargs)
+        return value, list(self._parts)
+
+
+def _noting(loss: ELBO, note: Callable[[Parts], None]) -> ELBO:
+    kind: Any = type(loss)
+    is_objective = isinstance(loss, Objective)
+    name = "surrogate" if is_objective else "_get_trace"
+
+    def method(self: ELBO, *args: Any, **kwargs: Any) -> Any:
+        result: Any = getattr(kind, name)(self, *args, **kwargs)
+        note(result[1] if is_objective else _parts_of(result[0], result[1], self.num_particles))
+        return result
+
+    noting: ELBO = object.__new__(new_class(kind.__name__, (kind,), exec_body=lambda body: body.update({name: method})))
+    noting.__dict__ = loss.__dict__
+    return noting
+
+
+def _parts_of(model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int) -> Parts:
+    reconstruction: Any = 0.0
+    kl: Any = 0.0
+    full_size = None
+    for trace in (model_trace, guide_trace):
+        # Enumerated in parallel, densities are tables; in sequence, each trace has another weight. Neither has parts.
+        if any(site["infer"].keys() & {"_enumerate_dim", "_enum_total"} for _, site in sample_sites(trace)):
+            reconstruction = kl = torch.tensor(math.nan)
+    for _, site in sample_sites(model_trace):
+        if site["is_observed"]:
+            reconstruction = reconstruction + site["log_prob_sum"].detach()
+        else:
+            kl = kl - site["log_prob_sum"].detach()
+        for frame in site["cond_indep_stack"]:
+            if frame.full_size not in (None, frame.size):
+                full_size = frame.full_size
+    for _, site in sample_sites(guide_trace):
+        kl = kl + site["log_prob_sum"].detach()
+    return Parts(reconstruction / num_particles, kl / num_particles, full_size)
+
+
+@dataclass
+class EpochSums:
+    """Sums over the steps of an epoch.
+
+    Attributes:
+        full_size: size of a subsampled plate, to which the sums are scaled; None without one.
+        objective: minus the loss.
+        reconstruction: of log p(x|z); NaN if the loss has no parts.
+        kl: of log q(z|x) - log p(z); NaN likewise.
+        num_data: data that the sums count.
+        num_rows: data that this process received.
+    """
+
+    full_size: int | None = None
+    objective: Any = 0.0
+    reconstruction: Any = math.nan
+    kl: Any = math.nan
+    num_data: Any = 0
+    num_rows: int = 0
+
+    def add(self, parts: list[Parts], batch_size: int, was_made: Tensor | None = None) -> None:
+        """Add the parts of a step, unless it was skipped."""
+        for part in parts:
+            self.full_size = part.full_size or self.full_size
+        size: Any = self.full_size or batch_size
+        self.num_data = self.num_data + (size if was_made is None else was_made * size)
+        for part in parts:
+            started = self.reconstruction is not math.nan
+            reconstruction: Any = part.reconstruction
+            kl: Any = part.kl
+            if was_made is not None:
+                reconstruction, kl = (
+                    torch.where(was_made, torch.as_tensor(term, device=was_made.device), 0.0)
+                    for term in (reconstruction, kl)
+                )
+            self.reconstruction = (self.reconstruction if started else 0.0) + reconstruction
+            self.kl = (self.kl if started else 0.0) + kl
+
+    def means(self) -> tuple[float, float, float]:
+        """(elbo, reconstruction, kl) per datum; NaN without data."""
+        if not self.num_data:
+            return math.nan, math.nan, math.nan
+        reconstruction, kl = float(self.reconstruction) / self.num_data, float(self.kl) / self.num_data
+        return reconstruction - kl, reconstruction, kl
+
+
+def validate(model: Program, guide: Program, data: Tensor | None, loss: ELBO, batch_size: int) -> dict[str, float]:
+    """Measure the bounds on validation data, with the same noise at every call.
+
+    Args:
+        model, guide: the programs.
+        data: validation data, or None.
+        loss: loss of the training.
+        batch_size: batch size of the training, because that many data are known to fit with the particles of the loss.
+
+    Returns:
+        Columns of the history, in nats per datum; NaN without data. validation_bound chooses the best epoch. It is the
+        importance-weighted bound, with as many particles, if that is trained (`bound_name`); the loss itself for
+        Pyro's losses that sum latents out; otherwise the ELBO, however the objective weighs its parts. validation_elbo,
+        validation_reconstruction and validation_kl use the same particles; the last two are NaN if latents are summed
+        out.
+    """
+    if data is None:  # use no random numbers
+        return dict.fromkeys(_COLUMNS, math.nan)
+    return _measured(model, guide, data.split(_rows(loss, batch_size)), loss)
+
+
+def validate_ends(model: Program, guide: Program, data: Tensor, loss: ELBO, batch_size: int) -> None:
+    """Run `validate` on the first and the last block of the data only, to see that the programs accept them."""
+    blocks = data.split(_rows(loss, batch_size))
+    _measured(model, guide, blocks[:1] if len(blocks) == 1 else (blocks[0], blocks[-1]), loss)
+
+
+def _measured(model: Program, guide: Program, blocks: tuple[Tensor, ...], loss: ELBO) -> dict[str, float]:
+    by_loss = _is_measured_by_loss(loss)
+    reporting = ReportingLoss(loss if by_loss else Trace_ELBO())
+    sums = torch.zeros(len(_COLUMNS), dtype=torch.float64)
+    with (
+        torch.random.fork_rng([blocks[0].device] if blocks[0].is_cuda else []),
+        evaluation_mode(model, guide),
+        torch.no_grad(),
+        pyro_checks(False),
+    ):
+        torch.manual_seed(_SEED)
+        for block in blocks:
+            try:
+                value, parts = reporting.loss(model, guide, block)
+            except (TypeError, ValueError, RuntimeError) as error:
+                error.args = (f"with the data of validation=: {error}",)
+                raise
+            of_block = EpochSums()
+            of_block.add(parts, len(block))
+            elbo, reconstruction, kl = of_block.means()
+            bound = -value / of_block.num_data if by_loss else elbo
+            elbo = elbo_of(loss, elbo, bound)
+            sums += len(block) * torch.tensor([bound, elbo, reconstruction, kl], dtype=torch.float64)
+    return dict(zip(_COLUMNS, (sums / sum(map(len, blocks))).tolist(), strict=True))
+
+
+def _is_measured_by_loss(loss: ELBO) -> bool:
+    # Latents that the loss sums out are not in the guide: drawing them would take them from the prior.
+    return bound_name(loss) != "ELBO" or isinstance(loss, TraceEnum_ELBO)
+
+
+def _rows(loss: ELBO, batch_size: int) -> int:
+    return batch_size if _is_measured_by_loss(loss) else _ROWS
+
+
+def has_surrogate(loss: ELBO) -> bool:
+    """Whether `surrogate` can give this loss."""
+    return type(loss) is Trace_ELBO or isinstance(loss, Objective)
+
+
+def surrogate(loss: ELBO, model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, reconstruction, kl) without synchronising with the host, to be recorded.
+
+    Raises:
+        TypeError: for a loss that reads its numbers.
+        ValueError: if `Trace_ELBO` has draws that are not reparameterised.
+    """
+    if isinstance(loss, Objective):
+        value, parts = loss.surrogate(model, guide, *args, **kwargs)
+        return value, parts.reconstruction, parts.kl
+    if type(loss) is not Trace_ELBO:
+        raise TypeError(f"{type(loss).__name__} has no surrogate to record; Trace_ELBO and pyrovae.objectives have")
+    reconstruction = kl = torch.zeros((), dtype=torch.long)  # takes the dtype and device of what is added
+    for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
+        for name, site in sample_sites(guide_trace):
+            if not site["fn"].has_rsample:
+                raise ValueError(
+                    f"guide site '{name}' ({site['fn']}) is not reparameterised: its gradient needs the eager loss"
+                )
+            kl = kl + site["log_prob_sum"] / loss.num_particles
+        for _, site in sample_sites(model_trace):
+            term = site["log_prob_sum"] / loss.num_particles
+            if site["is_observed"]:
+                reconstruction = reconstruction + term
+            else:
+                kl = kl - term
+    return kl - reconstruction, reconstruction, kl
+
+
+def differentiable(loss: ELBO) -> Callable[..., Any]:
+    """A function of model, guide and their arguments that returns the loss as a tensor, if the loss can give one."""
+    if isinstance(loss, Objective):
+        return lambda *args, **kwargs: loss.surrogate(*args, **kwargs)[0]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with suppress(NotImplementedError, AttributeError):  # not every Pyro loss has it
+            return loss.differentiable_loss(*args, **kwargs)
+        return loss.loss_and_grads(*args, **kwargs)
+
+    return run

@@ -1,0 +1,225 @@
+"""What `fit` prepares: its options, checked once, and what they make of programs and data."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
+
+from pyrovae.common import distributed
+from pyrovae.common.arguments import check_count
+from pyrovae.programs.parameters import check_program
+from pyrovae.programs.reach import modules_behind
+from pyrovae.programs.traces import Program
+from pyrovae.training.acceleration import PRECISIONS, in_precision, step_pays_off
+from pyrovae.training.batches import Batches, batches_of, check_data
+from pyrovae.training.losses import check_loss
+from pyrovae.training.optimization import OneAdam, Schedule, make_optimizer, schedule_message
+
+__all__ = ["Options", "Run", "pick_device", "prepare", "put_back"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `fit`, except programs and data; `fit` documents them."""
+
+    epochs: int
+    batch_size: int | None
+    learning_rate: float
+    schedule: Callable[[float], float] | None
+    loss: ELBO | None
+    transform: Callable[[Any], Tensor] | None
+    clip_norm: float | None
+    max_skipped_steps: int
+    compile: bool | Literal["auto"]
+    precision: Literal["float32", "bf16"]
+    checkpoint: str | os.PathLike | None
+    checkpoint_every: float
+    resume: bool
+    device: str | torch.device
+    progress: bool
+
+    def checked(self) -> "Options":
+        """Return the options with numbers of plain types, which a checkpoint can hold, and the device chosen.
+
+        Raises:
+            TypeError, ValueError: for an option that training cannot use.
+        """
+        check_count("epochs", self.epochs)
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+        check_count("max_skipped_steps", self.max_skipped_steps, least=0)
+        _check_positive("learning_rate", self.learning_rate)
+        if self.clip_norm is not None:
+            _check_positive("clip_norm", self.clip_norm)
+        if self.transform is not None and not callable(self.transform):
+            raise TypeError(f"transform must be a function of a batch, or None; found {self.transform!r}")
+        if self.schedule is not None and not callable(self.schedule):
+            raise TypeError(schedule_message(self.schedule, "cannot be called"))
+        self._check_checkpoint()
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto', found {self.compile!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {list(PRECISIONS)}, found {self.precision!r}")
+        return replace(
+            self,
+            epochs=int(self.epochs),
+            batch_size=None if self.batch_size is None else int(self.batch_size),
+            learning_rate=float(self.learning_rate),
+            clip_norm=None if self.clip_norm is None else float(self.clip_norm),
+            max_skipped_steps=int(self.max_skipped_steps),
+            loss=check_loss(self.loss),
+            device=pick_device(self.device),
+        )
+
+    def _check_checkpoint(self) -> None:
+        if self.resume not in (True, False):
+            raise TypeError(f"resume must be True or False, found {self.resume!r}")
+        if self.resume and self.checkpoint is None:
+            raise ValueError("found resume=True without a checkpoint to resume: give checkpoint= its path")
+        if isinstance(self.checkpoint_every, bool) or not isinstance(self.checkpoint_every, Real):
+            raise TypeError(f"checkpoint_every must be a number of seconds, found {self.checkpoint_every!r}")
+        if not self.checkpoint_every >= 0:
+            raise ValueError(f"checkpoint_every must be 0 seconds or more, found {self.checkpoint_every}")
+        if self.resume and distributed.num_ranks() > 1:
+            raise ValueError(
+                f"found resume=True in one of {distributed.num_ranks()} processes, but a checkpoint holds the random state of one: "
+                f"resume with one process, or start a new run"
+            )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run trains, and with what.
+
+    Attributes:
+        model, guide: the programs as given, to validate.
+        programs: the two in the precision of training.
+        modules: the modules behind the programs, on the device.
+        loss: loss of the training.
+        batches: the training data.
+        validation: validation data on the device, or None.
+        optimizer: optimizer of all parameters of the modules.
+        schedule: learning rate as a function of the fraction of training done.
+        epochs: passes over the data.
+        compiles: whether to record the step after the first epoch.
+        device: device of the training.
+    """
+
+    model: Program
+    guide: Program
+    programs: tuple[Program, Program]
+    modules: Sequence[nn.Module]
+    loss: ELBO
+    batches: Batches
+    validation: Tensor | None
+    optimizer: OneAdam
+    schedule: Schedule
+    epochs: int
+    compiles: bool
+    device: torch.device
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all epochs."""
+        return self.epochs * self.batches.per_epoch
+
+    def buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """The modules' buffers with copies, for `put_back`."""
+        return [(buffer, buffer.clone()) for buffer in nn.ModuleList(self.modules).buffers()]
+
+    def gpus(self) -> list[torch.device]:
+        """The device, if it is a GPU, for `torch.random.fork_rng`."""
+        return [self.device] if self.device.type == "cuda" else []
+
+
+def prepare(model: Program, guide: Program, train: Any, validation: Tensor | None, options: Options) -> Run:
+    """Check programs and data, move them to the device, and make optimizer and batches.
+
+    Raises:
+        TypeError, ValueError: for programs or data that training cannot use.
+    """
+    check_program("model", model)
+    check_program("guide", guide)
+    if not isinstance(train, DataLoader):
+        check_data("train", train)
+    if validation is not None:
+        check_data("validation", validation)
+    device = torch.device(options.device)
+    loss = check_loss(options.loss)
+    batches = batches_of(train, options.batch_size, options.transform, device)
+    modules = [module.to(device) for module in modules_behind(model, guide)]
+    _check_not_lazy(modules)
+    optimizer = make_optimizer(modules, options.learning_rate, options.clip_norm, options.max_skipped_steps)
+    distributed.same_everywhere(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    distributed.random_numbers_apart()
+    compiles = options.compile
+    if compiles == "auto":
+        num_steps = options.epochs * batches.per_epoch
+        compiles = step_pays_off(num_steps, batches.batch_size, (model, guide), loss, options.transform)
+    trained_model, trained_guide = in_precision(options.precision, model, guide)
+    return Run(
+        model=model,
+        guide=guide,
+        programs=(trained_model, trained_guide),
+        modules=modules,
+        loss=loss,
+        batches=batches,
+        validation=None if validation is None else validation.to(device),
+        optimizer=optimizer,
+        schedule=Schedule(options.learning_rate, options.schedule),
+        epochs=options.epochs,
+        compiles=compiles,
+        device=device,
+    )
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """Choose the device.
+
+    Args:
+        device: "auto" takes CUDA if there is a GPU, else the CPU; any other name is taken as given.
+
+    Raises:
+        ValueError: if the name is unknown, or CUDA is requested and there is no GPU.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', or one of torch's; found {device!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was requested, but torch finds no GPU: take device='auto' or 'cpu'")
+    return device
+
+
+@torch.no_grad()
+def put_back(buffers: list[tuple[Tensor, Tensor]], unless: Tensor | None = None) -> None:
+    """Restore buffers from their copies."""
+    for buffer, before in buffers:
+        buffer.copy_(before if unless is None else torch.where(unless, buffer, before))
+
+
+def _check_positive(name: str, number: Any) -> None:
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{name} must be a number, found {number!r}")
+    if not 0 < float(number) < math.inf:
+        raise ValueError(f"{name} must be positive and finite, found {number}")
+
+
+def _check_not_lazy(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if is_lazy(parameter):
+                raise ValueError(
+                    f"'{name}' of {type(module).__name__} is a parameter of a lazy module, and has no shape yet: call the module "
+                    f"once on a batch before fit"
+                )
