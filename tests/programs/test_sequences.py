@@ -168,6 +168,16 @@ def test_a_mask_in_the_guide_alone_is_refused(double):
         pv.log_weights(unmasked, guide, padded(torch.randn), LENGTHS, num_particles=3)
 
 
+def test_gates_choose_between_the_linear_map_and_the_network(double):
+    transition = deep_markov.GatedTransition(2, 5)
+    z = torch.randn(4, 3, 2)
+    with torch.no_grad():
+        transition.gate[2].weight.zero_()
+        for openness, expected in ((-50.0, z), (50.0, transition.proposal(z)), (0.0, (z + transition.proposal(z)) / 2)):
+            transition.gate[2].bias.fill_(openness)
+            assert torch.allclose(transition(z).mean, expected)  # the linear map starts as the identity
+
+
 def test_sequences_are_reversed_within_their_lengths():
     x = torch.arange(1.0, 11).reshape(2, 5, 1)
     reversed_ = deep_markov.reverse(x, torch.tensor([3, 5]))
