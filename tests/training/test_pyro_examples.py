@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import pyrovae as pv
 
 LATENT_DIM = 2
-FIT = {"batch_size": 50, "learning_rate": 5e-3, "progress": False}
+FIT = {"batch_size": 50, "learning_rate": 5e-3, "device": "cpu", "progress": False}
 
 
 @pytest.fixture(scope="module")
