@@ -13,9 +13,11 @@ from pyrovae import (
 from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo
 from pyrovae.annealing.bounds import annealed_importance_sampling, bidirectional_monte_carlo
 from pyrovae.annealing.difference import DifferenceEstimate, anneal_a_slice
+from pyrovae.annealing.rate_distortion import RateDistortion, rate_distortion
 from pyrovae.annealing.smc import sequential_monte_carlo
 from pyrovae.common import distributed
 from pyrovae.evaluation import detection
+from pyrovae.evaluation.aggregate_posterior import AggregatePosterior, aggregate_posterior
 from pyrovae.evaluation.arviz_export import to_elpd_data, to_inference_data
 from pyrovae.evaluation.calibration import Calibration, simulation_based_calibration
 from pyrovae.evaluation.comparison import Comparison, compare
@@ -35,6 +37,7 @@ from pyrovae.training.saved_pair import load, save
 __version__ = "0.1.0"
 
 __all__ = [
+    "AggregatePosterior",
     "BidirectionalMonteCarlo",
     "BottomUpGuide",
     "Calibration",
@@ -46,8 +49,10 @@ __all__ = [
     "HierarchicalModel",
     "InferenceGaps",
     "LogMarginalLikelihood",
+    "RateDistortion",
     "TopDownGuide",
     "active_units",
+    "aggregate_posterior",
     "anneal_a_slice",
     "annealed_importance_sampling",
     "bidirectional_monte_carlo",
@@ -70,6 +75,7 @@ __all__ = [
     "pick_device",
     "plots",
     "priors",
+    "rate_distortion",
     "save",
     "sequential_monte_carlo",
     "simulation_based_calibration",

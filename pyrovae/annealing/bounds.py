@@ -1,6 +1,6 @@
 """Bounds of log p(x) by annealing: a lower bound on any data, both bounds on data simulated from the model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from pyrovae import estimators
 from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo
-from pyrovae.annealing.blocks import AnnealingOptions, tuned_blocks
-from pyrovae.annealing.chains import anneal, anneal_back
+from pyrovae.annealing.blocks import AnnealingOptions, TunedBlock, tuned_blocks
+from pyrovae.annealing.chains import Annealed, anneal, anneal_back
 from pyrovae.annealing.coordinates import unconstrained
 from pyrovae.annealing.potential import prior_of
 from pyrovae.evaluation.log_weights import until_interrupted
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.evaluation.options import evaluation_of
+from pyrovae.evaluation.streams import Part, parts_of
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.particles import refuse_more_than_memory
 from pyrovae.programs.simulation import first_data, simulate
@@ -23,7 +24,7 @@ from pyrovae.programs.splitting import inspect
 from pyrovae.programs.supports import masks_of
 from pyrovae.programs.traces import Program, sample_sites, trace_program
 
-__all__ = ["annealed_importance_sampling", "bidirectional_monte_carlo"]
+__all__ = ["anneal_parts", "annealed_importance_sampling", "bidirectional_monte_carlo"]
 
 
 def annealed_importance_sampling(
@@ -38,6 +39,7 @@ def annealed_importance_sampling(
     data_batch_size: int | Literal["auto"] | None = "auto",
     compile: bool | Literal["auto"] = "auto",
     progress: bool = False,
+    transform: Callable[[Any], Any] | None = None,
     **kwargs: Any,
 ) -> LogMarginalLikelihood:
     """Estimate log p(x) by annealed importance sampling for any Pyro model with continuous latents, per datum.
@@ -69,6 +71,7 @@ def annealed_importance_sampling(
         data_batch_size: as in `log_marginal_likelihood`
         compile: as in `log_marginal_likelihood`
         progress: show a progress bar
+        transform: as in `log_marginal_likelihood`
         **kwargs: further arguments of the programs
 
     Returns:
@@ -95,19 +98,41 @@ def annealed_importance_sampling(
         compile=compile,
         progress=progress,
     )
-    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (device, args, kwargs):
-        refuse_more_than_memory("num_chains", options.num_chains, device)
-        pair = inspect(model, guide or prior_of(model), args, kwargs, options.plate, options.data_batch_size)
-        return LogMarginalLikelihood.concatenate(until_interrupted(_annealed(pair, options, guide is None)))
+    return anneal_parts(model, guide, parts_of(args, kwargs, transform), options, _annealed)
 
 
-def _annealed(
-    pair: Pair, options: AnnealingOptions, from_prior: bool
-) -> Iterator[tuple[LogMarginalLikelihood, int, int]]:
-    for block in tuned_blocks(pair, options, from_prior, passes=1):
-        annealed = anneal(block.potential, block.kernels, block.tick)
-        result = LogMarginalLikelihood.from_annealed(annealed.log_weights, annealed.acceptance)
-        yield result, block.stop, pair.num_data
+def anneal_parts(
+    model: Program,
+    guide: Program | None,
+    parts: Iterable[Part],
+    options: AnnealingOptions,
+    run: Callable[[TunedBlock], Annealed],
+) -> LogMarginalLikelihood:
+    """Return the result of `run` for each tuned block of each part of the data, until Ctrl-C.
+
+    Args:
+        model: Pyro program
+        guide: Pyro program to start from, or None for the prior
+        parts: parts of the data
+        options: options of the chains
+        run: runs the chains of a block
+    """
+
+    def results() -> Iterator[tuple[LogMarginalLikelihood, int, int]]:
+        for part in parts:
+            with evaluation_of(model, guide, args=part.args, kwargs=part.kwargs) as (device, args, kwargs):
+                refuse_more_than_memory("num_chains", options.num_chains, device)
+                pair = inspect(model, guide or prior_of(model), args, kwargs, options.plate, options.data_batch_size)
+                for block in tuned_blocks(pair, options, guide is None, passes=1):
+                    found = run(block)
+                    result = LogMarginalLikelihood.from_annealed(found.log_weights, found.acceptance)
+                    yield result, part.before + block.stop, part.num_data or pair.num_data
+
+    return LogMarginalLikelihood.concatenate(until_interrupted(results()))
+
+
+def _annealed(block: TunedBlock) -> Annealed:
+    return anneal(block.potential, block.kernels, block.tick)
 
 
 def bidirectional_monte_carlo(

@@ -95,23 +95,32 @@ class _State(NamedTuple):
 
 
 @torch.no_grad()
-def anneal(potential: Potential, kernels: Kernels, tick: Callable[[], object] = lambda: None) -> Annealed:
+def anneal(
+    potential: Potential,
+    kernels: Kernels,
+    tick: Callable[[], object] = lambda: None,
+    look: Callable[[Tensor, Tensor], object] = lambda log_weights, log_weight: None,
+) -> Annealed:
     """Run chains from draws of the start density to the joint density; the expected mean of their weights is p(x).
 
     Args:
         potential: densities of the block
         kernels: tuned kernels
         tick: called after each kernel
+        look: called at each temperature, the first included, as look(log weights of the chains so far, log w(u) at
+            their states), each (S, N)
 
     References:
         Neal, Annealed Importance Sampling (2001).
     """
     state = start(potential, potential.draw())
     log_weights, acceptance = _nothing_yet(state)
+    look(log_weights, state.log_weight)
     for t in range(1, len(kernels.temperatures)):
         log_weights += factor(state, kernels, t)
         state, rate = move(potential, state, kernels, t)
         acceptance += rate
+        look(log_weights, state.log_weight)
         tick()
     return Annealed(log_weights, state.u, acceptance / (len(kernels.temperatures) - 1))
 

@@ -1,22 +1,19 @@
 """Sequential Monte Carlo through the same temperatures as annealing, with chains that are resampled on the way."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pyrovae.annealing.blocks import AnnealingOptions, tuned_blocks
+from pyrovae.annealing.blocks import AnnealingOptions, TunedBlock
+from pyrovae.annealing.bounds import anneal_parts
 from pyrovae.annealing.chains import Annealed, Kernels, factor, move, start
-from pyrovae.annealing.potential import Potential, prior_of
+from pyrovae.annealing.potential import Potential
 from pyrovae.common.arguments import check_count
-from pyrovae.evaluation.log_weights import until_interrupted
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
-from pyrovae.evaluation.options import evaluation_of
-from pyrovae.programs.pair import Pair
-from pyrovae.programs.particles import refuse_more_than_memory
-from pyrovae.programs.splitting import inspect
+from pyrovae.evaluation.streams import parts_of
 from pyrovae.programs.traces import Program
 
 __all__ = ["run_populations", "sequential_monte_carlo", "systematic_ancestors"]
@@ -121,6 +118,7 @@ def sequential_monte_carlo(
     data_batch_size: int | Literal["auto"] | None = "auto",
     compile: bool | Literal["auto"] = "auto",
     progress: bool = False,
+    transform: Callable[[Any], Any] | None = None,
     **kwargs: Any,
 ) -> LogMarginalLikelihood:
     """Estimate log p(x) by sequential Monte Carlo for any Pyro model with continuous latents, per datum.
@@ -144,6 +142,7 @@ def sequential_monte_carlo(
         data_batch_size: as in `log_marginal_likelihood`
         compile: as in `log_marginal_likelihood`
         progress: show a progress bar
+        transform: as in `log_marginal_likelihood`
         **kwargs: further arguments of the programs
 
     Returns:
@@ -168,16 +167,8 @@ def sequential_monte_carlo(
         compile=compile,
         progress=progress,
     )
-    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (device, args, kwargs):
-        refuse_more_than_memory("num_chains", options.num_chains, device)
-        pair = inspect(model, guide or prior_of(model), args, kwargs, options.plate, options.data_batch_size)
-        parts = until_interrupted(_populations(pair, options, num_populations, guide is None))
-        return LogMarginalLikelihood.concatenate(parts)
 
+    def run(block: TunedBlock) -> Annealed:
+        return run_populations(block.potential, block.kernels, num_populations, block.tick)
 
-def _populations(
-    pair: Pair, options: AnnealingOptions, num_populations: int, from_prior: bool
-) -> Iterator[tuple[LogMarginalLikelihood, int, int]]:
-    for block in tuned_blocks(pair, options, from_prior, passes=1):
-        found = run_populations(block.potential, block.kernels, num_populations, block.tick)
-        yield LogMarginalLikelihood.from_annealed(found.log_weights, found.acceptance), block.stop, pair.num_data
+    return anneal_parts(model, guide, parts_of(args, kwargs, transform), options, run)

@@ -1,17 +1,18 @@
 """What a batch is, the programs are called with: tensors, arrays, frames, tuples and mappings as program arguments."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyrovae.common.arguments import map_tensors
 
-__all__ = ["Batch", "as_batch", "is_stream"]
+__all__ = ["Batch", "as_batch", "is_stream", "takes_items"]
 
 _LARGEST_INTEGER = 2**63 - 1
 _LARGEST_WHOLE = 2**53  # up to here float64 tells whole numbers from others
@@ -132,6 +133,29 @@ def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data") ->
             f"{name} must hold at least one datum, found a first tensor of shape {tuple(batch.data.shape)}"
         )
     return batch._replace(num_data=lengths[0])
+
+
+def takes_items(programs: Sequence[Callable], items: tuple | list | Mapping) -> bool:
+    """Whether to call the programs with the items of a tuple or mapping, instead of with the whole as one argument.
+
+    The items are the arguments, unless their number or names do not fit and one argument does: a program
+    `def model(batch): x, y = batch` gets the whole.
+    """
+
+    def binds(*args: Any, **kwargs: Any) -> bool:
+        for program in programs:
+            try:
+                inspect.signature(program.forward if isinstance(program, nn.Module) else program).bind(*args, **kwargs)
+            except TypeError:
+                return False
+            except ValueError:  # a function without a signature
+                continue
+        return True
+
+    named = isinstance(items, Mapping)
+    if named and not all(isinstance(key, str) for key in items):
+        return False
+    return (binds(**items) if named else binds(*items)) or not binds(items)
 
 
 def _named(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -1,6 +1,7 @@
 """Importance-sampling estimates of log p(x), the number of particles they need, and the latent dimensions in use."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from pyrovae.common.progress import progress_bar
 from pyrovae.evaluation.log_weights import log_weight_blocks, until_interrupted
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.evaluation.options import SamplingOptions
+from pyrovae.evaluation.streams import parts_of
 from pyrovae.guides.base import Guide
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program
@@ -29,6 +31,7 @@ def log_marginal_likelihood(
     particle_batch_size: int | Literal["auto"] = "auto",
     compile: bool | Literal["auto"] = "auto",
     progress: bool = False,
+    transform: Callable[[Any], Any] | None = None,
     **kwargs: Any,
 ) -> LogMarginalLikelihood:
     """Estimate log p(x) of any Pyro model/guide pair by importance sampling, per datum, in bounded memory.
@@ -48,7 +51,8 @@ def log_marginal_likelihood(
     Args:
         model: Pyro program, called as model(*args, **kwargs); its modules are in eval mode during the call
         guide: Pyro program, called likewise
-        *args: arguments of both programs
+        *args: arguments of both programs. One tuple or mapping of tensors stands for its items, arrays and frames become
+            tensors, and a `DataLoader` or `Dataset` that does not shuffle is evaluated batch by batch
         num_particles: S, the exact number of draws
         plate: name of the plate that indexes the data. None: the one plate that all sample sites of both programs
             share; if they share none, the whole program is one datum. A sequential plate must be named.
@@ -63,6 +67,8 @@ def log_marginal_likelihood(
             same numbers up to rounding. "auto" does so for components of this library if there is enough work to make
             up for the compilation time
         progress: show a progress bar
+        transform: maps the one argument, or each batch of a loader, to the data that the programs are called with, for
+            example `lambda batch: batch[0]` to leave labels out
         **kwargs: further arguments of both programs
 
     Returns:
@@ -88,8 +94,11 @@ def log_marginal_likelihood(
         compile=compile,
         progress=progress,
     )
-    blocks = log_weight_blocks(model, guide, args, kwargs, options)
-    parts = ((LogMarginalLikelihood.from_log_weights(block), done, num_data) for block, done, num_data in blocks)
+    parts = (
+        (LogMarginalLikelihood.from_log_weights(block), part.before + done, part.num_data or num_data)
+        for part in parts_of(args, kwargs, transform)
+        for block, done, num_data in log_weight_blocks(model, guide, part.args, part.kwargs, options)
+    )
     return LogMarginalLikelihood.concatenate(until_interrupted(parts))
 
 

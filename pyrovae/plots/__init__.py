@@ -8,6 +8,7 @@ from pyrovae.plots.bound_plots import bound_curve, sandwich, tightness, training
 from pyrovae.plots.comparisons import comparison, rank_histograms, roc
 from pyrovae.plots.gap_plots import gap_decomposition, gap_histogram, k_against_gap
 from pyrovae.plots.images import image_grid, image_table, manifold, reconstructions, worst_images
+from pyrovae.plots.rate_curves import rate_distortion
 from pyrovae.plots.report import report
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "k_against_gap",
     "manifold",
     "rank_histograms",
+    "rate_distortion",
     "reconstructions",
     "report",
     "roc",

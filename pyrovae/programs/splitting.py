@@ -173,8 +173,15 @@ def _explain(error: Exception, arguments: tuple) -> None:
     for argument in arguments:
         if isinstance(argument, DataLoader | Dataset):
             advice = (
-                "evaluate its batches one by one, log_marginal_likelihood(model, guide, batch), and join the results "
-                "with LogMarginalLikelihood.concatenate"
+                "pass it as the only argument to log_marginal_likelihood, which goes through its batches, or evaluate "
+                "them one by one"
+            )
+        elif isinstance(argument, tuple | list | dict) and len(arguments) == 1:
+            first = next(iter(argument), 0) if isinstance(argument, dict) else 0
+            advice = (
+                f"a batch of {len(argument)} items goes to a program of {len(argument)} arguments item by item, and to "
+                f"one of a single argument whole. Choose what the program takes with transform=, for example "
+                f"transform=lambda batch: batch[{first!r}]"
             )
         elif hasattr(argument, "__array__") and not isinstance(argument, Tensor):
             advice = "convert it to a tensor of the programs' dtype, torch.as_tensor(x, dtype=torch.float32)"

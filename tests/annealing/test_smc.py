@@ -96,7 +96,10 @@ def test_populations_are_resampled_in_these_tests(double, monkeypatch):
 @given(st.lists(st.floats(-30, 5), min_size=2, max_size=9), st.integers(0, 2**31))
 @settings(max_examples=50, deadline=None)
 def test_ancestors_occur_in_proportion(log_weights, seed):
-    """Systematic resampling: floor or ceiling of the expected number, in every draw; the mean is exact."""
+    """Systematic resampling: floor or ceiling of the expected number, in every draw; the mean is exact.
+
+    6 / repeats: a number that is seldom drawn is not normal.
+    """
     torch.manual_seed(seed)
     weights = torch.tensor(log_weights, dtype=torch.float64)
     repeats = 400
@@ -106,7 +109,7 @@ def test_ancestors_occur_in_proportion(log_weights, seed):
     counts = torch.stack([torch.bincount(ancestors[0, :, n], minlength=size) for n in range(repeats)]).double()
     assert ((counts >= expected.floor() - 1e-6) & (counts <= (expected + 1e-6).ceil())).all()
     spread = ((expected - expected.floor()) * (expected.ceil() - expected)).sqrt()
-    assert ((counts.mean(0) - expected).abs() <= 5 * spread / math.sqrt(repeats) + 1e-6).all()
+    assert ((counts.mean(0) - expected).abs() <= 5 * spread / math.sqrt(repeats) + 6 / repeats).all()
 
 
 def test_the_result_is_annealings(double):

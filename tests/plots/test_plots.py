@@ -18,6 +18,15 @@ def ax():
     return plt.subplots()[1]
 
 
+def curve_of(lml):
+    """A curve that falls to the rate 0 and an infinite distortion, as a hard constraint has it at the prior."""
+    beta = torch.tensor([0.0, 0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
+    rate = beta.sqrt().unsqueeze(1) * (10 + torch.rand(30, dtype=torch.float64))
+    distortion = -lml.log_prob + 50 / (beta.unsqueeze(1) + 0.01 * (beta > 0).unsqueeze(1))
+    error = torch.full_like(rate, 0.1)
+    return pv.RateDistortion(8, beta, rate, distortion, error, error, error, error[0])
+
+
 # name -> draw(result, ax): each function that draws on one pair of axes
 FIGURES = {
     "bound_curve": lambda lml, ax: plots.bound_curve(lml.curve_particles, lml.curve, annealed=lml.jackknife, ax=ax),
@@ -30,6 +39,7 @@ FIGURES = {
     "image_table": lambda lml, ax: plots.image_table(torch.rand(2, 3, 1, 5, 5), ax=ax),
     "k_against_gap": lambda lml, ax: plots.k_against_gap(lml.pareto_k, lml.gap, limit=lml.pareto_k_limit, ax=ax),
     "manifold": lambda lml, ax: plots.manifold(torch.rand(2, 3, 1, 5, 5), ax=ax),
+    "rate_distortion": lambda lml, ax: plots.rate_distortion({"a": curve_of(lml), "b": curve_of(lml)}, ax=ax),
     "reconstructions": lambda lml, ax: plots.reconstructions(*torch.rand(2, 4, 1, 5, 5), ax=ax),
     "roc": lambda lml, ax: plots.roc({"shuffled": pv.detection.roc(lml.log_prob, lml.log_prob - 3)}, ax=ax),
     "sandwich": lambda lml, ax: plots.sandwich(lml.log_prob, lml.log_prob + 0.2 * torch.randn(30), ax=ax),
@@ -53,7 +63,8 @@ def test_draws_on_the_given_axes_or_its_own(name, lml):
 
 
 def test_values_are_in_nats_and_say_so(lml):
-    for name in ("bound_curve", "comparison", "gap_decomposition", "gap_histogram", "k_against_gap", "sandwich"):
+    named = ("bound_curve", "comparison", "gap_decomposition", "gap_histogram", "k_against_gap", "rate_distortion")
+    for name in (*named, "sandwich"):
         drawn = FIGURES[name](lml, ax())
         assert "nats" in drawn.get_xlabel() + drawn.get_ylabel() + drawn.get_title(), name
 
@@ -66,6 +77,21 @@ def test_bound_curve_against_annealing(lml):
     assert np.allclose(lines[f"annealed importance sampling: {level:.2f}"], level)
     with pytest.raises(ValueError, match="same 30 data"):
         plots.bound_curve(lml.curve_particles, lml.curve, annealed=torch.zeros(3))
+
+
+def test_rate_distortion_draws_means_and_the_line_below(lml):
+    curve = curve_of(lml)
+    upper = -(curve.rate[-1] + curve.distortion[-1]) + 0.5
+    rest = {"lower_stderr": upper, "upper_stderr": upper, "acceptance": upper, "data": {}, "latents": {}}
+    bounds = pv.BidirectionalMonteCarlo(8, lower=upper, upper=upper, **rest)
+    drawn = plots.rate_distortion(curve, bounds=bounds, ax=ax())
+    line, below = (line for line in drawn.get_lines() if line.get_linestyle() == "-")
+    assert np.allclose(line.get_xdata(), curve.mean_distortion[1:])  # without the prior's infinite distortion
+    assert np.allclose(line.get_ydata(), curve.mean_rate[1:])
+    assert np.allclose(below.get_ydata(), [curve.mean_rate[-1] - 0.5, 0])
+    assert line.get_label() == f"log p(x) ≥ {curve.log_prob.mean():.2f}"
+    with pytest.raises(ValueError, match=r"found curves \['a'\] and bounds \['b'\]"):
+        plots.rate_distortion({"a": curve}, bounds={"b": bounds})
 
 
 def test_sandwich_counts_what_crosses():

@@ -1,0 +1,60 @@
+"""Rate and distortion of weighted chains at one temperature."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyrovae.estimators.weights import Weights
+
+__all__ = ["RateAndDistortion", "rate_and_distortion"]
+
+
+class RateAndDistortion(NamedTuple):
+    """A point of the curve for each datum, (N,) each, in nats; standard errors are NaN with one chain."""
+
+    rate: Tensor
+    distortion: Tensor
+    rate_stderr: Tensor
+    distortion_stderr: Tensor
+
+
+def rate_and_distortion(beta: float, log_weights: Tensor, log_likelihood: Tensor) -> RateAndDistortion:
+    """Estimate rate and distortion of a code that is drawn from S annealed chains in proportion to their weights.
+
+        D = sum_s v_s d_s,   R = -beta D - log 1/S sum_s w_s,   v_s = w_s / sum w,   d_s = -log p(x|z_s)
+
+    See `pyrovae.rate_distortion` for why the expected R bounds the rate of that code from above. The standard errors
+    are those of the delta method: sd over chains of each chain's contribution, / sqrt(S),
+
+        to D: S v_s (d_s - D),   to R: 1 - S v_s - beta S v_s (d_s - D)
+
+    Shapes: (S, N), (S, N) -> (N,) each.
+
+    Args:
+        beta: Temperature, from 0 to 1. At 0 the rate is 0, even if the distortion is infinite.
+        log_weights: log w of the chains up to this temperature, (S, N).
+        log_likelihood: log p(x|z_s) at their states, (S, N).
+
+    Returns:
+        Rate and distortion with their standard errors. Both are infinite for a datum whose weights are all 0.
+
+    References:
+        Huang, Makhzani, Cao & Grosse, Evaluating Lossy Compression Rates of Deep Generative Models (2020).
+    """
+    weights = Weights(log_weights)
+    num_chains = len(weights)
+    known = weights.bound > -torch.inf
+    share = weights.log.softmax(0)
+    distortions = -log_likelihood.double()
+    distortion = torch.where(share > 0, share * distortions, 0.0).sum(0)
+    distortion = torch.where(known, distortion, torch.inf)
+    rate = -weights.bound - (beta * distortion if beta > 0 else 0.0)
+    rate = torch.where(known, rate, torch.inf)
+    if num_chains == 1:
+        return RateAndDistortion(rate, distortion, weights.unknown(), weights.unknown())
+    to_distortion = torch.where(share > 0, num_chains * share * (distortions - distortion), 0.0)
+    to_rate = 1 - num_chains * share - (beta * to_distortion if beta > 0 else 0.0)
+    errors = (to.std(0) / math.sqrt(num_chains) for to in (to_rate, to_distortion))
+    return RateAndDistortion(rate, distortion, *errors)

@@ -1,0 +1,321 @@
+"""The aggregate posterior q(z), the average of q(z|x) over data: what the ELBO's KL term is made of."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyrovae.common.arguments import check_count
+from pyrovae.common.progress import progress_bar
+from pyrovae.guides.base import Guide, check_guide
+from pyrovae.models.generative import LatentVariableModel
+from pyrovae.programs.reach import evaluation_mode
+
+__all__ = ["AggregatePosterior", "aggregate_posterior"]
+
+_ROWS = 500  # data that are encoded, and codes that are drawn, at once
+_CPU_ELEMENTS, _GPU_ELEMENTS, _PAIR_SIZE = 2**20, 2**26, 64  # numbers at once; a pair (z, x) counts as at least 64
+_NEAR = 0.1  # nats below log N: from there on, the mutual information counts as saturated
+
+
+Visit = Callable[[str, dist.TorchDistribution], Tensor]
+
+
+@dataclass(frozen=True, repr=False)
+class AggregatePosterior:
+    """What the codes of N data know about them, with q(z) = 1/N sum_n q(z|x_n): in nats.
+
+    Each estimate is unbiased for these N data, with the Monte Carlo standard error `..._stderr` (NaN with one draw per
+    datum). `aggregate_posterior` says how they differ from those of the data's distribution.
+
+    Attributes:
+        num_data: N
+        num_draws: S, draws of q(z|x_n) per datum
+        rate: mean KL(q(z|x) || p(z)), the KL term of the ELBO
+        mutual_information: I(x; z), at most log N
+        mutual_information_upper: likewise without the datum's own part of q(z)
+        marginal_kl: KL(q(z) || p(z))
+        total_correlation: KL(q(z) || prod_d q(z_d)); None if the guide has no marginals in closed form
+        dimension_kl: KL(q(z_d) || p(z_d)) for each dimension (D,); None if guide or prior has no marginals in closed form
+    """
+
+    num_data: int
+    num_draws: int
+    rate: float
+    rate_stderr: float
+    mutual_information: float
+    mutual_information_stderr: float
+    mutual_information_upper: float
+    mutual_information_upper_stderr: float
+    marginal_kl: float
+    marginal_kl_stderr: float
+    total_correlation: float | None = None
+    total_correlation_stderr: float | None = None
+    dimension_kl: Tensor | None = None
+    dimension_kl_stderr: Tensor | None = None
+
+    @property
+    def most(self) -> float:
+        """log N, the largest mutual information that N data can show."""
+        return math.log(self.num_data)
+
+    @property
+    def saturated(self) -> bool:
+        """Whether the mutual information is within 0.1 nats of log N: it then says only that I is about log N or more."""
+        return self.mutual_information > self.most - _NEAR
+
+    def summary(self) -> str:
+        """Return a few lines to print."""
+
+        def line(name: str, value: float, stderr: float, meaning: str) -> str:
+            return f"  {name:<20}{value:9.3f} ± {stderr:.3f}   {meaning}"
+
+        upper = f"at most log N = {self.most:.3f}; {self.mutual_information_upper:.3f} without the datum's own part"
+        lines = [
+            f"aggregate posterior of {self.num_data:,} data, {self.num_draws} draws each; nats, ± Monte Carlo",
+            line("rate", self.rate, self.rate_stderr, "mean KL(q(z|x) || p(z)), the sum of the next two"),
+            line("mutual information", self.mutual_information, self.mutual_information_stderr, upper),
+            line("KL(q(z) || p(z))", self.marginal_kl, self.marginal_kl_stderr, "how far the prior is from the codes"),
+        ]
+        if self.total_correlation is not None and self.total_correlation_stderr is not None:
+            meaning = "dependence among latent dimensions"
+            lines.append(line("total correlation", self.total_correlation, self.total_correlation_stderr, meaning))
+        if self.dimension_kl is not None and self.dimension_kl_stderr is not None:
+            error = self.dimension_kl_stderr.square().sum().sqrt().item()
+            meaning = f"sum of KL(q(z_d) || p(z_d)) over {len(self.dimension_kl)} dimensions; its error if independent"
+            lines.append(line("dimension-wise KL", self.dimension_kl.sum().item(), error, meaning))
+        if self.saturated:
+            lines.append(
+                f"  saturated: the data are told apart, and {self.num_data:,} of them show no more than log N. The mutual "
+                f"information is this or more, KL(q(z) || p(z)) this or less, and the total correlation is that of "
+                f"{self.num_data:,} separate humps: use more data"
+            )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return (
+            f"AggregatePosterior({self.num_data} data: rate {self.rate:.3f} = mutual information "
+            f"{self.mutual_information:.3f} + KL(q(z) || p(z)) {self.marginal_kl:.3f})"
+        )
+
+
+@torch.no_grad()
+def aggregate_posterior(
+    model: LatentVariableModel,
+    guide: Guide,
+    x: Tensor,
+    *,
+    num_draws: int = 2,
+    total_correlation: bool | Literal["auto"] = "auto",
+    progress: bool = False,
+) -> AggregatePosterior:
+    """Split the KL term of the ELBO into mutual information and the distance of the aggregate posterior from the prior.
+
+        mean_n KL(q(z|x_n) || p(z)) = I(x; z) + KL(q(z) || p(z)),   q(z) = 1/N sum_n q(z|x_n)
+        I(x; z) = mean_n E_q(z|x_n)[ log q(z|x_n) - log q(z) ]
+        KL(q(z) || p(z)) = TC + sum_d KL(q(z_d) || p(z_d)),   TC = KL(q(z) || prod_d q(z_d)),   if p(z) = prod_d p(z_d)
+
+    q(z) is summed over all N data at every draw: S N^2 densities, in blocks, so that memory does not grow with N^2.
+    (Estimates from minibatches are biased.) The data are the empirical distribution: for these N data, each estimate is
+    unbiased. As estimates for the distribution that the data came from, on average over data sets of size N,
+
+    - I is too low: a datum's own part makes q(z) >= q(z|x_n) / N, so I <= log N. If the codes of all data are apart, I
+      is log N, whatever the truth: `saturated`.
+    - `mutual_information_upper`, with q(z) = 1/(N - 1) sum_(m != n) q(z|x_m), is too high: the truth lies between. It is
+      far too high if codes are apart, as no other datum then explains a draw.
+    - KL(q(z) || p(z)) is too high, by what I is too low; so is KL(q(z_d) || p(z_d)), by far less.
+    - TC is not a bound. If I is saturated, q(z) is N humps, and their total correlation is mostly too high.
+
+    TC takes marginals q(z_d|x_n) in closed form: those of guides whose distribution is diagonal (`MeanFieldNormal`, or
+    one of your own that ends with .to_event(1)) or normal (`FullRankNormal`, `LowRankNormal`), `Refined` ones too.
+
+    Args:
+        model: model of the pair, for p(z)
+        guide: any guide of this library, hierarchical ones included; an autoregressive flow takes D passes for the density
+            at each draw of another datum
+        x: data (N, *data_shape); the time grows with N^2, so take a few thousand, for a flow a few hundred
+        num_draws: S, draws of q(z|x_n) per datum; one gives no standard error
+        total_correlation: whether to compute TC and the dimension-wise KL; "auto": if the guide has marginals
+        progress: show a progress bar
+
+    Returns:
+        The estimates, as an `AggregatePosterior`.
+
+    Raises:
+        ValueError: for fewer than 2 data, a guide that overrides `forward` or `posterior`, a guide with other latents than
+            the model's, and, with `total_correlation=True`, a guide without marginals.
+        TypeError: if `guide` is not a `Guide` or `model` not a model of this library.
+
+    References:
+        Hoffman & Johnson, ELBO Surgery: yet another way to carve up the variational evidence lower bound (2016).
+        Chen, Li, Grosse & Duvenaud, Isolating Sources of Disentanglement in Variational Autoencoders (2018), for TC.
+        Poole, Ozair, van den Oord, Alemi & Tucker, On Variational Bounds of Mutual Information (2019), for both bounds.
+    """
+    check_guide(guide)
+    if not isinstance(model, LatentVariableModel):
+        raise TypeError(
+            f"model must be a pyrovae.GenerativeModel or HierarchicalModel, whose p(z) is used; found "
+            f"{type(model).__name__}"
+        )
+    if not guide.encodes_once:
+        raise ValueError(
+            f"{type(guide).__name__} overrides forward or posterior, so its density is unknown at other draws than its "
+            f"own: override `distribution` or `encode` instead"
+        )
+    num_draws = check_count("num_draws", num_draws)
+    if len(x) < 2:
+        raise ValueError(f"an average of q(z|x) over data needs 2 data or more, found {len(x)}")
+    if total_correlation not in (True, False, "auto"):
+        raise ValueError(f"total_correlation must be True, False or 'auto', found {total_correlation!r}")
+    with evaluation_mode(model, guide) as device:
+        parameters = torch.cat([guide.encode(rows.to(device or x.device)) for rows in x.split(_ROWS)])
+        drawn = _draw(model, guide, parameters, num_draws)
+        marginals = len(drawn.values) == 1 and _marginals(guide.distribution(parameters[:1])) is not None
+        if total_correlation is True and not marginals:
+            raise ValueError(
+                f"the total correlation needs marginals q(z_d|x), and {type(guide).__name__} has none in closed form: use "
+                f"a diagonal or normal guide, or total_correlation=False for the other estimates"
+            )
+        marginals = marginals and total_correlation is not False
+        others, of_dimensions = _sum_over_data(guide, parameters, drawn, marginals, progress)
+        num_data = len(x)
+        log_q = torch.logaddexp(others, drawn.log_own) - math.log(num_data)
+        terms = {
+            "rate": drawn.log_own - drawn.log_prior,
+            "mutual_information": drawn.log_own - log_q,
+            "mutual_information_upper": drawn.log_own - (others - math.log(num_data - 1)),
+            "marginal_kl": log_q - drawn.log_prior,
+        }
+        if of_dimensions is not None:
+            terms["total_correlation"] = log_q - of_dimensions.sum(-1)
+            if (prior := _marginals(model.prior())) is not None:
+                (z,) = drawn.values.values()
+                terms["dimension_kl"] = of_dimensions - prior.log_prob(z).double()
+    found: dict[str, Any] = {}
+    for name, term in terms.items():
+        for suffix, value in zip(("", "_stderr"), _mean(term), strict=True):
+            found[name + suffix] = value.cpu() if value.ndim else value.item()
+    return AggregatePosterior(num_data, num_draws, **found)
+
+
+class _Drawn(NamedTuple):
+    values: dict[str, Tensor]  # by site, (S, N, its size)
+    log_own: Tensor  # log q(z|x_n) (S, N)
+    log_prior: Tensor  # (S, N)
+
+
+def _marginals(distribution: dist.TorchDistribution) -> dist.TorchDistribution | None:
+    """Return the marginal of each dimension, batch shape (..., D); None if they have no closed form."""
+    if isinstance(distribution, torch.distributions.Independent):
+        base = distribution.base_dist
+        return base if base.event_shape == () and distribution.reinterpreted_batch_ndims == 1 else None
+    if isinstance(distribution, torch.distributions.MultivariateNormal | torch.distributions.LowRankMultivariateNormal):
+        return dist.Normal(distribution.mean, distribution.variance.sqrt())
+    return None
+
+
+def _draw(model: LatentVariableModel, guide: Guide, parameters: Tensor, num_draws: int) -> _Drawn:
+    values: dict[str, list[Tensor]] = {}
+    log_own, log_prior = [], []
+    for some in parameters.split(_ROWS):
+        drawn, log_q = _draw_some(guide, some, num_draws)
+        log_own.append(log_q)
+        log_prior.append(_log_density(model.latents, drawn))
+        for name, value in drawn.items():
+            values.setdefault(name, []).append(value)
+    together = {name: torch.cat(parts, 1) for name, parts in values.items()}
+    return _Drawn(together, torch.cat(log_own, 1), torch.cat(log_prior, 1))
+
+
+def _draw_some(guide: Guide, parameters: Tensor, num_draws: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return draws (S, B, size of the site) by site, and their log q (S, B) in float64."""
+    drawn: dict[str, Tensor] = {}
+    terms: list[Tensor] = []
+
+    def visit(name: str, distribution: dist.TorchDistribution) -> Tensor:
+        several = distribution.expand(torch.Size([num_draws, len(parameters)]))
+        drawn[name] = several.sample()
+        terms.append(several.log_prob(drawn[name]).double())
+        return drawn[name]
+
+    guide.latents(parameters, visit)
+    return drawn, torch.stack(terms).sum(0)
+
+
+def _log_density(latents: Callable[[Visit], Tensor], values: dict[str, Tensor]) -> Tensor:
+    """Return log p(z) or log q(z|x), whose sites `latents` visits, at values of all of them, in float64."""
+    terms: dict[str, Tensor] = {}
+
+    def visit(name: str, distribution: dist.TorchDistribution) -> Tensor:
+        if name not in values:
+            raise ValueError(f"model and guide must have the same latent sites: '{name}' is not in {sorted(values)}")
+        if values[name].shape[-1:] != distribution.event_shape:
+            raise ValueError(
+                f"model and guide must have the same latent dimensions: site '{name}' has {tuple(values[name].shape[-1:])} "
+                f"in the guide and {tuple(distribution.event_shape)} in the model"
+            )
+        terms[name] = distribution.log_prob(values[name]).double()
+        return values[name]
+
+    latents(visit)
+    if missing := sorted(set(values) - set(terms)):
+        raise ValueError(f"model and guide must have the same latent sites: the model has no {missing}")
+    return torch.stack(list(terms.values())).sum(0)
+
+
+def _sum_over_data(
+    guide: Guide, parameters: Tensor, drawn: _Drawn, marginals: bool, progress: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum densities at every draw over all data, in blocks of pairs.
+
+    Returns log sum_(m != n) q(z_sn|x_m) (S, N), and log 1/N sum_m q(z_snd|x_m) (S, N, D) if marginals are wanted.
+    """
+    num_draws, num_data = drawn.log_own.shape
+    values = {name: value.flatten(0, 1) for name, value in drawn.values.items()}  # draw s of datum n in row s N + n
+    owner = torch.arange(num_data, device=parameters.device).repeat(num_draws)
+    others = torch.full_like(drawn.log_own.flatten(), -torch.inf)
+    latent_dim = sum(value.shape[-1] for value in values.values())
+    of_dimensions = others.unsqueeze(-1).repeat(1, latent_dim) if marginals else None
+    with progress_bar("aggregate posterior", num_data, "data", progress) as bar:
+        for columns, rows in _blocks(num_data, len(owner), latent_dim, parameters.is_cuda):
+            some = parameters[columns]
+            at = {
+                name: value[rows].unsqueeze(1).expand(-1, len(some), -1)  # flows do not broadcast one value
+                for name, value in values.items()
+            }
+            is_own = owner[rows].unsqueeze(1) == torch.arange(columns.start, columns.stop, device=owner.device)
+            pairs = _log_density(partial(guide.latents, some), at).masked_fill(is_own, -torch.inf)
+            others[rows] = torch.logaddexp(others[rows], pairs.logsumexp(1))
+            if of_dimensions is not None:
+                (z,) = at.values()
+                of_pairs = _marginals(guide.distribution(some)).log_prob(z).double()  # type: ignore[union-attr]
+                of_dimensions[rows] = torch.logaddexp(of_dimensions[rows], of_pairs.logsumexp(1))
+            if rows.stop == len(owner):
+                bar.update(len(some))
+    if of_dimensions is not None:
+        of_dimensions = of_dimensions.unflatten(0, (num_draws, num_data)) - math.log(num_data)
+    return others.unflatten(0, (num_draws, num_data)), of_dimensions
+
+
+def _blocks(num_data: int, num_rows: int, latent_dim: int, cuda: bool) -> Iterator[tuple[slice, slice]]:
+    """Yield (data, draws) of each block of pairs, draws inner."""
+    pairs = (_GPU_ELEMENTS if cuda else _CPU_ELEMENTS) // max(latent_dim, _PAIR_SIZE)
+    width = min(num_data, max(1, math.isqrt(pairs)))
+    height = max(1, pairs // width)
+    for start in range(0, num_data, width):
+        for top in range(0, num_rows, height):
+            yield slice(start, min(start + width, num_data)), slice(top, min(top + height, num_rows))
+
+
+def _mean(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of terms (S, N, ...) over draws and data, and its standard error over draws for these data."""
+    num_draws, num_data = terms.shape[:2]
+    mean = terms.mean((0, 1))
+    if num_draws == 1:
+        return mean, torch.full_like(mean, math.nan)
+    return mean, (terms.var(0).sum(0) / num_draws).sqrt() / num_data

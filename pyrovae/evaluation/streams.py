@@ -1,0 +1,66 @@
+"""Data that memory does not hold: evaluations that go through a `DataLoader` or a `Dataset` batch by batch."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader, RandomSampler
+
+from pyrovae.data.forms import as_batch, is_stream
+
+__all__ = ["Part", "parts_of"]
+
+_ROWS = 500  # data in a batch of a data set
+
+
+class Part(NamedTuple):
+    """A part of the data, as the arguments of the programs.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        before: How many data came before.
+        num_data: How many data there are in all; None if this part holds all of them.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    before: int
+    num_data: int | None
+
+
+def parts_of(args: tuple, kwargs: dict[str, Any], transform: Callable[[Any], Any] | None) -> Iterator[Part]:
+    """Yield the batches of a `DataLoader` or `Dataset`, if that is the one argument; all arguments at once otherwise.
+
+    Args:
+        args: Arguments of an evaluation.
+        kwargs: Keyword arguments.
+        transform: Maps the argument, or each batch, to the data that the programs are called with.
+
+    Raises:
+        TypeError: `transform` is no function, or is given with several arguments.
+        ValueError: The loader shuffles, or drops its last data, so that the results would not be those of all data in
+            order.
+    """
+    if transform is not None and not callable(transform):
+        raise TypeError(f"transform must be a function of a batch, or None; found {transform!r}")
+    if transform is not None and (len(args) != 1 or kwargs):
+        raise TypeError(
+            f"transform maps one argument, a batch; found {len(args)} arguments and the keywords {list(kwargs)}"
+        )
+    if len(args) != 1 or kwargs or not is_stream(args[0]):
+        yield Part(args if transform is None else (transform(args[0]),), kwargs, 0, None)
+        return
+    loader = args[0] if isinstance(args[0], DataLoader) else DataLoader(args[0], batch_size=_ROWS)
+    if isinstance(loader.sampler, RandomSampler):
+        raise ValueError(
+            "found a DataLoader that shuffles, so that nobody could tell which result is of which datum: make one with "
+            "shuffle=False"
+        )
+    if loader.drop_last:
+        raise ValueError("found a DataLoader with drop_last=True, which leaves data out: make one with drop_last=False")
+    before, num_data = 0, len(loader.dataset)  # type: ignore[arg-type]  # a data set with a sampler has a length
+    for item in loader:
+        batch = item[0] if isinstance(item, list | tuple) and len(item) == 1 else item
+        batch = batch if transform is None else transform(batch)
+        yield Part((batch,), {}, before, num_data)
+        before += as_batch(batch).num_data
