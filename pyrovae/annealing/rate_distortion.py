@@ -9,16 +9,16 @@ from torch import Tensor
 
 from pyrovae import estimators
 from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo
-from pyrovae.annealing.blocks import Settings, TunedBlock, tuned_blocks
+from pyrovae.annealing.blocks import AnnealingOptions, TunedBlock, tuned_blocks
 from pyrovae.annealing.chains import anneal
 from pyrovae.annealing.potential import prior_of
-from pyrovae.common.arguments import map_tensors
 from pyrovae.estimators.compression import rate_and_distortion
 from pyrovae.estimators.standard_error import standard_error
 from pyrovae.evaluation.log_weights import until_interrupted
+from pyrovae.evaluation.options import evaluation_of
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.particles import refuse_more_than_memory
-from pyrovae.programs.reach import evaluation_mode
+from pyrovae.programs.splitting import inspect
 from pyrovae.programs.traces import Program
 
 __all__ = ["RateDistortion", "rate_distortion"]
@@ -213,18 +213,23 @@ def rate_distortion(
         Huang, Makhzani, Cao & Grosse, Evaluating Lossy Compression Rates of Deep Generative Models (2020).
         Alemi, Poole, Fischer, Dillon, Saurous & Murphy, Fixing a Broken ELBO (2018), for rate and distortion of VAEs.
     """
-    settings = Settings(
-        num_chains, num_temperatures, num_leapfrog_steps, "sigmoidal", data_batch_size, compile, progress
+    options = AnnealingOptions(
+        num_chains=num_chains,
+        num_temperatures=num_temperatures,
+        num_leapfrog_steps=num_leapfrog_steps,
+        schedule="sigmoidal",
+        plate=plate,
+        data_batch_size=data_batch_size,
+        compile=compile,
+        progress=progress,
     )
-    with evaluation_mode(model) as device:
-        refuse_more_than_memory("num_chains", settings.num_chains, device)
-        if device is not None:
-            args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
-        pair = Pair(model, prior_of(model), args, kwargs, plate, data_batch_size)
-        parts = until_interrupted(_curves(pair, settings))
+    with evaluation_of(model, args=args, kwargs=kwargs) as (device, args, kwargs):
+        refuse_more_than_memory("num_chains", options.num_chains, device)
+        pair = inspect(model, prior_of(model), args, kwargs, options.plate, options.data_batch_size)
+        parts = until_interrupted(_curves(pair, options))
     beta = parts[0].beta.double().cpu()  # the same in all blocks
     points = (torch.cat(values, -1).cpu() for values in zip(*(part[1:] for part in parts), strict=True))
-    return RateDistortion(settings.num_chains, beta, *points)
+    return RateDistortion(options.num_chains, beta, *points)
 
 
 class _Curves(NamedTuple):
@@ -237,8 +242,8 @@ class _Curves(NamedTuple):
     acceptance: Tensor
 
 
-def _curves(pair: Pair, settings: Settings) -> Iterator[tuple[_Curves, int, int]]:
-    for block in tuned_blocks(pair, settings, from_prior=True, passes=1):
+def _curves(pair: Pair, options: AnnealingOptions) -> Iterator[tuple[_Curves, int, int]]:
+    for block in tuned_blocks(pair, options, from_prior=True, passes=1):
         yield _curves_of(block), block.stop, pair.num_data
 
 

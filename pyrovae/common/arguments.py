@@ -13,14 +13,18 @@ __all__ = ["check_count", "checks_values", "map_tensors", "run_network", "withou
 _checks_values = True
 
 
-def run_network(net: nn.Module, x: Tensor, advice: str, name: str | None = None) -> Tensor:
-    """Return net(x); if the network rejects x, raise an error that says what it was given.
+def run_network(
+    net: nn.Module, x: Tensor, advice: str, name: str | None = None, *more: Tensor, **options: Tensor
+) -> Tensor:
+    """Return net(x, *more, **options); if the network rejects x, raise an error that says what it was given.
 
     Args:
         net: The network.
         x: Its input.
         advice: How to fix a wrong shape.
         name: Name of the network in the error; by default its class.
+        *more: Further inputs (a context).
+        **options: Inputs by name.
 
     Returns:
         The network's output.
@@ -34,7 +38,7 @@ def run_network(net: nn.Module, x: Tensor, advice: str, name: str | None = None)
             f"the network {name or type(net).__name__} takes a tensor, found {type(x).__name__}: torch.as_tensor(x)"
         )
     try:
-        return net(x)
+        return net(x, *more, **options)
     except (RuntimeError, IndexError) as error:
         of_dtype = ("dtype", "Input type", "scalar type", "not implemented for")
         words = ("shape", "size", "channels", "Dimension", *of_dtype)
@@ -47,8 +51,8 @@ def run_network(net: nn.Module, x: Tensor, advice: str, name: str | None = None)
             elif x.dtype != expected:
                 advice = f"x.to({expected}), the dtype of its parameters, or the network's .to({x.dtype})"
         raise ValueError(
-            f"the network {name or type(net).__name__} does not take input of shape {tuple(x.shape)} and dtype {x.dtype} "
-            f"({error}): {advice}"
+            f"the network {name or type(net).__name__} does not take input of shape {tuple(x.shape)} and dtype {x.dtype}"
+            f"{''.join(f' with {tuple(other.shape)}, {other.dtype}' for other in more)} ({error}): {advice}"
         ) from error
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from pyrovae.common.networks import Inputs
 from pyrovae.common.progress import progress_bar
 from pyrovae.compiled.policy import pays_off
 from pyrovae.estimators.standard_error import standard_error
@@ -109,7 +110,9 @@ def inference_gaps(
     model: Program,
     guide: Guide,
     x: Tensor,
+    context: Tensor | None = None,
     *,
+    observed: Tensor | None = None,
     num_particles: int = 1000,
     annealed: LogMarginalLikelihood | None = None,
     tolerance: float = 0.05,
@@ -138,6 +141,8 @@ def inference_gaps(
         model: Pyro program of x with the latent sites of the guide
         guide: a guide with reparameterised draws
         x: data (N, *data_shape)
+        context: what the pair is conditioned on, (N, ...); the second argument of both programs
+        observed: mask of what is known of x, shaped like x; the keyword argument `observed` of both programs
         num_particles: for each ELBO and for log p(x)
         annealed: result of `annealed_importance_sampling(model, x)`, for data whose importance weights cannot be
             trusted
@@ -174,17 +179,19 @@ def inference_gaps(
         raise ValueError(
             f"annealed must be the result of annealed_importance_sampling for the same {len(x):,} data, found {annealed!r}"
         )
+    data = Inputs(x, context, observed)
     with (
-        evaluation_of(guide, model, args=(x,), kwargs={}) as (_, (x,), _),
+        evaluation_of(guide, model, args=data.args, kwargs=data.kwargs) as (_, args, kwargs),
         progress_bar("refining", len(x), "data", progress) as bar,
     ):
-        parameters, num_steps, converged = _search(model, guide, len(x), options).best(x, bar.update)
-    start = log_marginal_likelihood(model, guide, x, num_particles=options.num_particles, progress=progress)
+        data = Inputs(args[0], args[1] if len(args) > 1 else None, kwargs.get("observed"))
+        parameters, num_steps, converged = _search(model, guide, len(x), options).best(data, bar.update)
+    sampling: dict[str, Any] = {"num_particles": options.num_particles, "progress": progress}
+    start = log_marginal_likelihood(model, guide, *data.args, **data.kwargs, **sampling)
     # An interrupted evaluation returns the first data only.
-    x, parameters = x[: len(start)], parameters[: len(start)]
-    best = log_marginal_likelihood(
-        *_known(model, guide), x, parameters, num_particles=options.num_particles, progress=progress
-    )
+    data, parameters = data.map(lambda part: part[: len(start)]), parameters[: len(start)]
+    alone, known = _known(model, guide)
+    best = log_marginal_likelihood(alone, known, data.x, parameters, *data.args[1:], **data.kwargs, **sampling)
     start, num_steps, converged = start[: len(best)], num_steps[: len(best)], converged[: len(best)]
     log_prob, stderr, share = best.log_prob, best.stderr, torch.ones_like(best.log_prob)
     if annealed is not None:
@@ -276,9 +283,11 @@ class _Search:
     max_num_steps: int
 
     @torch.no_grad()
-    def best(self, x: Tensor, settle: Callable[[int], Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def best(self, data: Inputs, settle: Callable[[int], Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Return (parameters (N, P), steps (N,), converged (N,)), and report to `settle` how many data are done."""
-        parameters = torch.cat([self.guide.encode(batch) for batch in x.split(self.batch_size)])
+        x = data.x
+        batches = (_rows(data, some) for some in torch.arange(len(x), device=x.device).split(self.batch_size))
+        parameters = torch.cat([self.guide.encode(*batch.args, **batch.kwargs) for batch in batches])
         num_steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
         converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         open_rows = torch.arange(len(x), device=x.device)
@@ -286,7 +295,7 @@ class _Search:
         while len(open_rows) and steps <= self.max_num_steps:
             left = []
             for some in open_rows.split(self.batch_size):
-                rows = x[some]
+                rows = _rows(data, some)
                 refined = self._refine(rows, steps)
                 gain = self._gain(rows, parameters[some], refined)
                 # Keep the old parameters if the new ones are worse: the result is never below the encoder's own.
@@ -302,19 +311,28 @@ class _Search:
         settle(len(open_rows))
         return parameters, num_steps, converged
 
-    def _refine(self, x: Tensor, num_steps: int) -> Tensor:
-        refined = self.compiled if len(x) == self.batch_size else self.refined
+    def _refine(self, data: Inputs, num_steps: int) -> Tensor:
+        refined = self.compiled if len(data.x) == self.batch_size else self.refined
         refined.num_steps = num_steps
-        return refined.encode(x)
+        return refined.encode(*data.args, **data.kwargs)
 
-    def _gain(self, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    def _gain(self, data: Inputs, before: Tensor, after: Tensor) -> Tensor:
         """Return the ELBO of parameters `after` (N, P) minus that of `before`, (N,), under the same noise."""
         seed = int(torch.randint(2**62, ()))
         elbos = []
         for parameters in (before, after):
-            with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            with torch.random.fork_rng([before.device] if before.is_cuda else []):
                 torch.manual_seed(seed)
-                drawn = log_weights(*_known(self.model, self.guide), x, parameters, num_particles=_PILOT_PARTICLES)
+                alone, known = _known(self.model, self.guide)
+                drawn = log_weights(
+                    alone,
+                    known,
+                    data.x,
+                    parameters,
+                    *data.args[1:],
+                    num_particles=_PILOT_PARTICLES,
+                    **data.kwargs,
+                )
             elbos.append(drawn.double().mean(0))
         return (elbos[1] - elbos[0]).nan_to_num(nan=-math.inf)
 
@@ -324,9 +342,13 @@ def _known(model: Program, guide: Guide) -> tuple[Callable[..., Any], Callable[.
     return functools.partial(_model_alone, model), functools.partial(_guide_given, guide)
 
 
-def _model_alone(model: Program, x: Tensor, parameters: Tensor) -> Any:
-    return model(x)
+def _model_alone(model: Program, x: Tensor, parameters: Tensor, *args: Tensor, **kwargs: Tensor) -> Any:
+    return model(x, *args, **kwargs)
 
 
-def _guide_given(guide: Guide, x: Tensor, parameters: Tensor) -> Tensor:
-    return guide.given(parameters)(x)
+def _guide_given(guide: Guide, x: Tensor, parameters: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    return guide.given(parameters)(x, *args, **kwargs)
+
+
+def _rows(data: Inputs, rows: Tensor) -> Inputs:
+    return data.map(lambda part: part[rows])

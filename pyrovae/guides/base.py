@@ -2,6 +2,11 @@
 
 A guide has two steps: `encode(x) -> parameters (N, P)` and `distribution(parameters) -> q`, and
 `posterior(x) = distribution(encode(x))`. Evaluation encodes each datum once; refinement improves its parameters.
+
+`encode`, `posterior` and the program itself also take a context, `guide(x, context)`, and the mask of what is known of
+x, `guide(x, observed=mask)`. A network that takes a second positional argument gets the context; one that does not is
+called without, because q(z|x) may leave it out. Networks see zeros in place of what is missing, and the mask as well if
+they have an argument named `observed` (`pyrovae.nets.ConcatenateMask` joins it to the data).
 """
 
 from abc import ABC, abstractmethod
@@ -13,11 +18,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrovae.common.arguments import check_count, run_network
+from pyrovae.common.arguments import check_count
 from pyrovae.common.component import Component
+from pyrovae.common.networks import check_context, features_of, given, width_of_features
 from pyrovae.programs.parameters import emit_parameters
 
-__all__ = ["EncoderGuide", "Guide", "check_guide", "features_of", "start_informative", "width_of_features"]
+__all__ = ["EncoderGuide", "Guide", "check_guide", "start_informative"]
 
 
 class Guide(Component, ABC):
@@ -52,16 +58,27 @@ class Guide(Component, ABC):
         return type(self).forward is Guide.forward and type(self).posterior is Guide.posterior
 
     @abstractmethod
-    def encode(self, x: Tensor) -> Tensor:
-        """Parameters (N, P) of q(z|x) for data x (N, *data_shape); each row depends on its own datum only."""
+    def encode(self, x: Tensor, context: Tensor | None = None, *, observed: Tensor | None = None) -> Tensor:
+        """Parameters (N, P) of q(z|x) for data x (N, *data_shape); each row depends on its own datum only.
+
+        A subclass that uses neither context nor mask may leave both arguments out.
+
+        Args:
+            x: Data (N, *data_shape).
+            context: What q is conditioned on beside x, (N, ...).
+            observed: Mask of what is known of x, shaped like x; all of it by default.
+        """
 
     @abstractmethod
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
         """Return q for parameters (N, P): batch shape (N,), event shape (latent_dim,)."""
 
-    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+    def posterior(
+        self, x: Tensor, context: Tensor | None = None, *, observed: Tensor | None = None
+    ) -> dist.TorchDistribution:
         """Return q(z|x): batch shape (N,), event shape (latent_dim,); its `.mean` is the embedding."""
-        return self.distribution(self.encode(x))
+        more, options = given(context, observed)
+        return self.distribution(self.encode(x, *more, **options))
 
     def latents(self, parameters: Tensor, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
         """Visit the latent sites in the order in which they are drawn.
@@ -89,20 +106,25 @@ class Guide(Component, ABC):
             )
         return visit("z", distribution)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, *, observed: Tensor | None = None) -> Tensor:
         """Run as a Pyro guide.
 
         Args:
             x: Data (N, *data_shape).
+            context: What q is conditioned on beside x, (N, ...).
+            observed: Mask of what is known of x, shaped like x, bool or 0 and 1; all of it by default.
 
         Returns:
             z (..., N, latent_dim).
 
         Raises:
-            ValueError: If `encode` does not give parameters (N, P).
+            ValueError: If `encode` does not give parameters (N, P), or context or mask do not fit the data.
         """
         emit_parameters(self, "guide")
-        parameters = self.encode(x)
+        if context is not None:
+            check_context(context, x.shape[0])
+        more, options = given(context, observed)
+        parameters = self.encode(x, *more, **options)
         if parameters.ndim != 2 or len(parameters) != len(x):
             raise ValueError(
                 f"{type(self).__name__}.encode must give parameters (N, P) for N data, one row for each; found "
@@ -150,10 +172,11 @@ class Guide(Component, ABC):
 class EncoderGuide(Guide):
     """Contract of a guide with an encoder network and a linear head.
 
-        encode(x) = head(encoder_net(x))
+        encode(x) = head(encoder_net(x)),   head(encoder_net(x, context)) if the network takes two arguments
 
     Args:
-        encoder_net: Any module data (N, *data_shape) -> features (N, num_features).
+        encoder_net: Any module data (N, *data_shape) -> features (N, num_features), or data and context -> features
+            (`pyrovae.nets.Concatenate` makes one of the other).
         latent_dim: D.
         num_features: Width of the features; by default the network's `out_features`.
         num_parameters: P, the number of parameters of a distribution.
@@ -168,37 +191,8 @@ class EncoderGuide(Guide):
         self.num_features = width_of_features(encoder_net, num_features)
         self.head = nn.Linear(self.num_features, num_parameters)
 
-    def encode(self, x: Tensor) -> Tensor:
-        return self.head(features_of(self.encoder_net, x, self.num_features))
-
-
-def width_of_features(net: nn.Module, num_features: int | None) -> int:
-    """Return `num_features`, or the network's `out_features`; raise ValueError if neither is known."""
-    if num_features is None:
-        num_features = getattr(net, "out_features", None)
-    if num_features is None:
-        raise ValueError(
-            f"cannot tell how many features {type(net).__name__} gives: it has no `out_features`; pass num_features="
-        )
-    num_features = check_count("num_features", num_features)
-    return num_features
-
-
-def features_of(net: nn.Module, x: Tensor, num_features: int) -> Tensor:
-    """Return the features (N, num_features) of x (N, ...); raise ValueError if they have another shape."""
-    features = run_network(
-        net, x, "give it data as it was made for, in the dtype of its parameters, or make it for these data"
-    )
-    if (
-        features.ndim > 2 and features.shape[1:-1].numel() == 1
-    ):  # data (N, 1, D): a network that keeps dimensions returns (N, 1, num_features)
-        features = features.flatten(1)
-    if features.shape != (x.shape[0], num_features):
-        raise ValueError(
-            f"the network must give features ({len(x)}, {num_features}), found {tuple(features.shape)}: "
-            f"flatten its output, or set num_features="
-        )
-    return features
+    def encode(self, x: Tensor, context: Tensor | None = None, *, observed: Tensor | None = None) -> Tensor:
+        return self.head(features_of(self.encoder_net, x, self.num_features, context, observed))
 
 
 def start_informative(head: nn.Linear, latent_dim: int) -> None:

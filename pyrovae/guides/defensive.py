@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyrovae.common.networks import given, takes_context
 from pyrovae.guides.base import Guide, check_guide
+from pyrovae.priors.base import ConditionalPrior
 
 __all__ = ["DefensiveMixture"]
 
@@ -30,12 +32,13 @@ class DefensiveMixture(Guide):
 
     Args:
         guide: q.
-        prior: p, the prior of the model: any module whose `forward()` gives a distribution.
+        prior: p, the prior of the model: any module whose `forward()` gives a distribution, or a prior p(z|c) with a
+            `context_net`, whose features of the context then travel with the guide's parameters.
         weight: The share of the prior's draws, between 0 and 1.
 
     Raises:
         ValueError: If the weight is outside (0, 1), or prior and guide differ in their latent dimensions.
-        TypeError: If `guide` is not a `Guide`.
+        TypeError: If `guide` is not a `Guide`, or a prior that takes a context is no `ConditionalPrior`.
 
     References:
         Hesterberg, Weighted Average Importance Sampling and Defensive Mixture Distributions (1995).
@@ -45,19 +48,34 @@ class DefensiveMixture(Guide):
         check_guide(guide)
         if not 0 < weight < 1:
             raise ValueError(f"weight must lie between 0 and 1, the share of the prior's draws; found {weight}")
-        if prior().event_shape != (guide.latent_dim,):
+        is_conditional = takes_context(prior, inputs=0)
+        if is_conditional and not isinstance(prior, ConditionalPrior):
+            raise TypeError(
+                f"a prior of a context must be a pyrovae.priors.ConditionalPrior, whose features are computed once for "
+                f"each datum; found {type(prior).__name__}"
+            )
+        event_shape = (prior.latent_dim,) if is_conditional else tuple(prior().event_shape)
+        if event_shape != (guide.latent_dim,):
             raise ValueError(
-                f"prior and guide must have the same latent dimensions, found event shape {tuple(prior().event_shape)} "
-                f"and latent_dim={guide.latent_dim}"
+                f"prior and guide must have the same latent dimensions, found event shape {event_shape} and "
+                f"latent_dim={guide.latent_dim}"
             )
         super().__init__(guide.latent_dim)
         self.guide, self.prior, self.weight = guide, prior, weight
+        self._is_conditional = is_conditional
 
-    def encode(self, x: Tensor) -> Tensor:
-        return self.guide.encode(x)
+    def encode(self, x: Tensor, context: Tensor | None = None, *, observed: Tensor | None = None) -> Tensor:
+        more, options = given(context, observed)
+        encoded = self.guide.encode(x, *more, **options)
+        prior: Any = self.prior
+        return torch.cat([encoded, prior.features(context)], -1) if self._is_conditional else encoded
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
-        return _Mixture(self.guide.distribution(parameters), self.prior(), self.weight)
+        prior: Any = self.prior
+        if not self._is_conditional:
+            return _Mixture(self.guide.distribution(parameters), prior(), self.weight)
+        of_guide, features = parameters.tensor_split([parameters.shape[-1] - prior.num_features], -1)
+        return _Mixture(self.guide.distribution(of_guide), prior.distribution(features), self.weight)
 
     def outline(self) -> "DefensiveMixture":
         return DefensiveMixture(self.guide.outline(), self.prior, self.weight)

@@ -13,6 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrovae.common.arguments import check_count, checks_values
+from pyrovae.common.networks import Inputs
 from pyrovae.compiled.compiler import import_compiler
 from pyrovae.compiled.record import Recording, record
 from pyrovae.guides.base import Guide, check_guide
@@ -45,7 +46,8 @@ class Refined(Guide):
 
     Args:
         guide: Any guide with reparameterised draws. Of a flow, the context is refined and the flow stays.
-        model: The model whose ELBO is maximised: any Pyro program of x with the latent sites of the guide.
+        model: The model whose ELBO is maximised: any Pyro program of x with the latent sites of the guide. Context and
+            mask are passed to it as to the guide.
         num_steps: Steps of Adam.
         learning_rate: The rate of the first step; it falls linearly towards 0 over the steps.
         num_particles: Draws per datum and step.
@@ -84,11 +86,12 @@ class Refined(Guide):
         self._to_record: int | None = None  # batch size whose gradients are recorded
         self._recorded: Recording | None = None
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, context: Tensor | None = None, *, observed: Tensor | None = None) -> Tensor:
         if not checks_values():
             raise RuntimeError("refinement is a loop of gradient steps and cannot be recorded: encode before recording")
-        start = self.guide.encode(x)
-        shift = self._refined(x, start) - start.detach()
+        data = Inputs(x, context, observed)
+        start = self.guide.encode(*data.args, **data.kwargs)
+        shift = self._refined(data, start) - start.detach()
         return start + shift
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
@@ -110,8 +113,9 @@ class Refined(Guide):
         vars(guide).update(changed, _recorded=None)
         return guide
 
-    def _refined(self, x: Tensor, start: Tensor) -> Tensor:
+    def _refined(self, data: Inputs, start: Tensor) -> Tensor:
         """Parameters (N, P) after the steps from `start`."""
+        x = data.x
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -123,7 +127,7 @@ class Refined(Guide):
             _seed(_SEED, x.device)
             # clone, because tensors made in inference mode take no part in gradients
             parameters = start.detach().clone().requires_grad_()
-            repeated = x.clone().repeat(self.num_particles, *(1 for _ in x.shape[1:]))
+            repeated = data.map(lambda part: part.clone().repeat(self.num_particles, *(1 for _ in part.shape[1:])))
             gradient = self._gradient_at(parameters, repeated)
             # A small second beta, so that the large gradients of a bad start do not make the later steps small.
             import_compiler()
@@ -139,28 +143,30 @@ class Refined(Guide):
             )
         return parameters.detach()
 
-    def _gradient_at(self, parameters: Tensor, repeated: Tensor) -> Callable[[], Tensor]:
+    def _gradient_at(self, parameters: Tensor, repeated: Inputs) -> Callable[[], Tensor]:
         """Return a function: the gradient of -ELBO at the current `parameters`, with new noise at every call."""
         draw = self._draw(parameters)
 
-        def gradient(parameters: Tensor, repeated: Tensor) -> tuple[Tensor, ...]:
+        tensors = repeated.tensors()
+
+        def gradient(parameters: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 parameters = parameters.detach().requires_grad_()
                 latents, log_q = draw(parameters)
-                elbo = (self._log_joint(repeated, latents) - log_q.sum()) / self.num_particles
+                elbo = (self._log_joint(repeated.of(tensors), latents) - log_q.sum()) / self.num_particles
                 # The ELBO is a sum over data, so each row's gradient is that of its own datum.
                 return torch.autograd.grad(-elbo, parameters)
 
         if len(parameters) == self._to_record:
-            with torch.random.fork_rng([repeated.device] if repeated.is_cuda else []), torch.no_grad():
+            with torch.random.fork_rng([parameters.device] if parameters.is_cuda else []), torch.no_grad():
                 self._log_joint(repeated, draw(parameters)[0])  # run the checks that a recording leaves out
             if self._recorded is None:
-                self._recorded = record(gradient, modules_behind(self.guide, self.model), (parameters, repeated))
+                self._recorded = record(gradient, modules_behind(self.guide, self.model), (parameters, *tensors))
             if self._recorded is not None:
-                run = self._recorded.at(parameters, repeated)
+                run = self._recorded.at(parameters, *tensors)
                 return lambda: run()[0][0]
             self._to_record = None
-        return lambda: gradient(parameters, repeated)[0]
+        return lambda: gradient(parameters, *tensors)[0]
 
     def _draw(self, parameters: Tensor) -> Draw:
         """Return a function: parameters (N, P) -> latent sites (S, N, event size) by name, their joint log q (S, N).
@@ -206,10 +212,10 @@ class Refined(Guide):
             return draw_in_turn
         return together
 
-    def _log_joint(self, x: Tensor, latents: dict[str, Tensor]) -> Tensor:
+    def _log_joint(self, data: Inputs, latents: dict[str, Tensor]) -> Tensor:
         """log p(x, z), summed over data."""
         values = {name: value.flatten(0, 1) for name, value in latents.items()}
-        trace = poutine.trace(poutine.condition(self.model, data=values)).get_trace(x)
+        trace = poutine.trace(poutine.condition(self.model, data=values)).get_trace(*data.args, **data.kwargs)
         sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
         found = {name for name, site in sites.items() if name in values or not site["is_observed"]}
         if found != set(values):

@@ -4,13 +4,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Independent
 
-from pyrovae.common.arguments import run_network
 from pyrovae.common.component import Component
+from pyrovae.common.networks import broadcast_context, call_network, takes_context
+from pyrovae.distributions.binary import BinaryImages
 
 __all__ = ["Likelihood"]
 
@@ -24,7 +27,8 @@ class Likelihood(Component, ABC):
     Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape.
 
     Args:
-        decoder_net: Any module (rows, latent_dim) -> (rows, *parameters_shape), up to a reshape.
+        decoder_net: Any module (rows, latent_dim) -> (rows, *parameters_shape), up to a reshape; or one that takes
+            (rows, latent_dim) and a context (rows, ...), such as `pyrovae.nets.Concatenate`.
         data_shape: Shape of one datum, for example (1, 28, 28).
 
     Raises:
@@ -72,14 +76,47 @@ class Likelihood(Component, ABC):
             ValueError: A value is outside the support; the message says what was found.
         """
 
-    def forward(self, z: Tensor) -> dist.TorchDistribution:
-        """Return p(x|z).
+    @property
+    def takes_context(self) -> bool:
+        """Whether p(x|z) depends on a context: its network takes one, or the subclass uses it in `at`."""
+        return type(self).at is not Likelihood.at or takes_context(self.decoder_net)
+
+    def network_context(self, context: Tensor) -> Tensor | None:
+        """Return what of a context the network sees; all of it by default.
+
+        Args:
+            context: (..., *context row shape).
+        """
+        return context
+
+    def at(self, parameters: Tensor, context: Tensor | None) -> dist.TorchDistribution:
+        """Return p(x|z) given a context; by default that of the network's output alone.
+
+        Args:
+            parameters: The network's output (..., *parameters_shape).
+            context: (..., *context row shape), or None.
+        """
+        return self.distribution(parameters)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        """Return p(x|z), or p(x|z,c).
 
         Args:
             z: Latents (..., latent_dim).
+            context: c (N, ...), N the last dimension of z before latent_dim. A network that takes a second positional
+                argument gets it as rows; one that does not is called without.
+
+        Raises:
+            ValueError: The network needs a context and gets none, or the context has another number of rows.
         """
+        seen = None
+        if context is not None:
+            z, context = broadcast_context(z, context)
+            seen = self.network_context(context)
+            seen = None if seen is None else seen.reshape(-1, *seen.shape[z.ndim - 1 :])
         rows = z.reshape(-1, z.shape[-1])
-        output = run_network(self.decoder_net, rows, "make the decoder for the prior's number of latents (latent_dim)")
+        advice = "make the decoder for the prior's number of latents (latent_dim)"
+        output = call_network(self.decoder_net, rows, advice, seen)
         size = math.prod(self.parameters_shape)
         if output.numel() != rows.shape[0] * size:
             raise ValueError(
@@ -87,7 +124,39 @@ class Likelihood(Component, ABC):
                 f"{tuple(self.parameters_shape)}; found {tuple(output.shape)} for {rows.shape[0]} latents: set the width of the "
                 f"network's output to {size}"
             )
-        return self.distribution(output.reshape(*z.shape[:-1], *self.parameters_shape))
+        return self.at(output.reshape(*z.shape[:-1], *self.parameters_shape), context)
+
+    def filled(self, x: Tensor, observed: Tensor) -> Tensor:
+        """Return the data with some value of the support in place of what is missing: 0, unless a subclass says else.
+
+        The value does not matter, because `masked` leaves it out.
+
+        Args:
+            x: Data (N, *data_shape); NaN if missing, or any other value.
+            observed: What is known, bool (N, *data_shape).
+        """
+        return torch.where(observed, x, 0)
+
+    def masked(self, distribution: dist.TorchDistribution, observed: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of what is known: its log density counts these elements alone.
+
+        Args:
+            distribution: p(x|z).
+            observed: What is known, bool (N, *data_shape).
+
+        Raises:
+            ValueError: The elements are not independent given z, so that the rest has no density of its own here.
+        """
+        elements: Any = distribution
+        while isinstance(elements, Independent | BinaryImages):
+            elements = elements.base_dist
+        if elements.event_shape or elements.batch_shape[-observed.ndim + 1 :] != self.data_shape:
+            raise ValueError(
+                f"observed= needs a likelihood whose elements are independent given z, and {type(self).__name__} gives "
+                f"{type(elements).__name__} of event shape {tuple(elements.event_shape)}: use one that ends with "
+                f".to_event({len(self.data_shape)}) over single elements, or override `masked`"
+            )
+        return elements.mask(observed).to_event(len(self.data_shape))
 
     def check_shape(self, x: Tensor) -> None:
         """Check that `x` is a floating-point batch of data, (N, *data_shape).

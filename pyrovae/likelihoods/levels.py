@@ -175,6 +175,11 @@ def _check_levels(x: Tensor, num_levels: int) -> None:
     is_level = GreyLevels(num_levels).check(x)
     if not is_level.all():
         found, last = x[~is_level][0].item(), num_levels - 1
+        if math.isnan(found):
+            raise ValueError(
+                f"pixels must be one of {num_levels} grey levels, found nan: remove these data, fill in their values, or "
+                f"say which are missing: model(x, observed=~x.isnan())"
+            )
         raise ValueError(
             f"pixels must be one of {num_levels} grey levels, k / {last} with k = 0 ... {last}; found {found:g} = "
             f"{found * last:g} / {last}: divide bytes by 255 (pyrovae.data with binarization=None gives such images, "

@@ -15,7 +15,7 @@ from pyrovae.likelihoods.base import Likelihood
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "HeteroscedasticNormal", "LearnedScaleNormal", "Normal"]
 
-_FILL_IN = "remove these data, or fill in their values"
+_FILL_IN = "remove these data, fill in their values, or say which are missing: model(x, observed=~x.isnan())"
 
 
 class Bernoulli(Likelihood):

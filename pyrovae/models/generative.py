@@ -11,12 +11,13 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count, checks_values
 from pyrovae.common.component import Component
+from pyrovae.common.networks import check_context, check_mask, given, needs_context, takes_context
 from pyrovae.likelihoods.base import Likelihood
 from pyrovae.priors.base import Prior
 from pyrovae.programs.parameters import emit_parameters
 from pyrovae.programs.reach import evaluation_mode
 
-__all__ = ["GenerativeModel", "LatentVariableModel", "check_decoder"]
+__all__ = ["GenerativeModel", "LatentVariableModel", "check_decoder", "likelihood_given", "prior_at"]
 
 
 class LatentVariableModel(Component, ABC):
@@ -24,14 +25,18 @@ class LatentVariableModel(Component, ABC):
 
     As a Pyro program, `model(x)` has plate "data" (dim -1), the latent sites of the subclass, and site "x" (observed).
 
-    Shapes: x (N, *data_shape); z (N, D), D latent dimensions in all.
+    `model(x, context)` is p(x, z | c): of its parts, those get the context whose `forward` takes one (the prior, and
+    the likelihood by its network). `model(x, observed=mask)` is p of the known elements of x and z.
+
+    Shapes: x (N, *data_shape); z (N, D), D latent dimensions in all; context (N, ...); mask (N, *data_shape).
 
     Args:
         prior: p(z), or that of the top layer
         likelihood: p(x|z)
 
     Raises:
-        ValueError: for data of the wrong shape or outside the likelihood's support.
+        ValueError: for data of the wrong shape or outside the likelihood's support, a context that no part uses or that
+            has another number of rows than the data, and no context if a part needs one.
     """
 
     def __init__(self, prior: Prior, likelihood: Likelihood):
@@ -40,50 +45,77 @@ class LatentVariableModel(Component, ABC):
         self.likelihood = likelihood
 
     @abstractmethod
-    def latents(self, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
+    def latents(self, visit: Callable[[str, dist.TorchDistribution], Tensor], context: Tensor | None = None) -> Tensor:
         """Visit the latent sites in the order of drawing.
 
         Args:
             visit: called as `visit(name, distribution)`; returns the site's value
+            context: what the model is conditioned on (N, ...); not passed if there is none
 
         Returns:
             All values side by side, z (..., D).
         """
 
     @abstractmethod
-    def likelihood_at(self, z: Tensor) -> dist.TorchDistribution:
+    def likelihood_at(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         """Return p(x|z).
 
         Args:
             z: latents (..., D)
+            context: what the model is conditioned on (N, ...); not passed if there is none
         """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def uses_context(self) -> bool:
+        """Whether a part of the model takes a context."""
+        return takes_context(self.prior, inputs=0) or takes_context(self.likelihood)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, observed: Tensor | None = None) -> Tensor:
         """Run as a Pyro model.
 
         Args:
             x: data (N, *data_shape)
+            context: what the model is conditioned on: labels (N,), covariates (N, C), images (N, ...)
+            observed: mask of what is known, shaped like x, bool or 0 and 1. The likelihood counts these elements alone;
+                the others may hold anything, NaN too
 
         Returns:
-            x, or simulated data if a handler makes the site unobserved.
+            x with any values in place of what is missing, or simulated data if a handler makes the site unobserved.
         """
         self.likelihood.check_shape(x)
+        if observed is not None:
+            observed = check_mask(observed, x)
+            x = self.likelihood.filled(x, observed)
         if checks_values():
             self.likelihood.check(x)
+        if context is not None:
+            check_context(context, len(x))
+            self._check_use(context)
+        more, _ = given(context)
         emit_parameters(self, "model")
         with pyro.plate("data", len(x), dim=-1):
-            z = self.latents(_sample)
-            distribution = self.likelihood_at(z)
+            z = self.latents(_sample, *more)
+            distribution = self.likelihood_at(z, *more)
             if distribution.event_shape != x.shape[1:] or distribution.batch_shape != z.shape[:-1]:
                 raise ValueError(
                     f"{type(self.likelihood).__name__} must give batch shape {tuple(z.shape[:-1])} and event shape "
                     f"{tuple(x.shape[1:])}, its data_shape; found {tuple(distribution.batch_shape)} and "
                     f"{tuple(distribution.event_shape)}: end its distribution with .to_event({x.ndim - 1})"
                 )
+            if observed is not None:
+                distribution = self.likelihood.masked(distribution, observed)
             return pyro.sample("x", distribution, obs=x)
 
+    def _check_use(self, context: Tensor) -> None:
+        """Raise ValueError if no part of the model uses the context, so that none is dropped in silence."""
+        if not self.uses_context():
+            raise ValueError(
+                f"{type(self).__name__} was given a context of shape {tuple(context.shape)}, and neither its prior "
+                f"({type(self.prior).__name__}) nor its likelihood ({type(self.likelihood).__name__}) uses one: give "
+                f"the likelihood a network of two arguments, pyrovae.nets.Concatenate(net), or the prior a context_net="
+            )
+
     @torch.no_grad()
-    def generate(self, num_samples: int, *, mean: bool = False) -> Tensor:
+    def generate(self, num_samples: int, *, mean: bool = False, context: Tensor | None = None) -> Tensor:
         """Draw data from the model.
 
             x ~ p(x):  z ~ p(z), then x ~ p(x|z)
@@ -91,31 +123,42 @@ class LatentVariableModel(Component, ABC):
         Args:
             num_samples: number of data to draw
             mean: return E[x|z] instead of the draw, as is usual for images
+            context: what the model is conditioned on: (num_samples, ...), or one row (1, ...) for all
 
         Returns:
             (num_samples, *data_shape).
         """
         num_samples = check_count("num_samples", num_samples)
+        if context is not None:
+            context = context.unsqueeze(0) if context.ndim == 0 else context
+            if len(context) == 1:
+                context = context.expand(num_samples, *context.shape[1:])
+            check_context(context, num_samples)
+            self._check_use(context)
+        more, _ = given(context)
         with evaluation_mode(self):
-            z = self.latents(lambda _, distribution: distribution.expand((num_samples,)).sample())
-            return self._data(z, mean)
+            z = self.latents(lambda _, distribution: distribution.expand((num_samples,)).sample(), *more)
+            return self._data(z, mean, *more)
 
     @torch.no_grad()
-    def decode(self, z: Tensor, *, mean: bool = True) -> Tensor:
+    def decode(self, z: Tensor, *, mean: bool = True, context: Tensor | None = None) -> Tensor:
         """Return the data for given latents: E[x|z], or a draw from p(x|z).
 
         Args:
             z: latents (..., D)
             mean: return E[x|z] instead of a draw
+            context: what the model is conditioned on (N, ...), N the last dimension of z before D; one row serves all
 
         Returns:
             (..., *data_shape).
         """
+        if context is not None:
+            self._check_use(context)
         with evaluation_mode(self):
-            return self._data(z, mean)
+            return self._data(z, mean, *given(context)[0])
 
-    def _data(self, z: Tensor, mean: bool) -> Tensor:
-        distribution = self.likelihood_at(z)
+    def _data(self, z: Tensor, mean: bool, *context: Tensor) -> Tensor:
+        distribution = self.likelihood_at(z, *context)
         return distribution.mean if mean else distribution.sample()
 
 
@@ -124,20 +167,24 @@ class GenerativeModel(LatentVariableModel):
 
         p(x, z) = p(z) p(x|z)
 
-    As a Pyro program, `model(x)` has plate "data" (dim -1) and sites "z" and "x" (observed).
+    As a Pyro program, `model(x)` has plate "data" (dim -1) and sites "z" and "x" (observed). `model(x, context)` is
+    p(z|c) p(x|z,c), for a prior or a likelihood that takes a context. `model(x, observed=mask)` counts the known
+    elements of x alone.
 
-    Shapes: x (N, *data_shape); z (N, latent_dim).
+    Shapes: x (N, *data_shape); z (N, latent_dim); context (N, ...); mask (N, *data_shape).
 
     Args:
-        prior: p(z)
-        likelihood: p(x|z)
+        prior: p(z), or p(z|c)
+        likelihood: p(x|z), or p(x|z,c)
 
     Raises:
         ValueError: for a decoder with another number of latents than the prior's, a prior or likelihood that gives
             another shape than it declares, and data of the wrong shape or outside the likelihood's support.
 
     References:
-        Kingma & Welling, Auto-Encoding Variational Bayes (2014).
+        Kingma & Welling, Auto-Encoding Variational Bayes (2014). With a context: Sohn, Lee & Yan, Learning Structured
+        Output Representation using Deep Conditional Generative Models (2015). With missing values: Mattei & Frellsen,
+        MIWAE (2019).
     """
 
     def __init__(self, prior: Prior, likelihood: Likelihood):
@@ -145,19 +192,42 @@ class GenerativeModel(LatentVariableModel):
         if hasattr(prior, "latent_dim"):
             check_decoder(likelihood, prior.latent_dim)
 
-    def latents(self, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
-        distribution = self.prior()
+    def latents(self, visit: Callable[[str, dist.TorchDistribution], Tensor], context: Tensor | None = None) -> Tensor:
+        distribution, batch_shape = prior_at(self.prior, context)
         latent_dim = getattr(self.prior, "latent_dim", math.prod(distribution.event_shape))
-        if distribution.batch_shape != () or distribution.event_shape != (latent_dim,):
+        if distribution.batch_shape != batch_shape or distribution.event_shape != (latent_dim,):
             raise ValueError(
-                f"{type(self.prior).__name__} must give batch shape () and event shape ({latent_dim},), its latent_dim; found "
-                f"{tuple(distribution.batch_shape)} and {tuple(distribution.event_shape)}: end independent dimensions "
+                f"{type(self.prior).__name__} must give batch shape {tuple(batch_shape)} and event shape ({latent_dim},), its "
+                f"latent_dim; found {tuple(distribution.batch_shape)} and {tuple(distribution.event_shape)}: end independent dimensions "
                 f"with .to_event(1)"
             )
         return visit("z", distribution)
 
-    def likelihood_at(self, z: Tensor) -> dist.TorchDistribution:
-        return self.likelihood(z)
+    def likelihood_at(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        return likelihood_given(self.likelihood, z, context)
+
+
+def prior_at(prior: Prior, context: Tensor | None) -> tuple[dist.TorchDistribution, torch.Size]:
+    """Return p(z) or p(z|c), and the batch shape that it must have.
+
+    Raises:
+        ValueError: the prior needs a context and there is none.
+    """
+    if context is not None and takes_context(prior, inputs=0):
+        return prior(context), context.shape[:1]
+    if needs_context(prior, inputs=0):
+        raise ValueError(
+            f"the prior {type(prior).__name__} takes a context, and none was given: call model(x, context), and pass "
+            f"context= to generate"
+        )
+    return prior(), torch.Size()
+
+
+def likelihood_given(likelihood: Likelihood, z: Tensor, context: Tensor | None) -> dist.TorchDistribution:
+    """Return p(x|z), or p(x|z,c) if the likelihood takes a context."""
+    if context is not None and takes_context(likelihood):
+        return likelihood(z, context)
+    return likelihood(z)
 
 
 def check_decoder(likelihood: Likelihood, latent_dim: int) -> None:

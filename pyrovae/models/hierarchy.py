@@ -9,17 +9,19 @@ If one tensor z holds all layers (`decode`, `posterior`), they lie side by side,
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrovae.guides.base import Guide, features_of, width_of_features
+from pyrovae.common.networks import features_of, given, takes_keyword, width_of_features
+from pyrovae.guides.base import Guide
 from pyrovae.guides.normals import MeanFieldNormal
 from pyrovae.likelihoods.base import Likelihood
 from pyrovae.likelihoods.pixelwise import Bernoulli
-from pyrovae.models.generative import LatentVariableModel, check_decoder
+from pyrovae.models.generative import LatentVariableModel, check_decoder, likelihood_given, prior_at
 from pyrovae.models.layers import Chain, ConditionalNormal
 from pyrovae.nets.mlp import MLP
 from pyrovae.priors.base import Prior
@@ -43,7 +45,9 @@ class HierarchicalModel(LatentVariableModel):
     Args:
         prior: p(zL), any prior (a VampPrior takes the `top` of a `TopDownGuide`)
         layers: p(z(L-1) | zL), ..., p(z1 | z2), in the order of drawing: modules, such as `ConditionalNormal`, that
-            have a `latent_dim` and map (..., size of the layer before) to a distribution
+            have a `latent_dim` and map (..., size of the layer before) to a distribution. A layer gets the context, if
+            there is one, by the keyword `context`: a `ConditionalNormal` whose network takes two arguments, or any
+            other module whose `forward` has that argument
         likelihood: its network takes z1; with `skip`, all layers side by side, z1 first
         skip: condition the data on all layers
 
@@ -63,18 +67,24 @@ class HierarchicalModel(LatentVariableModel):
         self.skip = skip
         check_decoder(likelihood, self.latent_dim if skip else self.latent_dims[0])
 
-    def latent_prior(self) -> Chain:
-        """Return p(z1, ..., zL): batch shape (), event shape (latent_dim,)."""
-        return Chain(self.prior(), list(self.layers), self.latent_dims, top_down=True)
+    def latent_prior(self, context: Tensor | None = None) -> Chain:
+        """Return p(z1, ..., zL): batch shape (), or (N,) if the prior takes the context; event shape (latent_dim,)."""
+        layers: list[Callable] = list(self.layers)
+        if context is not None:
+            layers = [partial(layer, context=context) if _takes_context(layer) else layer for layer in layers]
+        return Chain(prior_at(self.prior, context)[0], layers, self.latent_dims, top_down=True)
 
-    def latents(self, visit: Visit) -> Tensor:
-        return self.latent_prior().walk(visit)
+    def latents(self, visit: Visit, context: Tensor | None = None) -> Tensor:
+        return self.latent_prior(context).walk(visit)
 
-    def likelihood_at(self, z: Tensor) -> dist.TorchDistribution:
-        return self.likelihood(z if self.skip else z[..., : self.latent_dims[0]])
+    def likelihood_at(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        return likelihood_given(self.likelihood, z if self.skip else z[..., : self.latent_dims[0]], context)
+
+    def uses_context(self) -> bool:
+        return super().uses_context() or any(map(_takes_context, self.layers))
 
     @torch.no_grad()
-    def decode(self, z: Tensor, *, mean: bool = True) -> Tensor:
+    def decode(self, z: Tensor, *, mean: bool = True, context: Tensor | None = None) -> Tensor:
         """Return the data for given latents: E[x|z], or a draw from p(x|z).
 
         Args:
@@ -82,6 +92,7 @@ class HierarchicalModel(LatentVariableModel):
                 (..., size of the upper layers). The layers below these take their conditional means, or are drawn with
                 `mean=False`
             mean: return E[x|z] instead of a draw
+            context: what the model is conditioned on (N, ...), N the last dimension of z before its width
 
         Returns:
             (..., *data_shape).
@@ -97,16 +108,17 @@ class HierarchicalModel(LatentVariableModel):
             )
         below = widths.index(z.shape[-1])
         if below == 0:
-            return super().decode(z, mean=mean)
-        given = {f"z{below + 1 + i}": layer for i, layer in enumerate(z.split(self.latent_dims[below:], -1))}
+            return super().decode(z, mean=mean, context=context)
+        known = {f"z{below + 1 + i}": layer for i, layer in enumerate(z.split(self.latent_dims[below:], -1))}
 
         def visit(name: str, distribution: dist.TorchDistribution) -> Tensor:
-            if name in given:
-                return given[name]
+            if name in known:
+                return known[name]
             return distribution.mean if mean else distribution.sample()
 
+        more, _ = given(context)
         with evaluation_mode(self):
-            return self._data(self.latents(visit), mean)
+            return self._data(self.latents(visit, *more), mean, *more)
 
     def extra_repr(self) -> str:
         return f"latent_dims={self.latent_dims}, skip={self.skip}, {super().extra_repr()}"
@@ -137,7 +149,8 @@ class BottomUpGuide(_HierarchicalGuide):
 
     Of the layers only q(z1|x) has a density of its own: a VampPrior on top requires a `TopDownGuide`.
 
-    As a Pyro guide, `guide(x)` has plate "data" (dim -1) and sites "z1", ..., "zL"; it encodes as `bottom` does.
+    As a Pyro guide, `guide(x)` has plate "data" (dim -1) and sites "z1", ..., "zL"; it encodes as `bottom` does. A
+    context reaches q(z1|x) alone.
 
     Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,), z1 first. Its `.mean` propagates means
     through the layers.
@@ -158,8 +171,9 @@ class BottomUpGuide(_HierarchicalGuide):
         self.bottom = bottom
         self.layers = nn.ModuleList(layers)
 
-    def encode(self, x: Tensor) -> Tensor:
-        return self.bottom.encode(x)
+    def encode(self, x: Tensor, context: Tensor | None = None, *, observed: Tensor | None = None) -> Tensor:
+        more, options = given(context, observed)
+        return self.bottom.encode(x, *more, **options)
 
     def distribution(self, parameters: Tensor) -> Chain:
         return Chain(self.bottom.distribution(parameters), list(self.layers), self.latent_dims, top_down=False)
@@ -205,8 +219,10 @@ class TopDownGuide(_HierarchicalGuide):
         self.encoder_net = encoder_net
         self.num_features = width_of_features(encoder_net, num_features)
 
-    def encode(self, x: Tensor) -> Tensor:
-        return torch.cat([self.top.encode(x), features_of(self.encoder_net, x, self.num_features)], -1)
+    def encode(self, x: Tensor, context: Tensor | None = None, *, observed: Tensor | None = None) -> Tensor:
+        more, options = given(context, observed)
+        features = features_of(self.encoder_net, x, self.num_features, context, observed)
+        return torch.cat([self.top.encode(x, *more, **options), features], -1)
 
     def distribution(self, parameters: Tensor) -> Chain:
         of_top, features = parameters[..., : -self.num_features], parameters[..., -self.num_features :]
@@ -264,6 +280,11 @@ def two_layer_vae(
         MeanFieldNormal(net(data_dim, near_data), size1), [ConditionalNormal(net(size1, near_top), size2)]
     )
     return model, guide
+
+
+def _takes_context(layer: Any) -> bool:
+    """Whether a layer takes a context by keyword, and uses it if it says so."""
+    return takes_keyword(layer, "context") and getattr(layer, "takes_context", True)
 
 
 def _latent_dims(*parts: Any) -> tuple[int, ...]:

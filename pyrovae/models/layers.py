@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.component import Component
-from pyrovae.guides.base import features_of, width_of_features
+from pyrovae.common.networks import broadcast_context, features_of, takes_context, width_of_features
 
 __all__ = ["Chain", "ConditionalNormal"]
 
@@ -23,9 +23,11 @@ class ConditionalNormal(Component):
     Shapes: given (..., width) each, leading dimensions broadcast -> batch shape (...), event shape (latent_dim,). The
     network receives rows, so any network for batches works with any number of particles.
 
+    In a `HierarchicalModel` that is called with a context, the network gets it as its second argument if it takes two.
+
     Args:
         net: any module (rows, width of c) -> features (rows, num_features); `nn.Identity()` with `num_features` leaves
-            a linear layer
+            a linear layer. Or one that takes a context (rows, ...) as well, such as `pyrovae.nets.Concatenate`
         latent_dim: dimensions of z
         num_features: width of the features; by default the network's `out_features`
 
@@ -49,14 +51,24 @@ class ConditionalNormal(Component):
         self.num_features = width_of_features(net, num_features)
         self.head = nn.Linear(self.num_features, 2 * latent_dim)
 
-    def forward(self, *given: Tensor) -> dist.TorchDistribution:
+    @property
+    def takes_context(self) -> bool:
+        """Whether the network takes a context."""
+        return takes_context(self.net)
+
+    def forward(self, *given: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         """Return p(z|c).
 
         Args:
             *given: tensors (..., width) that make up c
+            context: second argument of the network (N, ...), N the last dimension of c before its width
         """
         batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in given))
         joined = torch.cat([part.expand(*batch_shape, -1) for part in given], -1)
+        if context is not None:
+            joined, context = broadcast_context(joined, context)
+            batch_shape = joined.shape[:-1]
+            context = context.reshape(-1, *context.shape[len(batch_shape) :])
         width = joined.shape[-1]
         if getattr(self.net, "in_features", width) != width:
             found = " + ".join(str(part.shape[-1]) for part in given)
@@ -64,7 +76,7 @@ class ConditionalNormal(Component):
                 f"the network of this layer takes {self.net.in_features} numbers (its in_features), and is given {found}: "
                 f"make it for {width}"
             )
-        parameters = self.head(features_of(self.net, joined.reshape(-1, width), self.num_features))
+        parameters = self.head(features_of(self.net, joined.reshape(-1, width), self.num_features, context))
         loc, log_scale = parameters.reshape(*batch_shape, -1).chunk(2, -1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 

@@ -6,14 +6,19 @@ evaluated in eval mode, without gradients, on the device of the modules; results
 For a hierarchical pair, z holds all layers side by side. `decode` accepts upper layers alone too, so with a
 `TopDownGuide` every function here works on the top layer if it is given `guide.top` as the guide: `interpolate(model,
 guide.top, a, b)`.
+
+Of a pair that is called with a context, every function takes `context=`, one row for each datum; of data with missing
+values, `embed`, `sample_posterior` and `reconstruct` take the mask `observed=`.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pyrovae.common.arguments import check_count
+from pyrovae.common.networks import Inputs, check_context, check_mask
 from pyrovae.guides.base import Guide
 from pyrovae.models.generative import LatentVariableModel
 from pyrovae.programs.reach import evaluation_mode
@@ -23,7 +28,7 @@ __all__ = ["attribute_direction", "edit", "embed", "interpolate", "reconstruct",
 _ROWS = 500  # number of data or codes that pass through the networks at once
 
 
-def embed(guide: Guide, x: Tensor) -> Tensor:
+def embed(guide: Guide, x: Tensor, *, context: Tensor | None = None, observed: Tensor | None = None) -> Tensor:
     """Return the codes of data, the means of q(z|x).
 
         z_n = E_q(z|x_n) [ z ]
@@ -31,6 +36,8 @@ def embed(guide: Guide, x: Tensor) -> Tensor:
     Args:
         guide: guide of the pair
         x: data (N, *data_shape)
+        context: what the pair is conditioned on, (N, ...)
+        observed: mask of what is known of x, shaped like x
 
     Returns:
         (N, D). A Monte Carlo mean if the guide has no closed-form mean (flows).
@@ -38,10 +45,17 @@ def embed(guide: Guide, x: Tensor) -> Tensor:
     References:
         Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
-    return _of_posterior(guide, x, lambda posterior: posterior.mean, dim=0)
+    return _of_posterior(guide, x, context, observed, lambda posterior: posterior.mean, dim=0)
 
 
-def sample_posterior(guide: Guide, x: Tensor, num_samples: int) -> Tensor:
+def sample_posterior(
+    guide: Guide,
+    x: Tensor,
+    num_samples: int,
+    *,
+    context: Tensor | None = None,
+    observed: Tensor | None = None,
+) -> Tensor:
     """Draw codes of data from q(z|x).
 
         z_sn ~ q(z|x_n)
@@ -50,6 +64,8 @@ def sample_posterior(guide: Guide, x: Tensor, num_samples: int) -> Tensor:
         guide: guide of the pair
         x: data (N, *data_shape)
         num_samples: draws per datum
+        context: what the pair is conditioned on, (N, ...)
+        observed: mask of what is known of x, shaped like x
 
     Returns:
         (num_samples, N, D), as `model.decode` accepts them.
@@ -59,10 +75,18 @@ def sample_posterior(guide: Guide, x: Tensor, num_samples: int) -> Tensor:
         ValueError: if `num_samples` is below 1.
     """
     num_samples = check_count("num_samples", num_samples)
-    return _of_posterior(guide, x, lambda posterior: posterior.sample((num_samples,)), dim=1)
+    return _of_posterior(guide, x, context, observed, lambda posterior: posterior.sample((num_samples,)), dim=1)
 
 
-def reconstruct(model: LatentVariableModel, guide: Guide, x: Tensor, *, mean: bool = True) -> Tensor:
+def reconstruct(
+    model: LatentVariableModel,
+    guide: Guide,
+    x: Tensor,
+    *,
+    mean: bool = True,
+    context: Tensor | None = None,
+    observed: Tensor | None = None,
+) -> Tensor:
     """Encode data and decode them again.
 
         E[x' | z = E_q(z|x) z],   or with `mean=False` a draw x' ~ p(x'|z), z ~ q(z|x)
@@ -72,6 +96,8 @@ def reconstruct(model: LatentVariableModel, guide: Guide, x: Tensor, *, mean: bo
         guide: guide of the pair
         x: data (N, *data_shape)
         mean: use means instead of draws
+        context: what the pair is conditioned on, (N, ...)
+        observed: mask of what is known of x, shaped like x
 
     Returns:
         (N, *data_shape).
@@ -79,12 +105,20 @@ def reconstruct(model: LatentVariableModel, guide: Guide, x: Tensor, *, mean: bo
     References:
         Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
-    z = embed(guide, x) if mean else sample_posterior(guide, x, 1)[0]
-    return _decode(model, z, mean=mean)
+    known = {"context": context, "observed": observed}
+    z = embed(guide, x, **known) if mean else sample_posterior(guide, x, 1, **known)[0]
+    return _decode(model, z, context, mean=mean)
 
 
 def interpolate(
-    model: LatentVariableModel, guide: Guide, a: Tensor, b: Tensor, num_steps: int = 10, *, spherical: bool = False
+    model: LatentVariableModel,
+    guide: Guide,
+    a: Tensor,
+    b: Tensor,
+    num_steps: int = 10,
+    *,
+    spherical: bool = False,
+    context: Tensor | None = None,
 ) -> Tensor:
     """Return images on the way from one datum to another, through the space of codes.
 
@@ -104,6 +138,7 @@ def interpolate(
         b: data to end at (N, *data_shape)
         num_steps: images per pair of data, both ends included
         spherical: follow the arc instead of the line
+        context: what the pair is conditioned on, (N, ...), for both ends and on the way
 
     Returns:
         (N, num_steps, *data_shape); the first and last images are the reconstructions.
@@ -119,7 +154,7 @@ def interpolate(
     num_steps = check_count("num_steps", num_steps)
     if num_steps < 2:
         raise ValueError(f"num_steps counts both ends and must be 2 or more, found {num_steps}")
-    z_a, z_b = embed(guide, a).unsqueeze(1), embed(guide, b).unsqueeze(1)
+    z_a, z_b = (embed(guide, end, context=context).unsqueeze(1) for end in (a, b))
     t = torch.linspace(0, 1, num_steps, dtype=z_a.dtype, device=z_a.device).unsqueeze(-1)
     z = (1 - t) * z_a + t * z_b
     if spherical:
@@ -127,10 +162,17 @@ def interpolate(
         angle = angle.clamp(-1, 1).acos().unsqueeze(-1)
         arc = (((1 - t) * angle).sin() * z_a + (t * angle).sin() * z_b) / angle.sin()
         z = torch.where(angle.sin() < 1e-3, z, arc)
-    return _decode(model, z)
+    return _decode(model, z, context)
 
 
-def traverse(model: LatentVariableModel, z: Tensor, dimension: int, values: Sequence[float] | Tensor) -> Tensor:
+def traverse(
+    model: LatentVariableModel,
+    z: Tensor,
+    dimension: int,
+    values: Sequence[float] | Tensor,
+    *,
+    context: Tensor | None = None,
+) -> Tensor:
     """Return images as one latent dimension changes and all others stay fixed.
 
         E[x | z_1, ..., z_d = v, ..., z_D]   for each value v
@@ -140,6 +182,7 @@ def traverse(model: LatentVariableModel, z: Tensor, dimension: int, values: Sequ
         z: codes to start from (N, D): `embed(guide, x)`, or draws from the prior
         dimension: d, counted from 0
         values: values v; for a standard normal prior, from -3 to 3
+        context: what the model is conditioned on, (N, ...)
 
     Returns:
         (N, len(values), *data_shape).
@@ -152,10 +195,12 @@ def traverse(model: LatentVariableModel, z: Tensor, dimension: int, values: Sequ
     values = _numbers("values", values, z)
     z = z.unsqueeze(1).repeat(1, len(values), 1)
     z[..., dimension] = values
-    return _decode(model, z)
+    return _decode(model, z, context)
 
 
-def attribute_direction(guide: Guide, x: Tensor, mask: Tensor, *, groups: Tensor | None = None) -> Tensor:
+def attribute_direction(
+    guide: Guide, x: Tensor, mask: Tensor, *, groups: Tensor | None = None, context: Tensor | None = None
+) -> Tensor:
     """Return the direction of an attribute in the space of codes.
 
     It leads from the mean code of data without the attribute to that of data with it.
@@ -172,6 +217,7 @@ def attribute_direction(guide: Guide, x: Tensor, mask: Tensor, *, groups: Tensor
         groups: what to hold constant, whole numbers (N,). For example, bold digits are rarely ones, so without
             `groups=labels` the direction "less bold" turns every digit into a one. A group whose data all have the
             attribute, or all lack it, is left out
+        context: what the guide is conditioned on, (N, ...)
 
     Returns:
         (D,).
@@ -194,7 +240,7 @@ def attribute_direction(guide: Guide, x: Tensor, mask: Tensor, *, groups: Tensor
             f"groups must be whole numbers ({len(x)},), for instance labels; found {groups.dtype}, shape "
             f"{tuple(groups.shape)}"
         )
-    z, mask, groups = embed(guide, x), mask.to(x.device), groups.to(x.device)
+    z, mask, groups = embed(guide, x, context=context), mask.to(x.device), groups.to(x.device)
     total, count = torch.zeros_like(z[0]), 0
     for group in groups.unique():
         here = groups == group
@@ -210,7 +256,13 @@ def attribute_direction(guide: Guide, x: Tensor, mask: Tensor, *, groups: Tensor
 
 
 def edit(
-    model: LatentVariableModel, guide: Guide, x: Tensor, direction: Tensor, amounts: Sequence[float] | Tensor
+    model: LatentVariableModel,
+    guide: Guide,
+    x: Tensor,
+    direction: Tensor,
+    amounts: Sequence[float] | Tensor,
+    *,
+    context: Tensor | None = None,
 ) -> Tensor:
     """Return images of data moved along a direction (latent arithmetic): "more bold", "less slanted".
 
@@ -223,6 +275,7 @@ def edit(
         direction: v (D,), for instance from `attribute_direction`
         amounts: amounts c; 0 gives the reconstruction, 1 goes as far as from the data without the attribute to those
             with it
+        context: what the pair is conditioned on, (N, ...)
 
     Returns:
         (N, len(amounts), *data_shape).
@@ -233,24 +286,44 @@ def edit(
     References:
         Larsen, Sønderby, Larochelle & Winther, Autoencoding beyond pixels using a learned similarity metric (2016).
     """
-    z = embed(guide, x)
+    z = embed(guide, x, context=context)
     if direction.shape != z.shape[1:]:
         raise ValueError(f"the direction must be ({z.shape[1]},), like the codes, found {tuple(direction.shape)}")
     amounts = _numbers("amounts", amounts, z).unsqueeze(-1)
-    return _decode(model, z.unsqueeze(1) + amounts * direction.to(z))
+    return _decode(model, z.unsqueeze(1) + amounts * direction.to(z), context)
 
 
 @torch.no_grad()
-def _of_posterior(guide: Guide, x: Tensor, take: Callable, dim: int) -> Tensor:
+def _of_posterior(
+    guide: Guide, x: Tensor, context: Tensor | None, observed: Tensor | None, take: Callable, dim: int
+) -> Tensor:
     """Return take(q(z|x)) of all data, in batches that lie along `dim` of the result."""
+    if context is not None:
+        check_context(context, len(x))
+    data, parts = Inputs(x, context, None if observed is None else check_mask(observed, x)), []
     with evaluation_mode(guide) as device:
-        return torch.cat([take(guide.posterior(rows.to(device))).to(x.device) for rows in x.split(_ROWS)], dim)
+        for start in range(0, len(x), _ROWS):
+            batch = data.map(partial(_moved, rows=slice(start, start + _ROWS), device=device))
+            parts.append(take(guide.posterior(*batch.args, **batch.kwargs)).to(x.device))
+    return torch.cat(parts, dim)
 
 
-def _decode(model: LatentVariableModel, z: Tensor, *, mean: bool = True) -> Tensor:
-    """Decode codes (..., D) in batches."""
+def _moved(tensor: Tensor, rows: slice, device: torch.device | None) -> Tensor:
+    return tensor[rows].to(device)
+
+
+def _decode(model: LatentVariableModel, z: Tensor, context: Tensor | None = None, *, mean: bool = True) -> Tensor:
+    """Decode codes (N, ..., D) of data, with their context (N, ...), in batches."""
+    flat = z.flatten(0, -2)
+    if context is not None:
+        check_context(context, len(z))
+        context = context.repeat_interleave(len(flat) // len(z), 0)
+    pictures = []
     with evaluation_mode(model) as device:
-        pictures = [model.decode(codes.to(device), mean=mean) for codes in z.flatten(0, -2).split(_ROWS)]
+        for start in range(0, len(flat), _ROWS):
+            rows = slice(start, start + _ROWS)
+            options = {} if context is None else {"context": _moved(context, rows, device)}
+            pictures.append(model.decode(_moved(flat, rows, device), mean=mean, **options))
     return torch.cat(pictures).to(z.device).unflatten(0, z.shape[:-1])
 
 

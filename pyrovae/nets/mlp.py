@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from math import prod
 from operator import index
 
-import torch
 from torch import Tensor, nn
 
 from pyrovae.common.arguments import run_network
 from pyrovae.common.component import Component
+from pyrovae.nets.shapes import leading_shape
 
 __all__ = ["MLP"]
 
@@ -83,21 +82,14 @@ class MLP(Component):
         self.in_features, self.out_features = widths[0], widths[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        leading = self._leading(x)
+        leading = leading_shape(x, self.in_features)
+        if leading is None:
+            raise ValueError(
+                f"the network {type(self).__name__} does not take input of shape {tuple(x.shape)} and dtype {x.dtype} (its "
+                f"in_features are {self.in_features}): pass data with {self.in_features} numbers in the last dimension or in "
+                f"the trailing dimensions together, or make the network for these data"
+            )
         # Layers get (rows, width) because an activation may work along dimension 1.
         rows = x.reshape(-1, self.in_features)
         output = run_network(self.layers, rows, "pass data of the shape it was made for", type(self).__name__)
         return output.reshape(*leading, output.shape[-1])
-
-    def _leading(self, x: Tensor) -> torch.Size:
-        """The dimensions of x before those of a datum."""
-        if x.shape[-1:] == (self.in_features,):
-            return x.shape[:-1]
-        for num_leading in range(1, x.ndim):
-            if prod(x.shape[num_leading:]) == self.in_features:
-                return x.shape[:num_leading]
-        raise ValueError(
-            f"the network {type(self).__name__} does not take input of shape {tuple(x.shape)} and dtype {x.dtype} (its "
-            f"in_features are {self.in_features}): pass data with {self.in_features} numbers in the last dimension or in the "
-            f"trailing dimensions together, or make the network for these data"
-        )

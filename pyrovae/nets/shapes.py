@@ -4,7 +4,10 @@ import math
 from collections.abc import Sequence
 from operator import index
 
-__all__ = ["stages"]
+import torch
+from torch import Tensor
+
+__all__ = ["leading_shape", "stages"]
 
 _MOST_COLOURS = 4  # channels of an image: grey (1) or RGB (3), plus transparency
 
@@ -59,3 +62,14 @@ def _is_channels_last(shape: Sequence[int]) -> bool:
         return False
     shorter, longer = sorted(shape[-3:-1])
     return shorter > _MOST_COLOURS and longer < 2 * shorter
+
+
+def leading_shape(x: Tensor, width: int) -> torch.Size | None:
+    """Return the dimensions of x before those of a datum of `width` numbers; None if no trailing dimensions fit.
+
+    If the last dimension is `width`, it alone is the datum. Otherwise the datum takes as many trailing dimensions as
+    fit, but never the first.
+    """
+    if x.shape[-1:] == (width,):
+        return x.shape[:-1]
+    return next((x.shape[:count] for count in range(1, x.ndim) if math.prod(x.shape[count:]) == width), None)

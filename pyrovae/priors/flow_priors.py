@@ -8,25 +8,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
-from torch import nn
+from torch import Tensor, nn
 
 from pyrovae.common.arguments import check_count
 from pyrovae.distributions.zuko_adapter import FlowDistribution, import_zuko, start_near_identity
-from pyrovae.priors.base import Prior
+from pyrovae.priors.base import ConditionalPrior
 
 __all__ = ["FlowPrior", "MaskedAutoregressiveFlow", "NeuralSplineFlow", "RealNVP"]
 
 
-class FlowPrior(Prior):
+class FlowPrior(ConditionalPrior):
     """Contract of a prior that is a flow: `build` returns the flow, which then starts near the standard normal.
 
-        p(z) = N(f(z); 0, I) |det df/dz|
+        p(z) = N(f(z); 0, I) |det df/dz|,   or with a context network
+        p(z|c) = N(f(z; h); 0, I) |det df/dz|,   h = context_net(c)
 
     Args:
         latent_dim: D.
         num_transforms: Number of maps that f consists of. Each sees the dimensions in the reverse order of the one
             before.
         hidden_features: Widths of the hidden layers in each map's network.
+        context_net: Any module context (N, ...) -> features (N, num_features), which every map's network then gets;
+            none by default.
+        num_features: Width of the features; by default the network's `out_features`.
         **sizes: Further sizes, checked and shown with the others.
 
     Raises:
@@ -34,27 +38,41 @@ class FlowPrior(Prior):
         TypeError: A size is not a whole number.
     """
 
-    def __init__(self, latent_dim: int, num_transforms: int, hidden_features: Sequence[int], **sizes: int):
-        super().__init__(latent_dim)
+    def __init__(
+        self,
+        latent_dim: int,
+        num_transforms: int,
+        hidden_features: Sequence[int],
+        *,
+        context_net: nn.Module | None = None,
+        num_features: int | None = None,
+        **sizes: int,
+    ):
+        super().__init__(latent_dim, context_net, num_features)
         sizes = {"num_transforms": num_transforms, **sizes}
         for name, size in (*sizes.items(), *(("each of hidden_features", width) for width in hidden_features)):
             check_count(name, size)
         self.sizes = {**sizes, "hidden_features": tuple(hidden_features)}
         common = {"transforms": num_transforms, "hidden_features": hidden_features, "activation": nn.SiLU}
+        if context_net is not None:
+            common["context"] = self.num_features
         self.flow = self.build(import_zuko(), common)
         start_near_identity(self.flow)
 
     @abstractmethod
     def build(self, zuko: Any, common: dict[str, Any]) -> nn.Module:
-        """Return an unconditional zuko flow in `latent_dim` dimensions.
+        """Return a zuko flow in `latent_dim` dimensions.
 
         Args:
             zuko: The library.
-            common: Arguments that all of zuko's flows take.
+            common: Arguments that all of zuko's flows take; `context`, the width of the features, with a context
+                network only.
         """
 
-    def forward(self) -> dist.TorchDistribution:
-        return FlowDistribution(self.flow(), parameters=self.flow.parameters())
+    def distribution(self, features: Tensor | None) -> dist.TorchDistribution:
+        if features is None:
+            return FlowDistribution(self.flow(), parameters=self.flow.parameters())
+        return FlowDistribution(self.flow(features), parameters=(features, *self.flow.parameters()))
 
     def __repr__(self) -> str:  # zuko's own __repr__ draws random numbers
         return f"{type(self).__name__}({self.extra_repr()})"
@@ -79,9 +97,11 @@ class NeuralSplineFlow(FlowPrior):
         num_transforms: Number of splines.
         hidden_features: Widths of the hidden layers in each spline's network.
         num_bins: Bins of a spline, 2 or more.
+        context_net: Makes it p(z|c): any module context (N, ...) -> features (N, num_features).
+        num_features: Width of the features; by default the network's `out_features`.
 
     Raises:
-        ValueError: A size is below 1, or `num_bins` is below 2.
+        ValueError: A size is below 1, `num_bins` is below 2, or the width of the features is unknown or wrong.
         TypeError: A size is not a whole number.
 
     Example:
@@ -99,16 +119,25 @@ class NeuralSplineFlow(FlowPrior):
         num_transforms: int = 3,
         hidden_features: Sequence[int] = (128, 128),
         num_bins: int = 8,
+        context_net: nn.Module | None = None,
+        num_features: int | None = None,
     ):
         num_bins = check_count("num_bins", num_bins)
         if num_bins < 2:
             raise ValueError(f"num_bins must be 2 or more, found {num_bins}")
-        super().__init__(latent_dim, num_transforms, hidden_features, num_bins=num_bins)
+        super().__init__(
+            latent_dim,
+            num_transforms,
+            hidden_features,
+            context_net=context_net,
+            num_features=num_features,
+            num_bins=num_bins,
+        )
 
     def build(self, zuko: Any, common: dict[str, Any]) -> nn.Module:
         splines = zuko.flows.NSF(self.latent_dim, bins=self.sizes["num_bins"], **common)
-        affine = zuko.flows.ElementWiseTransform(self.latent_dim)
-        for constant in affine.phi:
+        affine = zuko.flows.ElementWiseTransform(self.latent_dim, common.get("context", 0))
+        for constant in () if self.takes_context else affine.phi:
             nn.init.zeros_(constant)
         return zuko.lazy.Flow([affine, *splines.transform.transforms], splines.base)
 
@@ -126,9 +155,11 @@ class MaskedAutoregressiveFlow(FlowPrior):
         latent_dim: Dimension of z.
         num_transforms: Number of transforms.
         hidden_features: Widths of the hidden layers in each transform's network.
+        context_net: Makes it p(z|c): any module context (N, ...) -> features (N, num_features).
+        num_features: Width of the features; by default the network's `out_features`.
 
     Raises:
-        ValueError: A size is below 1.
+        ValueError: A size is below 1, or the width of the features is unknown or wrong.
         TypeError: A size is not a whole number.
 
     Example:
@@ -140,8 +171,18 @@ class MaskedAutoregressiveFlow(FlowPrior):
         Papamakarios, Pavlakou & Murray, Masked Autoregressive Flow for Density Estimation (2017).
     """
 
-    def __init__(self, latent_dim: int, *, num_transforms: int = 5, hidden_features: Sequence[int] = (128, 128)):
-        super().__init__(latent_dim, num_transforms, hidden_features)
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        num_transforms: int = 5,
+        hidden_features: Sequence[int] = (128, 128),
+        context_net: nn.Module | None = None,
+        num_features: int | None = None,
+    ):
+        super().__init__(
+            latent_dim, num_transforms, hidden_features, context_net=context_net, num_features=num_features
+        )
 
     def build(self, zuko: Any, common: dict[str, Any]) -> nn.Module:
         return zuko.flows.MAF(self.latent_dim, **common)
@@ -163,9 +204,11 @@ class RealNVP(FlowPrior):
         latent_dim: Dimension of z.
         num_transforms: Number of coupling layers.
         hidden_features: Widths of the hidden layers in each transform's network.
+        context_net: Makes it p(z|c): any module context (N, ...) -> features (N, num_features).
+        num_features: Width of the features; by default the network's `out_features`.
 
     Raises:
-        ValueError: A size is below 1.
+        ValueError: A size is below 1, or the width of the features is unknown or wrong.
         TypeError: A size is not a whole number.
 
     Example:
@@ -176,8 +219,18 @@ class RealNVP(FlowPrior):
         Dinh, Sohl-Dickstein & Bengio, Density Estimation Using Real NVP (2017).
     """
 
-    def __init__(self, latent_dim: int, *, num_transforms: int = 6, hidden_features: Sequence[int] = (128, 128)):
-        super().__init__(latent_dim, num_transforms, hidden_features)
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        num_transforms: int = 6,
+        hidden_features: Sequence[int] = (128, 128),
+        context_net: nn.Module | None = None,
+        num_features: int | None = None,
+    ):
+        super().__init__(
+            latent_dim, num_transforms, hidden_features, context_net=context_net, num_features=num_features
+        )
 
     def build(self, zuko: Any, common: dict[str, Any]) -> nn.Module:
         return zuko.flows.MAF(self.latent_dim, passes=2, **common)

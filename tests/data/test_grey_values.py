@@ -181,7 +181,7 @@ def test_a_recording_looks_at_no_values():
         ),
         ((binary(20) * 39).log1p(), r"found 3.68888: for data from 0 to 3.68888 use a likelihood for real values"),
         (binary(20) - 0.5, r"found -?0.5: for data from -0.5 to 0.5 use a likelihood for real values"),
-        (binary(20) * torch.nan, "found nan: remove these data, or fill in their values"),
+        (binary(20) * torch.nan, "found nan: remove these data, fill in their values, or say which are missing"),
     ],
 )
 def test_advice_fits_the_data(x, match):

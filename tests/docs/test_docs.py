@@ -19,7 +19,7 @@ def own_parts():
     pyro.set_rng_seed(0)
     page = (PAGES / "own_parts.md").read_text(encoding="utf-8")
     blocks = [part.split("```")[0] for part in page.split("```python\n")[1:]]
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     namespace = {}
     exec(compile("\n".join(blocks), "own_parts.md", "exec"), namespace)
     return namespace

@@ -9,6 +9,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import guides, priors
+from pyrovae.common.networks import Inputs
 from pyrovae.evaluation import inference_gaps
 
 
@@ -208,9 +209,9 @@ def test_gain_uses_the_same_noise(linear_gaussian):
     guide = exact_mean_field(linear_gaussian)
     steps = search(linear_gaussian.model, guide, 7, tolerance=0.05, max_num_steps=100, data_batch_size=7, compile=False)
     parameters = guide.encode(x).detach()
-    assert torch.equal(steps._gain(x, parameters, parameters), torch.zeros(7))
+    assert torch.equal(steps._gain(Inputs(x, None, None), parameters, parameters), torch.zeros(7))
     worse = parameters + 0.3
-    gain = steps._gain(x, worse, parameters)
+    gain = steps._gain(Inputs(x, None, None), worse, parameters)
     assert (gain > 0.05).all()
 
 
@@ -224,7 +225,7 @@ def test_compiled_and_in_batches(double, uncompiled):
         steps = search(model, guide, 11, tolerance=0.02, max_num_steps=400, data_batch_size=4, compile=compile)
         settled = []
         pyro.set_rng_seed(8)
-        found[compile] = *steps.best(x, settled.append), sum(settled)
+        found[compile] = *steps.best(Inputs(x, None, None), settled.append), sum(settled)
         recorded = steps.compiled._recorded
         assert recorded is None if not compile else recorded.num_recordings == 1
     parameters, num_steps, _, settled = found[True]

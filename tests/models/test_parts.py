@@ -11,7 +11,18 @@ import torch
 from conftest import within
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from shared.parts import DECODERS, ENCODERS, GUIDES, LATENT_DIM, LIKELIHOODS, PRIORS, SHAPE, build, combinations
+from shared.parts import (
+    DECODERS,
+    ENCODERS,
+    ENCODERS_OF_MORE,
+    GUIDES,
+    LATENT_DIM,
+    LIKELIHOODS,
+    PRIORS,
+    SHAPE,
+    build,
+    combinations,
+)
 from torch import nn
 
 import pyrovae as pv
@@ -24,7 +35,7 @@ from pyrovae import guides, likelihoods, nets, priors
         (priors, set(PRIORS)),
         (guides, set(GUIDES)),
         (likelihoods, set(LIKELIHOODS)),
-        (nets, set(DECODERS) | set(ENCODERS)),
+        (nets, set(DECODERS) | set(ENCODERS) | set(ENCODERS_OF_MORE)),
     ],
 )
 def test_every_part_is_listed(module, listed):

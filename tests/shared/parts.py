@@ -97,6 +97,49 @@ ENCODERS = {
     "ResidualEncoder": lambda: nets.ResidualEncoder(SHAPE, [4, 8], 8),
 }
 
+# name -> make(): encoders of data of SHAPE that take a context (N, 3) or the mask of what is known
+ENCODERS_OF_MORE = {
+    "Concatenate": lambda: nets.Concatenate(nets.MLP(12 + 3, [8])),
+    "ConcatenateMask": lambda: nets.ConcatenateMask(nets.MLP(2 * 12, [8])),
+}
+
+CONTEXT_DIM = 3
+
+
+def _context_options():
+    return {"context_net": nets.MLP(CONTEXT_DIM, [6])}
+
+
+# name -> make(): p(z|c), c (N, CONTEXT_DIM)
+CONDITIONAL_PRIORS = {
+    "DiagonalNormal": lambda: priors.DiagonalNormal(LATENT_DIM, **_context_options()),
+    "MixtureOfNormals": lambda: priors.MixtureOfNormals(LATENT_DIM, 3, **_context_options()),
+    "NeuralSplineFlow": lambda: priors.NeuralSplineFlow(LATENT_DIM, hidden_features=[8], **_context_options()),
+    "MaskedAutoregressiveFlow": lambda: priors.MaskedAutoregressiveFlow(
+        LATENT_DIM, hidden_features=[8], **_context_options()
+    ),
+    "RealNVP": lambda: priors.RealNVP(LATENT_DIM, hidden_features=[8], **_context_options()),
+}
+
+# name -> make(encoder, model): guides with an encoder of 8 features; the model is there for guides that refer to one
+GUIDES_ON_AN_ENCODER = {
+    "MeanFieldNormal": lambda encoder, model: guides.MeanFieldNormal(encoder, LATENT_DIM),
+    "FullRankNormal": lambda encoder, model: guides.FullRankNormal(encoder, LATENT_DIM),
+    "LowRankNormal": lambda encoder, model: guides.LowRankNormal(encoder, LATENT_DIM, rank=1),
+    "InverseAutoregressiveFlow": lambda encoder, model: guides.InverseAutoregressiveFlow(
+        encoder, LATENT_DIM, hidden_features=(16,), num_context=4
+    ),
+    "NeuralSplineFlow": lambda encoder, model: guides.NeuralSplineFlow(
+        encoder, LATENT_DIM, hidden_features=(16,), num_context=4
+    ),
+    "Refined": lambda encoder, model: guides.Refined(
+        guides.MeanFieldNormal(encoder, LATENT_DIM), model, num_steps=3, num_particles=2
+    ),
+    "DefensiveMixture": lambda encoder, model: guides.DefensiveMixture(
+        guides.MeanFieldNormal(encoder, LATENT_DIM), model.prior
+    ),
+}
+
 
 def combinations():
     """All pairs of prior and guide; all pairs of likelihood and decoder; every encoder."""
