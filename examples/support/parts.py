@@ -108,6 +108,7 @@ LIKELIHOODS = {
     "normal": LikelihoodName(pv.likelihoods.Normal, "continuous", lambda data, scale: {"scale": scale}),
     "normal-learned": LikelihoodName(pv.likelihoods.LearnedScaleNormal, "continuous"),
     "normal-per-pixel": LikelihoodName(pv.likelihoods.HeteroscedasticNormal, "continuous"),
+    "student-t": LikelihoodName(pv.likelihoods.StudentT, "continuous"),
     "discretized-logistic": LikelihoodName(
         pv.likelihoods.DiscretizedLogistic, "levels", lambda data, scale: {"num_levels": data.num_levels}
     ),

@@ -152,10 +152,10 @@ def takes_items(programs: Sequence[Callable], items: tuple | list | Mapping) -> 
                 continue
         return True
 
-    named = isinstance(items, Mapping)
-    if named and not all(isinstance(key, str) for key in items):
-        return False
-    return (binds(**items) if named else binds(*items)) or not binds(items)
+    if isinstance(items, Mapping):
+        named = all(isinstance(key, str) for key in items)
+        return named and (binds(**items) or not binds(items))
+    return binds(*items) or not binds(items)
 
 
 def _named(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -103,4 +104,4 @@ def _converted(value: Any, dtype: torch.dtype | None, name: str) -> Any:
     if isinstance(value, Mapping | tuple | list):
         return value
     is_array = not isinstance(value, Tensor) and (hasattr(value, "__array__") or hasattr(value, "to_numpy"))
-    return as_batch(value, dtype, name).args[0] if is_array and getattr(value, "ndim", 1) else value
+    return as_batch(value, dtype, name).args[0] if is_array and np.ndim(value) else value

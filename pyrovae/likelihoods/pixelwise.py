@@ -270,8 +270,8 @@ def _remedy_for_binary(x: Tensor) -> str:
     if low >= 0 and not (x - x.round()).any():
         return (
             f"values are whole numbers up to {high:g}; if they are bytes of images, divide them by 255 and binarise them "
-            f"(pyrovae.data.binarize); if they are counts, write your own likelihood (a subclass of "
-            f"pyrovae.likelihoods.Likelihood), or use (x > 0).to(x.dtype)"
+            f"(pyrovae.data.binarize); if they are counts, use a likelihood of counts "
+            f"(pyrovae.likelihoods.Poisson, NegativeBinomial), or (x > 0).to(x.dtype)"
         )
     return f"for data from {low:g} to {high:g} use a likelihood for real values (LearnedScaleNormal)"
 

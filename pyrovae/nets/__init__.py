@@ -3,5 +3,15 @@
 from pyrovae.nets.concatenate import Concatenate, ConcatenateMask
 from pyrovae.nets.conv import ConvDecoder, ConvEncoder, ResidualDecoder, ResidualEncoder
 from pyrovae.nets.mlp import MLP
+from pyrovae.nets.tabular import TableEncoder
 
-__all__ = ["MLP", "Concatenate", "ConcatenateMask", "ConvDecoder", "ConvEncoder", "ResidualDecoder", "ResidualEncoder"]
+__all__ = [
+    "MLP",
+    "Concatenate",
+    "ConcatenateMask",
+    "ConvDecoder",
+    "ConvEncoder",
+    "ResidualDecoder",
+    "ResidualEncoder",
+    "TableEncoder",
+]

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
-from shared.parts import LIKELIHOODS, build, combinations
+from shared.parts import build, combinations, draw
 from shared.recorded import assert_same_step, eager_step, recorded_step
 from shared.runs import binary, make, parameters
 from torch import nn
@@ -33,7 +33,7 @@ def test_compiled_step_is_pyros_step(dtype, rtol, num_particles):
 def test_every_part_records_as_pyros_step(uncompiled, double, prior, guide, likelihood, decoder, encoder):
     eager = guide in ("Refined", "DefensiveMixture")  # made for evaluation: `fit` runs them eagerly, and says so
     model, guide = (module.double() for module in build(prior, guide, likelihood, decoder, encoder))
-    batch = LIKELIHOODS[likelihood][1]().double()
+    batch = draw(likelihood).double()
     if eager:
         assert (
             record_step(model, guide, Trace_ELBO(), None, [model, guide], None, batch, torch.arange(len(batch))) is None

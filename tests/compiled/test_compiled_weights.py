@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import LinearGaussian
 from pyro import poutine
-from shared.parts import LIKELIHOODS, build, combinations
+from shared.parts import build, combinations, draw
 from torch import nn
 
 import pyrovae as pv
@@ -427,16 +427,14 @@ def test_a_guide_with_a_forward_of_its_own_is_run_as_it_is(double, uncompiled, c
 def test_every_part_records_as_it_draws(double, uncompiled, chunks, prior, guide, likelihood, decoder, encoder):
     refines_within = (prior, guide) == ("VampPrior", "Refined")  # at the pseudo-inputs, by gradient steps: runs eagerly
     model, guide = (module.double() for module in build(prior, guide, likelihood, decoder, encoder))
-    eager, recorded = both_ways(
-        model, guide, LIKELIHOODS[likelihood][1]().double(), num_particles=6, particle_batch_size=2
-    )
+    eager, recorded = both_ways(model, guide, draw(likelihood).double(), num_particles=6, particle_batch_size=2)
     assert len(chunks) == (0 if refines_within else 2)
     assert torch.allclose(recorded, eager, rtol=1e-10, atol=1e-10)
 
 
 def test_a_hierarchy_records_as_it_draws(double, uncompiled, chunks):
     model, guide = (part.double() for part in pv.two_layer_vae((1, 4, 3), latent_dims=(3, 2), hidden_features=(8, 6)))
-    eager, recorded = both_ways(model, guide, LIKELIHOODS["Bernoulli"][1]().double())
+    eager, recorded = both_ways(model, guide, draw("Bernoulli").double())
     assert len(chunks) == 4
     assert torch.allclose(recorded, eager, rtol=1e-10, atol=1e-10)
 

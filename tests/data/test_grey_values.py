@@ -177,7 +177,7 @@ def test_a_recording_looks_at_no_values():
         ),
         (
             binary(20) * 200,
-            r"found 200: values are whole numbers up to 200; if they are bytes .*counts, write your own likelihood",
+            r"found 200: values are whole numbers up to 200; if they are bytes .*counts, use a likelihood of counts",
         ),
         ((binary(20) * 39).log1p(), r"found 3.68888: for data from 0 to 3.68888 use a likelihood for real values"),
         (binary(20) - 0.5, r"found -?0.5: for data from -0.5 to 0.5 use a likelihood for real values"),

@@ -28,7 +28,9 @@ REDUCERS = [
 
 
 def test_every_reducer_is_listed():
-    assert {*REDUCERS, "bound_curve", "pareto_k_limit", "pareto_tail", "ParetoTail"} == set(estimators.__all__)
+    assert {*REDUCERS, "bits_per_dim", "bound_curve", "pareto_k_limit", "pareto_tail", "ParetoTail"} == set(
+        estimators.__all__
+    )
 
 
 def test_an_array_that_was_looked_at_gives_what_the_array_gives():

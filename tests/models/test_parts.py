@@ -20,8 +20,10 @@ from shared.parts import (
     LIKELIHOODS,
     PRIORS,
     SHAPE,
+    TABLES,
     build,
     combinations,
+    draw,
 )
 from torch import nn
 
@@ -34,7 +36,7 @@ from pyrovae import guides, likelihoods, nets, priors
     [
         (priors, set(PRIORS)),
         (guides, set(GUIDES)),
-        (likelihoods, set(LIKELIHOODS)),
+        (likelihoods, set(LIKELIHOODS) | set(TABLES)),
         (nets, set(DECODERS) | set(ENCODERS) | set(ENCODERS_OF_MORE)),
     ],
 )
@@ -47,7 +49,7 @@ def test_every_part_is_listed(module, listed):
 def test_pair(prior, guide, likelihood, decoder, encoder, tmp_path):
     names = prior, guide, likelihood, decoder, encoder
     model, guide = build(*names)
-    x = LIKELIHOODS[names[2]][1]()
+    x = draw(names[2])
 
     traced = poutine.trace(poutine.replay(model, poutine.trace(guide).get_trace(x))).get_trace(x)
     assert traced.nodes["z"]["value"].shape == (5, 2)
@@ -63,10 +65,11 @@ def test_pair(prior, guide, likelihood, decoder, encoder, tmp_path):
 
     assert guide.posterior(x).mean.shape == (5, 2)
     assert guide.posterior(x).batch_shape == (5,)
-    assert model.generate(6).shape == (6, *SHAPE)
+    shape = x.shape[1:]
+    assert model.generate(6).shape == (6, *shape)
     model.likelihood.check(model.generate(6))
-    assert model.generate(6, mean=True).shape == (6, *SHAPE)
-    assert model.decode(torch.zeros(3, 4, 2)).shape == (3, 4, *SHAPE)
+    assert model.generate(6, mean=True).shape == (6, *shape)
+    assert model.decode(torch.zeros(3, 4, 2)).shape == (3, 4, *shape)
 
     history = pv.fit(model, guide, x, epochs=60, batch_size=5, learning_rate=0.02, progress=False).history
     assert history[-1]["elbo"] > history[0]["elbo"]

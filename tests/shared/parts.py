@@ -81,6 +81,51 @@ LIKELIHOODS = {
         lambda make_decoder: likelihoods.Categorical(make_decoder((7, *SHAPE)), SHAPE, num_levels=7),
         lambda: torch.randint(0, 7, (5, *SHAPE)) / 6,
     ),
+    "Poisson": (
+        lambda make_decoder: likelihoods.Poisson(make_decoder(SHAPE), SHAPE),
+        lambda: torch.randint(0, 9, (5, *SHAPE)) * 1.0,
+    ),
+    "NegativeBinomial": (
+        lambda make_decoder: likelihoods.NegativeBinomial(make_decoder(SHAPE), SHAPE),
+        lambda: torch.randint(0, 9, (5, *SHAPE)) * 1.0,
+    ),
+    "ZeroInflatedNegativeBinomial": (
+        lambda make_decoder: likelihoods.ZeroInflatedNegativeBinomial(
+            make_decoder((3, *SHAPE)), SHAPE, network_dispersion=True
+        ),
+        lambda: torch.randint(0, 9, (5, *SHAPE)) * 1.0,
+    ),
+    "StudentT": (
+        lambda make_decoder: likelihoods.StudentT(make_decoder(SHAPE), SHAPE, learn_df=True),
+        lambda: torch.randn(5, *SHAPE),
+    ),
+    "LogNormal": (
+        lambda make_decoder: likelihoods.LogNormal(make_decoder(SHAPE), SHAPE),
+        lambda: torch.randn(5, *SHAPE).exp(),
+    ),
+    "Scaled": (
+        lambda make_decoder: likelihoods.Scaled(likelihoods.Normal(make_decoder(SHAPE), SHAPE), 5.0, 2.0),
+        lambda: 5 + 2 * torch.randn(5, *SHAPE),
+    ),
+    "Categories": (
+        lambda make_decoder: likelihoods.Categories(make_decoder((3, *SHAPE)), SHAPE, num_categories=3),
+        lambda: torch.randint(0, 3, (5, *SHAPE)) * 1.0,
+    ),
+}
+
+# name -> (make(), draw data): likelihoods of rows, not of any shape
+TABLES = {
+    "Columns": (
+        lambda: likelihoods.Columns(
+            nets.MLP(LATENT_DIM, [8], 5),
+            {
+                "height": likelihoods.Scaled(likelihoods.LearnedScaleNormal(None, 1), 170.0, 10.0),
+                "visits": likelihoods.Poisson(None, 1),
+                "blood.group": likelihoods.Categories(None, 1, num_categories=3),
+            },
+        ),
+        lambda: torch.stack([170 + 10 * torch.randn(5), torch.randint(0, 5, (5,)), torch.randint(0, 3, (5,))], 1),
+    ),
 }
 
 # name -> make(out_shape): decoders latent -> out_shape (channels first)
@@ -95,6 +140,7 @@ ENCODERS = {
     "MLP": lambda: nets.MLP(12, [8]),
     "ConvEncoder": lambda: nets.ConvEncoder(SHAPE, [4, 8], 8),
     "ResidualEncoder": lambda: nets.ResidualEncoder(SHAPE, [4, 8], 8),
+    "TableEncoder": lambda: nets.TableEncoder(nets.MLP(14, [8]), [0.5] * 12, [2.0] * 12, [0] * 10 + [2, 2]),
 }
 
 # name -> make(): encoders of data of SHAPE that take a context (N, 3) or the mask of what is known
@@ -151,9 +197,21 @@ def combinations():
             yield pytest.param("StandardNormal", None, likelihood, decoder, "MLP", id=f"{likelihood}-{decoder}")
     for encoder in ENCODERS:
         yield pytest.param("StandardNormal", None, "Bernoulli", "MLP", encoder, id=encoder)
+    for table in TABLES:
+        yield pytest.param("StandardNormal", None, table, None, None, id=table)
 
 
 def build(prior, guide, likelihood, decoder, encoder):
-    guide = GUIDES[guide]() if guide else guides.MeanFieldNormal(ENCODERS[encoder](), LATENT_DIM)
-    likelihood = LIKELIHOODS[likelihood][0](DECODERS[decoder])
-    return pv.GenerativeModel(PRIORS[prior](guide), likelihood), guide
+    if likelihood in TABLES:
+        made = TABLES[likelihood][0]()
+        encoder_net = nets.TableEncoder(nets.MLP(5, [8]), [170.0, 2.0, 0.0], [10.0, 2.0, 1.0], [0, 0, 3])
+    else:
+        made = LIKELIHOODS[likelihood][0](DECODERS[decoder])
+        encoder_net = None if guide else ENCODERS[encoder]()
+    guide = GUIDES[guide]() if guide else guides.MeanFieldNormal(encoder_net, LATENT_DIM)
+    return pv.GenerativeModel(PRIORS[prior](guide), made), guide
+
+
+def draw(likelihood):
+    """Five data for that likelihood."""
+    return (LIKELIHOODS | TABLES)[likelihood][1]()

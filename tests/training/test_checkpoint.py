@@ -11,7 +11,7 @@ import sys
 import pyro
 import pytest
 import torch
-from shared.parts import LIKELIHOODS, build, combinations
+from shared.parts import build, combinations, draw
 from shared.runs import binary, make
 from torch import nn
 
@@ -36,7 +36,7 @@ def log_joint(model, guide, x):
 @pytest.mark.parametrize(("prior", "guide", "likelihood", "decoder", "encoder"), list(combinations()))
 def test_every_part_is_made_again(prior, guide, likelihood, decoder, encoder, tmp_path):
     model, guide_module = build(prior, guide, likelihood, decoder, encoder)
-    x = LIKELIHOODS[likelihood][1]()
+    x = draw(likelihood)
     with torch.no_grad():
         for parameter in [*model.parameters(), *guide_module.parameters()]:
             parameter += 0.01 * torch.randn_like(parameter)
