@@ -159,6 +159,7 @@ def main() -> None:
         epochs=options.epochs,
         batch_size=100,
         learning_rate=5e-3,
+        schedule=None,
         clip_norm=10.0,
         progress=show,
     )
