@@ -26,6 +26,16 @@ def evaluated(pair):
 ANNEALING = {"num_chains": 4, "num_temperatures": 3, "num_leapfrog_steps": 2}
 LONG = {
     "active_units": (lambda pair, **progress: pv.active_units(pair[1], X, **progress), {"active units"}),
+    "anneal_a_slice": (
+        lambda pair, **progress: pv.anneal_a_slice(
+            pair[0], pv.log_marginal_likelihood(*pair, X, num_particles=3), X, num_annealed=2, **ANNEALING, **progress
+        ),
+        {"annealing"},
+    ),
+    "sequential_monte_carlo": (
+        lambda pair, **progress: pv.sequential_monte_carlo(pair[0], X, num_populations=2, **ANNEALING, **progress),
+        {"annealing"},
+    ),
     "annealed_importance_sampling": (
         lambda pair, **progress: pv.annealed_importance_sampling(pair[0], X, **ANNEALING, **progress),
         {"annealing"},
@@ -49,6 +59,14 @@ LONG = {
         {"log weights"},
     ),
     "particles_for": (lambda pair, **progress: pv.particles_for(*pair, X, stderr=0.1, **progress), {"log weights"}),
+    "aggregate_posterior": (
+        lambda pair, **progress: pv.aggregate_posterior(*pair, X, **progress),
+        {"aggregate posterior"},
+    ),
+    "rate_distortion": (
+        lambda pair, **progress: pv.rate_distortion(pair[0], X, **ANNEALING, **progress),
+        {"annealing"},
+    ),
     "simulation_based_calibration": (
         lambda pair, **progress: pv.simulation_based_calibration(*pair, X, **progress),
         {"calibration"},
