@@ -255,6 +255,15 @@ class LogMarginalLikelihood:
         """Method of estimation: "importance sampling" or "annealed importance sampling"."""
         return "importance sampling" if self.acceptance is None else "annealed importance sampling"
 
+    def bits_per_dim(self, num_dims: int, *, bin_width: float = 1.0) -> Tensor:
+        """Return the code length in bits per dimension of the data (N,); see `pyrovae.estimators.bits_per_dim`.
+
+        Args:
+            num_dims: numbers in a datum
+            bin_width: width of a bin of discrete values in units of the data, 1/255 for bytes scaled to [0, 1]
+        """
+        return estimators.bits_per_dim(self.log_prob, num_dims, bin_width=bin_width)
+
     def share_of_bad_k(self, limit: float | None = None) -> float:
         """Return the share of data whose Pareto k is above `limit` (`pareto_k_limit` by default); NaN if k is unknown."""
         if self.pareto_k.isnan().all():

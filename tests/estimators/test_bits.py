@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import pyrovae as pv
 from pyrovae import likelihoods
 from pyrovae.estimators import bits_per_dim
 
@@ -51,3 +52,9 @@ def test_errors_of_bits():
     for width in (0.0, -1.0, math.nan, torch.ones(4)):
         with pytest.raises(ValueError, match="bin_width must be positive, one number or one for each of 3 dimensions"):
             bits_per_dim(torch.zeros(2), 3, bin_width=width)
+
+
+def test_it_is_a_number_of_the_result():
+    result = pv.LogMarginalLikelihood.from_log_weights(torch.randn(5, 3, dtype=torch.float64))
+    expected = bits_per_dim(result.log_prob, 12, bin_width=1 / 255)
+    assert torch.equal(result.bits_per_dim(12, bin_width=1 / 255), expected)
