@@ -94,6 +94,22 @@ def test_reports_of_older_files(digits_runs):
     assert shown.startswith(older.partition("active units")[0])
 
 
+@pytest.mark.slow
+def test_images_are_annealed_if_many_weights_cannot_be_trusted(tmp_path):
+    """25 particles of 30 latents: k is too high for many, and the report says what annealing finds."""
+    done = run(
+        *"--dataset digits --epochs 15 --num-particles 25 --latent-dim 30 --num-test 60 --quiet --out".split(), tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    test = json.loads((tmp_path / "metrics.json").read_text())["test"]
+    assert test["share_pareto_k_above_limit"] > 0.05
+    found = test["annealed"]
+    assert found["num_images"] == 10
+    assert found["log_marginal_likelihood"] == pytest.approx(test["log_marginal_likelihood"] + found["difference"])
+    for words in ("log p(x), part annealed", "10 images annealed", "drawn at random, finds"):
+        assert words in done.stdout
+
+
 def history_of(bounds, rates=None, kl=20.0):
     rates = rates or [1e-3] * len(bounds)
     rows = zip(bounds, rates, strict=True)
