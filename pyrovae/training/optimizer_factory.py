@@ -1,7 +1,8 @@
 """What `optimizer=` of `fit` may be, and the one torch optimizer that it makes over all parameters."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any
 
@@ -24,11 +25,13 @@ class OptimizerFactory:
     Attributes:
         function: makes a `torch.optim.Optimizer` of a list of parameters.
         described: class and settings in words, which must be the same when a run is resumed.
+        names: of the parameters, for messages.
         is_scheduled: whether a schedule scales the learning rates.
     """
 
     function: Callable[[list[Tensor]], Optimizer]
     described: str
+    names: Mapping[Tensor, str] = field(default_factory=dict)
     is_scheduled: bool = False
 
     @property
@@ -43,7 +46,7 @@ class OptimizerFactory:
             TypeError, ValueError: if the function makes no optimizer that `fit` can use, or one of other parameters.
         """
         made = self.function(parameters)
-        _check(made, parameters, self.is_scheduled)
+        _check(made, parameters, self.is_scheduled, self.names)
         for group in made.param_groups:
             if "lr" in group:
                 group.setdefault("initial_lr", group["lr"])
@@ -55,12 +58,12 @@ def fused_adam(learning_rate: float) -> OptimizerFactory:
     return OptimizerFactory(lambda parameters: torch.optim.Adam(parameters, lr=learning_rate, fused=True), _DEFAULT)
 
 
-def optimizer_factory(given: Any, parameters: list[Tensor], is_scheduled: bool) -> OptimizerFactory:
+def optimizer_factory(given: Any, names: Mapping[Tensor, str], is_scheduled: bool) -> OptimizerFactory:
     """Check what `optimizer=` was given.
 
     Args:
         given: a function from a list of parameters to a `torch.optim.Optimizer`, or a wrapper of `pyro.optim`.
-        parameters: those of the modules, to make an optimizer of once, as a check.
+        names: the parameters of the modules with their names. An optimizer of them is made once, as a check.
         is_scheduled: whether a schedule scales the learning rates.
 
     Raises:
@@ -72,23 +75,21 @@ def optimizer_factory(given: Any, parameters: list[Tensor], is_scheduled: bool) 
             f"made already: give functools.partial(torch.optim.{type(given).__name__}, lr=...)"
         )
     if isinstance(given, pyro.optim.PyroOptim):
-        function, described = _unwrapped(given)
-        if callable(given.pt_optim_args):  # of names, which Pyro's store has after the first step
-            return OptimizerFactory(function, described, is_scheduled)
+        function = _unwrapped(given, names)
     elif callable(given):
-        function, described = given, describe_callable(given)
+        function = given
     else:
         raise TypeError(
             f"optimizer must be a function that makes a torch.optim.Optimizer of a list of parameters, as "
             f"functools.partial(torch.optim.AdamW, lr=1e-3), or a wrapper such as pyro.optim.Adam({{'lr': 1e-3}}); found {given!r}"
         )
-    factory = OptimizerFactory(function, described, is_scheduled)
-    if not parameters:  # all are made by pyro.param in the first step
+    factory = OptimizerFactory(function, describe_callable(given), names, is_scheduled)
+    if not names:  # all parameters are made by pyro.param in the first step
         return factory
-    return OptimizerFactory(function, _described(factory(parameters)), is_scheduled)
+    return replace(factory, described=_described(factory(list(names))))
 
 
-def _unwrapped(wrapper: pyro.optim.PyroOptim) -> tuple[Callable[[list[Tensor]], Optimizer], str]:
+def _unwrapped(wrapper: pyro.optim.PyroOptim, names: Mapping[Tensor, str]) -> Callable[[list[Tensor]], Optimizer]:
     """A factory of one optimizer over all parameters from a wrapper, which would make one of each."""
     name = type(wrapper).__name__
     if isinstance(wrapper, pyro.optim.PyroLRScheduler):
@@ -108,25 +109,38 @@ def _unwrapped(wrapper: pyro.optim.PyroOptim) -> tuple[Callable[[list[Tensor]], 
     make: Any = wrapper.pt_optim_constructor
     arguments = wrapper.pt_optim_args
     if isinstance(arguments, dict):
-        return lambda parameters: make(parameters, **arguments), describe_callable(make)
+        return partial(_made, make, arguments)
+    if wrapper.pt_optim_args_argc != 1:
+        raise TypeError(
+            f"found optimizer={name} with arguments from a function of {wrapper.pt_optim_args_argc} arguments: give a function of one, "
+            f"the name of a parameter"
+        )
 
     def grouped(parameters: list[Tensor]) -> Optimizer:
-        groups: list[dict[str, Any]] = []
+        groups: list[tuple[dict[str, Any], list[Tensor]]] = []
         for parameter in parameters:
-            own = wrapper._get_optim_args(parameter)
-            for group in groups:
-                if {name: value for name, value in group.items() if name != "params"} == own:
-                    group["params"].append(parameter)
-                    break
-            else:
-                groups.append({**own, "params": [parameter]})
-        made: Optimizer = make(groups)
-        return made
+            own = arguments(_name(parameter, names))
+            members = next((members for of, members in groups if of == own), None)
+            if members is None:
+                groups.append((own, members := []))
+            members.append(parameter)
+        return _made(make, {}, [{**own, "params": members} for own, members in groups])
 
-    return grouped, f"{describe_callable(make)} with the arguments of {describe_callable(arguments)}"
+    return grouped
 
 
-def _check(made: Any, parameters: list[Tensor], is_scheduled: bool) -> None:
+def _made(make: Any, arguments: dict[str, Any], parameters: list[Any]) -> Optimizer:
+    made: Optimizer = make(parameters, **arguments)
+    return made
+
+
+def _name(parameter: Tensor, names: Mapping[Tensor, str]) -> str:
+    """The name in Pyro's store, as `pyro.optim` gives it to a function of names; otherwise the one in the module."""
+    name = pyro.get_param_store().param_name(parameter)
+    return name.replace("$$$", ".") if name else names.get(parameter, f"one of shape {tuple(parameter.shape)}")
+
+
+def _check(made: Any, parameters: list[Tensor], is_scheduled: bool, names: Mapping[Tensor, str]) -> None:
     name = type(made).__name__
     if not isinstance(made, Optimizer):
         raise TypeError(f"optimizer must make a torch.optim.Optimizer of a list of parameters, and made {made!r}")
@@ -139,12 +153,12 @@ def _check(made: Any, parameters: list[Tensor], is_scheduled: bool) -> None:
     held = {parameter for group in made.param_groups for parameter in group["params"]}
     if missing := [parameter for parameter in parameters if parameter not in held]:
         raise ValueError(
-            f"optimizer made {name} without {len(missing)} of {len(parameters)} parameters ({_names(missing)}): put each one that "
+            f"optimizer made {name} without {len(missing)} of {len(parameters)} parameters ({_shown(missing, names)}): put each one that "
             f"it is given into a group; to leave one as it is, requires_grad_(False) on it, or a group of lr=0"
         )
     if strange := held.difference(parameters):
         raise ValueError(
-            f"optimizer made {name} with {len(strange)} parameters that it was not given ({_names(list(strange))}): make it of the "
+            f"optimizer made {name} with {len(strange)} parameters that it was not given ({_shown(list(strange), names)}): make it of the "
             f"list of its argument"
         )
     if is_scheduled and any("lr" not in group for group in made.param_groups):
@@ -156,10 +170,8 @@ def _check(made: Any, parameters: list[Tensor], is_scheduled: bool) -> None:
         )
 
 
-def _names(parameters: list[Tensor]) -> str:
-    store = pyro.get_param_store()
-    names = [store.param_name(p) or f"one of shape {tuple(p.shape)}" for p in parameters]
-    return ", ".join(name.replace("$$$", ".") for name in names[:3]) + (", ..." if len(names) > 3 else "")
+def _shown(parameters: list[Tensor], names: Mapping[Tensor, str]) -> str:
+    return ", ".join(_name(p, names) for p in parameters[:3]) + (", ..." if len(parameters) > 3 else "")
 
 
 def _described(optimizer: Optimizer) -> str:

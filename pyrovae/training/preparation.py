@@ -223,8 +223,11 @@ def _optimizer(modules: Sequence[nn.Module], options: Options) -> OneOptimizer:
     if options.optimizer is None:
         factory = fused_adam(options.learning_rate or DEFAULT_RATE)
     else:
-        trained = [p for p in dict.fromkeys(parameters) if p.requires_grad]
-        factory = optimizer_factory(options.optimizer, trained, is_scheduled=options.schedule is not None)
+        names: dict[Tensor, str] = {}
+        for name, parameter in (pair for module in modules for pair in module.named_parameters()):
+            if parameter.requires_grad:
+                names.setdefault(parameter, name)
+        factory = optimizer_factory(options.optimizer, names, is_scheduled=options.schedule is not None)
     return OneOptimizer(
         parameters,
         clip_norm=options.clip_norm,
