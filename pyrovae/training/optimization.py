@@ -150,7 +150,7 @@ class OneOptimizer(pyro.optim.PyroOptim):
         factor: factor of each group's learning rate at the next step.
         is_scaled: whether gradients are those of all data, scaled up from a batch: several are then averaged, weighted by
             `num_rows`; otherwise they are those of the batch's own data, and added up.
-        num_rows: number of data of the next call.
+        num_rows: number of data of the next call, in this process.
 
     References:
         Kingma & Ba, Adam: A Method for Stochastic Optimization (2015).
@@ -276,7 +276,7 @@ class OneOptimizer(pyro.optim.PyroOptim):
 
     def _collect(self) -> None:
         """Add the gradients to those that wait for `make_step`, unless the sum would not be finite."""
-        weight = self.num_rows if self.is_scaled else 1
+        weight = distributed.sums(self.num_rows)[0] if self.is_scaled else 1.0
         there = self._pending
         sums = {p: weight * p.grad + there.get(p, 0) for p in self.parameters if p.grad is not None}
         self._judge(nn.utils.get_total_norm(list(sums.values())))
