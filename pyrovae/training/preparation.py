@@ -25,9 +25,9 @@ from pyrovae.training.losses import check_loss
 from pyrovae.training.optimization import OneOptimizer, Schedule, schedule_message
 from pyrovae.training.optimizer_factory import fused_adam, optimizer_factory
 
-DEFAULT_RATE = 1e-3  # of Adam
-
 __all__ = ["Options", "Run", "pick_device", "prepare", "put_back"]
+
+_RATE = 1e-3  # of Adam
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Options:
             self,
             epochs=int(self.epochs),
             batch_size=None if self.batch_size is None else int(self.batch_size),
-            learning_rate=None if self.optimizer is not None else float(self.learning_rate or DEFAULT_RATE),
+            learning_rate=None if self.optimizer is not None else float(self.learning_rate or _RATE),
             accumulate=int(self.accumulate),
             average=None if self.average is None else float(self.average),
             patience=None if self.patience is None else int(self.patience),
@@ -221,7 +221,7 @@ def prepare(model: Program, guide: Program, train: Any, validation: Tensor | Non
 def _optimizer(modules: Sequence[nn.Module], options: Options) -> OneOptimizer:
     parameters: list[Tensor] = [p for module in modules for p in module.parameters()]
     if options.optimizer is None:
-        factory = fused_adam(options.learning_rate or DEFAULT_RATE)
+        factory = fused_adam(options.learning_rate or _RATE)
     else:
         names: dict[Tensor, str] = {}
         for name, parameter in (pair for module in modules for pair in module.named_parameters()):
