@@ -402,6 +402,38 @@ TRAINING = [
         "pass",
         in_file("training/test_skipped_steps.py", "running_means_do_not_see_a_skipped_step"),
     ),
+    Mutation(
+        "optimizers: a step that is not finite is made by those that do not skip it themselves",
+        "training/optimization.py",
+        "elif is_made:",
+        "else:",
+        in_file(
+            "training/test_optimizers.py",
+            "a_skipped_step_leaves_parameters_and_state_untouched",
+            "a_first_step_that_is_skipped_makes_no_state",
+        ),
+    ),
+    Mutation(
+        "accumulate: gradients scaled up to all data are added, not averaged",
+        "training/optimization.py",
+        "gradient / self._weight if self.is_scaled else gradient",
+        "gradient",
+        in_file("training/test_averaging.py", "batches_together_are_one_larger_batch"),
+    ),
+    Mutation(
+        "average: without its normalisation, so that the first steps weigh too little",
+        "training/averaging.py",
+        "(1 - self.decay) / (1 - self.decay**self.num_steps)",
+        "torch.full_like(self.num_steps, 1 - self.decay)",
+        in_file("training/test_averaging.py", "the_average_is_the_weighted_mean_of_the_steps"),
+    ),
+    Mutation(
+        "callback: its draws change the numbers of the run",
+        "training/callbacks.py",
+        "    set_random_state(random, state.device)\n",
+        "",
+        in_file("training/test_callbacks.py", "a_callback_that_draws_and_evaluates_changes_no_number"),
+    ),
 ]
 
 ANNEALING = [

@@ -1,4 +1,4 @@
-"""Pages on bounds, reproducibility, parts of your own, benchmarks, other libraries, the architecture, and what is written by hand."""
+"""Pages on bounds, training, reproducibility, parts of your own, benchmarks, other libraries, the architecture, and what is written by hand."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ __all__: list[str] = []
 
 PAGES = (
     "bounds.md",
+    "training.md",
     "reproducibility.md",
     "own_parts.md",
     "benchmarks.md",

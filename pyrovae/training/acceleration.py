@@ -17,7 +17,7 @@ from pyrovae.objectives.base import Parts
 from pyrovae.programs.traces import Program
 from pyrovae.training.batches import arguments_of
 from pyrovae.training.losses import has_surrogate, surrogate
-from pyrovae.training.optimization import OneAdam
+from pyrovae.training.optimization import OneOptimizer
 
 __all__ = ["PRECISIONS", "RecordedStep", "in_precision", "record_step", "step_pays_off"]
 
@@ -37,7 +37,7 @@ def record_step(
     model: Program,
     guide: Program,
     loss: ELBO,
-    optimizer: OneAdam,
+    optimizer: OneOptimizer,
     modules: Sequence[nn.Module],
     transform: Callable[[Tensor], Tensor] | None,
     train: Tensor,
@@ -63,7 +63,7 @@ class RecordedStep:
         advance: function that tells the objective that a step was made, or None.
     """
 
-    def __init__(self, recording: Recording, optimizer: OneAdam, advance: Callable[[], None] | None):
+    def __init__(self, recording: Recording, optimizer: OneOptimizer, advance: Callable[[], None] | None):
         self.recording, self.optimizer, self.advance = recording, optimizer, advance
         self.parameters = recording.parameters
 

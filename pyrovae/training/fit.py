@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO
+from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,6 +20,7 @@ from pyrovae.common import distributed
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import plain_errors
 from pyrovae.programs.traces import Program
+from pyrovae.training.callbacks import Callback, call
 from pyrovae.training.losses import bound_name, elbo_of, validate
 from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.optimization import cosine_schedule
@@ -43,7 +46,7 @@ class FitResult:
             not finite (`max_skipped_steps`); their data do not enter the means.
         best_epoch: epoch whose state the model and guide now have: the best on the validation data, or the last epoch
             without validation data.
-        num_steps: steps of all epochs.
+        num_steps: steps of the optimizer in all epochs.
         seconds: wall time, including validation.
         device: device of the training.
         num_skipped_steps: skipped steps of all epochs.
@@ -57,6 +60,18 @@ class FitResult:
     device: torch.device
     num_skipped_steps: int = 0
     bound: str = "ELBO"
+
+    def to_pandas(self) -> Any:
+        """The history as a `pandas.DataFrame`, indexed by the epoch.
+
+        Example:
+            >>> result = FitResult([{"epoch": 1, "elbo": -3.0}, {"epoch": 2, "elbo": -2.5}], 2, 8, 0.1, torch.device("cpu"))
+            >>> result.to_pandas()["elbo"].idxmax()
+            2
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.history).set_index("epoch")
 
     def __repr__(self) -> str:
         last = self.history[self.best_epoch - 1]
@@ -75,13 +90,18 @@ def fit(
     *,
     epochs: int = 30,
     batch_size: int | None = None,
-    learning_rate: float = 1e-3,
-    schedule: Callable[[float], float] | None = cosine_schedule,
     loss: ELBO | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
     validation: Tensor | None = None,
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | PyroOptim | None = None,
+    learning_rate: float | None = None,
+    schedule: Callable[[float], float] | None = cosine_schedule,
     clip_norm: float | None = None,
+    accumulate: int = 1,
+    average: float | None = None,
     max_skipped_steps: int = 0,
+    patience: int | None = None,
+    callback: Callback | None = None,
     compile: bool | Literal["auto"] = "auto",
     precision: Literal["float32", "bf16"] = "float32",
     checkpoint: str | os.PathLike | None = None,
@@ -119,21 +139,41 @@ def fit(
         epochs: passes over the data.
         batch_size: 200 by default; leave it out with a loader, which has its own. A single leftover datum joins the
             batch before it.
-        learning_rate: learning rate of Adam.
-        schedule: function from the fraction of training done to a factor of the learning rate; None for a constant
-            rate.
         loss: any `pyro.infer.ELBO`; `Trace_ELBO()` by default.
         transform: applied to each batch, on the device, at every use (`data.binarize` gives dynamic binarisation). If
             the batches of a loader have several items, it gets all of them: `lambda batch: batch[0]` drops labels.
         validation: data whose bound is measured after each epoch with the same noise; the state of the best epoch is
             kept. The bound is the one-particle ELBO, or the importance-weighted bound if an objective of
             `pyrovae.objectives` trains that, or the loss itself if it sums latents out (`TraceEnum_ELBO`).
-        clip_norm: largest global gradient norm.
+        optimizer: function that makes a `torch.optim.Optimizer` of a list of parameters, for example
+            `functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=1e-2)`, or a wrapper such as
+            `pyro.optim.RMSprop({"lr": 1e-3})`, of which one optimizer over all parameters is made. A fused Adam by
+            default. For groups, the function makes an optimizer of several, from the parameters that it is given: they
+            are those of the modules, so that `set(model.parameters())` tells which are the model's. On a GPU, every
+            optimizer but torch's fused Adam and AdamW waits for the device once a step.
+        learning_rate: learning rate of the default optimizer, 1e-3 by default; any other has its own.
+        schedule: function from the fraction of training done to a factor of each group's learning rate; None for
+            constant rates.
+        clip_norm: largest global gradient norm, of any optimizer.
+        accumulate: number of batches whose gradients make one step, as if they were one batch: gradients of sums over
+            the batch are added, and those scaled up to all data (a subsampled plate) averaged. An epoch may end with
+            a step of fewer. A batch that is not finite does not enter. Normalisation by batch, and the steps of a KL
+            warm-up, remain by batch.
+        average: decay of an exponential moving average of the weights, 0.999 for example, between 0 and 1. After t
+            steps, those of step i weigh average^(t - i), divided by the sum of these. Training continues from
+            the weights themselves; validation measures the averages, and the returned model and guide have them. Buffers
+            are not averaged.
         max_skipped_steps: number of steps with a NaN or infinite loss or gradient that the run may skip. A skipped step
             changes neither parameters nor buffers, its data do not enter the history, and the log (logger "pyrovae")
             names site and data. One more stops the run, and so does the end of an epoch if no step was made so far.
+            With `accumulate`, each batch counts as a step here.
             This is for rare accidents, because data that fail every time are in effect left out of training. With
             several processes, a distribution that rejects its data stops the run.
+        patience: stop after this many epochs without a better validation bound, also across a resume.
+        callback: called after each epoch with a `pyrovae.training.callbacks.Progress` (`.row`, `.history`, `.epoch`,
+            `.model`, `.guide`, `.optimizer`, `.best_epoch`); True stops the run, which then ends as usual. What it draws
+            leaves the run's random numbers as they are. If it raises, the checkpoint keeps the epoch, and a resume starts
+            with the next. Every process calls it, and one may stop all.
         compile: record the step (see `pyrovae.compiled.record`) and compile it with Inductor: same noise, same numbers
             up to rounding, a quarter faster on a CPU. "auto" does so if model and guide consist of parts of this
             library and the run is long enough to recover the compilation time. The first epoch always runs eagerly,
@@ -145,7 +185,10 @@ def fit(
         checkpoint_every: write the checkpoint at the end of an epoch if this many seconds have passed since the last
             one (0: after every epoch), and after the last epoch.
         resume: resume the run in `checkpoint`, or start it if there is none. On a CPU, with the same versions and
-            number of threads, the numbers are bit for bit those of an uninterrupted run.
+            number of threads, the numbers are bit for bit those of an uninterrupted run. A run that has ended, also by its
+            callback, is returned again; with more `epochs` than before it continues from its last epoch, with the schedule
+            as a function of the fraction of the new total (with None, as one long run). `patience` and `callback` may
+            change.
         device: "auto" takes CUDA if there is a GPU, else the CPU.
         progress: show a progress bar.
 
@@ -168,8 +211,13 @@ def fit(
     options = Options(
         epochs=epochs,
         batch_size=batch_size,
+        optimizer=optimizer,
         learning_rate=learning_rate,
         schedule=schedule,
+        accumulate=accumulate,
+        average=average,
+        patience=patience,
+        callback=callback,
         loss=loss,
         transform=transform,
         clip_norm=clip_norm,
@@ -190,11 +238,11 @@ def fit(
         _without_warnings_of_nan(),
         plain_errors(),
     ):
-        _train(run, state, file, bar)
+        _train(run, options, state, file, bar)
     return FitResult(
         history=state.history,
-        best_epoch=state.best_epoch or run.epochs,
-        num_steps=run.num_steps,
+        best_epoch=state.best_epoch or len(state.history),
+        num_steps=len(state.history) * run.steps_per_epoch,
         seconds=state.seconds,
         device=run.device,
         num_skipped_steps=state.num_skipped_steps,
@@ -210,18 +258,21 @@ def _place(options: Options) -> tuple[str | os.PathLike | None, bool, float]:
 def _settings(run: Run, options: Options, train: Tensor | DataLoader, validation: Tensor | None) -> dict[str, Any]:
     """What must be the same when the run is resumed."""
     settings = {
+        "optimizer": run.optimizer.factory.described,
         "epochs": options.epochs,
         "batch_size": run.batches.batch_size,
         "learning_rate": options.learning_rate,
         "clip_norm": options.clip_norm,
         "precision": options.precision,
+        "accumulate": options.accumulate,
+        "average": options.average,
     }
     if options.checkpoint is not None:
         settings |= settings_of(train, validation, run.loss, options.transform, options.schedule)
     return settings
 
 
-def _train(run: Run, state: TrainingState, file: RunFile | None, bar: Any) -> None:
+def _train(run: Run, options: Options, state: TrainingState, file: RunFile | None, bar: Any) -> None:
     """Run the epochs that are left, and leave the programs in the state of the best one."""
     steps = Steps(run)
     if file is not None and (saved := file.found()) is not None:
@@ -233,17 +284,32 @@ def _train(run: Run, state: TrainingState, file: RunFile | None, bar: Any) -> No
     if file is not None and not state.history:
         file.save(state, good)
     start = time.perf_counter() - state.seconds
+    is_finished = partial(state.is_finished, run.epochs, options.patience)
     try:
-        for number in range(len(state.history) + 1, run.epochs + 1):
-            state.finish_epoch(_epoch(run, steps, state, number, start, bar))
+        while not is_finished():
+            state.finish_epoch(_epoch(run, steps, state, len(state.history) + 1, start, bar))
             bar.set_postfix(_shown(state.history[-1], run))
             good = state.capture()
+            if options.callback is not None:
+                _call(options.callback, run, state, file, good)
+                good = state.capture()
             if file is not None:
-                file.save_when_due(state, good, is_last=number == run.epochs)
+                file.save_when_due(state, good, is_last=is_finished())
     except (KeyboardInterrupt, NotFiniteError) as stop:
         _end(stop, file, state, good)
         raise
     state.take_best()
+
+
+def _call(callback: Callback, run: Run, state: TrainingState, file: RunFile | None, good: dict[str, Any]) -> None:
+    """Call the callback; if it fails, save the state of the epoch before."""
+    try:
+        if call(callback, run.model, run.guide, state):
+            state.stopped_of = run.epochs
+    except Exception:
+        if file is not None:
+            file.save(state, good)
+        raise
 
 
 def _epoch(run: Run, steps: Steps, state: TrainingState, number: int, start: float, bar: Any) -> dict[str, float]:
@@ -252,7 +318,8 @@ def _epoch(run: Run, steps: Steps, state: TrainingState, number: int, start: flo
     sums = steps.epoch(number, state.full_size, bar.update)
     state.full_size = sums.full_size
     seconds = time.perf_counter() - epoch_start
-    validated = validate(run.model, run.guide, run.validation, run.loss, run.batches.batch_size)
+    with state.averaged():
+        validated = validate(run.model, run.guide, run.validation, run.loss, run.batches.batch_size)
     bar.total = run.epochs * sums.num_rows  # a loader may give another number of data than its length says
     elbo, reconstruction, kl = sums.means()
     objective = sums.objective / sums.num_data if sums.num_data else math.nan

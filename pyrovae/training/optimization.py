@@ -1,7 +1,7 @@
 """The optimizer of a run, its learning rate, and which steps it skips because their numbers are not finite."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from pyrovae.common import distributed
 from pyrovae.compiled.compiler import import_compiler
+from pyrovae.training.averaging import Average
+from pyrovae.training.optimizer_factory import OptimizerFactory, fused_adam
 
-__all__ = ["OneAdam", "Schedule", "StepGuard", "cosine_schedule", "make_optimizer", "schedule_message"]
+__all__ = ["OneOptimizer", "Schedule", "StepGuard", "cosine_schedule", "schedule_message"]
 
 
 def cosine_schedule(fraction: float) -> float:
@@ -37,14 +39,12 @@ def cosine_schedule(fraction: float) -> float:
 
 
 class Schedule(NamedTuple):
-    """The learning rate as a function of the fraction of training done.
+    """The factor of the learning rates as a function of the fraction of training done.
 
     Attributes:
-        learning_rate: the rate at factor 1.
-        shape: function from the fraction to a factor; None for a constant rate.
+        shape: function from the fraction to a factor; None for constant rates.
     """
 
-    learning_rate: float
     shape: Callable[[float], float] | None
 
     def __call__(self, done: float) -> float:
@@ -58,7 +58,7 @@ class Schedule(NamedTuple):
                 f"schedule gives {factor:g} at the fraction {done:.3g} of the training: a factor of the learning rate must be "
                 f"0 or more, and finite"
             )
-        return self.learning_rate * factor
+        return factor
 
 
 def schedule_message(schedule: Any, problem: str) -> str:
@@ -122,97 +122,198 @@ class StepGuard(nn.Module):
         self.num_skipped.fill_(num_skipped)
 
 
-class OneAdam(pyro.optim.PyroOptim):
-    """One fused Adam over all parameters, as a Pyro optimizer for `SVI`.
+class OneOptimizer(pyro.optim.PyroOptim):
+    """One torch optimizer over all parameters, as a Pyro optimizer for `SVI`; by default a fused Adam.
 
     `pyro.optim.Adam` makes one optimizer per parameter, which is slower and clips each gradient separately; here
-    `clip_norm` bounds the global norm. `learning_rate` may be set at any step. Parameters join when `SVI` first passes
-    them, in the order of `parameters`, so that sums over them are the same in every run.
+    `clip_norm` bounds the global norm. Parameters join when `SVI` first passes them, in the order of `parameters`, so
+    that sums over them are the same in every run.
+
+    A step whose gradient or loss (`watch`) is not finite changes neither parameters nor the optimizer's state. torch's own
+    fused Adam and AdamW skip it on the device; before the step of any other optimizer, the host reads whether it is
+    made, which on a GPU waits for the device.
 
     Args:
         parameters: parameters in their order.
-        learning_rate: learning rate.
+        learning_rate: learning rate of the default.
         clip_norm: largest global gradient norm; None for no clipping.
-        max_skipped: a step whose gradient or loss (`watch`) is not finite changes nothing. This many such steps are
-            skipped; after one more, no step changes anything. `guard` keeps this count on the device, without
-            waiting for the host.
+        max_skipped: this many steps that are not finite are skipped; after one more, no step changes anything. `guard`
+            keeps this count on the device, without waiting for the host.
+        factory: makes the optimizer; None for a fused Adam.
+        accumulate: number of calls whose gradients make a step, by `make_step`. One that is not finite does not enter.
+        average: decay of the moving average of the parameters; None for no average.
+
+    Attributes:
+        inner: the torch optimizer; None before the first call.
+        parameters: the parameters that have joined, group by group.
+        is_default: whether it is a fused Adam that makes a step at each call, without an average.
+        factor: factor of each group's learning rate at the next step.
+        is_scaled: whether gradients are those of all data, scaled up from a batch: several are then averaged, weighted by
+            `num_rows`; otherwise they are those of the batch's own data, and added up.
+        num_rows: number of data of the next call, in this process.
 
     References:
         Kingma & Ba, Adam: A Method for Stochastic Optimization (2015).
     """
 
     def __init__(
-        self, parameters: list[Tensor], learning_rate: float, clip_norm: float | None = None, max_skipped: int = 0
+        self,
+        parameters: list[Tensor],
+        learning_rate: float = 1e-3,
+        clip_norm: float | None = None,
+        max_skipped: int = 0,
+        factory: OptimizerFactory | None = None,
+        accumulate: int = 1,
+        average: float | None = None,
     ):
         import_compiler()
         super().__init__(torch.optim.Adam, {"lr": learning_rate})
-        self.learning_rate, self.clip_norm = learning_rate, clip_norm
+        self.factory = fused_adam(learning_rate) if factory is None else factory
+        self.is_default = self.factory.is_default and accumulate == 1 and average is None
+        self.clip_norm, self.accumulate = clip_norm, accumulate
         self.order = {parameter: rank for rank, parameter in enumerate(dict.fromkeys(parameters))}
-        self.adam: torch.optim.Adam | None = None
+        self.inner: torch.optim.Optimizer | None = None
         self.parameters: list[Tensor] = []
+        self.factor, self.is_scaled, self.num_rows = 1.0, False, 1
         device = parameters[0].device if parameters else None
         self.guard = StepGuard(max_skipped, device)
+        self.average = None if average is None else Average(average, device)
         self._watched = torch.zeros((), device=device)
+        self._moved = torch.zeros((), dtype=torch.bool, device=device)
+        self._pending: dict[Tensor, Tensor] = {}
+        self._weight = torch.zeros((), device=device)  # of the calls in `_pending`
 
     @property
     def has_moved(self) -> bool:
         """Whether any step was made; skipped steps do not count."""
-        return self.adam is not None and any(state["step"] > 0 for state in self.adam.state.values())
+        return bool(self._moved)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the first group; NaN if it has none."""
+        if self.inner is None:
+            return math.nan
+        return float(self.inner.param_groups[0].get("initial_lr", math.nan)) * self.factor
 
     def watch(self, loss: Tensor) -> None:
         """Skip the next step if this loss is not finite."""
         self._watched.copy_(loss)
 
-    def restore(self, parameters: list[Tensor], state: dict[str, Any] | None) -> None:
-        """Continue with these parameters from the `state_dict` of an `adam` over as many, or from the start if it is None."""
-        self.parameters, self.adam = list(parameters), None
+    def restore(self, parameters: list[Tensor], state: dict[str, Any] | None, has_moved: bool = False) -> None:
+        """Continue with these parameters from the `state_dict` of an `inner` over as many, or from the start if it is None."""
+        self.parameters, self.inner = list(parameters), None
         self.guard.restart()
+        self._moved.fill_(has_moved)
+        self._drop_pending()
+        if self.average is not None:
+            self.average.values.clear()
+            self.average.num_steps.zero_()
         if state is not None:
+            # Made of all parameters for its class, then given the groups that parameters joined in.
+            self.inner = self.factory(self.parameters)
+            self.inner.param_groups.clear()
+            self.inner.state.clear()
             remaining = iter(parameters)
-            groups = [[next(remaining) for _ in group["params"]] for group in state["param_groups"]]
-            self.adam = torch.optim.Adam([{"params": group} for group in groups], lr=self.learning_rate, fused=True)
-            self.adam.load_state_dict(state)
-            for parameter, moments in self.adam.state.items():
-                moments.update({name: _laid_out(moments[name], parameter) for name in ("exp_avg", "exp_avg_sq")})
+            for group in state["param_groups"]:
+                self.inner.add_param_group({"params": [next(remaining) for _ in group["params"]]})
+            self.inner.load_state_dict(state)
+            for group in self.inner.param_groups:
+                if "lr" in group:  # files of earlier versions lack the other
+                    group.setdefault("initial_lr", self.inner.defaults["lr"])
+            for parameter, kept in self.inner.state.items():
+                for name, value in kept.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
+                        kept[name] = _laid_out(value, parameter)
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self._join(params)
+        distributed.sum_gradients(self.parameters, self._watched)
+        if self.accumulate > 1:
+            self._collect()
+        else:
+            self._judge(self._clipped())
+            self._step(self.guard.was_made)
+
+    def make_step(self) -> None:
+        """Make the step of the gradients collected, if there are any: the mean over their data, as of one larger batch."""
+        if self._pending:
+            for parameter, gradient in self._pending.items():
+                parameter.grad = gradient / self._weight if self.is_scaled else gradient
+            self._clipped()
+            self._step((self._weight > 0) & self.guard.is_running)
+            self._drop_pending()
+
+    def _join(self, params: Any) -> None:
         known = set(self.parameters)
         if new := [parameter for parameter in params if parameter not in known]:
             store = pyro.get_param_store()
             _refuse_gaps(new, store)
             new.sort(key=lambda p: (self.order.get(p, len(self.order)), store.param_name(p) or ""))
-            self.parameters += new
-            if self.adam is None:
-                self.adam = torch.optim.Adam(new, lr=self.learning_rate, fused=True)
+            made = self.factory(new)
+            if self.inner is None:
+                self.inner = made
             else:
-                self.adam.add_param_group({"params": new})
-        if self.adam is None:
+                for group in made.param_groups:
+                    self.inner.add_param_group(group)
+                self.inner.state.update(made.state)
+            self.parameters = [parameter for group in self.inner.param_groups for parameter in group["params"]]
+            if self.average is not None:
+                self.average.join(new)
+        if self.inner is None:
             raise ValueError(
                 "the programs have no parameters to train: a plain nn.Module needs pyro.module(name, module)"
             )
-        for group in self.adam.param_groups:
-            group["lr"] = self.learning_rate
-        distributed.sum_gradients(self.parameters, self._watched)
+
+    def _clipped(self) -> Tensor:
+        """The norm of all gradients, which are then clipped."""
         if self.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            return nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def _judge(self, norm: Tensor) -> None:
         self.guard((norm + self._watched).isfinite())
         self._watched.zero_()
-        # The fused step asks for it on the device, as in mixed precision.
-        self.adam.found_inf = (~self.guard.was_made).float()  # type: ignore[attr-defined]  # set by torch's scaler, too
+
+    def _collect(self) -> None:
+        """Add the gradients to those that wait for `make_step`, unless the sum would not be finite."""
+        weight = distributed.sums(self.num_rows)[0] if self.is_scaled else 1.0
+        there = self._pending
+        sums = {p: weight * p.grad + there.get(p, 0) for p in self.parameters if p.grad is not None}
+        self._judge(nn.utils.get_total_norm(list(sums.values())))
+        for parameter, total in sums.items():
+            before = there.get(parameter, torch.zeros((), dtype=total.dtype, device=total.device))
+            there[parameter] = torch.where(self.guard.was_made, total, before)
+            parameter.grad = None
+        self._weight += self.guard.was_made * weight
+
+    def _drop_pending(self) -> None:
+        self._pending.clear()
+        self._weight.zero_()
+
+    def _step(self, is_made: Tensor) -> None:
+        inner: Any = self.inner
+        for group in inner.param_groups:
+            if "initial_lr" in group:
+                group["lr"] = group["initial_lr"] * self.factor
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad = _laid_out(parameter.grad, parameter)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros
+        if _skips_on_device(inner):
+            inner.found_inf = (~is_made).float()  # set by torch's scaler, too, in mixed precision
+            inner.step()
+        elif is_made:
+            inner.step()
+        inner.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros
+        self._moved |= is_made
+        if self.average is not None:
+            self.average.update(is_made)
 
 
-def make_optimizer(
-    modules: Iterable[nn.Module], learning_rate: float, clip_norm: float | None, max_skipped: int
-) -> OneAdam:
-    """Make the optimizer of a run over all parameters of the modules."""
-    return OneAdam([p for module in modules for p in module.parameters()], learning_rate, clip_norm, max_skipped)
+def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's step changes nothing at all if its `found_inf` is 1."""
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(
+        group.get("fused") for group in optimizer.param_groups
+    )
 
 
 def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -20,10 +20,14 @@ from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.training.acceleration import PRECISIONS, in_precision, step_pays_off
 from pyrovae.training.batches import Batches, batches_of, check_data
+from pyrovae.training.callbacks import Callback
 from pyrovae.training.losses import check_loss
-from pyrovae.training.optimization import OneAdam, Schedule, make_optimizer, schedule_message
+from pyrovae.training.optimization import OneOptimizer, Schedule, schedule_message
+from pyrovae.training.optimizer_factory import fused_adam, optimizer_factory
 
 __all__ = ["Options", "Run", "pick_device", "prepare", "put_back"]
+
+_RATE = 1e-3  # of Adam
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,13 @@ class Options:
 
     epochs: int
     batch_size: int | None
-    learning_rate: float
+    optimizer: Any
+    learning_rate: float | None
     schedule: Callable[[float], float] | None
+    accumulate: int
+    average: float | None
+    patience: int | None
+    callback: Callback | None
     loss: ELBO | None
     transform: Callable[[Any], Tensor] | None
     clip_norm: float | None
@@ -56,7 +65,7 @@ class Options:
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
         check_count("max_skipped_steps", self.max_skipped_steps, least=0)
-        _check_positive("learning_rate", self.learning_rate)
+        self._check_optimizer()
         if self.clip_norm is not None:
             _check_positive("clip_norm", self.clip_norm)
         if self.transform is not None and not callable(self.transform):
@@ -72,12 +81,36 @@ class Options:
             self,
             epochs=int(self.epochs),
             batch_size=None if self.batch_size is None else int(self.batch_size),
-            learning_rate=float(self.learning_rate),
+            learning_rate=None if self.optimizer is not None else float(self.learning_rate or _RATE),
+            accumulate=int(self.accumulate),
+            average=None if self.average is None else float(self.average),
+            patience=None if self.patience is None else int(self.patience),
             clip_norm=None if self.clip_norm is None else float(self.clip_norm),
             max_skipped_steps=int(self.max_skipped_steps),
             loss=check_loss(self.loss),
             device=pick_device(self.device),
         )
+
+    def _check_optimizer(self) -> None:
+        if self.learning_rate is not None:
+            if self.optimizer is not None:
+                raise ValueError(
+                    f"found learning_rate={self.learning_rate} beside optimizer=, which has a rate of its own: give it there, "
+                    f"optimizer=functools.partial(torch.optim.AdamW, lr={self.learning_rate})"
+                )
+            _check_positive("learning_rate", self.learning_rate)
+        check_count("accumulate", self.accumulate)
+        if self.patience is not None:
+            check_count("patience", self.patience)
+        if self.average is not None:
+            _check_positive("average", self.average)
+            if not self.average < 1:
+                raise ValueError(
+                    f"average is the weight that the moving average keeps at each step, between 0 and 1, 0.999 for example; "
+                    f"found {self.average}"
+                )
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback must be a function of the progress of the run, or None; found {self.callback!r}")
 
     def _check_checkpoint(self) -> None:
         if self.resume not in (True, False):
@@ -107,7 +140,7 @@ class Run:
         batches: the training data.
         validation: validation data on the device, or None.
         optimizer: optimizer of all parameters of the modules.
-        schedule: learning rate as a function of the fraction of training done.
+        schedule: factor of the learning rates as a function of the fraction of training done.
         epochs: passes over the data.
         compiles: whether to record the step after the first epoch.
         device: device of the training.
@@ -120,16 +153,16 @@ class Run:
     loss: ELBO
     batches: Batches
     validation: Tensor | None
-    optimizer: OneAdam
+    optimizer: OneOptimizer
     schedule: Schedule
     epochs: int
     compiles: bool
     device: torch.device
 
     @property
-    def num_steps(self) -> int:
-        """Steps of all epochs."""
-        return self.epochs * self.batches.per_epoch
+    def steps_per_epoch(self) -> int:
+        """Steps of the optimizer in an epoch."""
+        return -(-self.batches.per_epoch // self.optimizer.accumulate)
 
     def buffers(self) -> list[tuple[Tensor, Tensor]]:
         """The modules' buffers with copies, for `put_back`."""
@@ -152,12 +185,16 @@ def prepare(model: Program, guide: Program, train: Any, validation: Tensor | Non
         check_data("train", train)
     if validation is not None:
         check_data("validation", validation)
+    elif options.patience is not None:
+        raise ValueError(
+            f"found patience={options.patience} without validation data, whose bound tells when to stop: give validation="
+        )
     device = torch.device(options.device)
     loss = check_loss(options.loss)
     batches = batches_of(train, options.batch_size, options.transform, device)
     modules = [module.to(device) for module in modules_behind(model, guide)]
     _check_not_lazy(modules)
-    optimizer = make_optimizer(modules, options.learning_rate, options.clip_norm, options.max_skipped_steps)
+    optimizer = _optimizer(modules, options)
     distributed.same_everywhere(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
     distributed.random_numbers_apart()
     compiles = options.compile
@@ -174,10 +211,30 @@ def prepare(model: Program, guide: Program, train: Any, validation: Tensor | Non
         batches=batches,
         validation=None if validation is None else validation.to(device),
         optimizer=optimizer,
-        schedule=Schedule(options.learning_rate, options.schedule),
+        schedule=Schedule(options.schedule),
         epochs=options.epochs,
         compiles=compiles,
         device=device,
+    )
+
+
+def _optimizer(modules: Sequence[nn.Module], options: Options) -> OneOptimizer:
+    parameters: list[Tensor] = [p for module in modules for p in module.parameters()]
+    if options.optimizer is None:
+        factory = fused_adam(options.learning_rate or _RATE)
+    else:
+        names: dict[Tensor, str] = {}
+        for name, parameter in (pair for module in modules for pair in module.named_parameters()):
+            if parameter.requires_grad:
+                names.setdefault(parameter, name)
+        factory = optimizer_factory(options.optimizer, names, is_scheduled=options.schedule is not None)
+    return OneOptimizer(
+        parameters,
+        clip_norm=options.clip_norm,
+        max_skipped=options.max_skipped_steps,
+        factory=factory,
+        accumulate=options.accumulate,
+        average=options.average,
     )
 
 

@@ -82,7 +82,8 @@ class RunFile:
         for name, there in content["training"]["settings"].items():
             here = self.settings.get(name)
             known = name in self.settings or "." not in name  # versions differ in what they record of a loss or loader
-            if known and here != there and not _same(there, here):
+            is_extended = name == "epochs" and there <= here
+            if known and here != there and not is_extended and not _same(there, here):
                 raise ValueError(
                     f"{path} is of a run with {name}={there}, and this one has {name}={here}: call fit as before, or "
                     f"give it another path"

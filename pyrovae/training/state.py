@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from pyrovae.common.arguments import map_tensors
 from pyrovae.training.losses import bound_name
-from pyrovae.training.optimization import OneAdam
+from pyrovae.training.optimization import OneOptimizer
 
-__all__ = ["TrainingState"]
+__all__ = ["TrainingState", "random_state", "set_random_state"]
 
 _STORE = "pyro.param "  # prefix of parameters in Pyro's store
 
@@ -23,22 +24,23 @@ class TrainingState:
     """The state of a training run between two epochs.
 
     `capture()` copies the state into plain values, and `restore()` restores such a copy. The state is made of
-    parameters (those of the modules, and those in Pyro's store that the optimizer has), buffers, the optimizer's
-    moments, the objective's own state, the state of every random generator (torch's on all devices, NumPy's, Python's),
-    the history, and the tensors of the best epoch.
+    parameters (those of the modules, and those in Pyro's store that the optimizer has), their moving average, buffers, the
+    optimizer's state, the objective's own state, the state of every random generator (torch's on all devices, NumPy's,
+    Python's), the history, and the tensors of the best epoch.
 
     Attributes:
         history: rows of the finished epochs.
         best_epoch: epoch with the best validation bound; 0 if there is none.
+        stopped_of: epochs of the run that a callback stopped; 0 if none did.
         full_size: size of a subsampled plate, as found in earlier epochs.
     """
 
-    def __init__(self, loss: ELBO, optimizer: OneAdam, modules: Sequence[nn.Module], device: torch.device):
+    def __init__(self, loss: ELBO, optimizer: OneOptimizer, modules: Sequence[nn.Module], device: torch.device):
         self.loss, self.optimizer, self.device = loss, optimizer, device
         self.modules = nn.ModuleList(modules)
         self.history: list[dict[str, float]] = []
         self.full_size: int | None = None
-        self.best_epoch = 0
+        self.best_epoch = self.stopped_of = 0
         self._best: dict[str, Tensor] = {}
 
     @property
@@ -57,35 +59,61 @@ class TrainingState:
         known = {id(tensor) for tensor in found.values()}
         return found | {_STORE + str(_store_name(p)): p for p in self.optimizer.parameters if id(p) not in known}
 
+    def is_finished(self, epochs: int, patience: int | None) -> bool:
+        """Whether a run of so many epochs is done, or was stopped by its callback, or does not get better any more."""
+        done = len(self.history)
+        ran_out = patience is not None and done - self.best_epoch >= patience
+        return done >= epochs or self.stopped_of >= epochs or ran_out
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Give the parameters their moving averages inside, if there are any."""
+        average = self.optimizer.average
+        return nullcontext() if average is None else average.applied()
+
     def finish_epoch(self, row: dict[str, float]) -> None:
         """Record the row of an epoch, and its state if it is the best so far."""
         best = self.history[self.best_epoch - 1]["validation_bound"] if self.best_epoch else -math.inf
         self.history.append(row)
         if row["validation_bound"] > best:
             self.best_epoch = len(self.history)
-            self._best = _copied(self.tensors())
+            self._best = _copied(self.tensors()) | _copied(self._averages())
 
     def take_best(self) -> None:
-        """Restore the tensors of the best epoch, if validation chose one."""
-        _put(self._best, self.tensors())
+        """Restore the tensors of the best epoch, if validation chose one; otherwise take the averages, if there are any."""
+        _put(self._kept(), self.tensors())
+
+    def _kept(self) -> dict[str, Tensor]:
+        return self._best if self.best_epoch else self._averages()
+
+    def _averages(self) -> dict[str, Tensor]:
+        average = self.optimizer.average
+        if average is None:
+            return {}
+        return {name: average.values[tensor] for name, tensor in self.tensors().items() if tensor in average.values}
 
     def best_of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A module's state dict (made with keep_vars=True) with the tensors that `take_best` would restore."""
-        best = {id(tensor): self._best[name] for name, tensor in self.tensors().items() if name in self._best}
+        kept = self._kept()
+        best = {id(tensor): kept[name] for name, tensor in self.tensors().items() if name in kept}
         return {name: best.get(id(tensor), tensor.detach()) for name, tensor in state.items()}
 
     def capture(self) -> dict[str, Any]:
         """Copy the state into plain values, which later training does not change."""
         names = {id(tensor): name for name, tensor in self.tensors().items()}
-        adam = self.optimizer.adam
+        inner, average = self.optimizer.inner, self.optimizer.average
         return {
             "tensors": _copied(self.tensors()),
             "optimized": [names[id(parameter)] for parameter in self.optimizer.parameters],
-            "adam": None if adam is None else _copied_tree(adam.state_dict()),
+            "optimizer": None if inner is None else _copied_tree(inner.state_dict()),
+            "has_moved": self.optimizer.has_moved,
+            "average": {}
+            if average is None
+            else {"steps": float(average.num_steps), "tensors": _copied(self._averages())},
             "loss": _copied_tree(self.loss.state_dict()) if hasattr(self.loss, "state_dict") else {},
-            "random": _random_state(self.device),
+            "random": random_state(self.device),
             "history": [dict(row) for row in self.history],
             "full_size": self.full_size,
+            "stopped_of": self.stopped_of,
             "best": {"epoch": self.best_epoch, "tensors": self._best},
         }
 
@@ -117,8 +145,13 @@ class TrainingState:
                 f"it is the state of an earlier version, in which {type(self.loss).__name__} chose the best epoch by the ELBO, "
                 f"not by its own bound: start a new run, with another checkpoint"
             )
+        if "optimizer" not in captured and not self.optimizer.is_default:
+            raise ValueError(
+                "it is the state of an earlier version, which trained with a fused Adam only, without accumulate= and average=: "
+                "start a new run, with another checkpoint"
+            )
         _put(there, here)
-        self.optimizer.restore([here[name] for name in captured["optimized"]], _copied_tree(captured["adam"]))
+        self._restore_optimizer([here[name] for name in captured["optimized"]], captured, here)
         if hasattr(self.loss, "load_state_dict"):
             self.loss.load_state_dict(captured["loss"])
         # Older checkpoints lack these columns.
@@ -127,9 +160,20 @@ class TrainingState:
         ]
         self.optimizer.guard.restart(self.num_skipped_steps)
         self.full_size = captured["full_size"]
-        self.best_epoch = best_epoch
+        self.best_epoch, self.stopped_of = best_epoch, captured.get("stopped_of", 0)
         self._best = {name: tensor.to(here[name].device) for name, tensor in best.items()}
-        _set_random_state(captured["random"], self.device)
+        set_random_state(captured["random"], self.device)
+
+    def _restore_optimizer(self, parameters: list[Tensor], captured: dict[str, Any], here: dict[str, Tensor]) -> None:
+        # Files of earlier versions name Adam, which was the only optimizer.
+        state = _copied_tree(captured["optimizer"] if "optimizer" in captured else captured["adam"])
+        has_moved = captured.get("has_moved", bool(state and state["state"]))
+        self.optimizer.restore(parameters, state, has_moved)
+        if self.optimizer.average is not None and (kept := captured.get("average")):
+            self.optimizer.average.num_steps.fill_(kept["steps"])
+            self.optimizer.average.join(here[name] for name in kept["tensors"])
+            for name, tensor in kept["tensors"].items():
+                self.optimizer.average.values[here[name]].copy_(tensor)
 
 
 @torch.no_grad()
@@ -157,7 +201,7 @@ def _of_store(names: Iterable[str]) -> dict[str, Tensor]:
     return {name: store[key].unconstrained() for name, key in wanted.items() if key in store}
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
+def random_state(device: torch.device) -> dict[str, Any]:
     state = pyro.util.get_rng_state()
     algorithm, keys, *rest = state["numpy"]
     return {
@@ -168,7 +212,7 @@ def _random_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     algorithm, keys, *rest = state["numpy"]
     numpy_state = (algorithm, keys.numpy().astype("uint32"), *rest)
     pyro.util.set_rng_state({"torch": state["torch"], "random": state["python"], "numpy": numpy_state})

@@ -76,7 +76,8 @@ class Steps:
                 skipped.
         """
         run, guard = self.run, self.run.optimizer.guard
-        full, per_epoch = run.batches.full_size, run.batches.per_epoch
+        full, per_epoch, accumulate = run.batches.full_size, run.batches.per_epoch, run.optimizer.accumulate
+        run.optimizer.is_scaled = bool(full_size)
         batches = run.batches.epoch()
         first = next(batches, None)
         if first is None:
@@ -94,7 +95,11 @@ class Steps:
         num_steps = int(guard.num_steps)
         value: Tensor | float
         for step, (data, index) in enumerate(chain([first], batches)):
-            run.optimizer.learning_rate = run.schedule((number - 1 + (step + 0.5) / per_epoch) / run.epochs)
+            # The fraction at the middle of the batches that make this optimizer step.
+            begin = step - step % accumulate
+            end = max(step + 1, min(begin + accumulate, per_epoch))
+            run.optimizer.factor = run.schedule((number - 1 + (begin + end) / 2 / per_epoch) / run.epochs)
+            run.optimizer.num_rows = len(index)
             unseen.append(TriedStep(number, step + 1, data, index, self._random_state()))
             # Running means see the numbers of a step before it is skipped.
             buffers = run.buffers() if guard.max_skipped else []
@@ -106,6 +111,8 @@ class Steps:
             sums.add(parts, run.batches.num_made(len(index)), guard.was_made)
             sums.objective = torch.where(guard.was_made, sums.objective - value, sums.objective)
             sums.num_rows += len(index)
+            if (step + 1) % accumulate == 0:
+                run.optimizer.make_step()
             unseen[-1] = last = unseen[-1]._replace(was_made=guard.was_made.clone())
             if len(unseen) == self.look_every or step + 1 == per_epoch:
                 if not guard.is_running:
@@ -113,6 +120,7 @@ class Steps:
                 warn_skipped(run, unseen)
                 unseen, num_steps = [], int(guard.num_steps)
             progress(len(index))
+        run.optimizer.make_step()  # of fewer batches, at a ragged end
         # A single bad step may be an accident, even if it is the only step of the first epoch.
         if guard.num_skipped and not run.optimizer.has_moved and (number == run.epochs or number * per_epoch > 1):
             stop(run, last, none_made=True)
@@ -147,6 +155,7 @@ class Steps:
             value, self._parts = self.loss.loss_and_grads(model, guide, *args, **kwargs)
         else:
             value, self._parts = self.first(self.loss.loss_and_grads, args, kwargs)
+        self.run.optimizer.is_scaled |= any(part.full_size for part in self._parts)
         if not math.isfinite(value):
             self.run.optimizer.watch(torch.tensor(value))
         return value

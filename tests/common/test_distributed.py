@@ -237,3 +237,33 @@ def test_torchrun_of_the_example(tmp_path):
     assert test["num_data"] == len(pv.data.digits().test)
     for line in ("300 validation and", "Numbers and figures"):  # one of them writes
         assert done.stdout.count(line) == 1
+
+
+TOGETHER = """
+with pv.distributed.joined() as rank:
+    torch.manual_seed(0)
+    train = torch.randn(24, 8)
+    model, guide = Model(), Guide()
+    torch.manual_seed(5)
+    own = pv.distributed.rank()
+    history = pv.fit(model, guide, train, epochs=9, batch_size=10, accumulate=2, average=0.7, validation=train, progress=False,
+                     optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9), clip_norm=5.0,
+                     callback=lambda progress: own == pv.distributed.num_ranks() - 1 and progress.epoch == 3).history
+    torch.save((history, [*model.state_dict().values(), *guide.state_dict().values()]), sys.argv[1] + str(rank))
+"""
+
+
+def test_two_ranks_average_and_stop_as_one_process(tmp_path):
+    """Batches of 10, 10 and 4, two to a step; one process alone asks to stop, after the third epoch."""
+    finish(start(TOGETHER, 1, tmp_path / "alone"))
+    finish(start(TOGETHER, 2, tmp_path / "rank"))
+    history, alone = torch.load(tmp_path / "alone0")
+    assert len(history) == 3
+    for rank in range(2):
+        rows, state = torch.load(tmp_path / f"rank{rank}")
+        assert len(rows) == 3
+        for row, expected in zip(rows, history, strict=True):
+            for name in ("objective", "validation_bound", "learning_rate"):
+                assert row[name] == pytest.approx(expected[name], rel=1e-9)
+        for found, expected in zip(state, alone, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)

@@ -18,7 +18,7 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.compiled.record import Recording, record
 from pyrovae.training.acceleration import record_step, step_pays_off
-from pyrovae.training.optimization import OneAdam
+from pyrovae.training.optimization import OneOptimizer
 
 
 @pytest.mark.parametrize("num_particles", [1, 3])
@@ -267,7 +267,7 @@ def test_auto_compiles_long_runs_of_our_own_parts():
 
 def test_the_optimizer_moves_what_the_recording_gives(uncompiled):
     model, guide = make()
-    optimizer = OneAdam([*model.parameters(), *guide.parameters()], 1e-2)
+    optimizer = OneOptimizer([*model.parameters(), *guide.parameters()], 1e-2)
     optimizer(optimizer.order)  # as the first eager step does
     before = parameters(model, guide)
     batch = binary()
@@ -363,11 +363,11 @@ def test_the_optimizer_pairs_elements_not_places_in_memory(order):
     shape = gradient.permute(order).shape
     weight = nn.Parameter(torch.zeros(shape).permute([order.index(dim) for dim in range(3)]))
     assert weight.shape == gradient.shape
-    optimizer = OneAdam([weight], 0.1)
+    optimizer = OneOptimizer([weight], 0.1)
     for _ in range(3):
         weight.grad = gradient.clone()
         optimizer([weight])
-        state = optimizer.adam.state_dict()
+        state = optimizer.inner.state_dict()
         state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"].contiguous()
         optimizer.restore([weight], state)
     assert torch.allclose(weight, -0.3 * gradient.sign(), atol=1e-3)

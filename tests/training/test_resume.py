@@ -184,7 +184,7 @@ def test_what_is_not_the_same_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"run\.pt is there already: resume=True resumes its run"):
         pv.fit(*make(), binary(), **options)
     for change, match in (
-        ({"epochs": 3}, "with epochs=2, and this one has epochs=3"),
+        ({"epochs": 1}, "with epochs=2, and this one has epochs=1"),
         ({"learning_rate": 0.1}, "with learning_rate=0.001, and this one has learning_rate=0.1"),
         ({"clip_norm": 1.0}, "clip_norm=None"),
         ({"loss": pv.objectives.ImportanceWeighted(2)}, r"loss=Trace_ELBO\(num_particles=1\).*ImportanceWeighted"),

@@ -16,7 +16,7 @@ import pyrovae as pv
 from pyrovae.compiled.record import Recording
 from pyrovae.training.checkpoint_file import read
 from pyrovae.training.non_finite import NotFiniteError
-from pyrovae.training.optimization import OneAdam
+from pyrovae.training.optimization import OneOptimizer
 from pyrovae.training.steps import Steps
 
 WAYS = [("eager", 1), ("eager", 50), ("recorded", 1), ("recorded", 50)]
@@ -47,14 +47,14 @@ def test_a_skipped_step_is_counted_and_changes_nothing(spoil, way, monkeypatch, 
     """Image 17 spoils a step of the second epoch and one of the third: the parameters do not move there, the others do."""
     model, guide = pair_with(spoil, 3)
     seen = []
-    original = OneAdam.__call__
+    original = OneOptimizer.__call__
 
     def step(self, *arguments, **keywords):
         before = parameters(model, guide)
         original(self, *arguments, **keywords)
         seen.append((self.guard.was_made.item(), same(before, parameters(model, guide))))
 
-    monkeypatch.setattr(OneAdam, "__call__", step)
+    monkeypatch.setattr(OneOptimizer, "__call__", step)
     with caplog.at_level(logging.WARNING, "pyrovae"):
         result = pv.fit(model, guide, marked_data(), epochs=3, schedule=None, max_skipped_steps=2, **way)
     assert result.num_skipped_steps == 2
@@ -171,14 +171,14 @@ def test_an_infinite_loss_with_finite_gradients_is_not_taken():
     for limit in (0, 1):
         Lost.calls = 0
         model, guide = make()
-        moved, original = [], OneAdam.__call__
+        moved, original = [], OneOptimizer.__call__
 
         def step(self, *arguments, pair=(model, guide), moved=moved, original=original):
             before = parameters(*pair)
             original(self, *arguments)
             moved.append(not same(before, parameters(*pair)))
 
-        OneAdam.__call__ = step
+        OneOptimizer.__call__ = step
         try:
             if limit:
                 result = pv.fit(model, guide, binary(), epochs=1, loss=Lost(), max_skipped_steps=limit, **OPTIONS)
@@ -188,7 +188,7 @@ def test_an_infinite_loss_with_finite_gradients_is_not_taken():
                     pv.fit(model, guide, binary(), epochs=1, loss=Lost(), schedule=None, **OPTIONS)
                 assert moved == [True, True, False]
         finally:
-            OneAdam.__call__ = original
+            OneOptimizer.__call__ = original
 
 
 @pytest.mark.parametrize(("num_data", "epochs", "at"), [(10, 1, (1, 1)), (10, 5, (2, 1)), (30, 5, (1, 3))])
@@ -239,7 +239,7 @@ def test_in_a_hand_written_svi():
     """The optimizer alone: a gradient that is not finite is passed over, and after one too many nothing moves."""
     model, guide = pair_with(nan_in_gradient, 0)
     x = marked_data()
-    optimizer = OneAdam([*model.parameters(), *guide.parameters()], 0.01, max_skipped=2)
+    optimizer = OneOptimizer([*model.parameters(), *guide.parameters()], 0.01, max_skipped=2)
     svi = SVI(model, guide, optimizer, Trace_ELBO())
     moved = []
     for rows in (x[:10], x[10:20], x[20:], x[10:20], x[:10], x[10:20], x[:10]):
@@ -248,10 +248,10 @@ def test_in_a_hand_written_svi():
         moved.append(not same(before, parameters(model, guide)))
     assert moved == [True, False, True, False, True, False, False]
     assert (optimizer.guard.num_skipped.item(), optimizer.guard.is_running.item()) == (3, False)
-    assert optimizer.adam.state[guide.head.weight]["step"] == 3
+    assert optimizer.inner.state[guide.head.weight]["step"] == 3
     optimizer.guard.restart()
     svi.step(x[:10])
-    assert optimizer.adam.state[guide.head.weight]["step"] == 4
+    assert optimizer.inner.state[guide.head.weight]["step"] == 4
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import pyrovae as pv
 from pyrovae.training.losses import validate
-from pyrovae.training.optimization import OneAdam
+from pyrovae.training.optimization import OneOptimizer
 from pyrovae.training.state import TrainingState
 
 
@@ -46,11 +46,11 @@ def test_trace_elbo_is_the_loss_written_by_hand(double):
         assert torch.allclose(parameter.grad, grad, rtol=1e-9, atol=1e-10), name
 
 
-def test_one_adam_is_pyros_adam_with_a_common_clip():
+def test_one_optimizer_is_pyros_adam_with_a_common_clip():
     x = binary()
     ours, theirs = make(), make()
     rate = 0.01
-    optimizers = OneAdam([p for m in ours for p in m.parameters()], rate), pyro.optim.Adam({"lr": rate})
+    optimizers = OneOptimizer([p for m in ours for p in m.parameters()], rate), pyro.optim.Adam({"lr": rate})
     for (model, guide), optimizer in zip((ours, theirs), optimizers, strict=True):
         pyro.set_rng_seed(7)
         svi = SVI(model, guide, optimizer, Trace_ELBO())
@@ -62,7 +62,7 @@ def test_one_adam_is_pyros_adam_with_a_common_clip():
     parameter, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     parameter.grad, other.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
     norms = []
-    optimizer = OneAdam([parameter, other], rate, clip_norm=1.0)
+    optimizer = OneOptimizer([parameter, other], rate, clip_norm=1.0)
     original = torch.optim.Adam.step
     try:
         torch.optim.Adam.step = lambda self: norms.append(torch.stack([parameter.grad, other.grad]).norm().item())
@@ -167,7 +167,7 @@ def test_importance_weighted_training_is_validated_by_its_own_bound():
     assert row["validation_bound"] > row["validation_elbo"] + 0.1
 
     rows = [(-100.0, -90.0), (-98.0, -91.0), (-99.0, -89.0)]  # bound, elbo
-    state = TrainingState(Trace_ELBO(), OneAdam([], 1e-3), [nn.Linear(1, 1)], torch.device("cpu"))
+    state = TrainingState(Trace_ELBO(), OneOptimizer([], 1e-3), [nn.Linear(1, 1)], torch.device("cpu"))
     for bound, elbo in rows:
         state.finish_epoch({"validation_bound": bound, "validation_elbo": elbo})
     assert state.best_epoch == 2
