@@ -208,6 +208,10 @@ class Placed(Messenger):
         transform = _bijection_of(msg)
         msg["value"], msg["done"] = transform(u), True
         log_jacobian = transform.log_abs_det_jacobian(u, msg["value"])
-        self.log_jacobians[msg["name"]] = log_jacobian.reshape(
-            *log_jacobian.shape[: len(msg["fn"].batch_shape)], -1
-        ).sum(-1)
+        num_batch_dims = msg["value"].ndim - len(msg["fn"].event_shape)
+        if msg["value"].shape[:num_batch_dims].numel() > u.numel():
+            raise ValueError(
+                f"the support of site '{msg['name']}' depends on a site that is summed out, so it has no coordinates that "
+                f"hold for all values: use log_marginal_likelihood"
+            )
+        self.log_jacobians[msg["name"]] = log_jacobian.reshape(*log_jacobian.shape[:num_batch_dims], -1).sum(-1)

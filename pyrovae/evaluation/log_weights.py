@@ -81,6 +81,11 @@ def log_weight_blocks(
         refuse_more_than_memory("num_particles", num_particles, device)
         pair = inspect(model, guide, args, kwargs, options.plate, options.data_batch_size)
         block_size, chunk_size = pair.sizes(num_particles, options.data_batch_size, options.particle_batch_size)
+        if not pair.draws:  # all latents are summed out: every particle has the same weight, log p(x)
+            for start, stop in pair.blocks(block_size):
+                weights, _ = _draw_block(pair, pair.block(start, stop), 1, 1, False, None)
+                yield weights.expand(num_particles, -1), stop, pair.num_data
+            return
         vectorised = _can_vectorise(pair, block_size, options.vectorize_particles)
         compile = options.compile
         if compile == "auto":

@@ -13,8 +13,15 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.programs.auxiliary import is_delta
+from pyrovae.programs.enumeration import SummedOut, summed_dims
 from pyrovae.programs.equivalence import equivalent
-from pyrovae.programs.log_densities import InspectedPair, log_joint_with, log_weights_of
+from pyrovae.programs.log_densities import (
+    InspectedPair,
+    log_joint_with,
+    log_weights_of,
+    site_log_prob,
+    summed_sites,
+)
 from pyrovae.programs.masks import SHARED, counted
 from pyrovae.programs.reach import changed_buffers
 from pyrovae.programs.supports import innermost, num_parts, support_of
@@ -25,6 +32,7 @@ __all__ = ["refuse_coupled_data", "refuse_influence_of_masked", "refuse_other_re
 _SEED = 20261126
 _FEW = 16  # data that are told apart by all bits, whatever else shows
 _BITS = 6  # length of the codes that tell data apart
+_LOOKS = 2  # draws of summed sites that are compared with their tables
 _NEGLIGIBLE = 1e-4  # nats; data may share the steps of an adaptive solver (a continuous flow)
 
 
@@ -63,6 +71,68 @@ def refuse_other_reruns(pair: InspectedPair) -> None:
             "be reproduced: some state in them changes from run to run (a counter, a cache, a generator of their own). "
             "Keep such state out of model and guide, and draw from torch's generator"
         )
+
+
+def refuse_wrong_tables(pair: InspectedPair) -> None:
+    """Raise ValueError if a program gives another density with all values of its summed sites at once than with one.
+
+    A program may mix values along the dimensions of other data or plates (y.roll, y.sum, `if y > 0`).
+    """
+    for program, words in ((pair.model, "model"), (pair.guide, "guide")):
+        if not isinstance(program, SummedOut):
+            continue
+        for _ in range(_LOOKS):
+            with same_random_numbers(*pair.values()):
+                drawn = trace_program(program.drawn, pair.args, pair.kwargs, pair.layout.pinned, pair.guide_trace)
+            try:
+                tables = trace_program(program, pair.args, pair.kwargs, pair.layout.pinned, drawn)
+            except Exception as error:
+                raise ValueError(
+                    f"the {words} fails with all values of site(s) {sorted(program.names)} at once, along a new batch "
+                    f"dimension on the left ({type(error).__name__}: {error}): write it so that these sites may have "
+                    f"batch dimensions of their own, for example broadcast latents and labels before torch.cat "
+                    f"(pyro.ops.indexing.Vindex for lookups)"
+                ) from error
+            _refuse_wrong_tables_of(words, drawn, tables)
+
+
+def _refuse_wrong_tables_of(program: str, drawn: poutine.Trace, tables: poutine.Trace) -> None:
+    summed = summed_sites(tables)
+    of_id = {site["infer"]["_dim_to_id"][site["infer"]["_enumerate_dim"]]: site for site in summed.values()}
+    all_sites = {**dict(sample_sites(tables)), **summed}
+    for name, site in sample_sites(drawn):
+        if name not in all_sites:
+            different = name
+            break
+        one, table = site_log_prob(site), site_log_prob(all_sites[name])
+        for dim in summed_dims(all_sites[name], table.shape):
+            source = of_id[all_sites[name]["infer"]["_dim_to_id"][dim]]
+            index = _position(drawn.nodes[source["name"]], source)
+            index = index.reshape((1,) * (table.ndim - index.ndim) + index.shape)
+            table = table.take_along_dim(index, dim) if index.shape[dim] == 1 else table[:0]
+        if not torch.allclose(*torch.broadcast_tensors(table, one), rtol=1e-4, atol=1e-3, equal_nan=True):
+            different = name
+            break
+    else:
+        if len(all_sites) == len(dict(sample_sites(drawn))):
+            return
+        different = next(name for name in all_sites if name not in drawn)
+    raise ValueError(
+        f"the {program}'s site '{different}' has another log density with all values of site(s) {sorted(summed)} at "
+        f"once, along a new batch dimension on the left, than with one value: the program mixes data, or decides by a "
+        f"value. Use operations that act on each element alone (no sum or roll over plates, no `if` on a value), "
+        f"or sample the site in both programs without the mark for enumeration"
+    )
+
+
+def _position(site: dict, source: dict) -> Tensor:
+    """The positions of drawn values, (batch shape), in the list of a summed site's values."""
+    event_dim = len(site["fn"].event_shape)
+    dim = source["infer"]["_enumerate_dim"]
+    values = source["value"].movedim(dim - event_dim, 0)
+    values = values.reshape(len(values), *[1] * (site["value"].ndim - event_dim), *site["fn"].event_shape)
+    equal = values == site["value"]
+    return (equal.flatten(-event_dim).all(-1) if event_dim else equal).double().argmax(0)
 
 
 def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *, is_split: bool = False) -> None:
