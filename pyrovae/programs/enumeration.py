@@ -83,8 +83,18 @@ class _Marks(Messenger):
     def __init__(self, names: frozenset[str]) -> None:
         super().__init__()
         self.names = names
+        self.seen: set[str] = set()
+
+    def __enter__(self) -> "_Marks":
+        self.seen = set()
+        return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:
+        # `enum` looks up each site of a markov scope, and cannot find those that a `block` inside hides from it.
+        self.seen.add(msg["name"])
+        if (scope := msg["infer"].get("_markov_scope")) is not None:
+            seen = type(scope)({name: depth for name, depth in scope.items() if name in self.seen})
+            msg["infer"] = {**msg["infer"], "_markov_scope": seen}
         if msg["name"] in self.names and not msg["is_observed"]:
             infer = {"enumerate": "parallel", "expand": False, "num_samples": None, _SUMMED: True}
             msg["infer"] = {**msg["infer"], **infer}

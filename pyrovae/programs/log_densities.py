@@ -30,12 +30,14 @@ from pyrovae.programs.traces import (
 __all__ = [
     "InspectedPair",
     "log_density_of",
+    "log_density_of_tables",
     "log_joint_of",
     "log_joint_with",
     "log_likelihood_of",
     "log_weights_of",
     "site_log_prob",
     "summed_sites",
+    "table_of",
 ]
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -114,7 +116,7 @@ def _log_weights_of_sums(
     if checks_values() and not (total < torch.inf).all():
         for program, trace, own in zip(("model", "guide"), traces, sites, strict=True):
             for name, site in {**own, **summed_sites(trace)}.items():
-                if not (_table(site) < torch.inf).all():
+                if not (table_of(site) < torch.inf).all():
                     raise ValueError(
                         f"the log density of site '{name}' of the {program} is NaN or +inf, so there is no log weight: "
                         f"look for NaN in the data or parameters (also at values of a summed site that are impossible), "
@@ -134,7 +136,11 @@ def log_density_of(layout: Layout, sites: dict[str, dict], num_particles: int | 
     if not any(map(is_summed, sites.values())):
         terms = (spread(site_log_prob(site), site, layout, num_particles) for site in sites.values())
         return reduce(add, terms, torch.zeros(()))
-    tables = [(site, _table(site)) for site in sites.values()]
+    return log_density_of_tables(layout, [(site, table_of(site)) for site in sites.values()])
+
+
+def log_density_of_tables(layout: Layout, tables: list[tuple[dict, Tensor]]) -> Tensor:
+    """`log_density_of` for sites of which some are summed out, each with its log density."""
     for site, table in tables:
         check_data(table, site, layout)
     if not layout.sequential:
@@ -147,7 +153,7 @@ def log_density_of(layout: Layout, sites: dict[str, dict], num_particles: int | 
     return torch.stack(torch.broadcast_tensors(*columns), 1)
 
 
-def _table(site: dict) -> Tensor:
+def table_of(site: dict) -> Tensor:
     """`site_log_prob`. That of a summed site is without its mask, so that masked elements sum to 1, and exact at 0."""
     if not is_summed(site):
         return site_log_prob(site)

@@ -5,6 +5,7 @@ Every comparison uses its own random numbers, so that an evaluation draws the sa
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import pyro
 import torch
@@ -17,10 +18,12 @@ from pyrovae.programs.enumeration import SummedOut, summed_dims
 from pyrovae.programs.equivalence import equivalent
 from pyrovae.programs.log_densities import (
     InspectedPair,
+    log_density_of_tables,
     log_joint_with,
     log_weights_of,
     site_log_prob,
     summed_sites,
+    table_of,
 )
 from pyrovae.programs.masks import SHARED, counted
 from pyrovae.programs.reach import changed_buffers
@@ -32,7 +35,7 @@ __all__ = ["refuse_coupled_data", "refuse_influence_of_masked", "refuse_other_re
 _SEED = 20261126
 _FEW = 16  # data that are told apart by all bits, whatever else shows
 _BITS = 6  # length of the codes that tell data apart
-_LOOKS = 2  # draws of summed sites that are compared with their tables
+_LOOKS = 4  # draws of summed sites that are compared with their tables
 _NEGLIGIBLE = 1e-4  # nats; data may share the steps of an adaptive solver (a continuous flow)
 
 
@@ -81,18 +84,19 @@ def refuse_wrong_tables(pair: InspectedPair) -> None:
     for program, words in ((pair.model, "model"), (pair.guide, "guide")):
         if not isinstance(program, SummedOut):
             continue
-        for _ in range(_LOOKS):
-            with same_random_numbers(*pair.values()):
-                drawn = trace_program(program.drawn, pair.args, pair.kwargs, pair.layout.pinned, pair.guide_trace)
-            try:
-                tables = trace_program(program, pair.args, pair.kwargs, pair.layout.pinned, drawn)
-            except Exception as error:
-                raise ValueError(
-                    f"the {words} fails with all values of site(s) {sorted(program.names)} at once, along a new batch "
-                    f"dimension on the left ({type(error).__name__}: {error}): write it so that these sites may have "
-                    f"batch dimensions of their own, for example broadcast latents and labels before torch.cat "
-                    f"(pyro.ops.indexing.Vindex for lookups)"
-                ) from error
+        run = pair.args, pair.kwargs, pair.layout.pinned, pair.guide_trace
+        with same_random_numbers(*pair.values()):
+            draws = [trace_program(program.drawn, *run) for _ in range(_LOOKS)]
+        try:
+            tables = trace_program(program, *run)
+        except Exception as error:
+            raise ValueError(
+                f"the {words} fails with all values of site(s) {sorted(program.names)} at once, along a new batch "
+                f"dimension on the left ({type(error).__name__}: {' '.join(str(error).split())}): write it so that "
+                f"these sites may have batch dimensions of their own, for example broadcast latents and labels before "
+                f"torch.cat, or sample the sites in both programs without the mark for enumeration"
+            ) from error
+        for drawn in draws:
             _refuse_wrong_tables_of(words, drawn, tables)
 
 
@@ -152,7 +156,7 @@ def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *,
     if layout.plate is None or layout.num_data < 2:
         return
     with same_random_numbers(*pair.values()):
-        drawn = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, layout.pinned))
+        drawn = _drawn(pair)
         here, first, second = latents_of(pair.model_trace), _shaken(pair), _shaken(pair)
         # (values of all data, their density, values that some of the data get instead)
         density = _density(pair, here)
@@ -183,6 +187,8 @@ def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *,
 
 def refuse_influence_of_masked(pair: InspectedPair) -> None:
     """Raise ValueError if other terms of the model change with a latent, or part of it, that the model masks."""
+    if isinstance(pair.model, SummedOut):
+        _refuse_influence_of_masked_sums(pair)
     hidden = {}
     for name, site in sample_sites(pair.model_trace):
         seen = None if site["is_observed"] else counted(site)
@@ -195,16 +201,45 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
     if not hidden or (reparametrised and not any(site["cond_indep_stack"] for site in carried)):
         return
     with same_random_numbers(*pair.values()):
-        other = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, pair.layout.pinned))
+        other = _drawn(pair)
     for name, elements in hidden.items():
         site = pair.model_trace.nodes[name]
         inner = len(site["fn"].event_shape) - num_parts(site["fn"])
         values = {name: torch.where(elements[(...,) + (None,) * inner], other[name], site["value"])}
         if not _same_density(pair, {}, _density(pair, {}), values, slice(None)):
-            raise ValueError(
-                f"the model masks latent site '{name}' (or a part of it), and sites that are not masked depend on it: "
-                f"without its prior there is no p(x). Mask these sites too, or remove the mask"
-            )
+            _refuse_masked(name)
+
+
+def _drawn(pair: InspectedPair) -> dict[str, Tensor]:
+    """Draws of the guide."""
+    program = pair.guide.drawn if isinstance(pair.guide, SummedOut) else pair.guide
+    latents = latents_of(trace_program(program, pair.args, pair.kwargs, pair.layout.pinned))
+    return {name: value for name, value in latents.items() if name in pair.guide_trace}
+
+
+def _refuse_influence_of_masked_sums(pair: InspectedPair) -> None:
+    """`refuse_influence_of_masked` for summed sites: masked elements may have any probabilities that sum to 1."""
+    trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, pair.guide_trace)
+    summed = summed_sites(trace)
+    tables = {name: (site, table_of(site)) for name, site in {**dict(sample_sites(trace)), **summed}.items()}
+    before = log_density_of_tables(pair.layout, list(tables.values()))
+    for name, site in summed.items():
+        seen = counted(site)
+        if seen is None or seen.all():
+            continue
+        table, dim = tables[name][1], site["infer"]["_enumerate_dim"]
+        others = torch.arange(table.shape[dim]).to(table).log_softmax(0).reshape(-1, *[1] * (-1 - dim))
+        changed = {**tables, name: (site, torch.where(seen, table, others))}
+        after = log_density_of_tables(pair.layout, list(changed.values()))
+        if not torch.allclose(before, after, rtol=1e-5, atol=_NEGLIGIBLE, equal_nan=True):
+            _refuse_masked(name)
+
+
+def _refuse_masked(name: str) -> NoReturn:
+    raise ValueError(
+        f"the model masks latent site '{name}' (or a part of it), and sites that are not masked depend on it: "
+        f"without its prior there is no p(x). Mask these sites too, or remove the mask"
+    )
 
 
 def _shaken(pair: InspectedPair) -> dict[str, Tensor]:
