@@ -18,6 +18,7 @@ from pyrovae.common import distributed
 from pyrovae.evaluation import detection
 from pyrovae.evaluation.arviz_export import to_elpd_data, to_inference_data
 from pyrovae.evaluation.calibration import Calibration, simulation_based_calibration
+from pyrovae.evaluation.classification import Classification, classify
 from pyrovae.evaluation.comparison import Comparison, compare
 from pyrovae.evaluation.importance_sampling import active_units, log_marginal_likelihood, particles_for
 from pyrovae.evaluation.inference_gaps import InferenceGaps, inference_gaps
@@ -37,6 +38,7 @@ __all__ = [
     "BidirectionalMonteCarlo",
     "BottomUpGuide",
     "Calibration",
+    "Classification",
     "Comparison",
     "ConditionalNormal",
     "DifferenceEstimate",
@@ -50,6 +52,7 @@ __all__ = [
     "anneal_a_slice",
     "annealed_importance_sampling",
     "bidirectional_monte_carlo",
+    "classify",
     "compare",
     "data",
     "detection",

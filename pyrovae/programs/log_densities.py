@@ -12,13 +12,14 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyrovae.common.arguments import checks_values
-from pyrovae.programs.enumeration import SummedOut, contracted, holds_sums, is_summed
+from pyrovae.programs.enumeration import SummedOut, contracted, holds_sums, is_summed, summed_dims
 from pyrovae.programs.masks import align_masks, unmasked
 from pyrovae.programs.supports import has_no_mass, innermost, is_possible, supported_elements
 from pyrovae.programs.traces import (
     PARTICLES,
     Layout,
     Program,
+    arrange,
     check_data,
     run_pair,
     sample_sites,
@@ -36,8 +37,10 @@ __all__ = [
     "log_likelihood_of",
     "log_weights_of",
     "site_log_prob",
+    "summed_posterior",
     "summed_sites",
     "table_of",
+    "values_of_sum",
 ]
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -162,6 +165,33 @@ def table_of(site: dict) -> Tensor:
     # torch rounds a probability of 0 up to eps.
     rounded = log_prob > math.log(torch.finfo(log_prob.dtype).tiny)
     return torch.where(has_no_mass(innermost(distribution), site["value"]) & rounded, -torch.inf, log_prob)
+
+
+def summed_posterior(
+    layout: Layout, model_trace: poutine.Trace, guide_trace: poutine.Trace, name: str, num_particles: int | None
+) -> Tensor:
+    """p(y | x, z) of a summed site y at the values of the other latents, (S, N, elements of y per datum, K).
+
+    It is the derivative of log p(x, z), a log of a sum, with respect to the terms log p(y).
+    """
+    model, _ = align_masks(dict(sample_sites(model_trace)), dict(sample_sites(guide_trace)))
+    tables = {key: (site, table_of(site)) for key, site in {**model, **summed_sites(model_trace)}.items()}
+    site, table = tables[name]
+    dim = site["infer"]["_enumerate_dim"]
+    with torch.enable_grad():
+        table = table.detach().reshape((1,) * (-dim - table.ndim) + table.shape).requires_grad_()
+        total = log_density_of_tables(layout, list({**tables, name: (site, table)}.values()))
+        (share,) = torch.autograd.grad(total.sum(), table)
+    for other in summed_dims(site, table.shape):  # values of its parents
+        share = share if other == dim else share.sum(other, keepdim=True)
+    num_values = share.shape[dim]
+    return arrange(share.movedim(dim, -1), site, layout, num_particles).unflatten(2, (-1, num_values))
+
+
+def values_of_sum(site: dict) -> Tensor:
+    """The list of a summed site's values, (K, *event_shape)."""
+    shape = site["fn"].event_shape
+    return site["value"].movedim(site["infer"]["_enumerate_dim"] - len(shape), 0).reshape(-1, *shape)
 
 
 def log_likelihood_of(layout: Layout, model_trace: poutine.Trace) -> Tensor:

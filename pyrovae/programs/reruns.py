@@ -24,6 +24,7 @@ from pyrovae.programs.log_densities import (
     site_log_prob,
     summed_sites,
     table_of,
+    values_of_sum,
 )
 from pyrovae.programs.masks import SHARED, counted
 from pyrovae.programs.reach import changed_buffers
@@ -96,8 +97,21 @@ def refuse_wrong_tables(pair: InspectedPair) -> None:
                 f"these sites may have batch dimensions of their own, for example broadcast latents and labels before "
                 f"torch.cat, or sample the sites in both programs without the mark for enumeration"
             ) from error
+        with same_random_numbers(*pair.values()):  # values of small probability too
+            draws += [trace_program(program.drawn, *run, _any_values(drawn, tables)) for drawn in draws]
         for drawn in draws:
             _refuse_wrong_tables_of(words, drawn, tables)
+
+
+def _any_values(drawn: poutine.Trace, tables: poutine.Trace) -> poutine.Trace:
+    """A trace to replay, with values of the summed sites that are all equally likely."""
+    replayed = poutine.Trace()
+    for name, source in summed_sites(tables).items():
+        if name in drawn:
+            site, values = drawn.nodes[name], values_of_sum(source)
+            shape = site["value"].shape[: site["value"].ndim - len(site["fn"].event_shape)]
+            replayed.add_node(name, **{**site, "value": values[torch.randint(len(values), shape)]})
+    return replayed
 
 
 def _refuse_wrong_tables_of(program: str, drawn: poutine.Trace, tables: poutine.Trace) -> None:
@@ -132,8 +146,7 @@ def _refuse_wrong_tables_of(program: str, drawn: poutine.Trace, tables: poutine.
 def _position(site: dict, source: dict) -> Tensor:
     """The positions of drawn values, (batch shape), in the list of a summed site's values."""
     event_dim = len(site["fn"].event_shape)
-    dim = source["infer"]["_enumerate_dim"]
-    values = source["value"].movedim(dim - event_dim, 0)
+    values = values_of_sum(source)
     values = values.reshape(len(values), *[1] * (site["value"].ndim - event_dim), *site["fn"].event_shape)
     equal = values == site["value"]
     return (equal.flatten(-event_dim).all(-1) if event_dim else equal).double().argmax(0)
