@@ -156,8 +156,9 @@ def refuse_without_coordinates(trace: poutine.Trace) -> None:
         support = _support_of(distribution)
         if support is not None and support.is_discrete:
             raise ValueError(
-                f"site '{name}' is discrete ({distribution}), and Hamiltonian dynamics need a gradient: sum it out in the "
-                f"model, or use log_marginal_likelihood"
+                f"site '{name}' is discrete ({distribution}), and Hamiltonian dynamics need a gradient: mark it for "
+                f"enumeration in the model (infer={{'enumerate': 'parallel'}}), which sums it out, or use "
+                f"log_marginal_likelihood"
             )
 
 

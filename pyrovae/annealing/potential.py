@@ -238,15 +238,10 @@ def _run(
 
 def _draw(pair: Pair, block: Block, from_prior: bool, plate_size: int | None) -> tuple[poutine.Trace, poutine.Trace]:
     """Traces of both programs without placed values; sites that are summed out are drawn, and left out."""
-    programs = pair.model, pair.guide
-    plain = replace(
-        pair,
-        **{
-            name: program.drawn
-            for name, program in zip(("model", "guide"), programs, strict=True)
-            if isinstance(program, SummedOut)
-        },
+    model, guide = (
+        program.drawn if isinstance(program, SummedOut) else program for program in (pair.model, pair.guide)
     )
+    plain = replace(pair, model=model, guide=guide)
     traces = _run(plain, block, Placed({}), from_prior, plate_size)
     for program, trace in zip((pair.model, pair.model if from_prior else pair.guide), traces, strict=True):
         for name in program.names & trace.nodes.keys() if isinstance(program, SummedOut) else ():

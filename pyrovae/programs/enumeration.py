@@ -15,6 +15,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -163,10 +165,10 @@ def without_sums(mask: Tensor, site: dict, parts: int) -> Tensor:
     return _without_sums(mask, site, parts, first)
 
 
-def _without_sums(table: Tensor, site: dict, parts: int, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+def _without_sums(table: Tensor, site: dict, parts: int, remove: Callable[[Tensor, int], Tensor]) -> Tensor:
     dims = summed_dims(site, table.shape[: table.ndim - parts])
     for dim in dims:
-        table = reduce(table, dim - parts)
+        table = remove(table, dim - parts)
     # Only plates and particles stand right of the dimensions of summed sites.
     return table.reshape(table.shape[table.ndim - parts + max(dims) + 1 :]) if dims else table
 
@@ -199,7 +201,7 @@ def contracted(tables: Iterable[tuple[dict, Tensor]], kept: Sequence[str]) -> Te
                 within |= {symbol} if frame.name not in kept else set()
         tree.setdefault(frozenset(within), []).append(pack(table, symbols))
         names += [site["name"]] if is_summed(site) else []
-    present = {symbol for terms in tree.values() for term in terms for symbol in term._pyro_dims}
+    present = {symbol for terms in tree.values() for term in terms for symbol in _dims(term)}
     try:
         summed = contract_tensor_tree(tree, values & present, ring=_LogSums())
     except (NotImplementedError, ValueError) as error:
@@ -209,7 +211,7 @@ def contracted(tables: Iterable[tuple[dict, Tensor]], kept: Sequence[str]) -> Te
             f"the summed site in both programs without the mark for enumeration"
         ) from error
     order = [plates.get(plate, "") for plate in kept]
-    return sum(_laid_out(term, order) for terms in summed.values() for term in terms)  # type: ignore[return-value]
+    return reduce(add, (_laid_out(term, order) for terms in summed.values() for term in terms))
 
 
 def _symbol(number: int) -> str:
@@ -217,12 +219,22 @@ def _symbol(number: int) -> str:
     return chr(256 + number)
 
 
+def _dims(term: Tensor) -> str:
+    """The names of a packed tensor's dimensions, where Pyro's contraction looks for them."""
+    return term._pyro_dims  # type: ignore[attr-defined]
+
+
+def _name(term: Tensor, dims: str) -> None:
+    term._pyro_dims = dims  # type: ignore[attr-defined]
+
+
 def _laid_out(term: Tensor, order: Sequence[str]) -> Tensor:
     """A term with these dimensions in order; summed over all others."""
-    dims = term._pyro_dims  # type: ignore[attr-defined]
-    if others := [position for position, symbol in enumerate(dims) if symbol not in order]:
+    if others := [position for position, symbol in enumerate(_dims(term)) if symbol not in order]:
+        dims = [symbol for symbol in _dims(term) if symbol in order]
         term = term.sum(others)
-    dims = [symbol for symbol in dims if symbol in order]
+    else:
+        dims = list(_dims(term))
     term = term.permute([dims.index(symbol) for symbol in order if symbol in dims])
     sizes = iter(term.shape)
     return term.reshape([next(sizes) if symbol in dims else 1 for symbol in order])
@@ -239,11 +251,11 @@ class _LogSums(LogRing):
     def sumproduct(self, terms: Sequence[Tensor], dims: set[str]) -> Tensor:
         """Eliminate one dimension after the other, the one with the smallest table first."""
         terms = list(terms)
-        sizes = {symbol: size for term in terms for symbol, size in zip(term._pyro_dims, term.shape, strict=True)}  # type: ignore[attr-defined]
-        holders: dict[str, list[Tensor]] = {dim: [term for term in terms if dim in term._pyro_dims] for dim in dims}  # type: ignore[attr-defined]
+        sizes = {symbol: size for term in terms for symbol, size in zip(_dims(term), term.shape, strict=True)}
+        holders: dict[str, list[Tensor]] = {dim: [term for term in terms if dim in _dims(term)] for dim in dims}
 
         def cost(dim: str) -> int:
-            return math.prod(sizes[symbol] for symbol in {s for term in holders[dim] for s in term._pyro_dims})  # type: ignore[attr-defined]
+            return math.prod(sizes[symbol] for symbol in {s for term in holders[dim] for s in _dims(term)})
 
         costs = {dim: cost(dim) for dim in sorted(dims)}
         while costs:
@@ -251,9 +263,9 @@ class _LogSums(LogRing):
             del costs[dim]
             used = holders.pop(dim)
             product = _product(used)
-            left = product._pyro_dims  # type: ignore[attr-defined]
+            left = _dims(product)
             term = _logsumexp(product, left.index(dim))
-            term._pyro_dims = left.replace(dim, "")  # type: ignore[attr-defined]
+            _name(term, left.replace(dim, ""))
             gone = set(map(id, used))
             terms = [*(other for other in terms if id(other) not in gone), term]
             for other in holders:
@@ -273,15 +285,15 @@ def _logsumexp(terms: Tensor, dim: int) -> Tensor:
 
 def _product(terms: Sequence[Tensor]) -> Tensor:
     """The sum of logs, aligned by the names of their dimensions."""
-    dims = "".join(sorted({symbol for term in terms for symbol in term._pyro_dims}))  # type: ignore[attr-defined]
+    dims = "".join(sorted({symbol for term in terms for symbol in _dims(term)}))
     total = None
     for term in terms:
-        own = term._pyro_dims  # type: ignore[attr-defined]
+        own = _dims(term)
         aligned = term.permute([own.index(symbol) for symbol in dims if symbol in own])
         sizes = iter(aligned.shape)
         aligned = aligned.reshape([next(sizes) if symbol in own else 1 for symbol in dims])
         total = aligned if total is None else total + aligned
     assert total is not None
     total = total.clone() if len(terms) == 1 else total  # the name of the dimensions is noted on a tensor of its own
-    total._pyro_dims = dims  # type: ignore[attr-defined]
+    _name(total, dims)
     return total

@@ -207,7 +207,7 @@ def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Tr
     if missing := sorted(latents - set(guide_sites)):
         raise ValueError(
             f"the guide does not sample the model's latent site(s) {missing}; it samples {sorted(proposed)}: "
-            f"add these sites to the guide, or sum them out in the model"
+            f"add these sites to the guide, or sum them out in the model (discrete ones: infer={{'enumerate': 'parallel'}})"
         )
     if extra := sorted(proposed - latents):
         raise ValueError(

@@ -37,6 +37,7 @@ _SEED = 20261126
 _FEW = 16  # data that are told apart by all bits, whatever else shows
 _BITS = 6  # length of the codes that tell data apart
 _LOOKS = 4  # draws of summed sites that are compared with their tables
+_MOST_DIMENSIONS = 64  # of a tensor
 _NEGLIGIBLE = 1e-4  # nats; data may share the steps of an adaptive solver (a continuous flow)
 
 
@@ -88,6 +89,7 @@ def refuse_wrong_tables(pair: InspectedPair) -> None:
         run = pair.args, pair.kwargs, pair.layout.pinned, pair.guide_trace
         with same_random_numbers(*pair.values()):
             draws = [trace_program(program.drawn, *run) for _ in range(_LOOKS)]
+        _refuse_too_many_dimensions(words, program, draws[0])
         try:
             tables = trace_program(program, *run)
         except Exception as error:
@@ -101,6 +103,17 @@ def refuse_wrong_tables(pair: InspectedPair) -> None:
             draws += [trace_program(program.drawn, *run, _any_values(drawn, tables)) for drawn in draws]
         for drawn in draws:
             _refuse_wrong_tables_of(words, drawn, tables)
+
+
+def _refuse_too_many_dimensions(words: str, program: SummedOut, drawn: poutine.Trace) -> None:
+    """Raise ValueError if the values of all sites need more dimensions than a tensor has."""
+    apart = [name for name in program.names if name in drawn and "_markov_scope" not in drawn.nodes[name]["infer"]]
+    if len(apart) + program.max_plate_nesting + 1 > _MOST_DIMENSIONS:
+        raise ValueError(
+            f"the {words} has {len(apart):,} sites to sum out, each with a dimension of its own, and tensors have "
+            f"{_MOST_DIMENSIONS} at most: write a chain as 'for t in pyro.markov(range(...))', whose steps share "
+            f"dimensions, and the data as 'with pyro.plate(...)'"
+        )
 
 
 def _any_values(drawn: poutine.Trace, tables: poutine.Trace) -> poutine.Trace:
@@ -128,7 +141,7 @@ def _refuse_wrong_tables_of(program: str, drawn: poutine.Trace, tables: poutine.
             index = _position(drawn.nodes[source["name"]], source)
             index = index.reshape((1,) * (table.ndim - index.ndim) + index.shape)
             table = table.take_along_dim(index, dim) if index.shape[dim] == 1 else table[:0]
-        if not torch.allclose(*torch.broadcast_tensors(table, one), rtol=1e-4, atol=1e-3, equal_nan=True):
+        if not torch.isclose(table, one, rtol=1e-4, atol=1e-3, equal_nan=True).all():
             different = name
             break
     else:
