@@ -597,3 +597,141 @@ def test_nothing_to_anneal():
         torch.randn(3, 2),
         run=lambda model, guide, x: pv.annealed_importance_sampling(model, x, num_temperatures=3),
     )
+
+
+# --- more programs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_that_switches_latents():
+    """h_t drives z_t, which the guide draws: the forward algorithm at the draws of each particle."""
+    chain, x, draws = Chain(3), torch.randn(5, 4), []
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            state, z = None, torch.zeros(())
+            for t in pyro.markov(range(4)):
+                state = pyro.sample(
+                    f"h{t}", dist.Categorical(chain.start if state is None else chain.steps[state]), infer=MARK
+                )
+                z = pyro.sample(f"z{t}", dist.Normal(chain.locs[state] + 0.5 * z, 0.7))
+                pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z = [pyro.sample(f"z{t}", dist.Normal(x[:, t] / 2, 1.3)) for t in pyro.markov(range(4))]
+            draws.append(torch.stack(z, -1))
+
+    found = weights(model, guide, x, num_particles=7, data_batch_size=None)
+    z = draws[-1].reshape(7, 5, 4)
+    before = torch.cat([torch.zeros(7, 5, 1), z[..., :-1]], -1)
+    alpha = chain.start.log()
+    for t in range(4):
+        if t:
+            alpha = (alpha[..., :, None] + chain.steps.log()).logsumexp(-2)
+        alpha = alpha + dist.Normal(chain.locs + 0.5 * before[..., t, None], 0.7).log_prob(z[..., t, None])
+    likelihood = dist.Normal(z, 1.0).log_prob(x) - dist.Normal(x / 2, 1.3).log_prob(z)
+    close(found, alpha.logsumexp(-1) + likelihood.sum(-1))
+
+
+def test_factors_count_at_each_value():
+    prior, x = matrix(3), torch.randn(5)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(prior), infer=MARK)
+            pyro.factor("f", 0.3 * y * x)
+
+    close(weights(model, nothing, x), (prior.log() + 0.3 * torch.arange(3) * x[:, None]).logsumexp(1))
+
+
+def test_a_masked_latent_beside_a_class():
+    """Elements of z that the model masks have no density, whatever their class."""
+    prior, locs, x, known = matrix(3), torch.randn(3), torch.randn(6), torch.arange(6) % 2 == 0
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(prior), infer=MARK)
+            with poutine.mask(mask=known):
+                z = pyro.sample("z", dist.Normal(locs[y], 0.5))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    result = pv.log_marginal_likelihood(model, guide, x, num_particles=2000)
+    exact = (prior.log() + dist.Normal(locs, 1.25**0.5).log_prob(x[:, None])).logsumexp(1) * known
+    for found, truth, stderr in zip(result.log_prob, exact, result.stderr, strict=True):
+        within(found, truth, stderr + 1e-12)
+    assert torch.allclose(result.log_prob[~known], torch.zeros(3), atol=1e-12)
+
+
+def test_automatic_guides_of_the_other_latents():
+    vae, x = MixtureVAE(), torch.randn(8, 4)
+    guide = pyro.infer.autoguide.AutoNormal(poutine.block(vae.model, hide=["y"]), init_scale=1.0)
+    result = pv.log_marginal_likelihood(vae.model, guide, x, num_particles=20_000)
+    for found, truth, stderr in zip(result.log_prob, vae.evidence(x).logsumexp(1), result.stderr, strict=True):
+        within(found, truth, stderr)
+
+
+def test_no_value_is_possible():
+    """A density of NaN at one value is named; a value of probability 0 has no part in the sum."""
+
+    def model(x, locs):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.tensor([0.5, 0.5])), infer=MARK)
+            pyro.sample("x", dist.Normal(locs[y], 1.0), obs=x)
+
+    refused("density of site 'x' of the model is NaN", model, nothing, torch.randn(4), torch.tensor([0.0, math.nan]))
+
+
+def test_a_loop_without_markov_is_refused_before_it_needs_too_many_dimensions():
+    chain, x = Chain(2), torch.randn(3, 70)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            state = None
+            for t in range(x.shape[1]):
+                probs = chain.start if state is None else chain.steps[state]
+                state = pyro.sample(f"h{t}", dist.Categorical(probs), infer=MARK)
+                pyro.sample(f"x{t}", dist.Normal(chain.locs[state], 1.0), obs=x[:, t])
+
+    refused("has 70 sites to sum out, each with a dimension of its own.*pyro.markov", model, nothing, x)
+    close(weights(model, nothing, x[:, :8]), chain.forward(x[:, :8]))
+
+
+def test_calibration_ranks_the_other_latents():
+    """The exact posterior given x: a mixture, marked in the guide too."""
+    prior, locs = torch.tensor([0.3, 0.7]), torch.tensor([-1.0, 1.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(prior), infer=MARK)
+            z = pyro.sample("z", dist.Normal(locs[y], 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            logits = prior.log() + dist.Normal(locs, 2**0.5).log_prob(x[:, None])
+            k = pyro.sample("k", dist.Categorical(logits=logits), infer=MARK)
+            pyro.sample("z", dist.Normal((x + locs[k]) / 2, 0.5**0.5))
+
+    calibration = pv.simulation_based_calibration(model, guide, torch.zeros(400))
+    assert calibration.names == ["z"]
+    assert calibration.p_value > 1e-5
+    shifted = pv.simulation_based_calibration(model, lambda x: guide(x + 1), torch.zeros(400))
+    assert shifted.p_value < 1e-5
+
+
+def test_export_of_draws():
+    """The log weights of the export are those of the sum; predictive draws would need a class of each draw."""
+    vae, x = MixtureVAE(), torch.randn(6, 4)
+    result = pv.log_marginal_likelihood(vae.model, vae.guide, x, num_particles=30)
+    data = pv.to_inference_data(result, model=vae.model, guide=vae.guide, args=(x,), num_draws=5, predictive=False)
+    z = torch.as_tensor(data["posterior"]["z"].values)[0]
+    with torch.no_grad():
+        exact = vae.log_joint(x, z).logsumexp(-1) - dist.Normal(x[:, :2] / 2, 1.5).to_event(1).log_prob(z)
+    assert torch.allclose(torch.as_tensor(data["sample_stats"]["log_weight"].values)[0], exact, atol=1e-10)
+    assert "y" not in data["posterior"]
+    with pytest.raises(ValueError, match="marked for enumeration are summed out: pass predictive=False"):
+        pv.to_inference_data(result, model=vae.model, guide=vae.guide, args=(x,), num_draws=5)
