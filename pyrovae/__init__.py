@@ -20,6 +20,7 @@ from pyrovae.evaluation import detection
 from pyrovae.evaluation.aggregate_posterior import AggregatePosterior, aggregate_posterior
 from pyrovae.evaluation.arviz_export import to_elpd_data, to_inference_data
 from pyrovae.evaluation.calibration import Calibration, simulation_based_calibration
+from pyrovae.evaluation.classification import Classification, classify
 from pyrovae.evaluation.comparison import Comparison, compare
 from pyrovae.evaluation.importance_sampling import active_units, log_marginal_likelihood, particles_for
 from pyrovae.evaluation.inference_gaps import InferenceGaps, inference_gaps
@@ -42,6 +43,7 @@ __all__ = [
     "BidirectionalMonteCarlo",
     "BottomUpGuide",
     "Calibration",
+    "Classification",
     "Comparison",
     "ConditionalNormal",
     "DifferenceEstimate",
@@ -58,6 +60,7 @@ __all__ = [
     "anneal_a_slice",
     "annealed_importance_sampling",
     "bidirectional_monte_carlo",
+    "classify",
     "compare",
     "data",
     "detection",

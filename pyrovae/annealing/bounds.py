@@ -17,6 +17,7 @@ from pyrovae.evaluation.log_weights import until_interrupted
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.evaluation.options import evaluation_of
 from pyrovae.evaluation.streams import Part, parts_of
+from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.particles import refuse_more_than_memory
 from pyrovae.programs.simulation import first_data, simulate
@@ -79,7 +80,7 @@ def annealed_importance_sampling(
         importance sampling defines them), `acceptance` is the mean acceptance rate.
 
     Raises:
-        ValueError: naming the site, for discrete latents, angles and directions (Pyro's distributions on a circle or a
+        ValueError: naming the site, for discrete latents that are not marked for enumeration, angles and directions (Pyro's distributions on a circle or a
             sphere, even wrapped, because they have no coordinates on the line; custom distributions of this kind are
             not detected), improper priors, distributions with unknown support, densities without a gradient, and
             everything that `log_marginal_likelihood` refuses; also for a model without latents.
@@ -251,8 +252,9 @@ def _sandwiched(
 def _exact_draws(pair: Pair, trace: poutine.Trace, guide: Program | None, num_chains: int) -> Tensor:
     """Return the simulated latents as u (S, N, D), the same for all chains."""
     latents = poutine.Trace()
+    summed = pair.model.names if isinstance(pair.model, SummedOut) else frozenset()
     for name, site in sample_sites(trace):
-        if not site["infer"].get("was_observed"):
+        if not site["infer"].get("was_observed") and name not in summed:
             latents.add_node(name, **site)
             if guide is not None and any(True for _ in masks_of(site)):
                 raise ValueError(
@@ -260,7 +262,10 @@ def _exact_draws(pair: Pair, trace: poutine.Trace, guide: Program | None, num_ch
                     f"model's: start from the prior (guide=None)"
                 )
     if guide is not None:
-        replayed = trace_program(guide, pair.args, pair.kwargs, latents)
+        program = pair.guide.drawn if isinstance(pair.guide, SummedOut) else guide
+        replayed = trace_program(program, pair.args, pair.kwargs, latents)
+        for name in pair.guide.names if isinstance(pair.guide, SummedOut) else ():
+            replayed.remove_node(name)
         if strange := sorted(name for name, _ in sample_sites(replayed) if name not in latents):
             raise ValueError(
                 f"the guide draws auxiliary site(s) {strange}, whose values for a simulated latent are unknown: "

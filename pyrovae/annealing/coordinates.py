@@ -156,8 +156,9 @@ def refuse_without_coordinates(trace: poutine.Trace) -> None:
         support = _support_of(distribution)
         if support is not None and support.is_discrete:
             raise ValueError(
-                f"site '{name}' is discrete ({distribution}), and Hamiltonian dynamics need a gradient: sum it out in the "
-                f"model, or use log_marginal_likelihood"
+                f"site '{name}' is discrete ({distribution}), and Hamiltonian dynamics need a gradient: mark it for "
+                f"enumeration in the model (infer={{'enumerate': 'parallel'}}), which sums it out, or use "
+                f"log_marginal_likelihood"
             )
 
 
@@ -208,6 +209,10 @@ class Placed(Messenger):
         transform = _bijection_of(msg)
         msg["value"], msg["done"] = transform(u), True
         log_jacobian = transform.log_abs_det_jacobian(u, msg["value"])
-        self.log_jacobians[msg["name"]] = log_jacobian.reshape(
-            *log_jacobian.shape[: len(msg["fn"].batch_shape)], -1
-        ).sum(-1)
+        num_batch_dims = msg["value"].ndim - len(msg["fn"].event_shape)
+        if msg["value"].shape[:num_batch_dims].numel() > u.numel():
+            raise ValueError(
+                f"the support of site '{msg['name']}' depends on a site that is summed out, so it has no coordinates that "
+                f"hold for all values: use log_marginal_likelihood"
+            )
+        self.log_jacobians[msg["name"]] = log_jacobian.reshape(*log_jacobian.shape[:num_batch_dims], -1).sum(-1)

@@ -25,7 +25,8 @@ from pyrovae.annealing.coordinates import (
 )
 from pyrovae.common.arguments import checks_values, map_tensors
 from pyrovae.compiled.record import Recording, record
-from pyrovae.programs.log_densities import log_weights_of, site_log_prob
+from pyrovae.programs.enumeration import SummedOut, holds_sums
+from pyrovae.programs.log_densities import log_density_of, log_weights_of, site_log_prob, summed_sites
 from pyrovae.programs.masks import unmasked
 from pyrovae.programs.pair import Block, Pair, guide_given
 from pyrovae.programs.simulation import ProperPriors
@@ -83,7 +84,7 @@ class Potential:
     def draw(self) -> Tensor:
         """Return draws u (S, N, D) from the guide."""
         runs = 1 if self.plate_size is not None else self.num_chains
-        traces = (_run(self.pair, self.block, Placed({}), self.from_prior, self.plate_size)[1] for _ in range(runs))
+        traces = (_draw(self.pair, self.block, self.from_prior, self.plate_size)[1] for _ in range(runs))
         return torch.cat([unconstrained(trace, self.block.layout, self.plate_size) for trace in traces])
 
     def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,6 +128,9 @@ class Potential:
     def _of_one_run(self, u: Tensor, block: Block) -> tuple[Tensor, Tensor]:
         placed = Placed(self.coordinates.values(u))
         model_trace, guide_trace = _run(self.pair, block, placed, self.from_prior, self.plate_size)
+        summed = summed_sites(guide_trace)
+        if summed or holds_sums(model_trace):
+            return self._of_sums(placed, block, model_trace, guide_trace, summed)
         terms = {}
         for name, site in random_sites(guide_trace):
             # Masks do not change what is drawn. With a log density of 0, masked elements of a chain would drift without limit.
@@ -144,6 +148,27 @@ class Potential:
                 model_trace.remove_node(name)
             guide_trace = poutine.Trace()
         return log_start, log_weights_of(block.layout, model_trace, guide_trace, self.plate_size)
+
+    def _of_sums(
+        self,
+        placed: Placed,
+        block: Block,
+        model_trace: poutine.Trace,
+        guide_trace: poutine.Trace,
+        summed: dict[str, dict],
+    ) -> tuple[Tensor, Tensor]:
+        """`_of_one_run` for programs with summed sites, whose terms do not add up site by site."""
+        layout, sites = block.layout, dict(random_sites(guide_trace))
+        drawn = {name: {**site, "mask": None, "fn": unmasked(site["fn"])} for name, site in sites.items()}
+        log_start = log_density_of(layout, {**drawn, **summed}, self.plate_size)
+        for name, site in sites.items():
+            log_start = log_start + spread(placed.log_jacobians[name], site, layout, self.plate_size)
+        if checks_values() and not (log_start < torch.inf).all():
+            raise ValueError(
+                f"the start density of sites {sorted({**drawn, **summed})} is NaN or +inf at one of their draws: look for "
+                f"NaN in the data or parameters, or for an unbounded density"
+            )
+        return log_start, log_weights_of(layout, model_trace, guide_trace, self.plate_size)
 
 
 def block_potential(
@@ -171,7 +196,7 @@ def block_potential(
     block = pair.block(start, stop)
     plate_size = num_chains if vectorised else None
     with torch.no_grad():
-        model_trace, guide_trace = _run(pair, block, Placed({}), from_prior, plate_size)
+        model_trace, guide_trace = _draw(pair, block, from_prior, plate_size)
     refuse_without_coordinates(model_trace)
     coordinates = Coordinates.of(guide_trace, block.layout, plate_size)
     potential = Potential(pair, block, num_chains, from_prior, plate_size, coordinates)
@@ -197,15 +222,31 @@ def _run(
             with placed:
                 model_trace = poutine.trace(model).get_trace(*block.args, **block.kwargs)
             latents = poutine.Trace()
-            for name, site in sample_sites(model_trace):
+            for name, site in {**dict(sample_sites(model_trace)), **summed_sites(model_trace)}.items():
                 if not site["is_observed"]:
                     latents.add_node(name, **site)
             return model_trace, latents
         with placed:
             guide_trace = poutine.trace(guide).get_trace(*block.args, **block.kwargs)
+        if isinstance(model, SummedOut):
+            model = poutine.replay(model, trace=model.clean(guide_trace))
+            return poutine.trace(model).get_trace(*block.args, **block.kwargs), guide_trace
         return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
             *block.args, **block.kwargs
         ), guide_trace
+
+
+def _draw(pair: Pair, block: Block, from_prior: bool, plate_size: int | None) -> tuple[poutine.Trace, poutine.Trace]:
+    """Traces of both programs without placed values; sites that are summed out are drawn, and left out."""
+    model, guide = (
+        program.drawn if isinstance(program, SummedOut) else program for program in (pair.model, pair.guide)
+    )
+    plain = replace(pair, model=model, guide=guide)
+    traces = _run(plain, block, Placed({}), from_prior, plate_size)
+    for program, trace in zip((pair.model, pair.model if from_prior else pair.guide), traces, strict=True):
+        for name in program.names & trace.nodes.keys() if isinstance(program, SummedOut) else ():
+            trace.remove_node(name)
+    return traces
 
 
 def _refuse_without_gradient(potential: Potential) -> None:

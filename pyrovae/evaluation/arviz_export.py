@@ -12,6 +12,7 @@ from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import import_arviz
 from pyrovae.evaluation.options import evaluation_of
+from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.log_densities import log_weights_of
 from pyrovae.programs.traces import Layout, Program, as_guide, run_pair, sample_sites, trace_program
@@ -163,7 +164,12 @@ def _draws(
     ):
         guide = as_guide(guide)
         pair = inspect_pair(model, guide, args, {}, plate)
-        layout = pair.layout
+        layout, guide = pair.layout, pair.guide
+        if predictive and (isinstance(pair.model, SummedOut) or isinstance(guide, SummedOut)):
+            raise ValueError(
+                "predictive draws and log likelihoods need a value of each latent, and sites marked for enumeration are "
+                "summed out: pass predictive=False, or sample these sites in both programs without the mark"
+            )
         observed = {
             name: _array(layout, site, site["value"], len(site["fn"].event_shape))
             for name, site in sample_sites(pair.model_trace)
@@ -172,7 +178,7 @@ def _draws(
         free = poutine.uncondition(model)
         weights = []
         for _ in range(num_draws):
-            model_trace, guide_trace = run_pair(model, guide, args, {}, layout.pinned)
+            model_trace, guide_trace = run_pair(pair.model, guide, args, {}, layout.pinned)
             weights.append(log_weights_of(layout, model_trace, guide_trace))
             for name, site in sample_sites(model_trace):
                 if not site["is_observed"]:

@@ -11,6 +11,7 @@ from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
 from pyrovae.evaluation.options import evaluation_of
 from pyrovae.guides.base import Guide
+from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.simulation import simulate
 from pyrovae.programs.traces import Program, as_guide, sample_sites, trace_program
@@ -163,7 +164,8 @@ def simulation_based_calibration(
     with evaluation_of(model, guide, args=args, kwargs=kwargs) as (_, args, kwargs):
         trace, program, args, kwargs = simulate(model, guide, args, kwargs)
         guide = as_guide(guide)
-        layout = inspect_pair(program, guide, args, kwargs, plate).layout
+        pair = inspect_pair(program, guide, args, kwargs, plate)
+        layout = pair.layout
         if layout.dim is None or layout.subsampled:
             raise ValueError(
                 f"calibration needs a datum plate that holds all data at once; found "
@@ -173,6 +175,8 @@ def simulation_based_calibration(
             name: site["value"]
             for name, site in sample_sites(trace)
             if not site["infer"].get("was_observed") and not site["is_observed"]
+            # A site that is summed out and that the guide does not draw has no rank.
+            if not isinstance(pair.model, SummedOut) or name not in pair.model.names
         }
         if isinstance(guide, Guide) and type(guide).forward is Guide.forward:
             with torch.no_grad():

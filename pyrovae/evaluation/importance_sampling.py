@@ -44,6 +44,12 @@ def log_marginal_likelihood(
     Plate subsampling is divided out (N is then the size of the subsample, which is drawn once). Masks are respected.
     `pyro.factor` counts as likelihood. A latent value outside the prior's support has weight 0.
 
+    Discrete sites marked for enumeration (infer={"enumerate": "parallel"}, or "sequential", which is the same here) are
+    summed out exactly, if the guide leaves them out or marks them too: p(x, z) = sum_y p(x, z, y), and likewise
+    q(z) = sum_y q(z, y). A site that the guide samples without a mark is a latent like others. If all latents are
+    summed out, the result is exact for any number of particles, and the guide may be `lambda *args: None`. Along a
+    `pyro.markov` chain the cost is linear in its length.
+
     Ctrl-C during a long run returns the result for the blocks of data that are done, with a RuntimeWarning that says
     how many; `LogMarginalLikelihood.concatenate` explains how to continue. During the first block it raises
     KeyboardInterrupt as usual.
@@ -75,8 +81,8 @@ def log_marginal_likelihood(
         A `LogMarginalLikelihood`, each array (N,) in nats.
 
     Raises:
-        ValueError: naming the site, for latent sites that model and guide do not share, enumerated sites, factors or
-            observations in the guide, guides with all mass on a point, Delta sites whose `log_density` is not that of
+        ValueError: naming the site, for latent sites that model and guide do not share, sites marked for enumeration
+            whose values cannot be listed, factors or observations in the guide, guides with all mass on a point, Delta sites whose `log_density` is not that of
             their change of variables, `poutine.scale`, data outside their support, a guide that does not cover the
             prior's draws where the data are possible, a latent outside the named plate, several plates to choose from,
             NaN.

@@ -17,6 +17,9 @@ from pyrovae.common.networks import Inputs
 from pyrovae.compiled.compiler import import_compiler
 from pyrovae.compiled.record import Recording, record
 from pyrovae.guides.base import Guide, check_guide
+from pyrovae.programs.enumeration import SummedOut
+from pyrovae.programs.layout import find_layout
+from pyrovae.programs.log_densities import log_joint_of
 from pyrovae.programs.parameters import apart_from_handlers
 from pyrovae.programs.reach import evaluation_mode, modules_behind
 
@@ -215,13 +218,22 @@ class Refined(Guide):
     def _log_joint(self, data: Inputs, latents: dict[str, Tensor]) -> Tensor:
         """log p(x, z), summed over data."""
         values = {name: value.flatten(0, 1) for name, value in latents.items()}
-        trace = poutine.trace(poutine.condition(self.model, data=values)).get_trace(*data.args, **data.kwargs)
+        model = poutine.condition(self.model, data=values)
+        trace = poutine.trace(model).get_trace(*data.args, **data.kwargs)
         sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
         found = {name for name, site in sites.items() if name in values or not site["is_observed"]}
+        marked = frozenset(name for name in found - set(values) if sites[name]["infer"].get("enumerate"))
+        found -= marked
         if found != set(values):
             raise ValueError(
                 f"refinement needs a model with the latent sites of its guide, {sorted(values)}; found {sorted(found)}"
             )
+        if marked:
+            whole = find_layout(trace, poutine.Trace(), None)._replace(plate=None, dim=None, num_data=1)
+            tables = poutine.trace(SummedOut(model, marked, whole.max_plate_nesting)).get_trace(
+                *data.args, **data.kwargs
+            )
+            return log_joint_of(whole, tables).sum()
         # Leave out the scale of a subsampled plate, because log q has none.
         terms = (
             scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])

@@ -19,17 +19,17 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.programs.auxiliary import is_delta
+from pyrovae.programs.enumeration import SummedOut, at_best
 from pyrovae.programs.kinds import bounds_of, is_discrete, repeats
 from pyrovae.programs.log_densities import (
     InspectedPair,
     log_joint_with,
     log_likelihood_of,
-    log_weights_of,
     site_log_prob,
 )
 from pyrovae.programs.masks import counted
 from pyrovae.programs.reruns import same_random_numbers
-from pyrovae.programs.supports import innermost, is_angle, is_possible, num_parts, support_of
+from pyrovae.programs.supports import has_no_mass, innermost, is_possible, num_parts, support_of
 from pyrovae.programs.traces import Layout, sample_sites, spread, trace_program
 
 __all__ = ["refuse_uncovered"]
@@ -45,6 +45,8 @@ _POINTS = 32  # points on each side of a bound
 def refuse_uncovered(pair: InspectedPair, prior_traces: Sequence[poutine.Trace]) -> None:
     """Raise ValueError if the guide gives no mass to latents that prior and data allow."""
     _refuse_uncovered_draws(pair, prior_traces)
+    if isinstance(pair.guide, SummedOut):
+        return  # what is never drawn at one value of a summed site may be drawn at another
     with same_random_numbers(*pair.values()):
         for name, site in sample_sites(pair.model_trace):
             if site["is_observed"] or is_delta(pair.guide_trace.nodes[name]):
@@ -73,7 +75,7 @@ def _refuse_uncovered_draws(pair: InspectedPair, prior_traces: Sequence[poutine.
         return
     count = math.log(len(prior_traces))
     evidence = torch.stack(likelihoods).logsumexp(0) - count
-    drawn = log_weights_of(pair.layout, pair.model_trace, pair.guide_trace).double()
+    drawn = pair.log_weights().double()
     evidence = torch.maximum(evidence, drawn)
     for name, mass in missed.items():
         if (mass - count > evidence + _LOG_SHARE).any():
@@ -95,6 +97,7 @@ def _uncovered(site: dict, prior: dict, layout: Layout) -> Tensor | None:
     except Exception:  # planar flows, among others, only know the density of their own draws
         possible = is_possible(site)
         log_prob = torch.zeros(()) if possible is None else torch.where(possible, 0.0, -torch.inf)
+    log_prob = at_best(log_prob, site)
     if (seen := counted(prior)) is not None:  # elements that the model masks need not be covered
         parts = num_parts(prior["fn"])
         log_prob = torch.where(seen.flatten(-parts).any(-1) if parts else seen, log_prob, 0.0)
@@ -111,49 +114,13 @@ def _never_drawn(site: dict) -> Tensor:
     """
     distribution, value = site["fn"], site["value"]
     base, parts = innermost(distribution), num_parts(distribution)
-    never = _has_no_mass(base, value)
+    never = has_no_mass(base, value)
     never = never.expand(
         torch.broadcast_shapes(never.shape, distribution.batch_shape + distribution.event_shape[:parts])
     )
     seen = counted(site)
     never = never if seen is None else never & seen
     return never.flatten(-parts).any(-1) if parts else never
-
-
-def _has_no_mass(base: Any, value: Tensor) -> Tensor:
-    nowhere = torch.zeros((), dtype=torch.bool, device=value.device)
-    if is_angle(base):
-        beyond = (value.abs() > math.pi * (1 + 1e-6)) & torch.ones(
-            base.batch_shape + base.event_shape, dtype=torch.bool
-        )
-        return beyond.flatten(-len(base.event_shape)).any(-1) if base.event_shape else beyond
-    if isinstance(base, torch.distributions.MixtureSameFamily):
-        return _no_component_has_mass(base, value)
-    probs = getattr(base, "probs", None)
-    if not isinstance(probs, Tensor):
-        return nowhere
-    if isinstance(base, torch.distributions.Categorical):
-        index = value.long().clamp(0, probs.shape[-1] - 1)
-        index, probs = torch.broadcast_tensors(index.unsqueeze(-1), probs)
-        return probs.gather(-1, index[..., :1]).squeeze(-1) == 0
-    if isinstance(base, torch.distributions.OneHotCategorical | torch.distributions.Multinomial):
-        return ((probs == 0) & (value > 0)).any(-1)
-    if isinstance(base, torch.distributions.Geometric):
-        return (probs == 1) & (value > 0)
-    if isinstance(base, torch.distributions.NegativeBinomial):
-        return (probs == 0) & (value > 0)
-    if isinstance(base, torch.distributions.Bernoulli | torch.distributions.Binomial):
-        most = getattr(base, "total_count", 1)
-        return ((probs == 0) & (value > 0)) | ((probs == 1) & (value < most))
-    return nowhere
-
-
-def _no_component_has_mass(mixture: Any, value: Tensor) -> Tensor:
-    components, event_dims = mixture.component_distribution, len(mixture.event_shape)
-    never = _has_no_mass(innermost(components), value.unsqueeze(-1 - event_dims))
-    if (parts := num_parts(components)) and never.ndim:
-        never = never.flatten(-parts).any(-1)
-    return (never | (mixture.mixture_distribution.probs == 0)).all(-1)
 
 
 def _refuse_uncovered_values(pair: InspectedPair, name: str) -> None:
@@ -168,7 +135,7 @@ def _refuse_uncovered_values(pair: InspectedPair, name: str) -> None:
         everywhere = value.to(proposal["value"]).expand(shape + base.event_shape)
         supported = base.support.check(everywhere).expand(shape)
         tried = torch.where(supported[event], everywhere, proposal["value"])
-        never = ~supported | _has_no_mass(base, tried) | (base.log_prob(tried) == -torch.inf)
+        never = ~supported | has_no_mass(base, tried) | (base.log_prob(tried) == -torch.inf)
         values.append(everywhere)
         missed.append(never & seen if seen is not None and seen.shape == never.shape else never)
     if not any(never.any() for never in missed):

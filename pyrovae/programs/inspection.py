@@ -16,12 +16,18 @@ from torch.distributions import constraints
 
 from pyrovae.programs.auxiliary import refuse_other_dimensions, refuse_point_masses, refuse_wrong_stretches
 from pyrovae.programs.coverage import refuse_uncovered
+from pyrovae.programs.enumeration import SummedOut, at_any, check_enumerable
 from pyrovae.programs.kinds import refuse_mass_against_density, refuse_turns
 from pyrovae.programs.layout import find_layout, refuse_scales
 from pyrovae.programs.log_densities import InspectedPair, site_log_prob
 from pyrovae.programs.reach import find_modules, replaced_parameters
-from pyrovae.programs.reruns import refuse_coupled_data, refuse_influence_of_masked, refuse_other_reruns
-from pyrovae.programs.supports import innermost, possible_elements
+from pyrovae.programs.reruns import (
+    refuse_coupled_data,
+    refuse_influence_of_masked,
+    refuse_other_reruns,
+    refuse_wrong_tables,
+)
+from pyrovae.programs.supports import innermost, num_parts, possible_elements
 from pyrovae.programs.traces import Layout, Program, run_pair, sample_sites, trace_program
 
 __all__ = ["inspect_pair", "layout_for_training", "refuse_impossible_data"]
@@ -44,8 +50,8 @@ def inspect_pair(
         The pair, with its layout and a trace of each program.
 
     Raises:
-        ValueError: The message names the site. Raised for latent sites that only one program has; enumerated sites;
-            observed sites or factors in the guide; a mass in one program and a density in the other; a guide that puts
+        ValueError: The message names the site. Raised for latent sites that only one program has; sites
+            marked for enumeration whose values cannot be summed out; observed sites or factors in the guide; a mass in one program and a density in the other; a guide that puts
             all its mass on one point, or carries auxiliary draws to the latents with a wrong density; scales other than
             the subsampling of the datum plate; no single datum axis; log densities with a dimension that no plate
             declares; programs that differ when run again, or change buffers; data whose latents the model couples; a
@@ -60,20 +66,32 @@ def inspect_pair(
             f"an earlier model that Pyro's store has under these names; the modules were restored. Clear the store, "
             f"pyro.clear_param_store(), or give the modules other names"
         )
-    _refuse_enumeration(prior_trace, guide_trace)
+    in_model, in_guide = _marked_sites(prior_trace, guide_trace)
+    layout = None
+    if in_model or in_guide:
+        layout = find_layout(model_trace, guide_trace, plate)
+        refuse_scales(layout, model_trace, guide_trace)
+        model_trace, guide_trace = _without(in_model, model_trace), _without(in_guide, guide_trace)
     _refuse_mismatched_sites(model_trace, guide_trace, prior_trace)
     refuse_point_masses(guide, guide_trace, args, kwargs)
     refuse_mass_against_density(model_trace, guide_trace)
     refuse_turns(model_trace, guide_trace)
     refuse_other_dimensions(model_trace, guide_trace)
-    layout = find_layout(model_trace, guide_trace, plate)
-    refuse_scales(layout, model_trace, guide_trace)
+    if layout is None:
+        layout = find_layout(model_trace, guide_trace, plate)
+        refuse_scales(layout, model_trace, guide_trace)
     refuse_wrong_stretches(guide, layout, model_trace, guide_trace, args, kwargs)
     # About 256 draws from the prior in total, for many data or a single one.
     num_draws = max(1, min(32, 256 // layout.num_data))
     prior_traces = [trace_program(model, args, kwargs, layout.pinned) for _ in range(num_draws)]
     refuse_impossible_data(model_trace, prior_traces)
-    pair = InspectedPair(model, guide, args, kwargs, layout, model_trace, guide_trace)
+    depth = layout.max_plate_nesting
+    pair = InspectedPair(
+        SummedOut(model, in_model, depth) if in_model else model,
+        SummedOut(guide, in_guide, depth) if in_guide else guide,
+        *(args, kwargs, layout, model_trace, guide_trace),
+    )
+    refuse_wrong_tables(pair)
     refuse_other_reruns(pair)
     refuse_coupled_data(pair, prior_traces[:2], is_split=is_split)
     refuse_influence_of_masked(pair)
@@ -133,14 +151,40 @@ def layout_for_training(
     return layout
 
 
-def _refuse_enumeration(prior_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+def _marked_sites(prior_trace: poutine.Trace, guide_trace: poutine.Trace) -> tuple[frozenset[str], frozenset[str]]:
+    """The sites to sum out of (the model, the guide): those that the guide marks, and those of the model it leaves out.
+
+    A site that the model alone marks and the guide samples is a latent like others.
+    """
     # Use the trace of the model alone, because a replayed site takes over the marks of the guide's site.
+    latents = {name: site for name, site in sample_sites(prior_trace) if not site["is_observed"]}
+    proposed = dict(sample_sites(guide_trace))
+    in_guide = {name for name, site in proposed.items() if site["infer"].get("enumerate")}
+    in_model = {name for name, site in latents.items() if site["infer"].get("enumerate") and name not in proposed}
+    in_model |= in_guide & latents.keys()
+    for program, sites, names in (("model", latents, in_model), ("guide", proposed, in_guide)):
+        for name in sorted(names):
+            check_enumerable(sites[name], program)
+    return frozenset(in_model), frozenset(in_guide)
+
+
+def _without(names: frozenset[str], trace: poutine.Trace) -> poutine.Trace:
+    """A trace without some of its sites."""
+    rest = poutine.Trace()
+    for name, site in trace.nodes.items():
+        if name not in names:
+            rest.add_node(name, **site)
+    return rest
+
+
+def _refuse_enumeration(prior_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     for program, trace in (("model", prior_trace), ("guide", guide_trace)):
         for name, site in sample_sites(trace):
             if site["infer"].get("enumerate"):
                 raise ValueError(
-                    f"site '{name}' of the {program} is marked for enumeration, and log weights need values drawn by "
-                    f"the guide: sum the site out inside the model, or sample it in both programs without the mark"
+                    f"site '{name}' of the {program} is marked for enumeration, which pyro.infer.TraceEnum_ELBO sums out "
+                    f"in training, and these objectives do not: take that loss, or sample the site in both programs "
+                    f"without the mark"
                 )
 
 
@@ -163,7 +207,7 @@ def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Tr
     if missing := sorted(latents - set(guide_sites)):
         raise ValueError(
             f"the guide does not sample the model's latent site(s) {missing}; it samples {sorted(proposed)}: "
-            f"add these sites to the guide, or sum them out in the model"
+            f"add these sites to the guide, or sum them out in the model (discrete ones: infer={{'enumerate': 'parallel'}})"
         )
     if extra := sorted(proposed - latents):
         raise ValueError(
@@ -179,6 +223,7 @@ def refuse_impossible_data(model_trace: poutine.Trace, other_traces: Iterable[po
         elements = possible_elements(site, nan=True) if site["is_observed"] else None
         if elements is None:
             continue
+        elements = at_any(elements, site, num_parts(site["fn"]))
         if site["value"].isnan().any() and (unknown := site_log_prob(site).isnan()).any():
             raise ValueError(
                 f"observed site '{name}' has NaN among its data ({int(site['value'].isnan().sum()):,} numbers, in "

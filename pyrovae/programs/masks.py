@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyrovae.common.arguments import checks_values
+from pyrovae.programs.enumeration import without_sums
 from pyrovae.programs.supports import innermost, masks_of, num_parts
 
 __all__ = ["SHARED", "align_masks", "counted", "unmasked"]
@@ -42,6 +43,8 @@ def counted(site: dict) -> Tensor | None:
     for mask, parts in masks:
         mask = torch.as_tensor(mask, dtype=torch.bool, device=result.device)
         result = result & mask[(...,) + (None,) * parts]
+    if "_dim_to_id" in site["infer"]:  # the program has summed sites
+        return without_sums(result, site, num_parts(distribution))
     return result
 
 

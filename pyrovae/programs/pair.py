@@ -88,6 +88,7 @@ class Pair:
         layout: Where the data are.
         split_size: The first size of the tensors that can be cut into blocks of data; None if none can be.
         row_size: Numbers per particle and datum at the largest site.
+        draws: Whether particles differ; not if all latents are summed out.
         is_cuda: Whether an argument is on a GPU.
     """
 
@@ -98,6 +99,7 @@ class Pair:
     layout: Layout
     split_size: int | None
     row_size: int
+    draws: bool
     is_cuda: bool
 
     @property

@@ -5,6 +5,7 @@ Every comparison uses its own random numbers, so that an evaluation draws the sa
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import pyro
 import torch
@@ -13,8 +14,18 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.programs.auxiliary import is_delta
+from pyrovae.programs.enumeration import SummedOut, summed_dims
 from pyrovae.programs.equivalence import equivalent
-from pyrovae.programs.log_densities import InspectedPair, log_joint_with, log_weights_of
+from pyrovae.programs.log_densities import (
+    InspectedPair,
+    log_density_of_tables,
+    log_joint_with,
+    log_weights_of,
+    site_log_prob,
+    summed_sites,
+    table_of,
+    values_of_sum,
+)
 from pyrovae.programs.masks import SHARED, counted
 from pyrovae.programs.reach import changed_buffers
 from pyrovae.programs.supports import innermost, num_parts, support_of
@@ -25,6 +36,8 @@ __all__ = ["refuse_coupled_data", "refuse_influence_of_masked", "refuse_other_re
 _SEED = 20261126
 _FEW = 16  # data that are told apart by all bits, whatever else shows
 _BITS = 6  # length of the codes that tell data apart
+_LOOKS = 4  # draws of summed sites that are compared with their tables
+_MOST_DIMENSIONS = 64  # of a tensor
 _NEGLIGIBLE = 1e-4  # nats; data may share the steps of an adaptive solver (a continuous flow)
 
 
@@ -65,6 +78,93 @@ def refuse_other_reruns(pair: InspectedPair) -> None:
         )
 
 
+def refuse_wrong_tables(pair: InspectedPair) -> None:
+    """Raise ValueError if a program gives another density with all values of its summed sites at once than with one.
+
+    A program may mix values along the dimensions of other data or plates (y.roll, y.sum, `if y > 0`).
+    """
+    for program, words in ((pair.model, "model"), (pair.guide, "guide")):
+        if not isinstance(program, SummedOut):
+            continue
+        run = pair.args, pair.kwargs, pair.layout.pinned, pair.guide_trace
+        with same_random_numbers(*pair.values()):
+            draws = [trace_program(program.drawn, *run) for _ in range(_LOOKS)]
+        _refuse_too_many_dimensions(words, program, draws[0])
+        try:
+            tables = trace_program(program, *run)
+        except Exception as error:
+            raise ValueError(
+                f"the {words} fails with all values of site(s) {sorted(program.names)} at once, along a new batch "
+                f"dimension on the left ({type(error).__name__}: {' '.join(str(error).split())}): write it so that "
+                f"these sites may have batch dimensions of their own, for example broadcast latents and labels before "
+                f"torch.cat, or sample the sites in both programs without the mark for enumeration"
+            ) from error
+        with same_random_numbers(*pair.values()):  # values of small probability too
+            draws += [trace_program(program.drawn, *run, _any_values(drawn, tables)) for drawn in draws]
+        for drawn in draws:
+            _refuse_wrong_tables_of(words, drawn, tables)
+
+
+def _refuse_too_many_dimensions(words: str, program: SummedOut, drawn: poutine.Trace) -> None:
+    """Raise ValueError if the values of all sites need more dimensions than a tensor has."""
+    apart = [name for name in program.names if name in drawn and "_markov_scope" not in drawn.nodes[name]["infer"]]
+    if len(apart) + program.max_plate_nesting + 1 > _MOST_DIMENSIONS:
+        raise ValueError(
+            f"the {words} has {len(apart):,} sites to sum out, each with a dimension of its own, and tensors have "
+            f"{_MOST_DIMENSIONS} at most: write a chain as 'for t in pyro.markov(range(...))', whose steps share "
+            f"dimensions, and the data as 'with pyro.plate(...)'"
+        )
+
+
+def _any_values(drawn: poutine.Trace, tables: poutine.Trace) -> poutine.Trace:
+    """A trace to replay, with values of the summed sites that are all equally likely."""
+    replayed = poutine.Trace()
+    for name, source in summed_sites(tables).items():
+        if name in drawn:
+            site, values = drawn.nodes[name], values_of_sum(source)
+            shape = site["value"].shape[: site["value"].ndim - len(site["fn"].event_shape)]
+            replayed.add_node(name, **{**site, "value": values[torch.randint(len(values), shape)]})
+    return replayed
+
+
+def _refuse_wrong_tables_of(program: str, drawn: poutine.Trace, tables: poutine.Trace) -> None:
+    summed = summed_sites(tables)
+    of_id = {site["infer"]["_dim_to_id"][site["infer"]["_enumerate_dim"]]: site for site in summed.values()}
+    all_sites = {**dict(sample_sites(tables)), **summed}
+    for name, site in sample_sites(drawn):
+        if name not in all_sites:
+            different = name
+            break
+        one, table = site_log_prob(site), site_log_prob(all_sites[name])
+        for dim in summed_dims(all_sites[name], table.shape):
+            source = of_id[all_sites[name]["infer"]["_dim_to_id"][dim]]
+            index = _position(drawn.nodes[source["name"]], source)
+            index = index.reshape((1,) * (table.ndim - index.ndim) + index.shape)
+            table = table.take_along_dim(index, dim) if index.shape[dim] == 1 else table[:0]
+        if not torch.isclose(table, one, rtol=1e-4, atol=1e-3, equal_nan=True).all():
+            different = name
+            break
+    else:
+        if len(all_sites) == len(dict(sample_sites(drawn))):
+            return
+        different = next(name for name in all_sites if name not in drawn)
+    raise ValueError(
+        f"the {program}'s site '{different}' has another log density with all values of site(s) {sorted(summed)} at "
+        f"once, along a new batch dimension on the left, than with one value: the program mixes data, or decides by a "
+        f"value. Use operations that act on each element alone (no sum or roll over plates, no `if` on a value), "
+        f"or sample the site in both programs without the mark for enumeration"
+    )
+
+
+def _position(site: dict, source: dict) -> Tensor:
+    """The positions of drawn values, (batch shape), in the list of a summed site's values."""
+    event_dim = len(site["fn"].event_shape)
+    values = values_of_sum(source)
+    values = values.reshape(len(values), *[1] * (site["value"].ndim - event_dim), *site["fn"].event_shape)
+    equal = values == site["value"]
+    return (equal.flatten(-event_dim).all(-1) if event_dim else equal).double().argmax(0)
+
+
 def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *, is_split: bool = False) -> None:
     """Raise ValueError if the model's density of a datum changes with the latents of other data.
 
@@ -82,7 +182,7 @@ def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *,
     if layout.plate is None or layout.num_data < 2:
         return
     with same_random_numbers(*pair.values()):
-        drawn = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, layout.pinned))
+        drawn = _drawn(pair)
         here, first, second = latents_of(pair.model_trace), _shaken(pair), _shaken(pair)
         # (values of all data, their density, values that some of the data get instead)
         density = _density(pair, here)
@@ -113,6 +213,8 @@ def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *,
 
 def refuse_influence_of_masked(pair: InspectedPair) -> None:
     """Raise ValueError if other terms of the model change with a latent, or part of it, that the model masks."""
+    if isinstance(pair.model, SummedOut):
+        _refuse_influence_of_masked_sums(pair)
     hidden = {}
     for name, site in sample_sites(pair.model_trace):
         seen = None if site["is_observed"] else counted(site)
@@ -125,16 +227,45 @@ def refuse_influence_of_masked(pair: InspectedPair) -> None:
     if not hidden or (reparametrised and not any(site["cond_indep_stack"] for site in carried)):
         return
     with same_random_numbers(*pair.values()):
-        other = latents_of(trace_program(pair.guide, pair.args, pair.kwargs, pair.layout.pinned))
+        other = _drawn(pair)
     for name, elements in hidden.items():
         site = pair.model_trace.nodes[name]
         inner = len(site["fn"].event_shape) - num_parts(site["fn"])
         values = {name: torch.where(elements[(...,) + (None,) * inner], other[name], site["value"])}
         if not _same_density(pair, {}, _density(pair, {}), values, slice(None)):
-            raise ValueError(
-                f"the model masks latent site '{name}' (or a part of it), and sites that are not masked depend on it: "
-                f"without its prior there is no p(x). Mask these sites too, or remove the mask"
-            )
+            _refuse_masked(name)
+
+
+def _drawn(pair: InspectedPair) -> dict[str, Tensor]:
+    """Draws of the guide."""
+    program = pair.guide.drawn if isinstance(pair.guide, SummedOut) else pair.guide
+    latents = latents_of(trace_program(program, pair.args, pair.kwargs, pair.layout.pinned))
+    return {name: value for name, value in latents.items() if name in pair.guide_trace}
+
+
+def _refuse_influence_of_masked_sums(pair: InspectedPair) -> None:
+    """`refuse_influence_of_masked` for summed sites: masked elements may have any probabilities that sum to 1."""
+    trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, pair.guide_trace)
+    summed = summed_sites(trace)
+    tables = {name: (site, table_of(site)) for name, site in {**dict(sample_sites(trace)), **summed}.items()}
+    before = log_density_of_tables(pair.layout, list(tables.values()))
+    for name, site in summed.items():
+        seen = counted(site)
+        if seen is None or seen.all():
+            continue
+        table, dim = tables[name][1], site["infer"]["_enumerate_dim"]
+        others = torch.arange(table.shape[dim]).to(table).log_softmax(0).reshape(-1, *[1] * (-1 - dim))
+        changed = {**tables, name: (site, torch.where(seen, table, others))}
+        after = log_density_of_tables(pair.layout, list(changed.values()))
+        if not torch.allclose(before, after, rtol=1e-5, atol=_NEGLIGIBLE, equal_nan=True):
+            _refuse_masked(name)
+
+
+def _refuse_masked(name: str) -> NoReturn:
+    raise ValueError(
+        f"the model masks latent site '{name}' (or a part of it), and sites that are not masked depend on it: "
+        f"without its prior there is no p(x). Mask these sites too, or remove the mask"
+    )
 
 
 def _shaken(pair: InspectedPair) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 Data are passed in blocks if pieces of them give the same weights as the whole, which is tested by comparison.
 """
 
+import math
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pyrovae.common.arguments import map_tensors
+from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.equivalence import equivalent
 from pyrovae.programs.inspection import inspect_pair
-from pyrovae.programs.log_densities import InspectedPair, log_weights_of
+from pyrovae.programs.log_densities import InspectedPair, log_weights_of, summed_sites
 from pyrovae.programs.pair import HEAD, EncodesOnce, Pair, choose_rows, encode_once, guide_given
 from pyrovae.programs.parameters import check_program
 from pyrovae.programs.reach import modules_behind
@@ -69,10 +71,14 @@ def inspect(
             f"data_batch_size=None to evaluate them together"
         )
     return Pair(
-        *programs[:4],
+        pair.model,
+        pair.guide.around(programs.guide) if isinstance(pair.guide, SummedOut) else programs.guide,
+        *(args, kwargs),
         layout=pair.layout._replace(num_data=split_size or pair.layout.num_data),
         split_size=split_size,
         row_size=_row_size(pair),
+        draws=any(not site["is_observed"] for _, site in sample_sites(pair.model_trace))
+        or not isinstance(pair.model, SummedOut),
         is_cuda=any(tensor.is_cuda for tensor in tensors),
     )
 
@@ -140,6 +146,9 @@ def _inspect_some(programs: _Programs, length: int, row_size: int, fewest: int) 
     if layout.dim is None or layout.subsampled or layout.num_data != head or asked:
         raise ValueError("the tensors passed do not set the size of the datum plate")
     looks = [(rows, torch.arange(head)), (torch.arange(many), _some(many, head))][: 1 + (length > head)]
+    programs = programs._replace(model=pair.model)
+    if isinstance(pair.guide, SummedOut):
+        programs = programs._replace(guide=pair.guide.around(programs.guide))
     if not all(_pieces_agree(programs, length, layout, whole, part, fewest) for whole, part in looks):
         raise ValueError("data influence each other")
     return pair
@@ -213,5 +222,10 @@ def _is_unready(module: nn.Module) -> bool:
 
 
 def _row_size(pair: InspectedPair) -> int:
-    """Numbers per particle and datum at the largest site."""
-    return max(site["value"].numel() for _, site in sample_sites(pair.model_trace)) // pair.layout.num_data
+    """Numbers per particle and datum at the largest site, or in the largest table of a summed one."""
+    sizes = [site["value"].numel() for _, site in sample_sites(pair.model_trace)]
+    if isinstance(pair.model, SummedOut):
+        trace = trace_program(pair.model, pair.args, pair.kwargs, pair.layout.pinned, pair.guide_trace)
+        sites = (*dict(sample_sites(trace)).values(), *summed_sites(trace).values())
+        sizes += [math.prod(site["fn"].batch_shape + site["fn"].event_shape) for site in sites]
+    return max(sizes) // pair.layout.num_data

@@ -1,5 +1,6 @@
 """Supports of distributions and the values inside them, seen through Pyro's wrappers (`to_event`, `mask`, `expand`)."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 __all__ = [
+    "has_no_mass",
     "innermost",
     "is_angle",
     "is_angle_or_direction",
@@ -150,3 +152,40 @@ def masks_of(site: dict) -> Iterator[tuple[Any, int]]:
         if isinstance(distribution, MaskedDistribution):
             yield distribution._mask, num_parts(distribution)
         distribution = distribution.base_dist
+
+
+def has_no_mass(base: Any, value: Tensor) -> Tensor:
+    """Where a distribution has a density but never draws the value, because a probability is 0 or an angle beyond a turn."""
+    nowhere = torch.zeros((), dtype=torch.bool, device=value.device)
+    if is_angle(base):
+        beyond = (value.abs() > math.pi * (1 + 1e-6)) & torch.ones(
+            base.batch_shape + base.event_shape, dtype=torch.bool
+        )
+        return beyond.flatten(-len(base.event_shape)).any(-1) if base.event_shape else beyond
+    if isinstance(base, torch.distributions.MixtureSameFamily):
+        return _no_component_has_mass(base, value)
+    probs = getattr(base, "probs", None)
+    if not isinstance(probs, Tensor):
+        return nowhere
+    if isinstance(base, torch.distributions.Categorical):
+        index = value.long().clamp(0, probs.shape[-1] - 1)
+        index, probs = torch.broadcast_tensors(index.unsqueeze(-1), probs)
+        return probs.gather(-1, index[..., :1]).squeeze(-1) == 0
+    if isinstance(base, torch.distributions.OneHotCategorical | torch.distributions.Multinomial):
+        return ((probs == 0) & (value > 0)).any(-1)
+    if isinstance(base, torch.distributions.Geometric):
+        return (probs == 1) & (value > 0)
+    if isinstance(base, torch.distributions.NegativeBinomial):
+        return (probs == 0) & (value > 0)
+    if isinstance(base, torch.distributions.Bernoulli | torch.distributions.Binomial):
+        most = getattr(base, "total_count", 1)
+        return ((probs == 0) & (value > 0)) | ((probs == 1) & (value < most))
+    return nowhere
+
+
+def _no_component_has_mass(mixture: Any, value: Tensor) -> Tensor:
+    components, event_dims = mixture.component_distribution, len(mixture.event_shape)
+    never = has_no_mass(innermost(components), value.unsqueeze(-1 - event_dims))
+    if (parts := num_parts(components)) and never.ndim:
+        never = never.flatten(-parts).any(-1)
+    return (never | (mixture.mixture_distribution.probs == 0)).all(-1)

@@ -12,12 +12,15 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrovae.common.reporting import plain_errors
+from pyrovae.programs.enumeration import SummedOut, is_summed
 
 __all__ = [
+    "PARTICLES",
     "Layout",
     "Program",
     "arrange",
     "as_guide",
+    "check_data",
     "latents_of",
     "place",
     "plate_size",
@@ -33,7 +36,7 @@ __all__ = [
 
 Program = Callable[..., Any]
 
-_PARTICLES = "_pyrovae_particles"
+PARTICLES = "_pyrovae_particles"
 
 
 class Layout(NamedTuple):
@@ -62,7 +65,7 @@ class Layout(NamedTuple):
 
 def trace_program(program: Program, args: tuple, kwargs: dict, *replayed: poutine.Trace) -> poutine.Trace:
     """Trace of one run without gradients or validation, with values replayed from the `replayed` traces."""
-    for trace in replayed:
+    for trace in map(program.clean, replayed) if isinstance(program, SummedOut) else replayed:
         program = poutine.replay(program, trace=trace)
     with torch.no_grad(), pyro.validation_enabled(False), plain_errors():
         return poutine.trace(program).get_trace(*args, **kwargs)
@@ -72,6 +75,11 @@ def run_pair(
     model: Program, guide: Program, args: tuple, kwargs: dict, *replayed: poutine.Trace
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """(model trace, guide trace) with the model run on the guide's draws."""
+    if isinstance(guide, SummedOut):  # it draws with one value of each summed site, and is evaluated with all
+        drawn = trace_program(guide.drawn, args, kwargs, *replayed)
+        guide_trace = trace_program(guide, args, kwargs, *replayed, drawn)
+        model_trace = trace_program(model, args, kwargs, *replayed, guide.clean(guide_trace))
+        return model_trace, guide_trace
     guide_trace = trace_program(guide, args, kwargs, *replayed)
     model_trace = trace_program(model, args, kwargs, *replayed, guide_trace)
     return model_trace, guide_trace
@@ -107,20 +115,23 @@ def as_guide(program: Program) -> Program:
 
 def under_particles(program: Program, layout: Layout, num_particles: int) -> Program:
     """The program under an outer plate of particles, left of all its own plates."""
+    if isinstance(program, SummedOut):
+        return program.around(under_particles(program.drawn, layout, num_particles))
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with pyro.plate(_PARTICLES, num_particles, dim=-1 - layout.max_plate_nesting):
+        with pyro.plate(PARTICLES, num_particles, dim=-1 - layout.max_plate_nesting):
             return program(*args, **kwargs)
 
     return run
 
 
 def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
-    """The random choices and observations of a trace, without subsample indices and deterministic values."""
+    """The random choices and observations of a trace, without subsample indices, deterministic values and sums."""
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site_is_subsample(site) or site["infer"].get("_deterministic"):
             continue
-        yield name, site
+        if not is_summed(site):
+            yield name, site
 
 
 def latents_of(trace: poutine.Trace) -> dict[str, Tensor]:
@@ -161,9 +172,21 @@ def arrange(terms: Tensor, site: dict, layout: Layout, num_particles: int | None
     return spread
 
 
+def check_data(log_prob: Tensor, site: dict, layout: Layout) -> None:
+    """Raise ValueError if a site's log density has an undeclared dimension, or not one element or more for each datum."""
+    _check_declared(log_prob.shape, site)
+    if layout.dim is not None:
+        num_data = log_prob.shape[layout.dim] if log_prob.ndim >= -layout.dim else 1
+        if num_data != layout.num_data:
+            raise ValueError(
+                f"site '{site['name']}' has {num_data} data, but plate '{layout.plate}' has {layout.num_data}"
+            )
+
+
 def _check_declared(batch_shape: torch.Size, site: dict) -> None:
     """Raise ValueError if a site's log density has a batch dimension that no plate declares."""
     declared = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.dim is not None}
+    declared.update(dict.fromkeys(site["infer"].get("_dim_to_id", ()), -1))  # values of a summed site
     for dim, size in zip(range(-len(batch_shape), 0), batch_shape, strict=True):
         if size == 1 or declared.get(dim) in (size, -1):
             continue

@@ -98,7 +98,21 @@ def test_reports_of_older_files(digits_runs):
 def test_images_are_annealed_if_many_weights_cannot_be_trusted(tmp_path):
     """25 particles of 30 latents: k is too high for many, and the report says what annealing finds."""
     done = run(
-        *"--dataset digits --epochs 15 --num-particles 25 --latent-dim 30 --num-test 60 --quiet --out".split(), tmp_path
+        *[
+            "--dataset",
+            "digits",
+            "--epochs",
+            "15",
+            "--num-particles",
+            "25",
+            "--latent-dim",
+            "30",
+            "--num-test",
+            "60",
+            "--quiet",
+            "--out",
+        ],
+        tmp_path,
     )
     assert done.returncode == 0, done.stderr
     test = json.loads((tmp_path / "metrics.json").read_text())["test"]

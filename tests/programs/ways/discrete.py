@@ -128,19 +128,18 @@ def summed_out_in_the_model():
 # --- marked for enumeration ---
 
 ENUMERATED = "enumeration"
-MARKED = "site 'k' of the (model|guide) is marked for enumeration"
 
 
 def even(x):
     return dist.Categorical(torch.ones(len(x), 4) / 4)
 
 
-@way(ENUMERATED, MARKED)
+@way(ENUMERATED)
 def in_the_model_alone():
     return class_pair(lambda x: None, model=config_enumerate(class_model))
 
 
-@way(ENUMERATED, MARKED)
+@way(ENUMERATED)
 def in_the_model_by_its_infer_argument():
     def model(x):
         with pyro.plate("data", len(x)):
@@ -150,14 +149,98 @@ def in_the_model_by_its_infer_argument():
     return class_pair(proposal(("k", even)), model=model)
 
 
-@way(ENUMERATED, MARKED)
+@way(ENUMERATED)
 def in_parallel_in_the_guide():
     return class_pair(config_enumerate(proposal(("k", even))))
 
 
-@way(ENUMERATED, MARKED)
+@way(ENUMERATED)
 def in_sequence_in_the_guide():
     return class_pair(config_enumerate(proposal(("k", even)), "sequential"))
+
+
+def _mixture(x):
+    """k picks the mean of z, and x ~ N(z, 1)."""
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(torch.ones(4) / 4), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", dist.Normal(LEVELS.to(x)[k], 0.5))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def _mixture_pair(guide):
+    x = torch.tensor(POINTS)
+    exact = (math.log(0.25) + dist.Normal(LEVELS.to(x), 1.25**0.5).log_prob(x[:, None])).logsumexp(-1)
+    return Pair(_mixture, guide, (x,), exact)
+
+
+@way(ENUMERATED)
+def a_class_beside_a_latent_that_the_guide_draws():
+    return _mixture_pair(proposal(("z", lambda x: dist.Normal(x / 2, 1.3))))
+
+
+@way(ENUMERATED)
+def a_class_that_guide_and_model_mark_beside_a_latent():
+    @config_enumerate
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(len(x), 4) / 4))
+            pyro.sample("z", dist.Normal(x / 2 + LEVELS.to(x)[k] / 2, 0.8))
+
+    return _mixture_pair(guide)
+
+
+@way(ENUMERATED)
+def a_chain_of_states():
+    """Two states that mostly stay, six steps; the forward algorithm."""
+    x = torch.randn(3, 6)
+    steps, locs = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([-1.0, 1.0])
+
+    @config_enumerate
+    def model(x):
+        with pyro.plate("data", len(x)):
+            h = 0
+            for t in pyro.markov(range(6)):
+                h = pyro.sample(f"h{t}", dist.Categorical(steps.to(x)[h]))
+                pyro.sample(f"x{t}", dist.Normal(locs.to(x)[h], 1.0), obs=x[:, t])
+
+    alpha = steps[0].log().expand(3, 2)
+    for t in range(6):
+        alpha = alpha if t == 0 else (alpha[:, :, None] + steps.log()).logsumexp(1)
+        alpha = alpha + dist.Normal(locs, 1.0).log_prob(x[:, t, None])
+    return Pair(model, lambda x: None, (x,), alpha.logsumexp(1))
+
+
+@way(ENUMERATED)
+def a_mixture_of_proposals_in_the_guide_alone():
+    x = normal_data()
+
+    @config_enumerate
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5 * torch.ones(len(x))))
+            pyro.sample("z", dist.Normal(x / 2 + k - 0.5, 0.8))
+
+    return Pair(normal_model, guide, (x,), dist.Normal(0.0, 2**0.5).log_prob(x))
+
+
+@way(ENUMERATED, "'k' of the model is marked for enumeration, and the values of Poisson.* cannot be listed")
+def counts_without_end():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Poisson(2.0), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    return Pair(model, lambda x: None, (torch.tensor([0.0, 1.5]),))
+
+
+@way(ENUMERATED, "another log density with all values of site.*'k'|couples the data")
+def a_class_that_is_mixed_across_data():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(4) / 4), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(LEVELS.to(x)[k].roll(1, -1), 0.7), obs=x)
+
+    return class_pair(lambda x: None, exact=False, model=model)
 
 
 # --- a mass against a density ---

@@ -81,7 +81,7 @@ def _mixture():
     return model, x, exact
 
 
-@way(LISTED, "site 'k' of the guide is marked for enumeration")
+@way(LISTED)
 def discrete_parallel():
     model, x, exact = _mixture()
     return Pair(model, autoguide.AutoDiscreteParallel(model), (x,), exact)
