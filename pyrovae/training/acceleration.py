@@ -62,8 +62,12 @@ def record_step(
 def _apart(data: Batch) -> tuple[list[Tensor], Any]:
     """The tensors of the data, and the rest of them, which a recording keeps as it is."""
     tensors: list[Tensor] = []
-    rest = map_tensors(lambda tensor: tensors.append(tensor) or Tensor, (data.args, data.kwargs))
-    return tensors, (rest, data.num_data, data.has_rows)
+
+    def take(tensor: Tensor) -> type:
+        tensors.append(tensor)
+        return Tensor
+
+    return tensors, (map_tensors(take, (data.args, data.kwargs)), data.num_data, data.has_rows)
 
 
 class RecordedStep:

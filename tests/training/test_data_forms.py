@@ -365,7 +365,7 @@ def test_a_run_of_other_labels_is_not_resumed(form, tmp_path, monkeypatch):
 @pytest.mark.parametrize("by", ["weights", "table"])
 def test_numbers_that_go_by_the_place_in_the_batch(by):
     """Weights that a program holds are refused; passed with the data, they train."""
-    x, y = draw(30)
+    x, _ = draw(30)
     held = torch.rand(30) + 0.1
 
     class Weighted(OnlyModel):
