@@ -128,8 +128,8 @@ def fit(
         transform: function of a batch, in the form of the data (a tensor, tuple or dict), to the batch that the programs
             are called with; applied on the device, at every use. `data.binarize` gives dynamic binarisation, and
             `lambda batch: batch[0]` leaves labels out.
-        validation: data, in any form that `train` may have and with the same arguments, whose bound is measured after each epoch with the same noise; the state of the best epoch is
-            kept. The bound is the one-particle ELBO, or the importance-weighted bound if an objective of
+        validation: data, in any form that `train` may have and with the same arguments, whose bound is measured after
+            each epoch with the same noise; the state of the best epoch is kept. The bound is the one-particle ELBO, or the importance-weighted bound if an objective of
             `pyrovae.objectives` trains that, or the loss itself if it sums latents out (`TraceEnum_ELBO`). If they
             have the several items that the training data have before `transform`, it is applied to them, too; a single
             tensor is taken as it is. A `DataLoader` that shuffles does so in the same order after each epoch.
