@@ -1,7 +1,7 @@
 """What a batch is, the programs are called with: tensors, arrays, frames, tuples and mappings as program arguments."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Number
 from typing import Any, NamedTuple
 
@@ -26,28 +26,48 @@ class Batch(NamedTuple):
         kwargs: Keyword arguments.
         num_data: N, the length of the first tensor. Tensors of this length hold one row for each datum; all others are
             constants.
+        has_rows: For each tensor, in order, whether it holds one row for each datum. `rows` fills this in, because a
+            constant may be as long as the rows that it chose; None if the lengths decide.
     """
 
     args: tuple
     kwargs: dict[str, Any]
     num_data: int
+    has_rows: tuple[bool, ...] | None = None
 
     def rows(self, index: Tensor | slice) -> "Batch":
         """Return the data at these positions; constants stay whole."""
-
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor[index] if tensor.ndim and len(tensor) == self.num_data else tensor
-
+        has_rows = self._has_rows()
+        are_data = iter(has_rows)
         num_data = len(index) if isinstance(index, Tensor) else len(range(*index.indices(self.num_data)))
-        args, kwargs = map_tensors(cut, (self.args, self.kwargs))
-        return Batch(args, kwargs, num_data)
+        cut = self._mapped(lambda tensor: tensor[index] if next(are_data) else tensor)
+        return Batch(cut.args, cut.kwargs, num_data, has_rows)
+
+    def blocks(self, size: int, only_ends: bool = False) -> Iterator["Batch"]:
+        """Yield so many data at a time; the first and the last block only, if `only_ends`."""
+        starts = range(0, self.num_data, size)
+        for start in dict.fromkeys((starts[0], starts[-1])) if only_ends else starts:
+            yield self.rows(slice(start, start + size))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch with all tensors on this device."""
-        args, kwargs = map_tensors(
-            lambda tensor: tensor.to(device, non_blocking=non_blocking), (self.args, self.kwargs)
-        )
-        return Batch(args, kwargs, self.num_data)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def detach(self) -> "Batch":
+        """Return the batch without gradients of its tensors."""
+        return self._mapped(Tensor.detach)
+
+    def is_finite(self) -> Tensor:
+        """Whether all numbers of each datum are finite (N,)."""
+        found = torch.ones(self.num_data, dtype=torch.bool, device=self.device)
+        for tensor in self.data_tensors.values():
+            found &= tensor.reshape(self.num_data, -1).isfinite().all(1)
+        return found
+
+    @property
+    def form(self) -> Any:
+        """The data as they were given: one tensor, a tuple or a dict."""
+        return self.kwargs or (self.args[0] if len(self.args) == 1 else self.args)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -58,9 +78,32 @@ class Batch(NamedTuple):
         return found
 
     @property
+    def data_tensors(self) -> dict[str, Tensor]:
+        """Those of `tensors` that hold one row for each datum."""
+        return {
+            name: tensor
+            for (name, tensor), has_rows in zip(self.tensors.items(), self._has_rows(), strict=True)
+            if has_rows
+        }
+
+    @property
     def data(self) -> Tensor:
         """The first tensor, whose length is N."""
         return next(tensor for tensor in self.tensors.values() if tensor.ndim)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the data."""
+        return self.data.device
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        args, kwargs = map_tensors(function, (self.args, self.kwargs))
+        return self._replace(args=args, kwargs=kwargs)
+
+    def _has_rows(self) -> tuple[bool, ...]:
+        if self.has_rows is not None:
+            return self.has_rows
+        return tuple(tensor.ndim > 0 and len(tensor) == self.num_data for tensor in self.tensors.values())
 
 
 def is_stream(data: Any) -> bool:
@@ -74,7 +117,7 @@ def is_stream(data: Any) -> bool:
     return not isinstance(data, known) and not _is_table(data) and hasattr(type(data), "__getitems__")
 
 
-def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data") -> Batch:
+def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data", convert: bool = True) -> Batch:
     """Turn data into the arguments that a program is called with.
 
     A tensor, array or frame becomes the one argument, `program(x)`; the items of a tuple, list or `TensorDataset`
@@ -89,6 +132,7 @@ def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data") ->
         data: The data, N rows in each array that holds data.
         dtype: Floating-point dtype of the programs; torch's default dtype if None.
         name: Name of the argument in errors.
+        convert: Whether tensors change, too; otherwise they stay as they are, and arrays and frames become tensors.
 
     Returns:
         The program's arguments, with tensors in place of arrays and frames.
@@ -98,7 +142,7 @@ def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data") ->
             names the column.
         ValueError: There are no data, or a conversion would change values.
     """
-    dtype = torch.get_default_dtype() if dtype is None else dtype
+    numbers = _Numbers(torch.get_default_dtype() if dtype is None else dtype, convert)
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, Mapping):
@@ -120,9 +164,9 @@ def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data") ->
         items = (data,), {}
     is_one = not isinstance(data, tuple | list)
     args = tuple(
-        _converted(value, dtype, name if is_one else f"{name}, {place}") for place, value in _named(items[0], {})
+        _converted(value, numbers, name if is_one else f"{name}, {place}") for place, value in _named(items[0], {})
     )
-    kwargs = {key: _converted(value, dtype, f"{name}, argument {key!r}") for key, value in items[1].items()}
+    kwargs = {key: _converted(value, numbers, f"{name}, argument {key!r}") for key, value in items[1].items()}
     batch = Batch(args, kwargs, 0)
     lengths = [len(tensor) for tensor in batch.tensors.values() if tensor.ndim]
     if not lengths:
@@ -174,21 +218,28 @@ def _collect(name: str, value: Any, found: dict[str, Tensor]) -> None:
             _collect(f"{name}, item {position}", item, found)
 
 
-def _converted(value: Any, dtype: torch.dtype, name: str) -> Any:
+class _Numbers(NamedTuple):
+    """What numbers become."""
+
+    dtype: torch.dtype  # of arrays, frames and bytes
+    convert: bool  # whether tensors change, too
+
+
+def _converted(value: Any, numbers: _Numbers, name: str) -> Any:
     """A tensor in place of an array or frame, also inside containers; constants as they are."""
     if isinstance(value, Tensor):
-        return _of_tensor(value, dtype, name)
+        return _of_tensor(value, numbers.dtype, name) if numbers.convert else value
     if isinstance(value, Mapping):
-        return {key: _converted(item, dtype, f"{name}, {key!r}") for key, item in value.items()}
+        return {key: _converted(item, numbers, f"{name}, {key!r}") for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_converted(item, dtype, f"{name}, item {place}") for place, item in enumerate(value, 1))
+        return type(value)(_converted(item, numbers, f"{name}, item {place}") for place, item in enumerate(value, 1))
     if _is_table(value):
-        return _of_frame(value, dtype, name)
+        return _of_frame(value, numbers.dtype, name)
     if isinstance(value, np.ndarray):
-        return _of_array(value, dtype, name)
+        return _of_array(value, numbers.dtype, name)
     if value is None or isinstance(value, Number | str | bytes) or callable(value) or not hasattr(value, "__array__"):
         return value
-    return _of_array(np.asarray(value), dtype, name)
+    return _of_array(np.asarray(value), numbers.dtype, name)
 
 
 def _of_tensor(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

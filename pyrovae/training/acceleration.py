@@ -13,9 +13,10 @@ from pyrovae import data
 from pyrovae.common.arguments import map_tensors
 from pyrovae.compiled.policy import pays_off
 from pyrovae.compiled.record import Recording, record
+from pyrovae.data.forms import Batch
 from pyrovae.objectives.base import Parts
 from pyrovae.programs.traces import Program
-from pyrovae.training.batches import arguments_of
+from pyrovae.training.batches import selected
 from pyrovae.training.losses import has_surrogate, surrogate
 from pyrovae.training.optimization import OneOptimizer
 
@@ -39,19 +40,34 @@ def record_step(
     loss: ELBO,
     optimizer: OneOptimizer,
     modules: Sequence[nn.Module],
-    transform: Callable[[Tensor], Tensor] | None,
-    train: Tensor,
+    transform: Callable[[Any], Any] | None,
+    dtype: torch.dtype | None,
+    train: Batch,
     index: Tensor,
 ) -> "RecordedStep | None":
-    """Record the step of `SVI(model, guide, optimizer, loss)` on transform(train[index]); None if that is impossible."""
+    """Record the step of `SVI(model, guide, optimizer, loss)` on these data; None if that is impossible."""
+    tensors, kind = _apart(train)
 
-    def objective(train: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        args, kwargs = arguments_of(train, index, transform)
-        return surrogate(loss, model, guide, *args, **kwargs)
+    def objective(*given: Tensor) -> tuple[Tensor, ...]:
+        held = iter(given)
+        args, kwargs = map_tensors(lambda _: next(held), (train.args, train.kwargs))
+        batch = selected(train._replace(args=args, kwargs=kwargs), next(held), transform, dtype)
+        return surrogate(loss, model, guide, *batch.args, **batch.kwargs)
 
     # An objective that changes with the steps (KL warm-up) keeps its state in buffers of its own modules.
-    recording = record(objective, [*modules, *getattr(loss, "modules", ())], (train, index), gradients=True)
-    return None if recording is None else RecordedStep(recording, optimizer, getattr(loss, "advance", None))
+    recording = record(objective, [*modules, *getattr(loss, "modules", ())], (*tensors, index), gradients=True)
+    return None if recording is None else RecordedStep(recording, kind, optimizer, getattr(loss, "advance", None))
+
+
+def _apart(data: Batch) -> tuple[list[Tensor], Any]:
+    """The tensors of the data, and the rest of them, which a recording keeps as it is."""
+    tensors: list[Tensor] = []
+
+    def take(tensor: Tensor) -> type:
+        tensors.append(tensor)
+        return Tensor
+
+    return tensors, (map_tensors(take, (data.args, data.kwargs)), data.num_data, data.has_rows)
 
 
 class RecordedStep:
@@ -59,17 +75,22 @@ class RecordedStep:
 
     Args:
         recording: the loss, its parts and its gradients.
+        kind: what the data hold besides tensors.
         optimizer: optimizer of the parameters.
         advance: function that tells the objective that a step was made, or None.
     """
 
-    def __init__(self, recording: Recording, optimizer: OneOptimizer, advance: Callable[[], None] | None):
-        self.recording, self.optimizer, self.advance = recording, optimizer, advance
+    def __init__(self, recording: Recording, kind: Any, optimizer: OneOptimizer, advance: Callable[[], None] | None):
+        self.recording, self.kind, self.optimizer, self.advance = recording, kind, optimizer, advance
         self.parameters = recording.parameters
 
-    def __call__(self, train: Tensor, index: Tensor) -> tuple[Tensor, list[Parts]]:
+    def takes(self, data: Batch) -> bool:
+        """Whether the data differ from those recorded in the values of tensors only."""
+        return bool(_apart(data)[1] == self.kind)
+
+    def __call__(self, data: Batch, index: Tensor) -> tuple[Tensor, list[Parts]]:
         """Make a step and return (loss, parts of the ELBO), summed over the batch."""
-        (value, reconstruction, kl), gradients = self.recording(train, index)
+        (value, reconstruction, kl), gradients = self.recording(*_apart(data)[0], index)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.watch(value)

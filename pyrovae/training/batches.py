@@ -1,21 +1,34 @@
-"""The batches of an epoch, from a tensor held on the device or, for data that exceed memory, from a `DataLoader`."""
+"""The batches of an epoch, from data held on the device or, for data that exceed memory, from a `DataLoader`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils._pytree import tree_map
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from pyrovae.common import distributed
+from pyrovae.data.forms import Batch, as_batch, is_stream
 
-__all__ = ["Arguments", "Batches", "arguments_of", "batches_of", "check_data"]
+__all__ = [
+    "Batches",
+    "Transform",
+    "batches_of",
+    "form_of",
+    "generators_of",
+    "length_of",
+    "on_device",
+    "read_items",
+    "selected",
+    "transformed",
+]
 
 _FEW = 12
-Transform = Callable[[Any], Tensor] | None
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what the programs are called with: (args, kwargs)
+_BATCH_SIZE = 200
+Transform = Callable[[Any], Any] | None
 
 
 class Batches(ABC):
@@ -27,8 +40,10 @@ class Batches(ABC):
         batch_size: data per batch, except perhaps in the last batch.
         full_size: data of a full batch that this process gets.
         per_epoch: batches per epoch.
+        dtype: floating-point dtype of the programs, or None if they have no parameters to tell.
         device: device of the batches.
         transform: function still to be applied to each batch, or None.
+        form: form of the data before the transform (`form_of`); of a loader, that of its last batch.
         in_one_order: whether each datum has the same place in the batch at every step.
     """
 
@@ -37,107 +52,144 @@ class Batches(ABC):
     batch_size: int
     full_size: int
     per_epoch: int
-    device: torch.device
-    transform: Transform
+    form: Any
     in_one_order: bool
 
-    def __init__(self) -> None:
+    def __init__(self, transform: Transform, dtype: torch.dtype | None, device: torch.device) -> None:
+        self.transform, self.dtype, self.device = transform, dtype, device
         self._num_made: dict[int, int] = {}
 
-    def arguments(self, data: Tensor, index: Tensor) -> Arguments:
+    def arguments(self, data: Batch, index: Tensor) -> Batch:
         """What the programs are called with for a batch, as `epoch` yields it."""
-        (batch,), options = arguments_of(data, index, self.transform)
-        self._num_made[len(index)] = len(batch)
-        return (batch,), options
+        batch = selected(data, index, self.transform, self.dtype)
+        self._num_made[len(index)] = batch.num_data
+        return batch
 
     def num_made(self, num_rows: int) -> int:
         """How many data the transform makes of so many."""
         return self._num_made.get(num_rows, num_rows)
 
     @abstractmethod
-    def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self) -> Iterator[tuple[Batch, Tensor]]:
         """Yield (data, positions of this process's part of the batch in these data) for each batch of a shuffled epoch."""
 
     @abstractmethod
-    def example(self) -> tuple[Tensor, Tensor]:
+    def example(self) -> tuple[Batch, Tensor]:
         """One such pair for a full batch. May consume random numbers."""
 
 
-def check_data(name: str, data: Any) -> None:
-    """Raise ValueError if `data` is not a tensor of at least one datum."""
-    if isinstance(data, Tensor) and data.ndim > 0 and len(data) > 0:
-        return
-    if isinstance(data, Tensor):
-        found, remedy = f"one of shape {tuple(data.shape)}", ""
-    else:
-        found, remedy = (
-            f"a {type(data).__name__}",
-            f": torch.as_tensor({name}, dtype=torch.float32) makes one of an array",
-        )
-        if isinstance(data, Dataset | DataLoader):
-            loader = f", as DataLoader({name}, batch_size=200, shuffle=True)" if name == "train" else ""
-            remedy = f"{' or a DataLoader' * bool(loader)}{loader}"
-        elif isinstance(getattr(data, name, None), Tensor):  # the splits of a data set
-            remedy = f": pass its .{name}"
-        elif hasattr(data, "to_numpy"):
-            remedy = f": torch.as_tensor({name}.to_numpy(), dtype=torch.float32) makes one of a table"
-    raise ValueError(f"{name} must be a tensor of at least one datum, found {found}{remedy}")
-
-
-def arguments_of(data: Tensor, index: Tensor, transform: Transform) -> Arguments:
-    """The arguments of the programs for the data at these positions. Every call of a program in training gets its batch here.
-
-    Raises:
-        TypeError: if the transform makes no tensor of data.
+def selected(data: Batch, index: Tensor, transform: Transform, dtype: torch.dtype | None) -> Batch:
+    """What the programs are called with for the data at these positions. Every call of a program in training gets its batch
+    here.
     """
-    batch = data[index]
-    if transform is not None:
-        batch = transform(batch)
-        _check_transformed(batch)
-    return (batch,), {}
+    batch = data.rows(index)
+    return batch if transform is None else transformed(batch.form, transform, dtype)
 
 
-def _check_transformed(batch: Any) -> None:
-    if not isinstance(batch, Tensor) or batch.ndim == 0:
-        raise TypeError(f"transform must make one tensor of a batch, found {_described(batch)}")
-
-
-def batches_of(train: Any, batch_size: int | None, transform: Transform, device: torch.device) -> Batches:
-    """Make the batches of a tensor in memory or of a `DataLoader`.
+def transformed(data: Any, transform: Callable[[Any], Any], dtype: torch.dtype | None) -> Batch:
+    """What the programs are called with for a batch that the transform makes.
 
     Raises:
-        TypeError: if a loader has no length.
-        ValueError: if a loader has no batches, is given together with `batch_size`, or has another number of batches
-            than in other processes; or if a batch of a tensor has fewer data than there are processes.
+        TypeError, ValueError: if the transform makes nothing that holds data.
+    """
+    return as_batch(transform(data), dtype, "the result of transform", convert=dtype is not None)
+
+
+def form_of(data: Any) -> Any:
+    """The number of items of a tuple or list, the keys of a mapping; None for one item, whatever holds it."""
+    if isinstance(data, Mapping):
+        return tuple(data)
+    return len(data) if isinstance(data, tuple | list) and len(data) > 1 else None
+
+
+def batches_of(
+    train: Any,
+    batch_size: int | None,
+    transform: Transform,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Batches:
+    """Make the batches of data in memory (see `as_batch`), of a `Dataset`, or of a `DataLoader`.
+
+    Raises:
+        TypeError: if data cannot be what programs are called with, or a loader has no length.
+        ValueError: if there are no data, a loader is given together with `batch_size`, or has another number of batches
+            than in other processes; or if a batch of data in memory has fewer data than there are processes.
     """
     if isinstance(train, DataLoader):
-        return _Loaded(train, batch_size, transform, device)
-    return _InMemory(train, 200 if batch_size is None else batch_size, transform, device)
+        if batch_size is not None:
+            raise ValueError(f"found batch_size={batch_size} beside a DataLoader, which has its own: leave it out")
+        return _Loaded(train, transform, dtype, device)
+    batch_size = _BATCH_SIZE if batch_size is None else batch_size
+    if is_stream(train):
+        order = _Shuffled(length_of(train, "train"), batch_size)
+        # A loader draws a seed for its workers: from a generator of its own, so that the order is that of data in memory.
+        return _Loaded(DataLoader(train, batch_sampler=order, generator=torch.Generator()), transform, dtype, device)
+    return _InMemory(read_items("train", train, transform, dtype), batch_size, transform, dtype, device)
+
+
+def read_items(name: str, data: Any, transform: Transform, dtype: torch.dtype | None) -> Batch:
+    """Data in memory as what programs are called with; with a transform, tensors keep their dtype until then."""
+    if isinstance(getattr(data, name, None), Tensor):  # the splits of a data set
+        raise ValueError(f"{name} must be data, found a {type(data).__name__}: pass its .{name}")
+    return as_batch(data, dtype, name, convert=transform is None and dtype is not None)
+
+
+def length_of(dataset: Any, name: str) -> int:
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"{name} is an IterableDataset, which gives its data in an order of its own: pass DataLoader({name}, "
+            f"batch_size=...), which needs its __len__"
+        )
+    if not isinstance(dataset, Sized):
+        raise TypeError(f"{name} is a {type(dataset).__name__} without a length: give it a __len__")
+    if not len(dataset):
+        raise ValueError(f"{name} must hold at least one datum, found an empty {type(dataset).__name__}")
+    return len(dataset)
 
 
 class _InMemory(Batches):
     name = "train"
     in_one_order = False
 
-    def __init__(self, train: Tensor, batch_size: int, transform: Transform, device: torch.device):
-        super().__init__()
-        self.sizes = _sizes(len(train), batch_size)
-        joined = batch_size > 1 and self.sizes[-1] == batch_size + 1
-        distributed.check_shares(len(train) - joined, batch_size)
-        self.train, self.transform, self.device = train.to(device), transform, device
-        self.num_data, self.batch_size = len(train), batch_size
-        self.largest = min(batch_size, len(train))
-        self.full_size = len(distributed.share(torch.arange(self.largest)))
-        self.per_epoch = len(self.sizes)
+    def __init__(
+        self, train: Batch, batch_size: int, transform: Transform, dtype: torch.dtype | None, device: torch.device
+    ):
+        super().__init__(transform, dtype, device)
+        self.order = _Shuffled(train.num_data, batch_size, device)
+        self.train, self.form = train.to(device), form_of(train.form)
+        self.num_data, self.batch_size = train.num_data, batch_size
+        self.full_size, self.per_epoch = self.order.full_size, len(self.order)
 
-    def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self) -> Iterator[tuple[Batch, Tensor]]:
+        for index in self.order.draw():
+            yield self.train, index
+
+    def example(self) -> tuple[Batch, Tensor]:
+        return self.train, torch.arange(min(self.batch_size, self.num_data), device=self.device)
+
+
+class _Shuffled(Sampler):
+    """The batches of a shuffled epoch: this process's part of each."""
+
+    def __init__(self, num_data: int, batch_size: int, device: torch.device | str = "cpu"):
+        self.num_data, self.batch_size, self.device = num_data, batch_size, device
+        self.sizes = _sizes(num_data, batch_size)
+        joined = batch_size > 1 and self.sizes[-1] == batch_size + 1
+        distributed.check_shares(num_data - joined, batch_size)
+        self.full_size = len(distributed.share(torch.arange(min(batch_size, num_data))))
+
+    def draw(self) -> Iterator[Tensor]:
         shuffled = torch.randperm(self.num_data, device=self.device)
         distributed.same_everywhere([shuffled])
         for index in shuffled.split(self.sizes):
-            yield self.train, distributed.share(index)
+            yield distributed.share(index)
 
-    def example(self) -> tuple[Tensor, Tensor]:
-        return self.train, torch.arange(self.largest, device=self.device)
+    def __iter__(self) -> Iterator[list[int]]:
+        return (index.tolist() for index in self.draw())
+
+    def __len__(self) -> int:
+        return len(self.sizes)
 
 
 def _sizes(num_data: int, batch_size: int) -> list[int]:
@@ -155,11 +207,10 @@ def _sizes(num_data: int, batch_size: int) -> list[int]:
 
 class _Loaded(Batches):
     name = "batch"
+    form = None
 
-    def __init__(self, loader: DataLoader, batch_size: int | None, transform: Transform, device: torch.device):
-        super().__init__()
-        if batch_size is not None:
-            raise ValueError(f"found batch_size={batch_size} beside a DataLoader, which has its own: leave it out")
+    def __init__(self, loader: DataLoader, transform: Transform, dtype: torch.dtype | None, device: torch.device):
+        super().__init__(transform, dtype, device)
         try:
             self.num_data, self.per_epoch = _num_drawn(loader), len(loader)
         except TypeError:
@@ -175,41 +226,52 @@ class _Loaded(Batches):
                 f"found DataLoaders with {counts} batches in {len(counts)} processes, but the processes make each step together: "
                 f"use a DistributedSampler"
             )
-        self.loader, self.device = loader, device
-        self.transform = self.of_items = transform
+        self.loader, self.of_items = loader, transform
         self.batch_size = self.full_size = loader.batch_size or -(-self.num_data // self.per_epoch)
+        if isinstance(loader.batch_sampler, _Shuffled):
+            self.batch_size, self.full_size = loader.batch_sampler.batch_size, loader.batch_sampler.full_size
         self.in_one_order = self.per_epoch == 1 and _draws_one_order(loader)
 
-    def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self) -> Iterator[tuple[Batch, Tensor]]:
         for item in self.loader:
             yield self._on_device(item)
 
-    def example(self) -> tuple[Tensor, Tensor]:
+    def example(self) -> tuple[Batch, Tensor]:
         return self._on_device(next(iter(self.loader)))
 
-    def _on_device(self, item: Any) -> tuple[Tensor, Tensor]:
+    def _on_device(self, item: Any) -> tuple[Batch, Tensor]:
+        self.form = form_of(item)
         data = item[0] if isinstance(item, list | tuple) and len(item) == 1 else item
-        data = tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), data)
-        if not isinstance(data, Tensor):
-            if self.of_items is None:
-                key = next(iter(data), 0) if isinstance(data, Mapping) else 0
-                raise TypeError(
-                    f"a batch of the DataLoader must be a tensor of data, found {_described(data)}: the programs are called "
-                    f"with one tensor. Select it with transform=, for example transform=lambda batch: "
-                    f"batch[{key!r}]"
-                )
-            data = self.of_items(data)
-            self.transform = None  # it is done, for the items of a batch belong together
-            _check_transformed(data)
-        return data, torch.arange(len(data), device=self.device)
+        if self.of_items is None or isinstance(data, Tensor | np.ndarray):
+            batch = read_items("a batch of train", item, self.of_items, self.dtype).to(self.device, non_blocking=True)
+        else:
+            # The transform gets the batch as the loader made it, so it is applied here and not again.
+            self.transform = None
+            batch = transformed(on_device(data, self.dtype, self.device), self.of_items, self.dtype).to(self.device)
+        return batch, torch.arange(batch.num_data, device=self.device)
+
+
+def on_device(batch: Any, dtype: torch.dtype | None, device: torch.device) -> Any:
+    """A batch in its own form, with its tensors and arrays of numbers as tensors on the device."""
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
+            leaf = as_batch(leaf, dtype, "a batch").data if leaf.size and leaf.ndim else torch.as_tensor(leaf)
+        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(moved, batch)
+
+
+def generators_of(loader: DataLoader) -> list[torch.Generator]:
+    """The generators from which a loader draws, besides torch's own."""
+    return list({loader.generator, getattr(loader.sampler, "generator", None)} - {None})
 
 
 def _draws_one_order(loader: DataLoader) -> bool:
     """Whether the sampler yields the same batches every time; generators are left as they were."""
     if loader.batch_sampler is None:
         return False
-    generators = {loader.generator, getattr(loader.sampler, "generator", None)} - {None}
-    states = [(generator, generator.get_state()) for generator in generators]
+    states = [(generator, generator.get_state()) for generator in generators_of(loader)]
     with torch.random.fork_rng([]):
         first = list(loader.batch_sampler)
         tries = 1 if sum(map(len, first)) > _FEW else 40  # few data may repeat an order by chance
@@ -228,15 +290,3 @@ def _num_drawn(loader: DataLoader) -> int:
         size, drops, drawn = batches.batch_size, batches.drop_last, batches.sampler
     num_data = len(drawn)
     return num_data // size * size if size and drops else num_data
-
-
-def _described(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"a {type(batch).__name__} of {list(batch)}"
-    if isinstance(batch, list | tuple):
-        items = (
-            f"{type(item).__name__} {tuple(item.shape)}" if isinstance(item, Tensor) else type(item).__name__
-            for item in batch
-        )
-        return f"{len(batch)} items ({', '.join(items)})"
-    return "a single number" if isinstance(batch, Tensor) else type(batch).__name__

@@ -13,6 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyrovae.compiled.signature import Snapshot
+from pyrovae.data.forms import Batch
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.equivalence import equivalent, in_float64
 from pyrovae.programs.log_densities import site_log_prob
@@ -36,7 +37,7 @@ def by_position(site: str) -> str:
 
 
 def site_by_position(
-    model: Program, guide: Program, batch: Tensor, parameters: Sequence[Tensor], modules: Sequence[nn.Module]
+    model: Program, guide: Program, batch: Batch, parameters: Sequence[Tensor], modules: Sequence[nn.Module]
 ) -> str | None:
     """Find a site in the datum plate whose numbers depend on the place in the batch instead of the datum.
 
@@ -48,17 +49,17 @@ def site_by_position(
         The name of the site. None if all numbers move with their data, and for programs that cannot be judged: without
         a plate of the data, with randomness outside sample sites, or with sites that change from run to run.
     """
-    if batch.ndim < 1 or len(batch) < 2:
+    if batch.num_data < 2:
         return None
-    devices = [batch.device] if batch.is_cuda else []
+    devices = [batch.device] if batch.device.type == "cuda" else []
     with evaluation_mode(*modules), torch.random.fork_rng(devices), _turned(parameters, modules):
-        for rows in dict.fromkeys((min(len(batch), _FEW), len(batch))):
+        for rows in dict.fromkeys((min(batch.num_data, _FEW), batch.num_data)):
             found = []
             # What NumPy rounds to float32 differs in float64, so a site must be found in both precisions.
             for precision in (in_float64, nullcontext):
                 try:
                     with precision():
-                        found.append(_look(model, guide, batch[:rows].detach()))
+                        found.append(_look(model, guide, batch.rows(slice(rows)).detach()))
                 except Exception:  # a program for whole batches, or one that minds float64
                     continue
                 if found[-1] is None:
@@ -68,10 +69,10 @@ def site_by_position(
     return None
 
 
-def _look(model: Program, guide: Program, batch: Tensor) -> str | None:
-    rows = len(batch)
+def _look(model: Program, guide: Program, batch: Batch) -> str | None:
+    rows = batch.num_data
     order = torch.arange(rows, device=batch.device).roll(1)
-    traces, others = (run_pair(model, guide, (batch,), {}) for _ in range(2))
+    traces, others = (run_pair(model, guide, batch.args, batch.kwargs) for _ in range(2))
     # A subsample that the program draws itself stays the same; one that it is given moves with the data.
     given = {name for name, site in traces[0].nodes.items() if _is_same_subsample(site, others[0].nodes.get(name))}
     latents = [site for _, site in sample_sites(traces[0]) if not site["is_observed"]]
@@ -85,10 +86,12 @@ def _look(model: Program, guide: Program, batch: Tensor) -> str | None:
         if len(outside) >= rows or any(numel > 1 and numel % rows == 0 for numel in outside):
             return None
         carried = [_carried(trace, plate, order, given) for trace in traces]
-        other = run_pair(model, guide, (batch[order],), {}, *carried)
+        moved = batch.rows(order)
+        other = run_pair(model, guide, moved.args, moved.kwargs, *carried)
         # The last run detects state beyond the arguments: a count of runs, randomness outside sites.
         again = run_pair(
-            model, guide, (batch,), {}, *(_carried(trace, plate, order.sort().values, given) for trace in traces)
+            *(model, guide, batch.args, batch.kwargs),
+            *(_carried(trace, plate, order.sort().values, given) for trace in traces),
         )
         found = _first_apart(traces, again, other, plate, order)
         if found is None:

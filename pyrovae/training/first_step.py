@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pyrovae.common.arguments import map_tensors
 from pyrovae.compiled.signature import Snapshot
+from pyrovae.data.forms import Batch
 from pyrovae.programs.masks import counted
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program, run_pair
@@ -30,6 +31,7 @@ from pyrovae.training.data_order import by_position, site_by_position
 from pyrovae.training.losses import validate_ends
 from pyrovae.training.non_finite import leaves_of
 from pyrovae.training.preparation import Run, put_back
+from pyrovae.training.program_arguments import check_same_arguments, not_taken
 
 __all__ = ["FirstStep", "FirstStepCheck"]
 
@@ -52,9 +54,9 @@ class FirstStepCheck:
         self.refusal: Exception | None = None
 
     def __call__(
-        self, loss_and_grads: Callable[..., tuple[float, Any]], args: tuple, kwargs: dict, restored: bool = False
+        self, loss_and_grads: Callable[..., tuple[float, Any]], batch: Batch, restored: bool = False
     ) -> tuple[float, Any]:
-        """Return what `loss_and_grads(model, guide, *args, **kwargs)` returns.
+        """Return what `loss_and_grads(model, guide, *batch.args, **batch.kwargs)` returns.
 
         Raises:
             TypeError, ValueError, RuntimeError: if no step of these programs can train what they are made of, or if
@@ -62,7 +64,12 @@ class FirstStepCheck:
         """
         run = self.run
         look, buffers = FirstStep(run.modules, restored), run.buffers()
-        value, parts = look.run(loss_and_grads, *run.programs, args, kwargs)
+        try:
+            value, parts = look.run(loss_and_grads, *run.programs, batch.args, batch.kwargs)
+        except TypeError as error:
+            if said := not_taken(run.model, run.guide, batch, "train"):
+                raise TypeError(said) from error
+            raise
         if not math.isfinite(value):
             return value, parts
         if look.masked and not look.observed and self._observes_elsewhere():
@@ -70,10 +77,10 @@ class FirstStepCheck:
         try:
             look.check(run.loss)
             if not run.batches.in_one_order:
-                site = site_by_position(*run.programs, args[0], list(look.declared.values()), run.modules)
+                site = site_by_position(*run.programs, batch, list(look.declared.values()), run.modules)
                 if site is not None:
                     raise ValueError(by_position(site))
-            self._check_validation()
+            self._check_validation(batch)
         except (TypeError, ValueError, RuntimeError) as error:
             put_back(buffers)
             look.drop_gradients()
@@ -85,18 +92,20 @@ class FirstStepCheck:
     def _observes_elsewhere(self) -> bool:
         """Whether some of the data are not masked out, if those of the first step are; not known of a loader."""
         run = self.run
-        if not isinstance(train := getattr(run.batches, "train", None), Tensor):
+        train: Batch | None = getattr(run.batches, "train", None)
+        if train is None:
             return True
         look, buffers = FirstStep(run.modules), run.buffers()
         with torch.random.fork_rng(run.gpus()), torch.no_grad(), evaluation_mode(*run.modules), look:
-            for index in torch.arange(len(train), device=run.device).split(run.batches.full_size):
-                run_pair(*run.programs, *run.batches.arguments(train, index))
+            for index in torch.arange(train.num_data, device=run.device).split(run.batches.full_size):
+                batch = run.batches.arguments(train, index)
+                run_pair(*run.programs, batch.args, batch.kwargs)
                 if look.observed:
                     break
         put_back(buffers)
         return bool(look.observed)
 
-    def _check_validation(self) -> None:
+    def _check_validation(self, train: Batch) -> None:
         """Run the programs on validation data, after their first step, which may create what they hold."""
         run = self.run
         if run.validation is None:
@@ -105,7 +114,10 @@ class FirstStepCheck:
         kept = Snapshot(nn.ModuleList(run.modules))
         try:
             with torch.random.fork_rng(run.gpus()), poutine.block():
-                validate_ends(run.model, run.guide, run.validation, run.loss, run.batches.batch_size)
+                validate_ends(
+                    *(run.model, run.guide, run.validation, run.loss, run.batches.batch_size),
+                    check=lambda block: check_same_arguments(run.model, block, train),
+                )
         finally:
             kept.put_back()
             pyro.util.set_rng_state(random)

@@ -14,7 +14,6 @@ import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pyrovae.common import distributed
 from pyrovae.common.progress import progress_bar
@@ -86,13 +85,13 @@ class FitResult:
 def fit(
     model: Program,
     guide: Program,
-    train: Tensor | DataLoader,
+    train: Any,
     *,
     epochs: int = 30,
     batch_size: int | None = None,
     loss: ELBO | None = None,
-    transform: Callable[[Tensor], Tensor] | None = None,
-    validation: Tensor | None = None,
+    transform: Callable[[Any], Any] | None = None,
+    validation: Any = None,
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | PyroOptim | None = None,
     learning_rate: float | None = None,
     schedule: Callable[[float], float] | None = cosine_schedule,
@@ -134,17 +133,24 @@ def fit(
     Args:
         model, guide: any Pyro programs that take a batch of data. Modules train in their current mode; in `eval()` mode
             there is no dropout.
-        train: data (N, ...), moved to the device as a whole and shuffled; or, for data that exceed memory, a
-            `DataLoader` whose batches are tensors of data.
+        train: the data. What a batch is, the programs are called with: `model(x)` for a tensor, array or frame (N, ...),
+            `model(*items)` for a tuple, list or `TensorDataset`, `model(**items)` for a mapping. Tensors whose first
+            size is N are cut into batches; all else goes whole. These are moved to the device and shuffled. For data
+            that exceed memory, a `Dataset` of such data, which is shuffled, too, or a `DataLoader`, as it makes its
+            batches. Arrays and frames become tensors of the programs' dtype, and so do bytes (uint8; one for each
+            datum, a label, becomes int64); tensors with another floating-point dtype only if no value changes.
         epochs: passes over the data.
         batch_size: 200 by default; leave it out with a loader, which has its own. A single leftover datum joins the
             batch before it.
         loss: any `pyro.infer.ELBO`; `Trace_ELBO()` by default.
-        transform: applied to each batch, on the device, at every use (`data.binarize` gives dynamic binarisation). If
-            the batches of a loader have several items, it gets all of them: `lambda batch: batch[0]` drops labels.
-        validation: data whose bound is measured after each epoch with the same noise; the state of the best epoch is
-            kept. The bound is the one-particle ELBO, or the importance-weighted bound if an objective of
-            `pyrovae.objectives` trains that, or the loss itself if it sums latents out (`TraceEnum_ELBO`).
+        transform: function of a batch, in the form of the data (a tensor, tuple or dict), to the batch that the programs
+            are called with; applied on the device, at every use. `data.binarize` gives dynamic binarisation, and
+            `lambda batch: batch[0]` leaves labels out.
+        validation: data, in any form that `train` may have and with the same arguments, whose bound is measured after
+            each epoch with the same noise; the state of the best epoch is kept. The bound is the one-particle ELBO, or the importance-weighted bound if an objective of
+            `pyrovae.objectives` trains that, or the loss itself if it sums latents out (`TraceEnum_ELBO`). If they
+            have the several items that the training data have before `transform`, it is applied to them, too; a single
+            tensor is taken as it is. A `DataLoader` that shuffles does so in the same order after each epoch.
         optimizer: function that makes a `torch.optim.Optimizer` of a list of parameters, for example
             `functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=1e-2)`, or a wrapper such as
             `pyro.optim.RMSprop({"lr": 1e-3})`, of which one optimizer over all parameters is made. A fused Adam by
@@ -255,7 +261,7 @@ def _place(options: Options) -> tuple[str | os.PathLike | None, bool, float]:
     return options.checkpoint if distributed.rank() == 0 else None, options.resume, options.checkpoint_every
 
 
-def _settings(run: Run, options: Options, train: Tensor | DataLoader, validation: Tensor | None) -> dict[str, Any]:
+def _settings(run: Run, options: Options, train: Any, validation: Any) -> dict[str, Any]:
     """What must be the same when the run is resumed."""
     settings = {
         "optimizer": run.optimizer.factory.described,

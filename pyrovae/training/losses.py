@@ -1,7 +1,7 @@
 """What `fit` asks of a loss: its value with the two parts of the ELBO, the bound that it trains, and a form to record."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from types import new_class
@@ -24,9 +24,11 @@ from pyro.infer import (
 )
 from torch import Tensor
 
+from pyrovae.data.forms import Batch
 from pyrovae.objectives.base import Objective, Parts
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program, sample_sites
+from pyrovae.training.validation_data import ValidationData
 
 __all__ = [
     "EpochSums",
@@ -197,7 +199,9 @@ class EpochSums:
         return reconstruction - kl, reconstruction, kl
 
 
-def validate(model: Program, guide: Program, data: Tensor | None, loss: ELBO, batch_size: int) -> dict[str, float]:
+def validate(
+    model: Program, guide: Program, data: ValidationData | Batch | None, loss: ELBO, batch_size: int
+) -> dict[str, float]:
     """Measure the bounds on validation data, with the same noise at every call.
 
     Args:
@@ -215,21 +219,37 @@ def validate(model: Program, guide: Program, data: Tensor | None, loss: ELBO, ba
     """
     if data is None:  # use no random numbers
         return dict.fromkeys(_COLUMNS, math.nan)
-    return _measured(model, guide, data.split(_rows(loss, batch_size)), loss)
+    return _measured(model, guide, data.blocks(_rows(loss, batch_size)), loss, data.device)
 
 
-def validate_ends(model: Program, guide: Program, data: Tensor, loss: ELBO, batch_size: int) -> None:
-    """Run `validate` on the first and the last block of the data only, to see that the programs accept them."""
-    blocks = data.split(_rows(loss, batch_size))
-    _measured(model, guide, blocks[:1] if len(blocks) == 1 else (blocks[0], blocks[-1]), loss)
+def validate_ends(
+    model: Program,
+    guide: Program,
+    data: ValidationData,
+    loss: ELBO,
+    batch_size: int,
+    check: Callable[[Batch], object],
+) -> None:
+    """Run `check` and `validate` on the first and the last block of the data only, to see that the programs accept them;
+    of a stream, on the first.
+    """
+
+    def blocks() -> Iterator[Batch]:
+        for block in data.blocks(_rows(loss, batch_size), only_ends=True):
+            check(block)
+            yield block
+
+    _measured(model, guide, blocks(), loss, data.device)
 
 
-def _measured(model: Program, guide: Program, blocks: tuple[Tensor, ...], loss: ELBO) -> dict[str, float]:
+def _measured(
+    model: Program, guide: Program, blocks: Iterable[Batch], loss: ELBO, device: torch.device
+) -> dict[str, float]:
     by_loss = _is_measured_by_loss(loss)
     reporting = ReportingLoss(loss if by_loss else Trace_ELBO())
-    sums = torch.zeros(len(_COLUMNS), dtype=torch.float64)
+    sums, num_data = torch.zeros(len(_COLUMNS), dtype=torch.float64), 0
     with (
-        torch.random.fork_rng([blocks[0].device] if blocks[0].is_cuda else []),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         evaluation_mode(model, guide),
         torch.no_grad(),
         pyro_checks(False),
@@ -237,17 +257,18 @@ def _measured(model: Program, guide: Program, blocks: tuple[Tensor, ...], loss: 
         torch.manual_seed(_SEED)
         for block in blocks:
             try:
-                value, parts = reporting.loss(model, guide, block)
+                value, parts = reporting.loss(model, guide, *block.args, **block.kwargs)
             except (TypeError, ValueError, RuntimeError) as error:
                 error.args = (f"with the data of validation=: {error}",)
                 raise
             of_block = EpochSums()
-            of_block.add(parts, len(block))
+            of_block.add(parts, block.num_data)
             elbo, reconstruction, kl = of_block.means()
             bound = -value / of_block.num_data if by_loss else elbo
             elbo = elbo_of(loss, elbo, bound)
-            sums += len(block) * torch.tensor([bound, elbo, reconstruction, kl], dtype=torch.float64)
-    return dict(zip(_COLUMNS, (sums / sum(map(len, blocks))).tolist(), strict=True))
+            sums += block.num_data * torch.tensor([bound, elbo, reconstruction, kl], dtype=torch.float64)
+            num_data += block.num_data
+    return dict(zip(_COLUMNS, (sums / num_data).tolist(), strict=True))
 
 
 def _is_measured_by_loss(loss: ELBO) -> bool:

@@ -12,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyrovae.common import distributed
+from pyrovae.data.forms import Batch
 from pyrovae.programs.supports import innermost
 from pyrovae.programs.traces import Program
 from pyrovae.training.losses import differentiable, pyro_checks
@@ -77,7 +78,7 @@ class TriedStep(NamedTuple):
 
     epoch: int
     step: int
-    data: Tensor
+    data: Batch
     rows: Tensor
     random: list[Tensor]
     was_made: Tensor | None = None
@@ -132,8 +133,7 @@ def find_source(run: Run, tried: TriedStep) -> tuple[NonFiniteSource | None, str
         if run.gpus():
             torch.cuda.set_rng_state(tried.random[1], run.device)
         try:
-            (batch,), _ = run.batches.arguments(tried.data, tried.rows)
-            source = find_non_finite(*run.programs, run.loss, batch)
+            source = find_non_finite(*run.programs, run.loss, run.batches.arguments(tried.data, tried.rows))
         except Exception as again:  # programs may raise any error for NaN
             return None, f"running that step again raises {type(again).__name__}: {again}"
         finally:
@@ -148,8 +148,9 @@ def find_source(run: Run, tried: TriedStep) -> tuple[NonFiniteSource | None, str
 
 
 def _advice(run: Run, tried: TriedStep) -> str:
-    numbers = tried.data[tried.rows].double()
-    if not numbers.isfinite().all():
+    batch = tried.data.rows(tried.rows)
+    numbers = batch.data.double()
+    if not batch.is_finite().all():
         return "Leave these data out, or replace their values that are not finite"
     if run.optimizer.has_moved:
         return (
@@ -166,7 +167,7 @@ def _advice(run: Run, tried: TriedStep) -> str:
     )
 
 
-def find_non_finite(model: Program, guide: Program, loss: ELBO, batch: Tensor) -> NonFiniteSource | None:
+def find_non_finite(model: Program, guide: Program, loss: ELBO, batch: Batch) -> NonFiniteSource | None:
     """Run the loss of a step eagerly and find the first number that is not finite.
 
     Set the random state to that of the step first. Errors of the programs are not caught.
@@ -174,25 +175,29 @@ def find_non_finite(model: Program, guide: Program, loss: ELBO, batch: Tensor) -
     Returns:
         The source, or None if all numbers are finite.
     """
-    watch = _Watch(len(batch))
-    if not batch.isfinite().all():
-        rows = _rows(~batch.isfinite(), 0).any(1).nonzero().squeeze(1)
-        return NonFiniteSource(None, "the data themselves are not finite", rows)
+    watch = _Watch(batch.num_data)
+    for name, tensor in batch.tensors.items():
+        if not tensor.isfinite().all():
+            rows = _rows(~tensor.isfinite(), 0).any(1).nonzero().squeeze(1) if name in batch.data_tensors else None
+            where = f" in {name}" if len(batch.tensors) > 1 else ""
+            return NonFiniteSource(None, f"the data themselves are not finite{where}", rows)
     run = differentiable(loss)
     with pyro_checks(False):
         try:
             with watch:
-                value = run(model, guide, batch)
+                value = run(model, guide, *batch.args, **batch.kwargs)
         except ValueError:  # raised by an objective that inspects the programs before it runs them
             with watch:
-                guide_trace = poutine.trace(guide).get_trace(batch)
-                poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(batch)
+                guide_trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+                poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch.args, **batch.kwargs)
             if watch.source is None:
                 raise
             return watch.source
         if watch.source is not None or (found := _source_of_gradient(value, watch.terms)) is None:
             return watch.source
-        return NonFiniteSource(*found, _rows_with_bad_gradients(lambda row: run(model, guide, row), batch))
+        return NonFiniteSource(
+            *found, _rows_with_bad_gradients(lambda row: run(model, guide, *row.args, **row.kwargs), batch)
+        )
 
 
 class _Watch(Messenger):
@@ -250,10 +255,11 @@ def _has_bad_gradient(term: Any) -> bool:
     return any(gradient is not None and not gradient.isfinite().all() for gradient in gradients)
 
 
-def _rows_with_bad_gradients(loss: Callable[[Tensor], Any], batch: Tensor) -> Tensor | None:
+def _rows_with_bad_gradients(loss: Callable[[Batch], Any], batch: Batch) -> Tensor | None:
     """The data whose own gradient is not finite. In a batch they spoil all gradients, because NaN times 0 is NaN."""
     try:
-        bad = [row for row in range(min(len(batch), _ROWS)) if _has_bad_gradient(loss(batch[row : row + 1]))]
+        rows = range(min(batch.num_data, _ROWS))
+        bad = [row for row in rows if _has_bad_gradient(loss(batch.rows(slice(row, row + 1))))]
     except Exception:  # the program needs whole batches
         return None
     return torch.tensor(bad, dtype=torch.long)

@@ -11,7 +11,6 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader
 
 from pyrovae.common import distributed
 from pyrovae.common.arguments import check_count
@@ -19,11 +18,12 @@ from pyrovae.programs.parameters import check_program
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.training.acceleration import PRECISIONS, in_precision, step_pays_off
-from pyrovae.training.batches import Batches, batches_of, check_data
+from pyrovae.training.batches import Batches, batches_of
 from pyrovae.training.callbacks import Callback
 from pyrovae.training.losses import check_loss
 from pyrovae.training.optimization import OneOptimizer, Schedule, schedule_message
 from pyrovae.training.optimizer_factory import fused_adam, optimizer_factory
+from pyrovae.training.validation_data import ValidationData
 
 __all__ = ["Options", "Run", "pick_device", "prepare", "put_back"]
 
@@ -44,7 +44,7 @@ class Options:
     patience: int | None
     callback: Callback | None
     loss: ELBO | None
-    transform: Callable[[Any], Tensor] | None
+    transform: Callable[[Any], Any] | None
     clip_norm: float | None
     max_skipped_steps: int
     compile: bool | Literal["auto"]
@@ -138,7 +138,7 @@ class Run:
         modules: the modules behind the programs, on the device.
         loss: loss of the training.
         batches: the training data.
-        validation: validation data on the device, or None.
+        validation: validation data, or None.
         optimizer: optimizer of all parameters of the modules.
         schedule: factor of the learning rates as a function of the fraction of training done.
         epochs: passes over the data.
@@ -152,7 +152,7 @@ class Run:
     modules: Sequence[nn.Module]
     loss: ELBO
     batches: Batches
-    validation: Tensor | None
+    validation: ValidationData | None
     optimizer: OneOptimizer
     schedule: Schedule
     epochs: int
@@ -173,7 +173,7 @@ class Run:
         return [self.device] if self.device.type == "cuda" else []
 
 
-def prepare(model: Program, guide: Program, train: Any, validation: Tensor | None, options: Options) -> Run:
+def prepare(model: Program, guide: Program, train: Any, validation: Any, options: Options) -> Run:
     """Check programs and data, move them to the device, and make optimizer and batches.
 
     Raises:
@@ -181,18 +181,18 @@ def prepare(model: Program, guide: Program, train: Any, validation: Tensor | Non
     """
     check_program("model", model)
     check_program("guide", guide)
-    if not isinstance(train, DataLoader):
-        check_data("train", train)
-    if validation is not None:
-        check_data("validation", validation)
-    elif options.patience is not None:
+    if validation is None and options.patience is not None:
         raise ValueError(
             f"found patience={options.patience} without validation data, whose bound tells when to stop: give validation="
         )
     device = torch.device(options.device)
     loss = check_loss(options.loss)
-    batches = batches_of(train, options.batch_size, options.transform, device)
-    modules = [module.to(device) for module in modules_behind(model, guide)]
+    modules = modules_behind(model, guide)
+    of_parameters = (parameter.dtype for module in modules for parameter in module.parameters())
+    dtype = next((dtype for dtype in of_parameters if dtype.is_floating_point), None)
+    batches = batches_of(train, options.batch_size, options.transform, device, dtype)
+    held_out = None if validation is None else ValidationData(validation, batches)
+    modules = [module.to(device) for module in modules]
     _check_not_lazy(modules)
     optimizer = _optimizer(modules, options)
     distributed.same_everywhere(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
@@ -209,7 +209,7 @@ def prepare(model: Program, guide: Program, train: Any, validation: Tensor | Non
         modules=modules,
         loss=loss,
         batches=batches,
-        validation=None if validation is None else validation.to(device),
+        validation=held_out,
         optimizer=optimizer,
         schedule=Schedule(options.schedule),
         epochs=options.epochs,

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pyro.infer import ELBO
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from pyrovae.data.forms import as_batch, is_stream
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.training.attributes import constants_of
@@ -155,8 +157,8 @@ def _fits(there: dict[str, Any], module: nn.Module) -> bool:
 
 
 def settings_of(
-    train: Tensor | DataLoader,
-    validation: Tensor | None,
+    train: Any,
+    validation: Any,
     loss: ELBO,
     transform: Callable | None,
     schedule: Callable | None,
@@ -177,11 +179,25 @@ def settings_of(
         if isinstance(data, DataLoader):
             settings[name] = f"DataLoader with {len(data)} batches"
             settings |= {f"{name}.{key}": text for key, text in _of_loader(data).items() if text is not None}
-        elif isinstance(data, Tensor | np.ndarray):
-            settings[name] = checksum(data)
+        elif data is None or isinstance(data, Tensor | np.ndarray):
+            settings[name] = None if data is None else checksum(data)
+        elif is_stream(data):
+            settings[name] = f"{type(data).__name__} of {len(data)}"
+            contents = {"dataset.content": _checksum_of(data), "dataset.items": _checksum_of(_items(data))}
+            settings |= {f"{name}.{key}": text for key, text in contents.items() if text is not None}
         else:
-            settings[name] = None if data is None else _checksum_of(data)
+            settings |= _of_arguments(name, data)
     return settings
+
+
+def _of_arguments(name: str, data: Any) -> dict[str, str | None]:
+    """The arguments that data in memory are, each by its name."""
+    # In float64, which rounds nothing.
+    batch = as_batch(data, torch.float64, name, convert=False)
+    items = {f"argument {place}": value for place, value in enumerate(batch.args, 1)}
+    items |= {f"argument {key!r}": value for key, value in batch.kwargs.items()}
+    found: dict[str, str | None] = {name: ", ".join(items)}
+    return found | {f"{name}.{place}": _checksum_of(value) for place, value in items.items()}
 
 
 def _function_name(function: Callable | None) -> str | None:

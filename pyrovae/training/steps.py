@@ -11,6 +11,7 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 from pyrovae.common import distributed
+from pyrovae.data.forms import Batch
 from pyrovae.objectives.base import Parts
 from pyrovae.programs.traces import Program
 from pyrovae.training.acceleration import RecordedStep, record_step
@@ -40,6 +41,7 @@ class Steps:
         self.recorded: RecordedStep | None = None
         self.look_every = _LOOK_EVERY if run.device.type == "cuda" else 1
         self._parts: list[Parts] = []
+        self._batch: Batch | None = None  # of the step that SVI is making
 
     def get_ready(self) -> None:
         """Run the loss once when a run is resumed, because the loss, Pyro's store and the checks need a first step.
@@ -48,10 +50,9 @@ class Steps:
         """
         data, index = self.run.batches.example()
         # Leave out data that would make the step be skipped.
-        rows = data.reshape(len(data), -1).isfinite().all(1).nonzero().squeeze(1)
+        rows = data.is_finite().nonzero().squeeze(1)
         rows = rows[torch.arange(len(index), device=rows.device) % len(rows)] if len(rows) else index
-        args, kwargs = self.run.batches.arguments(data, rows)
-        self.first(self.loss.loss_and_grads, args, kwargs, restored=True)
+        self.first(self.loss.loss_and_grads, self.run.batches.arguments(data, rows), restored=True)
         for parameter in chain(
             nn.ModuleList(self.run.modules).parameters(), dict(pyro.get_param_store().named_parameters()).values()
         ):
@@ -88,7 +89,7 @@ class Steps:
         if self.compiles and number > 1 and len(first[1]) == full:
             self.compiles = False
             self.recorded = record_step(
-                *(*run.programs, run.loss, run.optimizer, run.modules, run.batches.transform), *first
+                *(*run.programs, run.loss, run.optimizer, run.modules, run.batches.transform, run.batches.dtype), *first
             )
         sums = EpochSums(full_size, objective=torch.zeros((), dtype=torch.float64, device=run.device))
         unseen: list[TriedStep] = []
@@ -103,7 +104,7 @@ class Steps:
             unseen.append(TriedStep(number, step + 1, data, index, self._random_state()))
             # Running means see the numbers of a step before it is skipped.
             buffers = run.buffers() if guard.max_skipped else []
-            if self.recorded is not None and len(index) == full:
+            if self.recorded is not None and len(index) == full and self.recorded.takes(data):
                 value, parts = self.recorded(data, index)
             else:
                 value, parts = self._eager(unseen[-1], checks=number == 1 and step == 0)
@@ -131,8 +132,8 @@ class Steps:
         guard = self.run.optimizer.guard
         try:
             with pyro_checks(checks):
-                args, kwargs = self.run.batches.arguments(tried.data, tried.rows)
-                return self.svi.step(*args, **kwargs), self._parts
+                self._batch = batch = self.run.batches.arguments(tried.data, tried.rows)
+                return self.svi.step(*batch.args, **batch.kwargs), self._parts
         except ValueError as error:  # a distribution rejects NaN; other errors recur when the step is run again
             if error is self.first.refusal:
                 raise
@@ -154,7 +155,8 @@ class Steps:
         if self.first.is_done:
             value, self._parts = self.loss.loss_and_grads(model, guide, *args, **kwargs)
         else:
-            value, self._parts = self.first(self.loss.loss_and_grads, args, kwargs)
+            assert self._batch is not None
+            value, self._parts = self.first(self.loss.loss_and_grads, self._batch)
         self.run.optimizer.is_scaled |= any(part.full_size for part in self._parts)
         if not math.isfinite(value):
             self.run.optimizer.watch(torch.tensor(value))

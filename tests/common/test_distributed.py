@@ -36,18 +36,19 @@ class Guide(torch.nn.Module):
         super().__init__()
         self.layer = torch.nn.Linear(6, 4)
 
-    def forward(self, x):
+    def forward(self, x, noise=None):
         pyro.module("guide", self)
+        noise = x[:, 6:] if noise is None else noise
         loc, log_scale = self.layer(x[:, :6]).chunk(2, -1)
         with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", Injected(loc, log_scale.exp(), x[:, 6:]).to_event(1))
+            pyro.sample("z", Injected(loc, log_scale.exp(), noise).to_event(1))
 
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(2, 6)
 
-    def forward(self, x):
+    def forward(self, x, noise=None):
         pyro.module("model", self)
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1))
@@ -62,8 +63,9 @@ with pv.distributed.joined() as rank:
     torch.manual_seed(rank)  # fit takes the parameters of rank 0
     model, guide = Model(), Guide()
     torch.manual_seed(5 + rank)  # and its order of the data
-    history = pv.fit(model, guide, {data}, epochs=3, learning_rate=1e-2, clip_norm=5.0, validation=train,
-                     compile={compile}, progress=False).history
+    pair = train[:, :6], train[:, 6:]
+    history = pv.fit(model, guide, {data}, epochs=3, learning_rate=1e-2, clip_norm=5.0, compile={compile},
+                     progress=False).history
     noise = torch.randn(())
     numbers = {{name: history[-1][name] for name in ("objective", "elbo", "reconstruction", "kl", "validation_elbo")}}
     state = [*model.state_dict().values(), *guide.state_dict().values()]
@@ -120,8 +122,10 @@ def finish(ranks):
         assert process.returncode == 0, errors
 
 
-IN_MEMORY = "train, batch_size=10"
-LOADED = "torch.utils.data.DataLoader(train, 10 // pv.distributed.num_ranks(), sampler={sampler})"
+IN_MEMORY = "train, batch_size=10, validation=train"
+TUPLE = "pair, batch_size=10, validation=pair"
+DATASET = "torch.utils.data.Subset(torch.utils.data.TensorDataset(*pair), range(24)), batch_size=10, validation=pair"
+LOADED = "torch.utils.data.DataLoader(train, 10 // pv.distributed.num_ranks(), sampler={sampler}), validation=train"
 
 
 @pytest.mark.parametrize(
@@ -135,8 +139,10 @@ LOADED = "torch.utils.data.DataLoader(train, 10 // pv.distributed.num_ranks(), s
             LOADED.format(sampler="torch.utils.data.DistributedSampler(train, shuffle=False)"),
             True,
         ),
+        (TUPLE, TUPLE, True),
+        (IN_MEMORY, DATASET, False),
     ],
-    ids=["eager", "recorded", "loaded"],
+    ids=["eager", "recorded", "loaded", "tuple", "data set"],
 )
 def test_two_ranks_train_as_one_process(tmp_path, one_reads, two_read, compile):
     """Shares of 5 and of 2 in the ragged last batch; clipping sees the gradient of the whole batch."""

@@ -17,6 +17,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.compiled.record import Recording, record
+from pyrovae.data.forms import as_batch
 from pyrovae.training.acceleration import record_step, step_pays_off
 from pyrovae.training.optimization import OneOptimizer
 
@@ -36,7 +37,18 @@ def test_every_part_records_as_pyros_step(uncompiled, double, prior, guide, like
     batch = draw(likelihood).double()
     if eager:
         assert (
-            record_step(model, guide, Trace_ELBO(), None, [model, guide], None, batch, torch.arange(len(batch))) is None
+            record_step(
+                model,
+                guide,
+                Trace_ELBO(),
+                None,
+                [model, guide],
+                None,
+                None,
+                as_batch(batch, batch.dtype),
+                torch.arange(len(batch)),
+            )
+            is None
         )
         return
     assert_same_step(eager_step(model, guide, batch), recorded_step(model, guide, batch), 1e-9)
@@ -271,8 +283,18 @@ def test_the_optimizer_moves_what_the_recording_gives(uncompiled):
     optimizer(optimizer.order)  # as the first eager step does
     before = parameters(model, guide)
     batch = binary()
-    step = record_step(model, guide, Trace_ELBO(), optimizer, [model, guide], None, batch, torch.arange(40))
-    value, [parts] = step(batch, torch.arange(40))
+    step = record_step(
+        model,
+        guide,
+        Trace_ELBO(),
+        optimizer,
+        [model, guide],
+        None,
+        None,
+        as_batch(batch, batch.dtype),
+        torch.arange(40),
+    )
+    value, [parts] = step(as_batch(batch, batch.dtype), torch.arange(40))
     assert value.item() == pytest.approx((parts.kl - parts.reconstruction).item())
     assert all(not torch.equal(a, b) for a, b in zip(before, parameters(model, guide), strict=True))
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
+from pyrovae.data.forms import as_batch
 from pyrovae.training.acceleration import record_step
 
 
@@ -24,7 +25,17 @@ def eager_step(model, guide, batch, loss=None):
 def recorded_step(model, guide, batch, loss=None, modules=None):
     """The same, recorded before (from another seed)."""
     modules = modules or [model, guide]
-    step = record_step(model, guide, loss or Trace_ELBO(), None, modules, None, batch, torch.arange(len(batch)))
+    step = record_step(
+        model,
+        guide,
+        loss or Trace_ELBO(),
+        None,
+        modules,
+        None,
+        None,
+        as_batch(batch, batch.dtype),
+        torch.arange(len(batch)),
+    )
     pyro.set_rng_seed(3)
     (value, _, _), grads = step.recording(batch, torch.arange(len(batch)))
     return value.item(), grads

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import pyrovae as pv
+from pyrovae.data.forms import as_batch
 from pyrovae.training.losses import validate
 from pyrovae.training.optimization import OneOptimizer
 from pyrovae.training.state import TrainingState
@@ -142,7 +143,9 @@ def test_best_validation_state_is_kept():
     )
     elbos = [row["validation_elbo"] for row in result.history]
     assert result.best_epoch == 1 + max(range(60), key=elbos.__getitem__) < 60
-    assert validate(model, guide, validation, Trace_ELBO(), 5)["validation_elbo"] == pytest.approx(max(elbos), rel=1e-6)
+    assert validate(model, guide, as_batch(validation), Trace_ELBO(), 5)["validation_elbo"] == pytest.approx(
+        max(elbos), rel=1e-6
+    )
     assert elbos[-1] < max(elbos) - 0.01
     assert "best epoch" in repr(result)
 
@@ -194,7 +197,7 @@ def test_validation_under_a_subsampled_plate():
 
     truth = dist.Normal(0.0, 2**0.5).log_prob(data).mean().item()
     for loss in (Trace_ELBO(), pv.objectives.ImportanceWeighted(5)):
-        found = validate(model, guide, data, loss, 100)
+        found = validate(model, guide, as_batch(data), loss, 100)
         assert found["validation_bound"] == pytest.approx(truth, rel=1e-5)
         assert found["validation_elbo"] == pytest.approx(truth, rel=1e-5)
 
@@ -289,11 +292,11 @@ def test_fit_refuses():
             TypeError,
             r"loss=JitTrace_ELBO\(\) reads .* take Trace_ELBO\(\), with compile=True",
         ),
-        ({"validation": x[:0]}, ValueError, "validation must be a tensor of at least one datum"),
+        ({"validation": x[:0]}, ValueError, "validation must hold at least one datum"),
     ):
         with pytest.raises(error, match=match):
             pv.fit(model, guide, x, **{"epochs": 1, "progress": False, **options})
-    with pytest.raises(ValueError, match="train must be a tensor"):
+    with pytest.raises(TypeError, match="train must be a tensor"):
         pv.fit(model, guide, [1, 2], progress=False)
     with pytest.raises(ValueError, match="found 0.5: binarise"):
         pv.fit(model, guide, x * 0.5, progress=False)
