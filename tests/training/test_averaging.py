@@ -12,6 +12,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.compiled.record import Recording
+from pyrovae.data.forms import as_batch
 from pyrovae.training.averaging import Average
 from pyrovae.training.losses import validate
 from pyrovae.training.optimization import OneOptimizer
@@ -81,7 +82,7 @@ def test_validation_measures_the_averages_and_the_best_epoch_keeps_them(tmp_path
     _, found, result = run(pair, callback=look, checkpoint=path, **options)
     assert 1 <= result.best_epoch < 12
     assert same(found, seen[result.best_epoch - 1]), "a callback sees what is validated"
-    measured = validate(*pair, validation, Trace_ELBO(), 15)
+    measured = validate(*pair, as_batch(validation), Trace_ELBO(), 15)
     row = result.history[result.best_epoch - 1]
     assert {name: row[name] for name in measured} == measured
     loaded = with_batch_norm(3)
