@@ -152,7 +152,8 @@ def check_context(context: Any, num_data: int) -> None:
     """
     if not isinstance(context, Tensor):
         raise TypeError(
-            f"the context must be a tensor (N, ...), found {type(context).__name__}: torch.as_tensor(context)"
+            f"the context must be a tensor (N, ...), found {type(context).__name__}: torch.as_tensor(context), or "
+            f"leave it out of the batches of a loader: transform=lambda batch: batch[0]"
         )
     if context.ndim == 0 or context.shape[0] != num_data:
         raise ValueError(

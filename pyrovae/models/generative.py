@@ -111,7 +111,8 @@ class LatentVariableModel(Component, ABC):
             raise ValueError(
                 f"{type(self).__name__} was given a context of shape {tuple(context.shape)}, and neither its prior "
                 f"({type(self.prior).__name__}) nor its likelihood ({type(self.likelihood).__name__}) uses one: give "
-                f"the likelihood a network of two arguments, pyrovae.nets.Concatenate(net), or the prior a context_net="
+                f"the likelihood a network of two arguments, pyrovae.nets.Concatenate(net), or the prior a context_net=. "
+                f"If it is the labels of a data loader, leave them out: transform=lambda batch: batch[0]"
             )
 
     @torch.no_grad()

@@ -139,14 +139,14 @@ def labelled(num_data):
         (
             lambda: labelled(20),
             {},
-            r"has 2 items \(Tensor \(20, 1, 4, 3\), Tensor \(20,\)\).*model takes \(x.*transform=lambda batch: batch\[0\]",
+            r"context of shape \(20,\).*neither its prior.*labels of a data loader.*transform=lambda batch: batch\[0\]",
         ),
         (
             lambda: labelled(20),
             {"transform": lambda batch: batch},
-            r"has 2 items \(Tensor \(20, 1, 4, 3\), Tensor \(20,\)\).*model takes \(x",
+            r"context of shape \(20,\).*neither its prior",
         ),
-        (lambda: DataLoader([(binary(1)[0], "name")] * 4), {}, r"has 2 items \(Tensor \(1, 1, 4, 3\), (list|tuple)\)"),
+        (lambda: DataLoader([(binary(1)[0], "name")] * 4), {}, r"context must be a tensor.*batch\[0\]"),
         (
             lambda: list(binary(20)),
             {},
