@@ -22,6 +22,7 @@ from pyrovae.evaluation.arviz_export import to_elpd_data, to_inference_data
 from pyrovae.evaluation.calibration import Calibration, simulation_based_calibration
 from pyrovae.evaluation.comparison import Comparison, compare
 from pyrovae.evaluation.importance_sampling import active_units, log_marginal_likelihood, particles_for
+from pyrovae.evaluation.imputation import Imputation, impute
 from pyrovae.evaluation.inference_gaps import InferenceGaps, inference_gaps
 from pyrovae.evaluation.log_weights import log_weights
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
@@ -47,6 +48,7 @@ __all__ = [
     "FitResult",
     "GenerativeModel",
     "HierarchicalModel",
+    "Imputation",
     "InferenceGaps",
     "LogMarginalLikelihood",
     "RateDistortion",
@@ -64,6 +66,7 @@ __all__ = [
     "export",
     "fit",
     "guides",
+    "impute",
     "inference_gaps",
     "likelihoods",
     "load",

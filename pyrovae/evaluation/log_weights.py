@@ -27,7 +27,7 @@ from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.splitting import inspect
 from pyrovae.programs.traces import Program
 
-__all__ = ["Drawn", "draw", "log_weight_blocks", "log_weights", "until_interrupted"]
+__all__ = ["Drawn", "can_vectorise", "draw", "log_weight_blocks", "log_weights", "until_interrupted"]
 
 _OTHERS = 8  # further runs, all of which must find data impossible before they are reported
 
@@ -81,7 +81,7 @@ def log_weight_blocks(
         refuse_more_than_memory("num_particles", num_particles, device)
         pair = inspect(model, guide, args, kwargs, options.plate, options.data_batch_size)
         block_size, chunk_size = pair.sizes(num_particles, options.data_batch_size, options.particle_batch_size)
-        vectorised = _can_vectorise(pair, block_size, options.vectorize_particles)
+        vectorised = can_vectorise(pair, block_size, options.vectorize_particles)
         compile = options.compile
         if compile == "auto":
             compile = pays_off(num_particles, pair.num_data, repeated=[model], once=[guide])
@@ -98,7 +98,7 @@ def log_weight_blocks(
                 bar.update(stop - start)
 
 
-def _can_vectorise(pair: Pair, block_size: int, wanted: bool | Literal["auto"]) -> bool:
+def can_vectorise(pair: Pair, block_size: int, wanted: bool | Literal["auto"]) -> bool:
     """Whether to draw particles under an outer plate; warns if they must be drawn one by one."""
     if not wanted or not (reason := pair.reason_to_loop(block_size)):
         return bool(wanted)
