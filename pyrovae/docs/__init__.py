@@ -1,4 +1,4 @@
-"""Pages on bounds, reproducibility, parts of your own, benchmarks, other libraries, the architecture, and what is written by hand."""
+"""Pages on bounds, reproducibility, parts of your own, missing values, benchmarks, other libraries, the architecture, and what is written by hand."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ PAGES = (
     "bounds.md",
     "reproducibility.md",
     "own_parts.md",
+    "missing_values.md",
     "benchmarks.md",
     "comparison.md",
     "architecture.md",

@@ -36,7 +36,7 @@ def test_every_example_is_tested():
     found = {path for path in (ROOT / "examples").rglob("*.py") if "__main__" in path.read_text()}
     found = {str(path.relative_to(ROOT / "examples")) for path in found if path.parent.name != "benchmarks"}
     reproductions = {"reproductions/density_table.py", "reproductions/time_to_quality.py"}
-    assert found == {"bounds.py", "compare_parts.py", "mnist_svi.py", *reproductions}
+    assert found == {"bounds.py", "compare_parts.py", "imputation.py", "mnist_svi.py", *reproductions}
 
 
 def test_the_main_example_is_short():
