@@ -219,14 +219,15 @@ def _impute_block(
             chunk = draw(pair, block, size)
             if not drawn:
                 _check_site(chunk.model_trace, site, x, observed, layout, size)
-            weights = chunk.log_weights.double()
-            sums.add(weights, _cells(chunk.model_trace, site, layout, size))
-            chosen.update(weights, chunk.guide_trace, size)
+            cells = _cells(chunk.model_trace, site, layout, size)
         except torch.OutOfMemoryError as error:
             too_many = error.with_traceback(None)  # the frames of the traceback keep large tensors alive
         if too_many is not None:
             chunk_size = halved(size, layout.num_data, too_many)
             continue
+        weights = chunk.log_weights.double()
+        sums.add(weights, cells)
+        chosen.update(weights, chunk.guide_trace, size)
         if not drawn:
             log_weights = chunk.log_weights.new_empty(options.num_particles, layout.num_data)
         log_weights[drawn : drawn + len(weights)] = chunk.log_weights
@@ -450,7 +451,7 @@ class _Chosen:
             else:
                 value = value.movedim(-1 - self.layout.max_plate_nesting - event_dim, 0)
             placed = [1] * value.ndim
-            placed[0], placed[value.ndim + self.layout.dim - event_dim] = particle.shape  # type: ignore[operator]
+            placed[0], placed[value.ndim + self.layout.dim - event_dim] = particle.shape
             candidates = value.take_along_dim(particle.reshape(placed), 0)
             if self.log_total is not None:
                 candidates = torch.where(replaced.reshape(placed), candidates, self.values[name])
