@@ -23,6 +23,7 @@ from pyrovae.evaluation.calibration import Calibration, simulation_based_calibra
 from pyrovae.evaluation.classification import Classification, classify
 from pyrovae.evaluation.comparison import Comparison, compare
 from pyrovae.evaluation.importance_sampling import active_units, log_marginal_likelihood, particles_for
+from pyrovae.evaluation.imputation import Imputation, impute
 from pyrovae.evaluation.inference_gaps import InferenceGaps, inference_gaps
 from pyrovae.evaluation.latent_use import LatentUse, latent_use
 from pyrovae.evaluation.log_weights import log_weights
@@ -50,6 +51,7 @@ __all__ = [
     "FitResult",
     "GenerativeModel",
     "HierarchicalModel",
+    "Imputation",
     "InferenceGaps",
     "LatentUse",
     "LogMarginalLikelihood",
@@ -69,6 +71,7 @@ __all__ = [
     "export",
     "fit",
     "guides",
+    "impute",
     "inference_gaps",
     "latent_use",
     "likelihoods",

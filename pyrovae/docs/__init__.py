@@ -1,4 +1,4 @@
-"""Pages on bounds, training, reproducibility, parts of your own, benchmarks, other libraries, the architecture, and what is written by hand."""
+"""Pages on bounds, training, reproducibility, own parts, missing values, benchmarks, other libraries, the architecture, what is by hand."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ PAGES = (
     "training.md",
     "reproducibility.md",
     "own_parts.md",
+    "missing_values.md",
     "benchmarks.md",
     "comparison.md",
     "architecture.md",
