@@ -14,10 +14,12 @@ import argparse
 import math
 import statistics
 import time
+import warnings
 
 import numpy as np
 import pyro
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.experimental import enable_iterative_imputer  # noqa: F401  # makes the next import work
 from sklearn.impute import IterativeImputer
 from support.script import command, parser_of, positive, versions, write_json
@@ -93,7 +95,9 @@ def miwae(holes: torch.Tensor, observed: torch.Tensor, options: argparse.Namespa
 def iterative(holes: torch.Tensor, seed: int) -> torch.Tensor:
     """Each column regressed on all others in turns (BayesianRidge), with more rounds than the default 10."""
     imputer = IterativeImputer(max_iter=50, random_state=seed)
-    return torch.as_tensor(imputer.fit_transform(holes.double().numpy()).astype(np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it stops after 50 rounds, converged or not
+        return torch.as_tensor(imputer.fit_transform(holes.double().numpy()).astype(np.float32))
 
 
 def print_table(rows: list[dict]) -> None:

@@ -95,6 +95,26 @@ def test_reports_of_older_files(digits_runs):
     assert shown.startswith(older.partition("active units")[0])
 
 
+def test_imputation(tmp_path):
+    """Two seeds, hardly trained: a table, and the numbers in a file."""
+    options = [
+        "--seeds",
+        "2",
+        "--epochs",
+        "2",
+        "--num-particles",
+        "50",
+        "--training-particles",
+        "3",
+        "--quiet",
+        "--out",
+    ]
+    done = run(*options, tmp_path / "numbers.json", script="imputation.py")
+    assert done.returncode == 0, done.stderr
+    assert "MIWAE's RMSE minus this, paired" in done.stdout
+    assert len(json.loads((tmp_path / "numbers.json").read_text())["rows"]) == 2
+
+
 @pytest.mark.slow
 def test_images_are_annealed_if_many_weights_cannot_be_trusted(tmp_path):
     """25 particles of 30 latents: k is too high for many, and the report says what annealing finds."""
