@@ -108,6 +108,8 @@ def anneal_parts(
     parts: Iterable[Part],
     options: AnnealingOptions,
     run: Callable[[TunedBlock], Annealed],
+    *,
+    resampled: bool = False,
 ) -> LogMarginalLikelihood:
     """Return the result of `run` for each tuned block of each part of the data, until Ctrl-C.
 
@@ -117,6 +119,7 @@ def anneal_parts(
         parts: parts of the data
         options: options of the chains
         run: runs the chains of a block
+        resampled: whether its weights are those of populations
     """
 
     def results() -> Iterator[tuple[LogMarginalLikelihood, int, int]]:
@@ -126,7 +129,9 @@ def anneal_parts(
                 pair = inspect(model, guide or prior_of(model), args, kwargs, options.plate, options.data_batch_size)
                 for block in tuned_blocks(pair, options, guide is None, passes=1):
                     found = run(block)
-                    result = LogMarginalLikelihood.from_annealed(found.log_weights, found.acceptance)
+                    result = LogMarginalLikelihood.from_annealed(
+                        found.log_weights, found.acceptance, resampled=resampled
+                    )
                     yield result, part.before + block.stop, part.num_data or pair.num_data
 
     return LogMarginalLikelihood.concatenate(until_interrupted(results()))

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from pyrovae.annealing.bounds import annealed_importance_sampling
+from pyrovae.annealing.potential import prior_of
 from pyrovae.common.arguments import check_count
 from pyrovae.data.forms import Batch
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.evaluation.options import evaluation_of
+from pyrovae.programs.splitting import inspect
 from pyrovae.programs.traces import Program
 
 __all__ = ["DifferenceEstimate", "anneal_a_slice", "size_of_slice"]
@@ -85,7 +88,16 @@ class DifferenceEstimate:
             f"  importance sampling {self.importance.mean:10.3f}   {self.importance.num_particles:,} particles\n"
             f"  annealing finds     {self.difference:+10.3f}   ± {self.difference_stderr:.3f} more, on the {n:,}\n"
             f"  log p(x)            {self.mean:10.3f}   ± {self.mean_mc_stderr:.3f} for these data, ± {self.mean_stderr:.3f} "
-            f"for new data; a lower bound on average, too low by what annealing misses"
+            f"for new data; a lower bound on average, too low by what annealing misses" + self._about_few()
+        )
+
+    def _about_few(self) -> str:
+        squares = (self.differences - self.differences.mean()).square()
+        few = len(squares) > 2 and squares.sum() > 0 and (squares.max() / squares.sum()).item() > 0.25
+        return (
+            "\n  one of the differences carries over a quarter of their variance: these errors are too small"
+            if few
+            else ""
         )
 
     def __repr__(self) -> str:
@@ -136,12 +148,15 @@ def anneal_a_slice(
 
         mean log p(x) ~ mean_N(IS) + mean_slice(AIS - IS)
 
+    The standard errors are those of a mean: if a few data carry most of the difference, a slice may miss them, and the
+    errors are then too small, too. `summary` says so if one datum of the slice carries a quarter of the variance.
+
     Both parts are lower bounds on average, so the sum is one as well: on average over the slices it is the mean that
     annealing all N data would give.
 
     Args:
         model: Pyro program
-        importance: result of `log_marginal_likelihood` for the same data
+        importance: result of `log_marginal_likelihood` for the same data in the same order, which is not checked
         *args: arguments of the programs, as given there
         num_annealed: n, size of the slice; "auto" as many as cost `share` times the importance sampling, at least 10
         share: see `num_annealed`
@@ -165,13 +180,15 @@ def anneal_a_slice(
         Neal, Annealed Importance Sampling (2001).
     """
     num_data = len(importance)
-    batch = Batch(args, kwargs, num_data)
-    if not any(tensor.ndim and len(tensor) == num_data for tensor in batch.tensors.values()):
-        found = {place: tuple(tensor.shape) for place, tensor in batch.tensors.items()}
-        raise ValueError(
-            f"found results of importance sampling for {num_data} data, and no argument of that length ({found}): pass "
-            f"the data that log_marginal_likelihood was given"
-        )
+    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (_, args, kwargs):
+        batch = Batch(args, kwargs, num_data)
+        if not any(tensor.ndim and len(tensor) == num_data for tensor in batch.tensors.values()):
+            found = {place: tuple(tensor.shape) for place, tensor in batch.tensors.items()}
+            raise ValueError(
+                f"found results of importance sampling for {num_data} data, and no argument of that length ({found}): "
+                f"pass the data that log_marginal_likelihood was given, in the same order"
+            )
+        is_cut = inspect(model, guide or prior_of(model), args, kwargs, None).split_size == num_data
     if num_annealed == "auto":
         num_annealed = size_of_slice(
             num_data, importance.num_particles, num_chains, num_temperatures, num_leapfrog_steps, share
@@ -179,6 +196,11 @@ def anneal_a_slice(
     num_annealed = check_count("num_annealed", num_annealed, least=2)
     if num_annealed > num_data:
         raise ValueError(f"num_annealed must be at most the number of data, {num_data}; found {num_annealed}")
+    if not is_cut and num_annealed < num_data:
+        raise ValueError(
+            f"a slice of the data cannot be taken: arguments of length {num_data} are not one row for each datum, or data "
+            f"influence each other: anneal all, num_annealed={num_data}"
+        )
     index = torch.randperm(num_data)[:num_annealed].sort().values
     cut = batch.rows(index)
     annealed = annealed_importance_sampling(

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyrovae.common.arguments import map_tensors
 
-__all__ = ["Batch", "as_batch", "is_stream", "takes_items"]
+__all__ = ["Batch", "as_batch", "by_position", "is_stream", "takes_items"]
 
 _LARGEST_INTEGER = 2**63 - 1
 _LARGEST_WHOLE = 2**53  # up to here float64 tells whole numbers from others
@@ -52,6 +52,11 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch with all tensors on this device."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def by_position(self) -> "Batch":
+        """Return the batch with the context by position; see `by_position`."""
+        args, kwargs = by_position(self.args, self.kwargs)
+        return self._replace(args=args, kwargs=kwargs)
 
     def detach(self) -> "Batch":
         """Return the batch without gradients of its tensors."""
@@ -151,7 +156,8 @@ def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data", co
             raise TypeError(
                 f"{name} is a mapping, whose keys name the arguments of the programs; found key {wrong[0]!r}"
             )
-        items: tuple[tuple, dict[str, Any]] = (), dict(data)
+        # A mapping has no order that its maker would think of: x holds the data wherever it stands.
+        items: tuple[tuple, dict[str, Any]] = (), dict(sorted(data.items(), key=lambda item: item[0] != "x"))
     elif isinstance(data, tuple | list):
         if data and all(isinstance(item, Number) for item in data):
             raise TypeError(
@@ -177,6 +183,22 @@ def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data", co
             f"{name} must hold at least one datum, found a first tensor of shape {tuple(batch.data.shape)}"
         )
     return batch._replace(num_data=lengths[0])
+
+
+def by_position(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Return the arguments with `context` as the second positional one.
+
+    Pyro's handlers call a program through a function with an argument `context` of its own, so that a program cannot
+    get one by keyword.
+    """
+    if "context" not in kwargs or len(args) > 1:
+        return args, kwargs
+    kwargs = dict(kwargs)
+    if not args:
+        if "x" not in kwargs:
+            return args, kwargs
+        args = (kwargs.pop("x"),)
+    return (*args, kwargs.pop("context")), kwargs
 
 
 def takes_items(programs: Sequence[Callable], items: tuple | list | Mapping) -> bool:

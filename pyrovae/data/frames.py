@@ -199,13 +199,24 @@ def _is_text(known: Any) -> bool:
     return types.infer_dtype(known) in ("string", "boolean")
 
 
+_LARGEST_LOSS = 1e-3  # of rounding, in standard deviations of a column
+
+
 def _coded(series: Any, column: Column) -> tuple[Tensor, Tensor]:
     """The numbers or codes of a column, and the mask of its known cells."""
     is_known = series.notna()
     observed = torch.tensor(is_known.tolist(), dtype=torch.bool)
     values = torch.zeros(len(series))
     if column.categories is None:
-        values[observed] = _numbers(series[is_known], column.name).to(values.dtype)
+        numbers = _numbers(series[is_known], column.name)
+        values[observed] = numbers.to(values.dtype)
+        lost = (values[observed].double() - numbers).abs()
+        if len(lost) and lost.max() > _LARGEST_LOSS * numbers.std(correction=0).clamp_min(1e-300) and lost.max() > 0:
+            raise ValueError(
+                f"column {column.name!r} holds numbers such as {numbers[lost.argmax()].item()!r}, which {values.dtype} rounds by "
+                f"{lost.max():.3g}, too much beside their standard deviation {numbers.std(correction=0):.3g}: subtract a "
+                f"constant first, or torch.set_default_dtype(torch.float64)"
+            )
         return values, observed
     codes = {category: float(code) for code, category in enumerate(column.categories)}
     cells = series[is_known].tolist()

@@ -13,6 +13,7 @@ from pyrovae.common.arguments import check_count, map_tensors
 from pyrovae.common.progress import progress_bar
 from pyrovae.estimators.standard_error import standard_error
 from pyrovae.evaluation.options import evaluation_of
+from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.log_densities import log_likelihood_of, log_weights_of
 from pyrovae.programs.pair import Pair, choose_rows, encode_once, guide_given
 from pyrovae.programs.splitting import inspect
@@ -158,6 +159,11 @@ def latent_use(
     num_draws = check_count("num_draws", num_draws, least=2)
     with evaluation_of(model, guide, args=args, kwargs=kwargs) as (_, args, kwargs):
         pair = inspect(model, guide, args, kwargs, plate)
+        if isinstance(pair.model, SummedOut) or isinstance(pair.guide, SummedOut):
+            raise ValueError(
+                "sites marked for enumeration are summed out, so they have no draws whose use could be measured: draw "
+                "them in the guide, without a mark"
+            )
         num_data = pair.num_data
         if pair.layout.dim is None or num_data < 2:
             where = "in a sequential plate" if pair.layout.sequential else f"(datum plate: {pair.layout.plate})"
@@ -184,8 +190,6 @@ def _add_block(sums: "_Sums", pair: Pair, rows: Tensor) -> None:
         layout = layout._replace(num_data=len(rows))
     guide = guide_given(pair.guide, encode_once(pair.guide, args, kwargs))
     model_trace, guide_trace = run_pair(pair.model, guide, args, kwargs, layout.pinned)
-    if any(site["infer"].get("enumerate") for trace in (model_trace, guide_trace) for _, site in sample_sites(trace)):
-        raise ValueError("enumerated sites have no draws whose use could be measured: draw them in the guide instead")
     giver = _another(len(rows))
     exchanged = select_data(guide_trace, layout, giver)
     other_trace = trace_program(pair.model, args, kwargs, layout.pinned, exchanged)

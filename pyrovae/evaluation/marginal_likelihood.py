@@ -130,6 +130,7 @@ class LogMarginalLikelihood:
         curve_particles: numbers of particles of `curve`
         curve: the bound at these numbers of particles, (len(curve_particles), N)
         acceptance: acceptance rate of annealed importance sampling; None for importance sampling
+        resampled: whether the weights are those of populations (sequential Monte Carlo)
     """
 
     num_particles: int
@@ -147,6 +148,7 @@ class LogMarginalLikelihood:
     pareto_k: Tensor = field(metadata=estimate(estimators.pareto_k, "Pareto k", _of_tails))
     curve_particles: list[int]
     curve: Tensor
+    resampled: bool = False
 
     @classmethod
     def from_log_weights(cls, log_weights: Tensor) -> "LogMarginalLikelihood":
@@ -158,14 +160,17 @@ class LogMarginalLikelihood:
         return cls._of(log_weights, None)
 
     @classmethod
-    def from_annealed(cls, log_weights: Tensor, acceptance: Tensor) -> "LogMarginalLikelihood":
+    def from_annealed(
+        cls, log_weights: Tensor, acceptance: Tensor, *, resampled: bool = False
+    ) -> "LogMarginalLikelihood":
         """Compute the estimates from annealed log weights; `elbo` and `gap` are NaN, because their mean is not an ELBO.
 
         Args:
             log_weights: (S, N)
             acceptance: mean acceptance rate per datum (N,)
+            resampled: whether the weights are those of populations (sequential Monte Carlo), not of single chains
         """
-        return cls._of(log_weights, acceptance.cpu().double())
+        return replace(cls._of(log_weights, acceptance.cpu().double()), resampled=resampled)
 
     @classmethod
     def _of(cls, log_weights: Tensor, acceptance: Tensor | None) -> "LogMarginalLikelihood":
@@ -178,7 +183,7 @@ class LogMarginalLikelihood:
         curve_particles, curve = estimators.bound_curve(weights)
         return cls(
             num_particles=len(weights),
-            **{name: values.cpu() for name, values in estimates.items()},
+            **{name: values.cpu() for name, values in estimates.items()},  # type: ignore[arg-type]
             curve_particles=curve_particles,
             curve=curve.cpu(),
             acceptance=acceptance,
@@ -252,8 +257,10 @@ class LogMarginalLikelihood:
 
     @property
     def method(self) -> str:
-        """Method of estimation: "importance sampling" or "annealed importance sampling"."""
-        return "importance sampling" if self.acceptance is None else "annealed importance sampling"
+        """Method of estimation: "importance sampling", "annealed importance sampling" or "sequential Monte Carlo"."""
+        if self.acceptance is None:
+            return "importance sampling"
+        return "sequential Monte Carlo" if self.resampled else "annealed importance sampling"
 
     def bits_per_dim(self, num_dims: int, *, bin_width: float = 1.0) -> Tensor:
         """Return the code length in bits per dimension of the data (N,); see `pyrovae.estimators.bits_per_dim`.
@@ -272,7 +279,7 @@ class LogMarginalLikelihood:
 
     @property
     def _unit(self) -> str:
-        unit = "particle" if self.acceptance is None else "chain"
+        unit = "particle" if self.acceptance is None else "population" if self.resampled else "chain"
         return unit if self.num_particles == 1 else f"{unit}s"
 
     @property

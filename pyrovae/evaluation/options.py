@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from pyrovae.common.arguments import check_count, map_tensors
-from pyrovae.data.forms import as_batch, takes_items
+from pyrovae.data.forms import as_batch, by_position, takes_items
 from pyrovae.programs.reach import evaluation_mode, modules_behind
 
 __all__ = ["Options", "SamplingOptions", "evaluation_of"]
@@ -93,6 +93,7 @@ def _arguments(programs: tuple, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
                 kwargs = dict(items)
             else:
                 args = tuple(items)
+    args, kwargs = by_position(args, kwargs)
     # Tensors stay as they are: the programs say which dtype they take.
     return (
         tuple(_converted(value, dtype, f"argument {place}") for place, value in enumerate(args, 1)),

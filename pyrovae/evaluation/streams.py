@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from pyrovae.data.forms import as_batch, is_stream
 
@@ -51,16 +51,24 @@ def parts_of(args: tuple, kwargs: dict[str, Any], transform: Callable[[Any], Any
         yield Part(args if transform is None else (transform(args[0]),), kwargs, 0, None)
         return
     loader = args[0] if isinstance(args[0], DataLoader) else DataLoader(args[0], batch_size=_ROWS)
-    if isinstance(loader.sampler, RandomSampler):
-        raise ValueError(
-            "found a DataLoader that shuffles, so that nobody could tell which result is of which datum: make one with "
-            "shuffle=False"
-        )
-    if loader.drop_last:
-        raise ValueError("found a DataLoader with drop_last=True, which leaves data out: make one with drop_last=False")
+    _check_order(loader)
     before, num_data = 0, len(loader.dataset)  # type: ignore[arg-type]  # a data set with a sampler has a length
     for item in loader:
         batch = item[0] if isinstance(item, list | tuple) and len(item) == 1 else item
         batch = batch if transform is None else transform(batch)
         yield Part((batch,), {}, before, num_data)
         before += as_batch(batch).num_data
+
+
+def _check_order(loader: DataLoader) -> None:
+    """Raise ValueError unless the loader goes through all data once, in order: results are told apart by their place."""
+    batches = loader.batch_sampler
+    sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
+    drops = getattr(batches, "drop_last", False)
+    if type(sampler) is SequentialSampler and (batches is None or type(batches) is BatchSampler) and not drops:
+        return
+    how = "leaves data out (drop_last=True)" if drops else f"takes its data in the order of a {type(sampler).__name__}"
+    raise ValueError(
+        f"found a DataLoader that {how}, so that nobody could tell which result is of which datum: make one with "
+        f"shuffle=False and drop_last=False, without a sampler of its own"
+    )

@@ -33,6 +33,7 @@ class Concatenate(Component):
             or whole numbers are given without `num_classes`.
 
     Example:
+        >>> from pyrovae.nets import MLP
         >>> net = Concatenate(MLP(2 + 10, [8], 784), num_classes=10)
         >>> net(torch.zeros(7, 5, 2), torch.tensor([3, 1, 4, 1, 5])).shape
         torch.Size([7, 5, 784])
@@ -116,6 +117,7 @@ class ConcatenateMask(Component):
         net: Any module (N, 2 D) -> output.
 
     Example:
+        >>> from pyrovae.nets import MLP
         >>> ConcatenateMask(MLP(2 * 6, [8]))(torch.zeros(5, 2, 3), observed=torch.ones(5, 2, 3)).shape
         torch.Size([5, 8])
 

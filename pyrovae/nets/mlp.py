@@ -42,6 +42,7 @@ class MLP(Component):
             another size or dtype.
 
     Example:
+        >>> import torch
         >>> MLP(784, [500, 500]).out_features
         500
         >>> MLP(50, [500], 784)(torch.zeros(3, 50)).shape

@@ -85,7 +85,7 @@ def rate_distortion(results: Any, *, bounds: Any = None, ax: Any = None) -> Any:
     ax.set(
         xlabel="distortion E[-log p(x|z)] [nats]",
         ylabel="rate KL(q(z) || p(z)), upper bound [nats]",
-        title=f"means of {len(first):,} data, {few:,} temperatures; bars: ± 2 standard errors over data",
+        title=f"means of {len(first):,} data, {few:,} temperatures\nbars: ± 2 standard errors over data",
     )
     ax.title.set_size(10)
     ax.legend(loc="upper right", fontsize=8)

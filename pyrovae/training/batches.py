@@ -83,7 +83,7 @@ def selected(data: Batch, index: Tensor, transform: Transform, dtype: torch.dtyp
     here.
     """
     batch = data.rows(index)
-    return batch if transform is None else transformed(batch.form, transform, dtype)
+    return (batch if transform is None else transformed(batch.form, transform, dtype)).by_position()
 
 
 def transformed(data: Any, transform: Callable[[Any], Any], dtype: torch.dtype | None) -> Batch:

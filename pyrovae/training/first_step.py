@@ -76,6 +76,7 @@ class FirstStepCheck:
             look.observed |= look.masked
         try:
             look.check(run.loss)
+            _check_data_are_first(batch, look.plate_sizes)
             if not run.batches.in_one_order:
                 site = site_by_position(*run.programs, batch, list(look.declared.values()), run.modules)
                 if site is not None:
@@ -123,6 +124,18 @@ class FirstStepCheck:
             pyro.util.set_rng_state(random)
 
 
+def _check_data_are_first(batch: Batch, plate_sizes: set[int]) -> None:
+    """Raise ValueError if the plates of what is observed have the size of another tensor than the one taken for the data."""
+    if not plate_sizes or batch.num_data in plate_sizes:
+        return
+    others = [place for place, tensor in batch.tensors.items() if tensor.ndim and len(tensor) in plate_sizes]
+    if others:
+        raise ValueError(
+            f"the first tensor has {batch.num_data} rows, which are taken for the data, and the plates of the observed sites "
+            f"have the size of {others[0]}, {sorted(plate_sizes)}: put the data first, or name them x in a mapping"
+        )
+
+
 class FirstStep(Messenger):
     """Record what the first step declares and uses.
 
@@ -138,6 +151,7 @@ class FirstStep(Messenger):
         self.declared: dict[str, Tensor] = {}
         self.used: list[weakref.ref[Tensor]] = []
         self.observed: set[str] = set()
+        self.plate_sizes: set[int] = set()  # of the plates around observed sites
         self.masked: set[str] = set()  # observed, with every element masked out
         self.replayed: set[str] = set()
         self.enumerated: dict[str, bool] = {}
@@ -162,6 +176,7 @@ class FirstStep(Messenger):
         if message["is_observed"]:
             seen = counted(message)
             (self.observed if seen is None or seen.any() else self.masked).add(name)
+            self.plate_sizes.update(frame.size for frame in message["cond_indep_stack"] if frame.size > 0)
         else:
             self.enumerated[name] = bool(infer.get("enumerate"))
         if torch.is_grad_enabled():

@@ -61,7 +61,7 @@ class ValidationData:
         """
         if self.items is not None:
             for block in self.items.blocks(size, only_ends):
-                yield block if self.transform is None else self._made(block.form)
+                yield (block if self.transform is None else self._made(block.form)).by_position()
             return
         loader = self.stream
         if not isinstance(loader, DataLoader):
@@ -69,7 +69,7 @@ class ValidationData:
         found = False
         for item in _in_one_order(loader):
             found = True
-            yield self._made(item).to(self.device, non_blocking=True)
+            yield self._made(item).to(self.device, non_blocking=True).by_position()
             if only_ends:
                 break
         if not found:

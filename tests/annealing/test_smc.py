@@ -117,6 +117,8 @@ def test_the_result_is_annealings(double):
     result = sequential_monte_carlo(two_humps, x, num_populations=6, num_chains=32, num_temperatures=30)
     assert isinstance(result, pv.LogMarginalLikelihood)
     assert (len(result), result.num_particles) == (3, 6)
+    assert "by sequential Monte Carlo: 3 data, 6 populations" in result.summary()
+    assert result[:2].method == result.method == "sequential Monte Carlo"
     assert result.elbo.isnan().all()
     assert ((result.log_prob - log_prob_of_two_humps(x)).abs() < 5 * result.stderr + 0.1).all()
     assert 0 < result.acceptance.min() <= result.acceptance.max() <= 1

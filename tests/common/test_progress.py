@@ -3,6 +3,8 @@
 import inspect
 import re
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -24,6 +26,20 @@ def evaluated(pair):
 
 # name -> (call(pair, **progress), what its bars are called): every public function that can take long
 ANNEALING = {"num_chains": 4, "num_temperatures": 3, "num_leapfrog_steps": 2}
+
+
+def two_classes(x):
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", dist.Normal(y.to(x.dtype), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def of_z(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+
 LONG = {
     "active_units": (lambda pair, **progress: pv.active_units(pair[1], X, **progress), {"active units"}),
     "anneal_a_slice": (
@@ -66,6 +82,11 @@ LONG = {
     "rate_distortion": (
         lambda pair, **progress: pv.rate_distortion(pair[0], X, **ANNEALING, **progress),
         {"annealing"},
+    ),
+    "classify": (lambda pair, **progress: pv.classify(two_classes, of_z, torch.randn(4), **progress), {"classes"}),
+    "impute": (
+        lambda pair, **progress: pv.impute(*pair, X, observed=torch.ones_like(X, dtype=torch.bool), **progress),
+        {"imputation"},
     ),
     "simulation_based_calibration": (
         lambda pair, **progress: pv.simulation_based_calibration(*pair, X, **progress),

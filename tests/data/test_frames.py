@@ -228,3 +228,12 @@ def test_files_of_series(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=match):
             _read_series(path)
+
+
+def test_numbers_that_would_be_rounded_too_much_are_refused():
+    """Unix times: float32 has steps of 128 seconds there, and the densities were 3 nats off."""
+    times = 1.7e9 + 20 * np.random.default_rng(0).standard_normal(50)
+    with pytest.raises(ValueError, match="column 'time'.*subtract a constant"):
+        pv.data.table(pd.DataFrame({"time": times}))
+    table = pv.data.table(pd.DataFrame({"time": times - 1.7e9, "more": times - 1.7e9 + 0.5}))
+    assert table.values.shape == (50, 2)

@@ -5,7 +5,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from shared.networks import normal_model
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 import pyrovae as pv
 
@@ -121,6 +129,15 @@ def test_a_program_of_one_argument_gets_the_whole_batch():
     [
         (lambda: (DataLoader(Items(False), shuffle=True),), {}, ValueError, "shuffle=False"),
         (lambda: (DataLoader(Items(False), batch_size=5, drop_last=True),), {}, ValueError, "drop_last=False"),
+        (lambda: (DataLoader(Items(False), sampler=SubsetRandomSampler(range(5))),), {}, ValueError, "SubsetRandom"),
+        (
+            lambda: (DataLoader(Items(False), batch_sampler=BatchSampler(RandomSampler(Items(False)), 4, False)),),
+            *({}, ValueError, "order of a RandomSampler"),
+        ),
+        (
+            lambda: (DataLoader(Items(False), batch_sampler=BatchSampler(SequentialSampler(Items(False)), 4, True)),),
+            *({}, ValueError, "leaves data out"),
+        ),
         (lambda: (X, SHIFT), {"transform": lambda batch: batch}, TypeError, "one argument"),
         (lambda: (X,), {"transform": 3}, TypeError, "function of a batch"),
         (lambda: (pd.DataFrame({"age": [1.0], "sex": ["f"]}), SHIFT[:1]), {}, TypeError, "column 'sex'"),

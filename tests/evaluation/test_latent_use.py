@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import LinearGaussian, within
 from shared.exact import two_sites
-from shared.parts import LIKELIHOODS, build, combinations
+from shared.parts import LIKELIHOODS, build, combinations, draw
 
 import pyrovae as pv
 from pyrovae.evaluation.latent_use import _another
@@ -201,7 +201,7 @@ def test_verdicts(changed, said):
 @pytest.mark.parametrize(("prior", "guide", "likelihood", "decoder", "encoder"), list(combinations()))
 def test_every_part(prior, guide, likelihood, decoder, encoder):
     model, q = build(prior, guide, likelihood, decoder, encoder)
-    use = pv.latent_use(model, q, LIKELIHOODS[likelihood][1](), num_draws=2)
+    use = pv.latent_use(model, q, draw(likelihood), num_draws=2)
     numbers = (use.reconstruction, use.kl, use.advantage, use.advantage_stderr, use.advantage_over_prior)
     assert all(math.isfinite(number) for number in numbers)
     assert use.spread.isfinite().all()
@@ -359,10 +359,15 @@ def test_refusals(linear_gaussian):
     def classes(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            c = pyro.sample("c", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(c, 1.0), obs=x)
 
-    with pytest.raises(ValueError, match="enumerat"):
-        pv.latent_use(classes, lambda x: None, torch.zeros(5))
+    def of_c(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Normal(x / 2, 0.8))
+
+    with pytest.raises(ValueError, match="marked for enumeration are summed out"):
+        pv.latent_use(classes, of_c, torch.zeros(5))
 
 
 def test_digits_before_and_after():

@@ -38,6 +38,14 @@ def one():
     return lml()[:1]
 
 
+def curve_of(result):
+    beta = torch.tensor([0.0, 0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
+    rate = beta.sqrt().unsqueeze(1) * (10 + torch.rand(len(result), dtype=torch.float64))
+    distortion = 90 + 50 / (beta.unsqueeze(1) + 0.01).expand_as(rate)
+    error = torch.full_like(rate, 0.1)
+    return pv.RateDistortion(8, beta, rate, distortion, error, error, error, error[0])
+
+
 def history(epochs):
     names = ("elbo", "reconstruction", "kl", "validation_elbo", "validation_reconstruction", "validation_kl")
     return [{"epoch": n, **{name: -100 + 9 * np.log(n) for name in names}} for n in range(1, epochs + 1)]
@@ -86,6 +94,7 @@ CASES = {
     "rank_histograms, odd": lambda: plots.rank_histograms(
         torch.randint(0, 50, (5, 20)), names=[f"site_of_a_long_name.latent[{n}]" for n in range(5)]
     ),
+    "rate_distortion": lambda: plots.rate_distortion({"a model": curve_of(lml()), LONG: curve_of(lml())}),
     "roc": lambda: plots.roc({"shuffled": (lml(), lml(level=-95))}),
     "roc, many": lambda: plots.roc({f"{LONG} {n}": (lml(), lml(level=-90 - n)) for n in range(6)}),
     "image_grid": lambda: plots.image_grid(torch.rand(2, 1, 8, 8), title="means of p(x|z) for z drawn from the prior"),

@@ -75,6 +75,13 @@ def test_any_batch_is_evaluated_rightly_or_refused(batch, num_particles):
 def test_any_batch_is_trained_on_or_refused(batch):
     x, is_good = batch
     model, guide = make()
+    # float64 and float16 become the programs' float32 if no value changes.
+    is_good = is_good or (
+        x.dtype in (torch.float64, torch.float16, torch.bfloat16)
+        and x.shape[1:] == SHAPE
+        and len(x) > 0
+        and bool(((x == 0) | (x == 1)).all())
+    )
     if not is_good:
         with pytest.raises((ValueError, TypeError, RuntimeError), match=r"\w+ .*\w+"):
             pv.fit(model, guide, x, epochs=1, batch_size=3, progress=False)
@@ -108,7 +115,7 @@ def test_what_is_no_count_of_particles_is_refused(value):
 @given(st.sampled_from([0, -1.0, math.nan, -math.inf, "fast", None]), st.sampled_from(["learning_rate", "clip_norm"]))
 @some(20)
 def test_rates_and_norms_that_are_none(value, name):
-    if value is None and name == "clip_norm":
+    if value is None:  # the default of both
         return
     with pytest.raises((ValueError, TypeError), match=name):
         pv.fit(*PAIR, torch.zeros(2, *SHAPE), epochs=1, progress=False, **{name: value})

@@ -453,3 +453,33 @@ def test_a_data_set_trains_with_every_loss():
     for loss in (Trace_ELBO(num_particles=2), pv.objectives.ImportanceWeighted(3)):
         ends = [fit(data, batch_size=10, loss=loss)[0] for data in (draw(33), Rows(tuples(*draw(33))))]
         assert same(*ends)
+
+
+def constant_first(w, x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        scale = pyro.param("scale", torch.tensor(1.0))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1) * w * scale, 1.0).to_event(1), obs=x)
+
+
+def guide_of_constant_first(w, x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x.mean(-1), pyro.param("s", torch.tensor(0.5))))
+
+
+def test_the_data_are_those_of_the_plate():
+    """A constant in front was taken for the data, shuffled, and its length for N: 500 times the right ELBO."""
+    x, w = torch.randn(60, 3), torch.tensor([1.0, -2.0, 3.0])
+    found = []
+    for data in ({"w": w, "x": x}, {"x": x, "w": w}):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        result = pv.fit(
+            constant_first, guide_of_constant_first, data, validation=data, epochs=2, batch_size=20, progress=False
+        )
+        found.append((result.num_steps, result.history[-1]["elbo"], result.history[-1]["validation_elbo"]))
+    assert found[0] == found[1]
+    assert found[0][0] == 6
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match="first tensor has 3 rows.*argument 2.*put the data first"):
+        pv.fit(constant_first, guide_of_constant_first, (w, x), epochs=1, progress=False)
