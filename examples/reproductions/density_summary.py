@@ -28,9 +28,10 @@ holds the row's command, seeds, versions, settings and seconds. What the numbers
   with other work this is about the time on a quiet core; the elapsed time is longer.
 
 The test set is drawn once from a seed of its own; the published rows redraw it or use another draw (static: another file). Rows "draw
-seed-777" use the test set of the VampPrior paper's code (`pv.data.mnist(draw="seed-777")`). Targets are our own, most of them a little below the published number. Training: 50,000 images, the state with the best bound on 10,000 others (the ELBO; if
-the importance-weighted bound is trained, that one). Rows marked * train on all 60,000 and keep the last state. Rows "after" another start
-from its trained pair: their CPU minutes come on top of that row's.
+seed-777" use the test set of the VampPrior paper's code (`pv.data.mnist(draw="seed-777")`). Targets are our own, most of them a little below
+the published number. Training: 50,000 images, the state with the best bound on 10,000 others (the ELBO; if the importance-weighted bound is
+trained, that one). Rows marked * train on all 60,000 and keep the last state. Rows "after" another start from its trained pair: their CPU
+minutes come on top of that row's.
 """
 
 ABOUT_ABLATIONS = """\

@@ -203,6 +203,26 @@ def test_a_row_states_its_draw_and_settings(run, table, monkeypatch, tmp_path, r
     assert (full.epochs, full.kl_warmup, full.objective, full.particles) == (2000, 100, "elbo", 1)
 
 
+def test_weight_of_the_kl_grows_over_100_epochs(run, monkeypatch):
+    given = {}
+
+    def spied(*programs, **settings):
+        given.update(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pv, "fit", spied)
+    with pytest.raises(SystemExit, match="Stopped"):
+        run("published-standard", 150)
+    objective, weights = given["loss"], []
+    for _ in range(1201):  # 12 batches of 100 of the 1,197 images
+        weights.append(objective.kl_weight(torch.zeros(())).item())
+        objective.advance()
+    assert isinstance(objective, pv.objectives.MonteCarloKL)
+    assert weights[0] == 0
+    assert weights[600] == pytest.approx(0.5)
+    assert weights[1199] < weights[1200] == 1
+
+
 def test_a_stopped_row_goes_on(run, monkeypatch):
     """Stopped by Ctrl-C in training: the numbers of a run that was not."""
     from pyrovae.training.state import TrainingState
