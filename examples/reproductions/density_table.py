@@ -188,6 +188,8 @@ def train(row, options, folder, data, device, clock):
     how = {"learning_rate": settings["learning_rate"]}
     if row.optimizer is not None:
         how = {"optimizer": partial(row.optimizer, lr=settings["learning_rate"], fused=True), "schedule": None}
+        # "auto" never records parts defined outside the library, such as these.
+        how["compile"] = True if settings["epochs"] >= 50 else "auto"
     with clock("training"):
         result = pv.fit(
             model,
