@@ -27,10 +27,11 @@ holds the row's command, seeds, versions, settings and seconds. What the numbers
 - **CPU minutes**: CPU time of the process for training and estimates, on one thread unless the JSON file says otherwise. On a machine shared
   with other work this is about the time on a quiet core; the elapsed time is longer.
 
-The test set is drawn once from a seed of its own; the published rows redraw it or use another draw (static: another file). Targets are our
-own, most of them a little below the published number. Training: 50,000 images, the state with the best bound on 10,000 others (the ELBO; if
-the importance-weighted bound is trained, that one). Rows marked * train on all 60,000 and keep the last state. Rows "after" another start
-from its trained pair: their CPU minutes come on top of that row's.
+The test set is drawn once from a seed of its own; the published rows redraw it or use another draw (static: another file). Rows "draw
+seed-777" use the test set of the VampPrior paper's code (`pv.data.mnist(draw="seed-777")`). Targets are our own, most of them a little below
+the published number. Training: 50,000 images, the state with the best bound on 10,000 others (the ELBO; if the importance-weighted bound is
+trained, that one). Rows marked * train on all 60,000 and keep the last state. Rows "after" another start from its trained pair: their CPU
+minutes come on top of that row's.
 """
 
 ABOUT_ABLATIONS = """\
@@ -73,7 +74,7 @@ def ablations(found: list[dict]) -> list[str]:
     """A line for each variant, with its difference from its base row if both were measured in the same way."""
 
     def measured(result: dict) -> tuple:
-        return tuple(result[name] for name in ("dataset", "data_seed", "seed", "particles", "test_images"))
+        return tuple(result.get(name) for name in ("dataset", "data_seed", "draw", "seed", "particles", "test_images"))
 
     lines = []
     variants = [row for row in ROWS.values() if row.variant_of is not None]
@@ -103,6 +104,7 @@ def line(result: dict) -> str:
     marks = "*" * (result["validation_size"] == 0)
     notes = [
         *([f"seed {result['seed']}"] if result["seed"] else []),
+        *([f"draw {result['draw']}"] if result.get("draw") else []),
         *([result["dataset"]] if result["dataset"] != "mnist" else []),
         *([f"{result['test_images']:,} images"] if result["test_images"] < result["of_test_images"] else []),
         *([f"{result['particles']:,} particles"] if result["particles"] != 5000 else []),

@@ -8,7 +8,8 @@
 Each row is trained, evaluated and stored as JSON. log p(x) of the test images, which are drawn once with a separate
 seed, is estimated by importance sampling and, on some of them, by annealing, to see how loose importance sampling is.
 If a run was stopped, the same command resumes it: training from the checkpoint, evaluation from the finished images.
-`--table` writes density.md beside the results.
+`--table` writes density.md beside the results. Rows with a constant learning rate (`published-*`) also go on from a
+finished training if `--epochs` is raised; what was stored is of the best epoch until then.
 
 Times are recorded as wall time and as CPU time, because other work on the machine slows down only the former.
 """
@@ -19,6 +20,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pyro
@@ -87,9 +89,12 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
     revision = git_revision()  # at the start, because it may change during the run
     device = pv.pick_device("auto" if row.device == "cuda" else "cpu")
     grey = pv.data.load(options.dataset, options.data_dir, binarization=None, train_on_all=row.train_on_all)
-    data = grey.binarized(row.binarization, options.data_seed)
+    data = grey.binarized(row.binarization, options.data_seed, row.draw)
     clock = Clock(folder / "seconds.json")
     model, guide, history = train(row, options, folder, data, device, clock)
+    if row.optimizer is not None:  # keep the estimates apart from those of an earlier best epoch
+        folder = folder / f"best-epoch-{history['best_epoch']}"
+        folder.mkdir(exist_ok=True)
     # Shuffle, so that the first images are a random sample.
     test = data.test[torch.randperm(len(data.test), generator=torch.Generator().manual_seed(ORDER_SEED))]
     lml = estimate(options, folder, model, guide, test[: options.images], clock)
@@ -117,6 +122,7 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
         "dataset": data.name,
         "binarisation": row.binarization,
         "data_seed": data.data_seed,
+        "draw": data.draw,
         "training_size": len(data.train),
         "validation_size": 0 if data.validation is None else len(data.validation),
         "seed": options.seed,
@@ -134,7 +140,12 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
 
 def training_of(row: Row, options: argparse.Namespace) -> dict:
     settings = {name: value for name, value in vars(row).items() if name in TRAINING}
-    return settings | {"epochs": options.epochs or row.epochs} | ({} if row.after is None else {"after": row.after})
+    settings["epochs"] = options.epochs or row.epochs
+    # Only what is given, because earlier runs were stored without these names.
+    more = {"after": row.after, "patience": row.patience, "draw": row.draw}
+    if row.optimizer is not None:
+        more |= {"optimizer": row.optimizer.__name__, "schedule": "constant"}
+    return settings | {name: value for name, value in more.items() if value is not None}
 
 
 TRAINING = ("objective", "particles", "epochs", "batch_size", "learning_rate", "clip_norm", "kl_warmup")
@@ -158,10 +169,14 @@ def train(row, options, folder, data, device, clock):
     }
     if done.exists():
         remedy = "delete it: it is made again from training.pt beside it"
-        if (found := read_json(done, remedy, "run", "history"))["run"] != of_run:
+        found = read_json(done, remedy, "run", "history")
+        if found["run"] == of_run:
+            pv.load(checkpoint, model, guide)
+            return model.to(device), guide.to(device), found["history"]
+        extended = found["run"] | {"epochs": max(found["run"]["epochs"], settings["epochs"])}
+        if row.optimizer is None or extended != of_run:
             raise ValueError(f"{folder} holds a run with {found['run']}, not {of_run}: give another --runs")
-        saved = pv.load(checkpoint)
-        return saved["model"].to(device), saved["guide"].to(device), found["history"]
+        done.unlink()  # its history will not be that of the checkpoint
     if row.after is not None:
         with run_folder(row.after, options) as before:
             model, guide, _ = train(ROWS[row.after], options, before, data, device, Clock(before / "seconds.json"))
@@ -170,6 +185,11 @@ def train(row, options, folder, data, device, clock):
     objective = parts.make_objective(
         row.objective, row.particles, kl_warmup_steps=min(row.kl_warmup, settings["epochs"]) * steps_per_epoch
     )
+    how = {"learning_rate": settings["learning_rate"]}
+    if row.optimizer is not None:
+        how = {"optimizer": partial(row.optimizer, lr=settings["learning_rate"], fused=True), "schedule": None}
+        # "auto" never records parts defined outside the library, such as these.
+        how["compile"] = True if settings["epochs"] >= 50 else "auto"
     with clock("training"):
         result = pv.fit(
             model,
@@ -178,7 +198,9 @@ def train(row, options, folder, data, device, clock):
             validation=data.validation,
             transform=data.transform,
             loss=objective,
-            **{name: settings[name] for name in ("epochs", "batch_size", "learning_rate", "clip_norm")},
+            **{name: settings[name] for name in ("epochs", "batch_size", "clip_norm")},
+            **how,
+            patience=row.patience,
             checkpoint=checkpoint,
             checkpoint_every=30.0,
             resume=True,
@@ -197,6 +219,8 @@ def train(row, options, folder, data, device, clock):
             for epoch in result.history[every - 1 :: every]
         ],
     }
+    if row.patience is not None:  # training may have stopped before the last epoch
+        history |= {"epochs": len(result.history), "most_epochs": settings["epochs"]}
     history["git_revision"] = git_revision()
     write_json(done, {"run": of_run, "history": history})
     return model, guide, history

@@ -1,0 +1,146 @@
+"""The networks and the optimizer of the VampPrior paper's published code, for rows that are compared with its numbers.
+
+Widths, initialisation, limits and rates are those of that code, and so is the split into tensors, because its optimizer
+divides the gradient of each tensor by its norm. Three things differ slightly: the weight of the KL grows at every step,
+not at every epoch; Adam's epsilon is added after the bias correction; the loss is a sum over the batch, not a mean, so
+that the epsilon of the norm is smaller beside the gradient.
+
+References:
+    Tomczak & Welling, VAE with a VampPrior (2018), and github.com/jmtomczak/vae_vampprior.
+"""
+
+import math
+from itertools import pairwise
+
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+import pyrovae as pv
+
+HIDDEN, LATENT_DIM, NUM_PSEUDO_INPUTS = (300, 300), 40, 500
+
+
+class NormalisedAdam(torch.optim.Adam):
+    """Adam on gradients that are divided, tensor by tensor, by their Euclidean norm plus 1e-7.
+
+    The size of a tensor's gradient then does not matter, only its direction. A gradient that is not finite stays so.
+    The arguments are those of `torch.optim.Adam`.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if parameters:
+            gradients = [p.grad for p in parameters]
+            norms = torch._foreach_add(torch._foreach_norm(gradients), 1e-7)
+            # Not in place, because two parameters may share the tensor of their gradient.
+            for parameter, gradient in zip(parameters, torch._foreach_div(gradients, norms), strict=True):
+                parameter.grad = gradient
+        super().step()
+        return loss
+
+
+class GatedLayer(nn.Module):
+    """h = (W x + b) * sigmoid(V x + c), with W and V in tensors of their own."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.value = linear(in_features, out_features)
+        self.gate = linear(in_features, out_features)
+
+    def forward(self, x):
+        return self.value(x) * self.gate(x).sigmoid()
+
+
+class PublishedGuide(pv.guides.Guide):
+    """Mean-field normal guide whose log-variance is clamped to [-6, 2]."""
+
+    def __init__(self, num_pixels, latent_dim=LATENT_DIM):
+        super().__init__(latent_dim)
+        self.encoder_net = nn.Sequential(nn.Flatten(), *gated(num_pixels))
+        self.mean = linear(HIDDEN[-1], latent_dim)
+        self.log_variance = linear(HIDDEN[-1], latent_dim)
+
+    def encode(self, x):
+        features = self.encoder_net(x)
+        return torch.cat([self.mean(features), self.log_variance(features).clamp(-6, 2)], -1)
+
+    def distribution(self, parameters):
+        loc, log_variance = parameters.chunk(2, -1)
+        return dist.Normal(loc, (log_variance / 2).exp()).to_event(1)
+
+
+class ClampedBernoulli(pv.likelihoods.Bernoulli):
+    """Bernoulli pixels whose probabilities, sigmoid(decoder_net(z)), are clamped to [1e-5, 1 - 1e-5].
+
+    The network's last layer has a bias; that of `pv.likelihoods.Bernoulli` stays 0.
+    """
+
+    largest_logit = math.log1p(-1e-5) - math.log(1e-5)
+
+    def __init__(self, decoder_net, data_shape):
+        super().__init__(decoder_net, data_shape)
+        del self.bias
+        self.register_buffer("bias", torch.zeros(self.data_shape))
+
+    def distribution(self, parameters):
+        return super().distribution(parameters.clamp(-self.largest_logit, self.largest_logit))
+
+
+class ClampedVampPrior(pv.priors.VampPrior):
+    """VampPrior whose pseudo-inputs start near 0.05, nearly alike, and are clamped to [0, 1]."""
+
+    def __init__(self, guide, data_shape, num_pseudo_inputs=NUM_PSEUDO_INPUTS):
+        start = 0.05 + 0.01 * torch.randn(num_pseudo_inputs, *data_shape)
+        super().__init__(guide, start.clamp(0, 1), data_range=(0, 1))
+        self.unconstrained = nn.Parameter(start)
+
+    @property
+    def pseudo_inputs(self):
+        return self.unconstrained.clamp(0, 1)
+
+
+def published(data):
+    """Model and guide with a standard normal prior."""
+    return pair_of(data, lambda guide: pv.priors.StandardNormal(LATENT_DIM))
+
+
+def published_vamp(data):
+    """Model and guide with a VampPrior."""
+    return pair_of(data, lambda guide: ClampedVampPrior(guide, data.data_shape))
+
+
+def pair_of(data, prior_of):
+    pixels = data.data_shape.numel()
+    guide = PublishedGuide(pixels)
+    decoder = nn.Sequential(*gated(LATENT_DIM), linear(HIDDEN[-1], pixels))
+    return pv.GenerativeModel(prior_of(guide), ClampedBernoulli(decoder, data.data_shape)), guide
+
+
+def gated(in_features):
+    return [GatedLayer(*widths) for widths in pairwise([in_features, *HIDDEN])]
+
+
+def linear(in_features, out_features):
+    """A linear layer with normal weights of variance 2 / in_features (He 2015), and torch's biases."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.normal_(layer.weight, std=math.sqrt(2 / in_features))
+    return layer
+
+
+# Settings of a row. The weight of the KL grows from 0 to 1 over 100 epochs; training stops after 50 epochs without a
+# better validation bound.
+SETTINGS = {
+    "epochs": 2000,
+    "batch_size": 100,
+    "learning_rate": 5e-4,
+    "optimizer": NormalisedAdam,
+    "kl_warmup": 100,
+    "patience": 50,
+    "draw": "seed-777",
+}
