@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pyrovae.plots.canvas import BLUE, ORANGE, axes_or_new
+from pyrovae.plots.canvas import BLUE, ORANGE, axes_or_new, legend_below
 
 __all__ = ["rate_distortion"]
 
@@ -73,7 +73,6 @@ def rate_distortion(results: Any, *, bounds: Any = None, ax: Any = None) -> Any:
                     (distortion[mark], rate[mark]),
                     xytext=(5, 5),
                     textcoords="offset points",
-                    fontsize=8,
                 )
         if name in bounds:
             ends = np.array([distortion[-1], distortion[-1] + rate[-1]])
@@ -88,6 +87,6 @@ def rate_distortion(results: Any, *, bounds: Any = None, ax: Any = None) -> Any:
         title=f"means of {len(first):,} data, {few:,} temperatures\nbars: ± 2 standard errors over data",
     )
     ax.title.set_size(10)
-    ax.legend(loc="upper right", fontsize=8)
+    legend_below(ax)
     ax.grid(alpha=0.3)
     return ax

@@ -94,7 +94,7 @@ CASES = {
     "rank_histograms, odd": lambda: plots.rank_histograms(
         torch.randint(0, 50, (5, 20)), names=[f"site_of_a_long_name.latent[{n}]" for n in range(5)]
     ),
-    "rate_distortion": lambda: plots.rate_distortion({"a model": curve_of(lml()), LONG: curve_of(lml())}),
+    "rate_distortion": lambda: plots.rate_distortion({"a model": curve_of(lml()), "another": curve_of(lml())}),
     "roc": lambda: plots.roc({"shuffled": (lml(), lml(level=-95))}),
     "roc, many": lambda: plots.roc({f"{LONG} {n}": (lml(), lml(level=-90 - n)) for n in range(6)}),
     "image_grid": lambda: plots.image_grid(torch.rand(2, 1, 8, 8), title="means of p(x|z) for z drawn from the prior"),
