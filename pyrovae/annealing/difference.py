@@ -93,12 +93,9 @@ class DifferenceEstimate:
 
     def _about_few(self) -> str:
         squares = (self.differences - self.differences.mean()).square()
-        few = len(squares) > 2 and squares.sum() > 0 and (squares.max() / squares.sum()).item() > 0.25
-        return (
-            "\n  one of the differences carries over a quarter of their variance: these errors are too small"
-            if few
-            else ""
-        )
+        if len(squares) <= 2 or not (squares.max() > 0.25 * squares.sum()).item():
+            return ""
+        return "\n  one of the differences carries over a quarter of their variance: these errors are too small"
 
     def __repr__(self) -> str:
         return (
@@ -180,6 +177,13 @@ def anneal_a_slice(
         Neal, Annealed Importance Sampling (2001).
     """
     num_data = len(importance)
+    if num_annealed == "auto":
+        num_annealed = size_of_slice(
+            num_data, importance.num_particles, num_chains, num_temperatures, num_leapfrog_steps, share
+        )
+    num_annealed = check_count("num_annealed", num_annealed, least=2)
+    if num_annealed > num_data:
+        raise ValueError(f"num_annealed must be at most the number of data, {num_data}; found {num_annealed}")
     with evaluation_of(model, guide, args=args, kwargs=kwargs) as (_, args, kwargs):
         batch = Batch(args, kwargs, num_data)
         if not any(tensor.ndim and len(tensor) == num_data for tensor in batch.tensors.values()):
@@ -188,19 +192,14 @@ def anneal_a_slice(
                 f"found results of importance sampling for {num_data} data, and no argument of that length ({found}): "
                 f"pass the data that log_marginal_likelihood was given, in the same order"
             )
-        is_cut = inspect(model, guide or prior_of(model), args, kwargs, None).split_size == num_data
-    if num_annealed == "auto":
-        num_annealed = size_of_slice(
-            num_data, importance.num_particles, num_chains, num_temperatures, num_leapfrog_steps, share
-        )
-    num_annealed = check_count("num_annealed", num_annealed, least=2)
-    if num_annealed > num_data:
-        raise ValueError(f"num_annealed must be at most the number of data, {num_data}; found {num_annealed}")
-    if not is_cut and num_annealed < num_data:
-        raise ValueError(
-            f"a slice of the data cannot be taken: arguments of length {num_data} are not one row for each datum, or data "
-            f"influence each other: anneal all, num_annealed={num_data}"
-        )
+        # Running the programs to see whether their data can be cut takes time: only if they are.
+        if num_annealed < num_data and (
+            inspect(model, guide or prior_of(model), args, kwargs, None).split_size != num_data
+        ):
+            raise ValueError(
+                f"a slice of the data cannot be taken: arguments of length {num_data} are not one row for each datum, or "
+                f"data influence each other: anneal all, num_annealed={num_data}"
+            )
     index = torch.randperm(num_data)[:num_annealed].sort().values
     cut = batch.rows(index)
     annealed = annealed_importance_sampling(

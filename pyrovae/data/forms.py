@@ -44,7 +44,7 @@ class Batch(NamedTuple):
         return Batch(cut.args, cut.kwargs, num_data, has_rows)
 
     def blocks(self, size: int, only_ends: bool = False) -> Iterator["Batch"]:
-        """Yield so many data at a time; the first and the last block only, if `only_ends`."""
+        """Yield blocks of `size` data; if `only_ends`, the first and the last one only."""
         starts = range(0, self.num_data, size)
         for start in dict.fromkeys((starts[0], starts[-1])) if only_ends else starts:
             yield self.rows(slice(start, start + size))

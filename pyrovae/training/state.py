@@ -60,7 +60,7 @@ class TrainingState:
         return found | {_STORE + str(_store_name(p)): p for p in self.optimizer.parameters if id(p) not in known}
 
     def is_finished(self, epochs: int, patience: int | None) -> bool:
-        """Whether a run of so many epochs is done, or was stopped by its callback, or does not get better any more."""
+        """Whether the run has reached its number of epochs, was stopped by its callback, or ran out of patience."""
         done = len(self.history)
         ran_out = patience is not None and done - self.best_epoch >= patience
         return done >= epochs or self.stopped_of >= epochs or ran_out
