@@ -1,4 +1,4 @@
-"""Pages on bounds, training, reproducibility, own parts, missing values, benchmarks, other libraries, the architecture, what is by hand."""
+"""Pages on training, conditional models, missing values, own parts, bounds, reproducibility, benchmarks and what stands where."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ PAGES = (
     "bounds.md",
     "training.md",
     "reproducibility.md",
+    "conditional.md",
     "own_parts.md",
     "missing_values.md",
     "benchmarks.md",

@@ -43,7 +43,7 @@ def test_own_prior_is_normalised(own_parts):
 
 def test_own_likelihood_has_its_mean_and_refuses(own_parts):
     mean = torch.tensor([0.5, 3.0, 11.0])
-    likelihood = own_parts["NegativeBinomial"](pv.nets.MLP(2, [4], 6), 3, data_mean=mean)
+    likelihood = own_parts["OverdispersedCounts"](pv.nets.MLP(2, [4], 6), 3, data_mean=mean)
     with torch.no_grad():
         for parameter in likelihood.decoder_net.parameters():
             parameter.zero_()
@@ -64,7 +64,8 @@ def test_reference_builds(tmp_path):
     pages = (tmp_path / "pyrovae/docs.html").read_text()
     assert "which is which" in pages
     assert "what the same seed gives" in pages
-    assert "NegativeBinomial" in pages
+    assert "OverdispersedCounts" in pages
+    assert "A conditional VAE" in pages
     assert "Benchmarks: how fast, and how measured" in pages
     assert "Against other libraries" in pages
     assert "Architecture: where things are" in pages

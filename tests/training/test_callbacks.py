@@ -205,22 +205,15 @@ def blocks_of_page():
 
 
 def run_block(block):
-    model, guide = make()
-    namespace = {
-        "pv": pv,
-        "model": model,
-        "guide": guide,
-        "x": binary(100),
-        "validation": binary(20, 2),
-        "torch": torch,
-    }
-    exec(compile(block, "training.md", "exec"), namespace)
+    """Run one block after the first one, which makes the pair and the data of all."""
+    namespace = {}
+    exec(compile(blocks_of_page()[0] + block, "training.md", "exec"), namespace)
     return namespace["result"]
 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = [block for block in blocks_of_page() if "tensorboard" not in block]
+    blocks = [block for block in blocks_of_page()[1:] if "tensorboard" not in block]
     assert [len(run_block(block).history) for block in blocks] == [3, 3, 5, 4]
 
 
