@@ -1,4 +1,4 @@
-"""The aggregate posterior q(z), the average of q(z|x) over data: what the ELBO's KL term is made of."""
+"""The aggregate posterior q(z), the average of q(z|x) over data, and the parts of the ELBO's KL term."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ Visit = Callable[[str, dist.TorchDistribution], Tensor]
 
 @dataclass(frozen=True, repr=False)
 class AggregatePosterior:
-    """What the codes of N data know about them, with q(z) = 1/N sum_n q(z|x_n): in nats.
+    """How much the codes of N data tell about the data, in nats, with q(z) = 1/N sum_n q(z|x_n).
 
     Each estimate is unbiased for these N data, with the Monte Carlo standard error `..._stderr` (NaN with one draw per
     datum). `aggregate_posterior` says how they differ from those of the data's distribution.
@@ -38,7 +38,7 @@ class AggregatePosterior:
         num_draws: S, draws of q(z|x_n) per datum
         rate: mean KL(q(z|x) || p(z)), the KL term of the ELBO
         mutual_information: I(x; z), at most log N
-        mutual_information_upper: likewise without the datum's own part of q(z)
+        mutual_information_upper: the same, but q(z) leaves out the datum itself; an upper bound on average
         marginal_kl: KL(q(z) || p(z))
         total_correlation: KL(q(z) || prod_d q(z_d)); None if the guide has no marginals in closed form
         dimension_kl: KL(q(z_d) || p(z_d)) for each dimension (D,); None if guide or prior has no marginals in closed form

@@ -33,7 +33,7 @@ class LatentUse:
     Attributes:
         num_data: N
         num_draws: S, draws of z per datum
-        names: of the D latent dimensions, by site: "z[0]", ...
+        names: names of the D latent dimensions, made from the site: "z[0]", ...
         spread: Var_x( E_q(z|x)[ z_d ] ) / Var_p(z)( z_d ) (D,), the share of the prior's variance that the data explain:
             1 if codes are spread as the prior is and known exactly, 0 if all data have the same code. An estimate from
             draws, which may lie slightly below 0

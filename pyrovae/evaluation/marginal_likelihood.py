@@ -48,9 +48,9 @@ def estimate(
     Args:
         compute: log weights (S, N) -> (N,); None for numbers that do not come from weights
         label: name of its line in the summary; None if it has no line of its own
-        text: what the line says behind the mean over data; or a function of the result that gives all behind the label,
-            None to leave out the line. A mean that is unknown has no line
-        of_annealed: whether annealed weights have this estimate; NaN if not
+        text: what the summary's line says after the mean over data. Or a function from the result to everything after
+            the label, or to None to leave out the line. If the mean is unknown, there is no line
+        of_annealed: whether the estimate exists for annealed weights; if not, it is NaN
     """
     return {"estimate": _Estimate(compute, label, text, of_annealed)}
 
@@ -114,7 +114,8 @@ class LogMarginalLikelihood:
     """Estimates of log p(x) per datum: float64 tensors (N,) on the CPU, in nats.
 
     Attributes:
-        num_particles: S, particles per datum (chains for annealed importance sampling)
+        num_particles: S, particles per datum; chains for annealed importance sampling, populations for sequential Monte
+            Carlo
         log_prob: log 1/S sum_s w, a lower bound of log p(x) on average
         stderr: its Monte Carlo standard error (NaN with one particle), which does not include the bias
         elbo: mean log weight; NaN for annealed importance sampling

@@ -118,11 +118,15 @@ def fit(
     with `pyro.infer.SVI(model, guide, optimizer, loss).step(batch)` on shuffled batches. Model and guide are changed in
     place and moved to the device.
 
-    Before the first step changes anything, its programs are checked. Refused are parameters that the loss depends on
-    and no program declares, because training would not change them (a plain module without `pyro.module`; a second
-    model under the names of the first in Pyro's store); a model that observes nothing; and, if the data are shuffled,
-    sites whose numbers depend on the place of a datum in the batch (a guide with parameters per datum); and
-    validation data that the programs do not accept. Declared parameters without a gradient are logged.
+    The programs are checked before the first step. It is an error if
+
+    - the loss depends on parameters that no program declares, because training would not change them (a plain module
+      without `pyro.module`; a second model whose parameters have the names of the first's in Pyro's store),
+    - the model observes nothing,
+    - the data are shuffled and a site depends on the place of a datum in the batch (a guide with parameters per datum),
+    - the programs do not accept the validation data.
+
+    Declared parameters without a gradient are logged.
 
     If `torchrun` started several processes (`pyrovae.common.distributed.joined`), each trains on its share of every
     batch with its own noise; with a loader, on its own batches, from a `DistributedSampler`. The reported numbers are
@@ -133,38 +137,40 @@ def fit(
     Args:
         model, guide: any Pyro programs that take a batch of data. Modules train in their current mode; in `eval()` mode
             there is no dropout.
-        train: the data. What a batch is, the programs are called with: `model(x)` for a tensor, array or frame (N, ...),
-            `model(*items)` for a tuple, list or `TensorDataset`, `model(**items)` for a mapping. Tensors whose first
-            size is N are cut into batches; all else goes whole. These are moved to the device and shuffled. For data
-            that exceed memory, a `Dataset` of such data, which is shuffled, too, or a `DataLoader`, as it makes its
-            batches. Arrays and frames become tensors of the programs' dtype, and so do bytes (uint8; one for each
-            datum, a label, becomes int64); tensors with another floating-point dtype only if no value changes.
+        train: the data, which are moved to the device and shuffled. The form of a batch decides how the programs are
+            called: `model(x)` for a tensor, array or frame (N, ...), `model(*items)` for a tuple, list or
+            `TensorDataset`, `model(**items)` for a mapping. Tensors whose first size is N are cut into batches;
+            anything else is passed whole. For data that exceed memory, pass a `Dataset`, which is shuffled too, or a
+            `DataLoader`, whose batches are used as they come. Arrays, frames and bytes (uint8) become tensors of the
+            programs' dtype, except that one byte per datum, a label, becomes int64. A tensor of another floating-point
+            dtype is converted only if no value changes.
         epochs: passes over the data.
         batch_size: 200 by default; leave it out with a loader, which has its own. A single leftover datum joins the
             batch before it.
         loss: any `pyro.infer.ELBO`; `Trace_ELBO()` by default.
-        transform: function of a batch, in the form of the data (a tensor, tuple or dict), to the batch that the programs
-            are called with; applied on the device, at every use. `data.binarize` gives dynamic binarisation, and
-            `lambda batch: batch[0]` leaves labels out.
-        validation: data, in any form that `train` may have and with the same arguments, whose bound is measured after
-            each epoch with the same noise; the state of the best epoch is kept. The bound is the one-particle ELBO, or the importance-weighted bound if an objective of
-            `pyrovae.objectives` trains that, or the loss itself if it sums latents out (`TraceEnum_ELBO`). If they
-            have the several items that the training data have before `transform`, it is applied to them, too; a single
-            tensor is taken as it is. A `DataLoader` that shuffles does so in the same order after each epoch.
-        optimizer: function that makes a `torch.optim.Optimizer` of a list of parameters, for example
-            `functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=1e-2)`, or a wrapper such as
-            `pyro.optim.RMSprop({"lr": 1e-3})`, of which one optimizer over all parameters is made. A fused Adam by
-            default. For groups, the function makes an optimizer of several, from the parameters that it is given: they
-            are those of the modules, so that `set(model.parameters())` tells which are the model's. On a GPU, every
-            optimizer but torch's fused Adam and AdamW waits for the device once a step.
-        learning_rate: learning rate of the default optimizer, 1e-3 by default; any other has its own.
+        transform: function from a batch, in the form of the data (a tensor, tuple or dict), to the batch that the
+            programs are called with. It runs on the device, each time a batch is used. `data.binarize` gives dynamic
+            binarisation, and `lambda batch: batch[0]` leaves labels out.
+        validation: data in any form that `train` may have, with the same arguments. After each epoch their bound is
+            measured, with the same noise each time, and the state of the best epoch is kept. The bound is the
+            one-particle ELBO; or the importance-weighted bound if an objective of `pyrovae.objectives` trains that; or
+            the loss itself if it sums latents out (`TraceEnum_ELBO`). If the training data have several items before
+            `transform` and these have as many, `transform` is applied to them too; a single tensor is used as it is. A
+            `DataLoader` that shuffles uses the same order after each epoch.
+        optimizer: function that takes a list of parameters and returns a `torch.optim.Optimizer`, for example
+            `functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=1e-2)`; or a wrapper such as
+            `pyro.optim.RMSprop({"lr": 1e-3})`, which becomes one optimizer over all parameters. A fused Adam by
+            default. The function may make parameter groups: the parameters that it is given are those of the modules,
+            so that `set(model.parameters())` tells which belong to the model. On a GPU, every optimizer but torch's
+            fused Adam and AdamW waits for the device once per step.
+        learning_rate: learning rate of the default optimizer, 1e-3 by default. Not for `optimizer`, which has its own.
         schedule: function from the fraction of training done to a factor of each group's learning rate; None for
             constant rates.
-        clip_norm: largest global gradient norm, of any optimizer.
-        accumulate: number of batches whose gradients make one step, as if they were one batch: gradients of sums over
-            the batch are added, and those scaled up to all data (a subsampled plate) averaged. An epoch may end with
-            a step of fewer. A batch that is not finite does not enter. Normalisation by batch, and the steps of a KL
-            warm-up, remain by batch.
+        clip_norm: largest norm of the gradient of all parameters together; None for no clipping.
+        accumulate: number of batches whose gradients make one step, as if they were one batch. Gradients of sums over
+            the batch are added, and those scaled up to all data (a subsampled plate) are averaged. The last step of an
+            epoch may have fewer. A batch with a loss or gradient that is not finite is left out. Batch normalisation
+            still uses single batches, and a KL warm-up counts batches.
         average: decay of an exponential moving average of the weights, 0.999 for example, between 0 and 1. After t
             steps, those of step i weigh average^(t - i), divided by the sum of these. Training continues from
             the weights themselves; validation measures the averages, and the returned model and guide have them. Buffers
@@ -172,14 +178,14 @@ def fit(
         max_skipped_steps: number of steps with a NaN or infinite loss or gradient that the run may skip. A skipped step
             changes neither parameters nor buffers, its data do not enter the history, and the log (logger "pyrovae")
             names site and data. One more stops the run, and so does the end of an epoch if no step was made so far.
-            With `accumulate`, each batch counts as a step here.
-            This is for rare accidents, because data that fail every time are in effect left out of training. With
-            several processes, a distribution that rejects its data stops the run.
+            With `accumulate`, each batch counts as a step here. Use it for rare failures only: data that fail every
+            time are in effect left out of training. With several processes, a distribution that rejects its data stops
+            the run.
         patience: stop after this many epochs without a better validation bound, also across a resume.
         callback: called after each epoch with a `pyrovae.training.callbacks.Progress` (`.row`, `.history`, `.epoch`,
-            `.model`, `.guide`, `.optimizer`, `.best_epoch`); True stops the run, which then ends as usual. What it draws
-            leaves the run's random numbers as they are. If it raises, the checkpoint keeps the epoch, and a resume starts
-            with the next. Every process calls it, and one may stop all.
+            `.model`, `.guide`, `.optimizer`, `.best_epoch`). If it returns True, the run stops and ends as usual. Random numbers
+            that it draws do not change those of the run. If it raises, the checkpoint keeps the epoch, and a resume
+            starts with the next. Every process calls it, and one that returns True stops all.
         compile: record the step (see `pyrovae.compiled.record`) and compile it with Inductor: same noise, same numbers
             up to rounding, a quarter faster on a CPU. "auto" does so if model and guide consist of parts of this
             library and the run is long enough to recover the compilation time. The first epoch always runs eagerly,
