@@ -20,7 +20,7 @@ __all__ = ["build"]
 def build(folder: Path) -> None:
     """Write the reference to `folder`; `index.html` is its start.
 
-    Raises UserWarning for what pdoc warns of, and RuntimeError for a public name without a docstring.
+    Raises UserWarning for each warning of pdoc, and RuntimeError for a public name without a docstring.
     """
     import pdoc
     import pdoc.docstrings
@@ -33,18 +33,21 @@ def build(folder: Path) -> None:
     if missing := [name for module in modules for name in _undocumented(importlib.import_module(module))]:
         raise RuntimeError(f"public names without a docstring: {', '.join(missing)}")
 
-    foreign = [inspect.getdoc(nn.Module.__init__), inspect.getdoc(nn.Module.extra_repr)]  # inherited, and no help here
+    foreign = [
+        inspect.getdoc(nn.Module.__init__),
+        inspect.getdoc(nn.Module.extra_repr),
+    ]  # inherited from torch: useless to our readers
 
     @pass_context
     def convert(context: Context, docstring: str) -> str:
         if docstring in foreign:
             return ""
         if context["module"].fullname == "pyrovae" and docstring == pyrovae.__doc__:
-            docstring += "\n\nThe bounds explained, what a seed promises, parts of your own, benchmarks and more: `pyrovae.docs`."
+            docstring += "\n\nGuides to training, conditional models, missing values, bounds and more: `pyrovae.docs`."
         return to_markdown_with_context(context, docstring)
 
     filters = pdoc.render.env.filters
-    assert filters["to_markdown"] is to_markdown_with_context, "pdoc names the filter otherwise"
+    assert filters["to_markdown"] is to_markdown_with_context, "pdoc has renamed its filter to_markdown"
     filters["to_markdown"] = convert
     pdoc.render.configure(docformat="google", include_undocumented=False)
     try:
@@ -63,7 +66,7 @@ def _public_modules() -> list[str]:
 
 
 def _undocumented(module: ModuleType) -> list[str]:
-    """Public classes, functions and methods that no docstring explains, their own or that of the contract they keep."""
+    """Public classes, functions and methods without a docstring of their own or of their base class."""
     found = []
     for name in module.__all__:
         value = getattr(module, name)
