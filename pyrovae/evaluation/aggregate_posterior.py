@@ -91,9 +91,9 @@ class AggregatePosterior:
             lines.append(line("dimension-wise KL", self.dimension_kl.sum().item(), error, meaning))
         if self.saturated:
             lines.append(
-                f"  saturated: the data are told apart, and {self.num_data:,} of them show no more than log N. The mutual "
-                f"information is this or more, KL(q(z) || p(z)) this or less, and the total correlation is that of "
-                f"{self.num_data:,} separate humps: use more data"
+                f"  saturated: the codes hardly overlap, and {self.num_data:,} data cannot show more than log N nats. So the "
+                f"mutual information is >= this, KL(q(z) || p(z)) is <= this, and the total correlation is that of "
+                f"{self.num_data:,} separate peaks: use more data"
             )
         return "\n".join(lines)
 
@@ -121,15 +121,15 @@ def aggregate_posterior(
         KL(q(z) || p(z)) = TC + sum_d KL(q(z_d) || p(z_d)),   TC = KL(q(z) || prod_d q(z_d)),   if p(z) = prod_d p(z_d)
 
     q(z) is summed over all N data at every draw: S N^2 densities, in blocks, so that memory does not grow with N^2.
-    (Estimates from minibatches are biased.) The data are the empirical distribution: for these N data, each estimate is
-    unbiased. As estimates for the distribution that the data came from, on average over data sets of size N,
+    (Estimates from minibatches are biased.) Each estimate is unbiased for these N data. As an estimate for the
+    distribution that the data came from, averaged over data sets of size N,
 
-    - I is too low: a datum's own part makes q(z) >= q(z|x_n) / N, so I <= log N. If the codes of all data are apart, I
-      is log N, whatever the truth: `saturated`.
-    - `mutual_information_upper`, with q(z) = 1/(N - 1) sum_(m != n) q(z|x_m), is too high: the truth lies between. It is
-      far too high if codes are apart, as no other datum then explains a draw.
-    - KL(q(z) || p(z)) is too high, by what I is too low; so is KL(q(z_d) || p(z_d)), by far less.
-    - TC is not a bound. If I is saturated, q(z) is N humps, and their total correlation is mostly too high.
+    - I is too low: q(z) contains the datum's own term, so q(z) >= q(z|x_n) / N and I <= log N. If the codes of the data
+      do not overlap, I is log N, however large the true value is: see `saturated`.
+    - `mutual_information_upper`, with q(z) = 1/(N - 1) sum_(m != n) q(z|x_m), is too high, so the true value lies
+      between the two. It is far too high if the codes do not overlap.
+    - KL(q(z) || p(z)) is too high by as much as I is too low. KL(q(z_d) || p(z_d)) is too high too, but by far less.
+    - TC is not a bound. If I is saturated, q(z) has N separate peaks, and TC is usually too high.
 
     TC takes marginals q(z_d|x_n) in closed form: those of guides whose distribution is diagonal (`MeanFieldNormal`, or
     one of your own that ends with .to_event(1)) or normal (`FullRankNormal`, `LowRankNormal`), `Refined` ones too.

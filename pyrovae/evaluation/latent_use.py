@@ -43,8 +43,8 @@ class LatentUse:
         reconstruction: E_q(z|x) log p(x|z)
         advantage: how much better a datum's own codes reconstruct it than codes of other data
         advantage_stderr: its standard error as an estimate for new data
-        advantage_over_prior: how much better they reconstruct it than draws from the prior
-        advantage_over_prior_stderr: its standard error, likewise
+        advantage_over_prior: how much better a datum's own codes reconstruct it than draws from the prior
+        advantage_over_prior_stderr: its standard error as an estimate for new data
     """
 
     num_data: int
@@ -132,8 +132,8 @@ def latent_use(
     information of x and z plus their lautum information, so at least the former. A tight bound, a high effective sample
     size and dimensions that count as active do not show that z matters: all three hold for a pair that has collapsed.
 
-    All latents of a datum are exchanged together. Arguments stay with their datum, so in a conditional model p(x|z, y)
-    the advantage is that of z given y.
+    All latents of a datum are exchanged together, and arguments are not. So in a conditional model p(x|z, y) the
+    advantage shows what z adds to y.
 
     Args:
         model: Pyro program, as in `log_marginal_likelihood`
@@ -211,7 +211,7 @@ def _reconstruction(layout: Layout, trace: poutine.Trace) -> Tensor:
 
 
 def _another(count: int) -> Tensor:
-    """For each of `count` data the position of another one, at random; each is given once."""
+    """For each of `count` data, the position of another one at random; each position occurs once."""
     order = torch.randperm(count)
     giver = torch.empty_like(order)
     giver[order] = order.roll(1)

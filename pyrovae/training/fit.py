@@ -285,7 +285,7 @@ def _settings(run: Run, options: Options, train: Any, validation: Any) -> dict[s
 
 
 def _train(run: Run, options: Options, state: TrainingState, file: RunFile | None, bar: Any) -> None:
-    """Run the epochs that are left, and leave the programs in the state of the best one."""
+    """Run the remaining epochs, then restore the state of the best one."""
     steps = Steps(run)
     if file is not None and (saved := file.found()) is not None:
         if saved["history"]:
@@ -314,7 +314,7 @@ def _train(run: Run, options: Options, state: TrainingState, file: RunFile | Non
 
 
 def _call(callback: Callback, run: Run, state: TrainingState, file: RunFile | None, good: dict[str, Any]) -> None:
-    """Call the callback; if it fails, save the state of the epoch before."""
+    """Call the callback; if it raises, first save the state at the end of the epoch."""
     try:
         if call(callback, run.model, run.guide, state):
             state.stopped_of = run.epochs
@@ -332,7 +332,7 @@ def _epoch(run: Run, steps: Steps, state: TrainingState, number: int, start: flo
     seconds = time.perf_counter() - epoch_start
     with state.averaged():
         validated = validate(run.model, run.guide, run.validation, run.loss, run.batches.batch_size)
-    bar.total = run.epochs * sums.num_rows  # a loader may give another number of data than its length says
+    bar.total = run.epochs * sums.num_rows  # a loader may yield more or fewer data than its length says
     elbo, reconstruction, kl = sums.means()
     objective = sums.objective / sums.num_data if sums.num_data else math.nan
     return {
@@ -369,7 +369,7 @@ def _end(stop: BaseException, file: RunFile | None, state: TrainingState, good: 
     if file is None and isinstance(stop, KeyboardInterrupt):
         return
     state.restore(good)
-    kept = f"the state after epoch {len(state.history)} was put back"
+    kept = f"the state after epoch {len(state.history)} was restored"
     if file is not None:
         file.save(state, good)
         kept += f" and is in {file.path}; fit(..., checkpoint={str(file.path)!r}, resume=True) resumes from it"

@@ -163,7 +163,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pyro.infer.SVI, "step", step)
         with pytest.raises(
-            KeyboardInterrupt, match=r"after epoch 2 was put back and is in .*run\.pt.*resume=True\) resumes from it"
+            KeyboardInterrupt, match=r"after epoch 2 was restored and is in .*run\.pt.*resume=True\) resumes from it"
         ):
             pv.fit(*stopped, binary(), **options)
     assert len(read(path)["training"]["state"]["history"]) == 2, "though ten seconds had not passed"
