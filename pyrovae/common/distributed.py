@@ -17,7 +17,9 @@ from torch import distributed as processes
 
 __all__ = [
     "check_shares",
+    "from_first",
     "gather",
+    "gather_soon",
     "joined",
     "num_ranks",
     "random_numbers_apart",
@@ -31,6 +33,7 @@ __all__ = [
 _TIMEOUT = 50.0
 _PATIENCE = timedelta(hours=12)  # for work that takes some ranks longer than others
 _patient: Any = None  # the group of all ranks with that timeout
+_prompt: Any = None  # the group of all ranks for values on the CPU, with the timeout of training
 
 
 @contextmanager
@@ -52,13 +55,14 @@ def joined(timeout: float = _TIMEOUT) -> Iterator[int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    global _patient
+    global _patient, _prompt
     processes.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         _patient = processes.new_group(backend="gloo", timeout=_PATIENCE)
+        _prompt = processes.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         yield rank()
     finally:
-        _patient = None
+        _patient = _prompt = None
         processes.destroy_process_group()
 
 
@@ -141,12 +145,31 @@ def sums(*numbers: float | Tensor) -> list[float]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Collect the values of all ranks, in the order of ranks, on every rank."""
+    """Collect the values of all ranks, in the order of ranks, on every rank. Waits for slower ranks for hours."""
+    return _gathered(value, _patient)
+
+
+def gather_soon(value: Any) -> list[Any]:
+    """As `gather`, for values that all ranks have at about the same time: waits as long as training does."""
+    return _gathered(value, _prompt)
+
+
+def from_first(value: Any) -> Any:
+    """Give every rank the value of rank 0."""
+    if not _several():
+        return value
+    values = [value]
+    with _together():
+        processes.broadcast_object_list(values, 0, group=_prompt)
+    return values[0]
+
+
+def _gathered(value: Any, group: Any) -> list[Any]:
     if not _several():
         return [value]
     values = [None] * num_ranks()
     with _together():
-        processes.all_gather_object(values, value, group=_patient)
+        processes.all_gather_object(values, value, group=group)
     return values
 
 

@@ -1,7 +1,7 @@
 """The batches of an epoch, from data held on the device or, for data that exceed memory, from a `DataLoader`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class Batches(ABC):
         transform: function still to be applied to each batch, or None.
         form: form of the data before the transform (`form_of`); of a loader, that of its last batch.
         in_one_order: whether each datum has the same place in the batch at every step.
+        generators: random generators of the data's own, besides torch's.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Batches(ABC):
     per_epoch: int
     form: Any
     in_one_order: bool
+    generators: Sequence[torch.Generator] = ()
 
     def __init__(self, transform: Transform, dtype: torch.dtype | None, device: torch.device) -> None:
         self.transform, self.dtype, self.device = transform, dtype, device
@@ -70,8 +72,12 @@ class Batches(ABC):
         return self._num_made.get(num_rows, num_rows)
 
     @abstractmethod
-    def epoch(self) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield (data, positions of this process's part of the batch in these data) for each batch of a shuffled epoch."""
+    def epoch(self, number: int) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield (data, positions of this process's part of the batch in these data) for each batch of a shuffled epoch.
+
+        Args:
+            number: of the epoch, counted from 1.
+        """
 
     @abstractmethod
     def example(self) -> tuple[Batch, Tensor]:
@@ -161,7 +167,7 @@ class _InMemory(Batches):
         self.num_data, self.batch_size = train.num_data, batch_size
         self.full_size, self.per_epoch = self.order.full_size, len(self.order)
 
-    def epoch(self) -> Iterator[tuple[Batch, Tensor]]:
+    def epoch(self, number: int) -> Iterator[tuple[Batch, Tensor]]:
         for index in self.order.draw():
             yield self.train, index
 
@@ -226,13 +232,14 @@ class _Loaded(Batches):
                 f"found DataLoaders with {counts} batches in {len(counts)} processes, but the processes make each step together: "
                 f"use a DistributedSampler"
             )
-        self.loader, self.of_items = loader, transform
+        self.loader, self.of_items, self.generators = loader, transform, generators_of(loader)
         self.batch_size = self.full_size = loader.batch_size or -(-self.num_data // self.per_epoch)
         if isinstance(loader.batch_sampler, _Shuffled):
             self.batch_size, self.full_size = loader.batch_sampler.batch_size, loader.batch_sampler.full_size
         self.in_one_order = self.per_epoch == 1 and _draws_one_order(loader)
 
-    def epoch(self) -> Iterator[tuple[Batch, Tensor]]:
+    def epoch(self, number: int) -> Iterator[tuple[Batch, Tensor]]:
+        _set_epoch(self.loader, number)
         for item in self.loader:
             yield self._on_device(item)
 
@@ -264,7 +271,20 @@ def on_device(batch: Any, dtype: torch.dtype | None, device: torch.device) -> An
 
 def generators_of(loader: DataLoader) -> list[torch.Generator]:
     """The generators from which a loader draws, besides torch's own."""
-    return list({loader.generator, getattr(loader.sampler, "generator", None)} - {None})
+    found = (getattr(holder, "generator", None) for holder in (loader, *_samplers(loader)))
+    return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
+
+
+def _samplers(loader: DataLoader) -> tuple[Any, ...]:
+    batches = loader.batch_sampler
+    return loader.sampler, batches, getattr(batches, "sampler", None)
+
+
+def _set_epoch(loader: DataLoader, number: int) -> None:
+    """Tell samplers and data the epoch, if they take it: a DistributedSampler shuffles anew only then."""
+    for holder in (loader.dataset, *_samplers(loader)):
+        if callable(set_epoch := getattr(holder, "set_epoch", None)):
+            set_epoch(number - 1)
 
 
 def _draws_one_order(loader: DataLoader) -> bool:
@@ -273,9 +293,13 @@ def _draws_one_order(loader: DataLoader) -> bool:
         return False
     states = [(generator, generator.get_state()) for generator in generators_of(loader)]
     with torch.random.fork_rng([]):
+        _set_epoch(loader, 1)
         first = list(loader.batch_sampler)
         tries = 1 if sum(map(len, first)) > _FEW else 40  # few data may repeat an order by chance
-        is_one = all(list(loader.batch_sampler) == first for _ in range(tries))
+        is_one = True
+        for number in range(1, tries + 1):
+            _set_epoch(loader, number + 1)
+            is_one &= list(loader.batch_sampler) == first
     for generator, state in states:
         generator.set_state(state)
     return is_one

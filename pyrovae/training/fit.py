@@ -20,6 +20,7 @@ from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import plain_errors
 from pyrovae.programs.traces import Program
 from pyrovae.training.callbacks import Callback, call
+from pyrovae.training.checkpoint_file import path_of
 from pyrovae.training.losses import bound_name, elbo_of, validate
 from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.optimization import cosine_schedule
@@ -130,7 +131,7 @@ def fit(
 
     If `torchrun` started several processes (`pyrovae.common.distributed.joined`), each trains on its share of every
     batch with its own noise; with a loader, on its own batches, from a `DistributedSampler`. The reported numbers are
-    those of all processes. The first process writes the checkpoint, which several processes cannot resume.
+    those of all processes. The first process writes the checkpoint; as many processes resume it, bit for bit.
 
     If there is a checkpoint, Ctrl-C restores and saves the state of the last finished epoch.
 
@@ -243,7 +244,7 @@ def fit(
         progress=progress,
     ).checked()
     run = prepare(model, guide, train, validation, options)
-    state = TrainingState(run.loss, run.optimizer, run.modules, run.device)
+    state = TrainingState(run.loss, run.optimizer, run.modules, run.device, run.batches.generators)
     with (
         run_file(*_place(options), _settings(run, options, train, validation), model, guide) as file,
         progress_bar("training", run.epochs * run.batches.num_data, "data", options.progress) as bar,
@@ -287,10 +288,11 @@ def _settings(run: Run, options: Options, train: Any, validation: Any) -> dict[s
 def _train(run: Run, options: Options, state: TrainingState, file: RunFile | None, bar: Any) -> None:
     """Run the remaining epochs, then restore the state of the best one."""
     steps = Steps(run)
-    if file is not None and (saved := file.found()) is not None:
+    saved = None if file is None else file.found()
+    if options.checkpoint is not None and (saved := distributed.from_first(saved)) is not None:
         if saved["history"]:
             steps.get_ready()
-        _restore(file, state, saved)
+        _restore(options.checkpoint, state, saved)
         bar.update(len(state.history) * run.batches.num_data)
     good = state.capture()
     if file is not None and not state.history:
@@ -357,11 +359,11 @@ def _shown(row: dict[str, float], run: Run) -> dict[str, str]:
     return {"epoch": f"{row['epoch']}/{run.epochs}", **numbers}
 
 
-def _restore(file: RunFile, state: TrainingState, saved: dict[str, Any]) -> None:
+def _restore(path: str | os.PathLike, state: TrainingState, saved: dict[str, Any]) -> None:
     try:
         state.restore(saved)
     except ValueError as error:
-        raise ValueError(f"{file.path} does not fit this run: {error}") from error
+        raise ValueError(f"{path_of(path)} does not fit this run: {error}") from error
 
 
 def _end(stop: BaseException, file: RunFile | None, state: TrainingState, good: dict[str, Any]) -> None:

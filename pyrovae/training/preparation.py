@@ -121,11 +121,6 @@ class Options:
             raise TypeError(f"checkpoint_every must be a number of seconds, found {self.checkpoint_every!r}")
         if not self.checkpoint_every >= 0:
             raise ValueError(f"checkpoint_every must be 0 seconds or more, found {self.checkpoint_every}")
-        if self.resume and distributed.num_ranks() > 1:
-            raise ValueError(
-                f"found resume=True in one of {distributed.num_ranks()} processes, but a checkpoint holds the random state of one: "
-                f"resume with one process, or start a new run"
-            )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
+from pyrovae.common import distributed
 from pyrovae.common.arguments import map_tensors
 from pyrovae.training.losses import bound_name
 from pyrovae.training.optimization import OneOptimizer
@@ -26,7 +27,8 @@ class TrainingState:
     `capture()` copies the state into plain values, and `restore()` restores such a copy. The state is made of
     parameters (those of the modules, and those in Pyro's store that the optimizer has), their moving average, buffers, the
     optimizer's state, the objective's own state, the state of every random generator (torch's on all devices, NumPy's,
-    Python's), the history, and the tensors of the best epoch.
+    Python's, those of a loader; of every process), the history, and the tensors of the best epoch. If there are several
+    processes, all of them capture and restore together.
 
     Attributes:
         history: rows of the finished epochs.
@@ -35,8 +37,15 @@ class TrainingState:
         full_size: size of a subsampled plate, as found in earlier epochs.
     """
 
-    def __init__(self, loss: ELBO, optimizer: OneOptimizer, modules: Sequence[nn.Module], device: torch.device):
-        self.loss, self.optimizer, self.device = loss, optimizer, device
+    def __init__(
+        self,
+        loss: ELBO,
+        optimizer: OneOptimizer,
+        modules: Sequence[nn.Module],
+        device: torch.device,
+        generators: Sequence[torch.Generator] = (),
+    ):
+        self.loss, self.optimizer, self.device, self.generators = loss, optimizer, device, generators
         self.modules = nn.ModuleList(modules)
         self.history: list[dict[str, float]] = []
         self.full_size: int | None = None
@@ -110,7 +119,7 @@ class TrainingState:
             if average is None
             else {"steps": float(average.num_steps), "tensors": _copied(self._averages())},
             "loss": _copied_tree(self.loss.state_dict()) if hasattr(self.loss, "state_dict") else {},
-            "random": random_state(self.device),
+            "random": distributed.gather_soon(random_state(self.device, self.generators)),
             "history": [dict(row) for row in self.history],
             "full_size": self.full_size,
             "stopped_of": self.stopped_of,
@@ -121,8 +130,15 @@ class TrainingState:
         """Restore what `capture` returned, here or in another process.
 
         Raises:
-            ValueError: if it is the state of other modules; nothing is changed.
+            ValueError: if it is the state of other modules or of another number of processes; nothing is changed.
         """
+        # Earlier versions saved the generators of one process, without a list.
+        random = [captured["random"]] if isinstance(captured["random"], dict) else captured["random"]
+        if len(random) != distributed.num_ranks():
+            raise ValueError(
+                f"it is the state of {len(random)} process(es), each with its own random numbers, and this run has "
+                f"{distributed.num_ranks()}: resume with as many"
+            )
         there = captured["tensors"]
         here = self.tensors() | _of_store(there)
         for name in sorted(here.keys() | there.keys()):
@@ -162,7 +178,7 @@ class TrainingState:
         self.full_size = captured["full_size"]
         self.best_epoch, self.stopped_of = best_epoch, captured.get("stopped_of", 0)
         self._best = {name: tensor.to(here[name].device) for name, tensor in best.items()}
-        set_random_state(captured["random"], self.device)
+        set_random_state(random[distributed.rank()], self.device, self.generators)
 
     def _restore_optimizer(self, parameters: list[Tensor], captured: dict[str, Any], here: dict[str, Tensor]) -> None:
         # Files of earlier versions name Adam, which was the only optimizer.
@@ -201,7 +217,7 @@ def _of_store(names: Iterable[str]) -> dict[str, Tensor]:
     return {name: store[key].unconstrained() for name, key in wanted.items() if key in store}
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
+def random_state(device: torch.device, generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
     state = pyro.util.get_rng_state()
     algorithm, keys, *rest = state["numpy"]
     return {
@@ -209,12 +225,16 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "python": state["random"],
         "numpy": (algorithm, torch.as_tensor(keys.astype("int64")), *rest),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "loader": [generator.get_state() for generator in generators],
     }
 
 
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
     algorithm, keys, *rest = state["numpy"]
     numpy_state = (algorithm, keys.numpy().astype("uint32"), *rest)
     pyro.util.set_rng_state({"torch": state["torch"], "random": state["python"], "numpy": numpy_state})
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
+    # Files of earlier versions lack these.
+    for generator, its_state in zip(generators, state.get("loader", ()), strict=False):
+        generator.set_state(its_state)

@@ -79,7 +79,7 @@ class Steps:
         run, guard = self.run, self.run.optimizer.guard
         full, per_epoch, accumulate = run.batches.full_size, run.batches.per_epoch, run.optimizer.accumulate
         run.optimizer.is_scaled = bool(full_size)
-        batches = run.batches.epoch()
+        batches = run.batches.epoch(number)
         first = next(batches, None)
         if first is None:
             raise ValueError(

@@ -273,3 +273,128 @@ def test_two_ranks_average_and_stop_as_one_process(tmp_path):
                 assert row[name] == pytest.approx(expected[name], rel=1e-9)
         for found, expected in zip(state, alone, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+RESUMED = """
+class Stopped(Exception):
+    pass
+
+def stop(progress):
+    if sys.argv[2] == "stops" and progress.epoch == 2:
+        raise Stopped
+
+with pv.distributed.joined() as rank:
+    torch.manual_seed(0)
+    train = torch.randn(24, 6)
+    torch.manual_seed(5 + rank)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.3))
+    guide = pv.guides.MeanFieldNormal(net, 2, num_features=8)
+    likelihood = pv.likelihoods.Normal(pv.nets.MLP(2, [8], 6), (6,), scale=1.0)
+    model = pv.GenerativeModel(pv.priors.StandardNormal(2), likelihood)
+    noisy = lambda x: x + torch.randn_like(x)
+    try:
+        result = pv.fit(model, guide, {data}, epochs=4, transform=noisy, validation=train, progress=False, callback=stop,
+                        checkpoint=sys.argv[3], checkpoint_every=0, resume=sys.argv[2] == "resumes")
+        history = [{{k: v for k, v in row.items() if "second" not in k}} for row in result.history]
+        torch.save((history, [*model.state_dict().values(), *guide.state_dict().values(), torch.rand(3)]),
+                   sys.argv[1] + str(rank))
+    except Stopped:
+        pass
+"""
+SHUFFLED = "torch.utils.data.DataLoader(train, 5, sampler=torch.utils.data.DistributedSampler(train))"
+OWN = (
+    "torch.utils.data.DataLoader(torch.utils.data.Subset(train, range(rank, 24, 2)), 5, shuffle=True, "
+    "generator=torch.Generator().manual_seed(rank))"
+)
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["train, batch_size=10", SHUFFLED, OWN],
+    ids=["in memory", "distributed sampler", "own generators"],
+)
+def test_two_ranks_resume_bit_for_bit(tmp_path, data):
+    """Each rank draws noise of its own: for latents, dropout and the transform."""
+    code = RESUMED.format(data=data)
+    finish(start(code, 2, tmp_path / "whole", "runs", tmp_path / "whole.pt"))
+    finish(start(code, 2, tmp_path / "none", "stops", tmp_path / "run.pt"))
+    assert not (tmp_path / "none0").exists()
+    finish(start(code, 2, tmp_path / "again", "resumes", tmp_path / "run.pt"))
+    for rank in range(2):
+        (history, state), (expected_history, expected) = (
+            torch.load(tmp_path / f"{name}{rank}") for name in ("again", "whole")
+        )
+        assert history == expected_history
+        for found, wanted in zip(state, expected, strict=True):
+            assert torch.equal(found, wanted)
+    assert not torch.equal(*(torch.load(tmp_path / f"again{rank}")[1][-1] for rank in range(2)))  # their own noise
+    if data != SHUFFLED:  # which needs several processes
+        for process in start(code, 1, tmp_path / "alone", "resumes", tmp_path / "run.pt"):
+            _, errors = process.communicate(timeout=300)
+            assert "it is the state of 2 process(es)" in errors or "of a run with" in errors
+
+
+STREAMED = """
+class Squares(torch.utils.data.Dataset):  # read item by item, as data that memory does not hold
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, place):
+        return torch.tensor([place / 10, 1.0])
+
+def model(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand(x.shape).to_event(1), obs=x)
+
+def guide(x):  # the posterior
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.Normal(x.sum(-1) / 3, 3**-0.5))
+
+with pv.distributed.joined() as rank:
+    data = Squares()
+    mine = pv.distributed.share(torch.arange(len(data)))
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(data, mine.tolist()), batch_size=4)
+    lml = pv.LogMarginalLikelihood.concatenate(
+        pv.distributed.gather(pv.log_marginal_likelihood(model, guide, loader, num_particles=50))
+    )
+    order = torch.cat(pv.distributed.gather(mine)).argsort()
+    torch.save(lml.log_prob[order], sys.argv[1] + str(rank))
+"""
+
+
+def test_ranks_evaluate_data_that_memory_does_not_hold(tmp_path):
+    """Every datum once, in the order of the data, where log p(x) is known."""
+    finish(start(STREAMED, 3, tmp_path / "rank"))
+    x = torch.stack([torch.arange(23) / 10, torch.ones(23)], -1).double()
+    exact = torch.distributions.MultivariateNormal(
+        torch.zeros(2).double(), torch.eye(2).double() + torch.ones(2, 2).double()
+    ).log_prob(x)
+    for rank in range(3):
+        torch.testing.assert_close(torch.load(tmp_path / f"rank{rank}").double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_torchrun_of_two_agents(tmp_path):
+    """`torchrun --nnodes=2`, as on two machines: two agents of one process each."""
+    script = tmp_path / "train.py"
+    script.write_text(PROGRAM + TRAIN.format(compile=False, data=IN_MEMORY))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *nodes, f"--node-rank={number}", script, tmp_path / "node"],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    finish(agents)
+    finish(start(TRAIN.format(compile=False, data=IN_MEMORY), 1, tmp_path / "one"))
+    expected = torch.load(tmp_path / "one0")[1]
+    for rank in range(2):
+        for found, wanted in zip(torch.load(tmp_path / f"node{rank}")[1], expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
