@@ -26,6 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUN_BY = {
     "examples/mnist_svi.py": "test_examples.py::test_digits_end_in_a_result",
     "examples/bounds.py": "test_examples.py::test_bounds",
+    "examples/compare_estimates.py": "test_examples.py::test_compare_estimates",
     "examples/compare_parts.py": "test_examples.py::test_compare_parts",
     "examples/benchmarks/training.py": "test_benchmarks.py::test_benchmark_runs",
     "examples/benchmarks/evaluation.py": "test_benchmarks.py::test_benchmark_runs",

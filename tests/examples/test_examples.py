@@ -40,7 +40,7 @@ def test_every_example_is_tested():
     found = {path for path in (ROOT / "examples").rglob("*.py") if "__main__" in path.read_text()}
     found = {str(path.relative_to(ROOT / "examples")) for path in found if path.parent.name != "benchmarks"}
     reproductions = {"reproductions/density_table.py", "reproductions/time_to_quality.py"}
-    tops = {"bounds.py", "compare_parts.py", "deep_markov.py", "imputation.py", "mnist_svi.py"}
+    tops = {"bounds.py", "compare_estimates.py", "compare_parts.py", "deep_markov.py", "imputation.py", "mnist_svi.py"}
     assert found == tops | reproductions
 
 
@@ -312,6 +312,27 @@ def test_bounds(digits_runs, tmp_path):
     for name in ("curve", "sandwich", "k", "gap", "missed"):
         assert (tmp_path / f"bounds/bounds_{name}.png").stat().st_size > 1000, name
     done = run("--run", tmp_path / "nowhere", script="bounds.py")
+    assert done.returncode == 1
+    assert "error:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_compare_estimates(digits_runs, tmp_path):
+    _, trained = digits_runs[0]
+    small = ("--num-images", 3, "--num-chains", 4, "--num-temperatures", 10, "--num-leapfrog-steps", 2)
+    out = tmp_path / "estimates.json"
+    done = run("--run", trained, *small, "--out", out, script="compare_estimates.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    rows = json.loads(out.read_text())["rows"]
+    assert [len(row["log_prob"]) for row in rows] == [3] * 5
+    # With 10 temperatures and two dimensions, all of them are near log p(x).
+    means = [sum(row["log_prob"]) / 3 for row in rows]
+    assert max(means) - min(means) < 1
+    # Two pilots of 50 - 1 + 2 * 40 kernels and 10 kernels, each of 1 or 2 steps and a gradient to begin with.
+    assert 4 * 2 * 268 <= rows[0]["gradients"] <= 4 * (3 * 268 + 10)
+    done = run("--run", tmp_path / "nowhere", script="compare_estimates.py")
     assert done.returncode == 1
     assert "error:" in done.stderr
     assert "Traceback" not in done.stderr
