@@ -2,6 +2,7 @@
 
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -45,7 +46,13 @@ def faults(notebook):
 
 
 def test_the_notebooks_are_there():
-    assert set(NOTEBOOKS) == {"evaluate_any_pyro_model", "swap_priors_and_guides", "vae_from_first_principles"}
+    assert set(NOTEBOOKS) == {
+        "conditional_digits",
+        "evaluate_any_pyro_model",
+        "swap_priors_and_guides",
+        "vae_from_first_principles",
+        "your_own_data",
+    }
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -73,6 +80,11 @@ def test_runs_quietly(name, monkeypatch, tmp_path):
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     assert faults(notebook) == []
     assert [num_figures(cell) for cell in code_cells(notebook)] == stored
+    logs = tmp_path / "runs"  # of TensorBoard, one folder for each of the two trainings
+    if name == "your_own_data" and find_spec("tensorboard"):
+        assert len(list(logs.glob("your_own_data/*/events*"))) == 2
+    else:
+        assert not logs.exists()
 
 
 def test_faults_are_found():
