@@ -75,10 +75,15 @@ class FitResult:
     def __repr__(self) -> str:
         last = self.history[self.best_epoch - 1]
         skipped = f" ({self.num_skipped_steps} skipped)" if self.num_skipped_steps else ""
-        own = f", validation bound {last['validation_bound']:.2f}" if self.bound != "ELBO" else ""
+        measured = {"elbo": last["validation_elbo"]}
+        if self.bound != "ELBO":
+            measured["bound"] = last["validation_bound"]
+        held_out = "".join(
+            f", validation {name} {value:.2f}" for name, value in measured.items() if not math.isnan(value)
+        )
         return (
             f"FitResult({len(self.history)} epochs, {self.num_steps} steps{skipped} in {self.seconds:.1f} s on {self.device}; "
-            f"best epoch {self.best_epoch}: elbo {last['elbo']:.2f}, validation elbo {last['validation_elbo']:.2f}{own})"
+            f"best epoch {self.best_epoch}: elbo {last['elbo']:.2f}{held_out})"
         )
 
 
@@ -135,7 +140,8 @@ def fit(
             there is no dropout.
         train: the data. What a batch is, the programs are called with: `model(x)` for a tensor, array or frame (N, ...),
             `model(*items)` for a tuple, list or `TensorDataset`, `model(**items)` for a mapping. Tensors whose first
-            size is N are cut into batches; all else goes whole. These are moved to the device and shuffled. For data
+            size is N are cut into batches; all else goes whole. A constant tensor that happens to have N rows would be cut,
+            too: keep it out of the data, as a buffer of the module or by `functools.partial(model, weights=weights)`. Data are moved to the device and shuffled. For data
             that exceed memory, a `Dataset` of such data, which is shuffled, too, or a `DataLoader`, as it makes its
             batches. Arrays and frames become tensors of the programs' dtype, and so do bytes (uint8; one for each
             datum, a label, becomes int64); tensors with another floating-point dtype only if no value changes.
