@@ -240,3 +240,16 @@ def test_the_summary_shows_what_was_measured():
     shown = repr(pv.fit(*pair(), x, validation=x, loss=pv.objectives.ImportanceWeighted(2), **OPTIONS))
     assert "validation elbo -" in shown
     assert "validation bound -" in shown
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (pd.DataFrame(np.ones((60, 3)), columns=["a", "a", "b"]), ValueError, r"several columns of one name, \['a'\]"),
+        (torch.eye(60, 3).to_sparse(), ValueError, "train is a sparse tensor.*to_dense"),
+        (torch.ones(60, 3, dtype=torch.complex64), TypeError, "complex64 for programs of real numbers"),
+    ],
+)
+def test_data_in_a_form_that_would_be_misread(data, error, words):
+    with pytest.raises(error, match=words):
+        pv.fit(*pair(), data, **OPTIONS)
