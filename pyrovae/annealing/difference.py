@@ -176,6 +176,11 @@ def anneal_a_slice(
         Cochran, Sampling Techniques (1977), section 7.4.
         Neal, Annealed Importance Sampling (2001).
     """
+    if not isinstance(importance, LogMarginalLikelihood):
+        raise TypeError(
+            f"the second argument is what log_marginal_likelihood gave for the same data, found {type(importance).__name__}: "
+            f"anneal_a_slice(model, log_marginal_likelihood(model, guide, x), x, guide=guide)"
+        )
     num_data = len(importance)
     if num_annealed == "auto":
         num_annealed = size_of_slice(

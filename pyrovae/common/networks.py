@@ -173,6 +173,11 @@ def check_mask(observed: Any, x: Tensor) -> Tensor:
         TypeError: It is no tensor.
         ValueError: It has another shape, or values other than 0 and 1.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"the data beside observed= must be a tensor, found {type(x).__name__}: pass the values and the mask apart, as "
+            f"impute(model, guide, x, observed=mask) takes them"
+        )
     if not isinstance(observed, Tensor):
         raise TypeError(f"observed must be a tensor, found {type(observed).__name__}: torch.as_tensor(observed)")
     if observed.shape != x.shape:

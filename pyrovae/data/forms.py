@@ -1,6 +1,7 @@
 """What a batch is, the programs are called with: tensors, arrays, frames, tuples and mappings as program arguments."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Number
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyrovae.common.arguments import map_tensors
+from pyrovae.data.frames import Table
 
-__all__ = ["Batch", "as_batch", "by_position", "is_stream", "takes_items"]
+__all__ = ["Batch", "Numbers", "as_arguments", "as_batch", "by_position", "is_stream", "takes_items"]
 
 _LARGEST_INTEGER = 2**63 - 1
 _LARGEST_WHOLE = 2**53  # up to here float64 tells whole numbers from others
@@ -61,6 +63,19 @@ class Batch(NamedTuple):
     def detach(self) -> "Batch":
         """Return the batch without gradients of its tensors."""
         return self._mapped(Tensor.detach)
+
+    def filled(self) -> "Batch":
+        """Return the batch with another value of the same column in place of each that is not finite; 0 if there is none."""
+
+        def fill(tensor: Tensor) -> Tensor:
+            known = tensor.isfinite()
+            if known.all() or not tensor.ndim:
+                return torch.where(known, tensor, 0)
+            first = known.long().argmax(0, keepdim=True)
+            of_column = torch.where(known, tensor, 0).gather(0, first)
+            return torch.where(known, tensor, of_column)
+
+        return self._mapped(fill)
 
     def is_finite(self) -> Tensor:
         """Whether all numbers of each datum are finite (N,)."""
@@ -111,6 +126,25 @@ class Batch(NamedTuple):
         return tuple(tensor.ndim > 0 and len(tensor) == self.num_data for tensor in self.tensors.values())
 
 
+class Numbers(NamedTuple):
+    """What numbers become on their way to the programs.
+
+    Attributes:
+        dtype: Floating-point dtype of the programs. If None, they have no parameters to tell: tensors then stay as they
+            are, and arrays and frames become tensors of torch's default dtype.
+        is_real: Whether the programs take no whole numbers as the data x (the first argument, or the one named x).
+        converts: Whether tensors change, too, and not only arrays and frames.
+    """
+
+    dtype: torch.dtype | None = None
+    is_real: bool = False
+    converts: bool = True
+
+    def of_arrays(self) -> "Numbers":
+        """What arrays and frames alone become, before a transform sees them."""
+        return self._replace(is_real=False, converts=False)
+
+
 def is_stream(data: Any) -> bool:
     """Whether the data come in batches (a `DataLoader`) or one by one (a `Dataset`) instead of all at once."""
     if isinstance(data, TensorDataset):
@@ -122,22 +156,21 @@ def is_stream(data: Any) -> bool:
     return not isinstance(data, known) and not _is_table(data) and hasattr(type(data), "__getitems__")
 
 
-def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data", convert: bool = True) -> Batch:
+def as_batch(data: Any, numbers: Numbers | torch.dtype | None = None, name: str = "data") -> Batch:
     """Turn data into the arguments that a program is called with.
 
     A tensor, array or frame becomes the one argument, `program(x)`; the items of a tuple, list or `TensorDataset`
     become `program(*items)`; a mapping becomes `program(**items)`.
 
-    Numbers become those of the programs. NumPy arrays and frames with fractions are rounded to `dtype`, because NumPy's
-    float64 is seldom a choice; a tensor with another floating-point dtype is converted only if no value changes. Bytes
-    (uint8) become `dtype`, or int64 if there is one number for each datum, a label. Other whole numbers and booleans
-    stay.
+    Numbers become those of the programs. NumPy arrays and frames with fractions are rounded to their dtype, because
+    NumPy's float64 is seldom a choice; a tensor with another floating-point dtype is converted only if no value changes.
+    Bytes (uint8) become that dtype, too, or int64 if there is one number for each datum, a label. Other whole numbers
+    and booleans stay (labels, tokens, masks), except in the data x of programs that take no whole numbers there.
 
     Args:
         data: The data, N rows in each array that holds data.
-        dtype: Floating-point dtype of the programs; torch's default dtype if None.
+        numbers: What numbers become, or the dtype alone; torch's default dtype if None.
         name: Name of the argument in errors.
-        convert: Whether tensors change, too; otherwise they stay as they are, and arrays and frames become tensors.
 
     Returns:
         The program's arguments, with tensors in place of arrays and frames.
@@ -145,9 +178,10 @@ def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data", co
     Raises:
         TypeError: Something is neither a tensor, an array, a frame nor a constant, or holds no numbers; the message
             names the column.
-        ValueError: There are no data, or a conversion would change values.
+        ValueError: There are no data, a tensor is sparse, or a conversion would change values.
     """
-    numbers = _Numbers(torch.get_default_dtype() if dtype is None else dtype, convert)
+    if not isinstance(numbers, Numbers):
+        numbers = Numbers(torch.get_default_dtype() if numbers is None else numbers)
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, Mapping):
@@ -168,12 +202,8 @@ def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data", co
         if data is None or isinstance(data, Number | str | bytes) or callable(data):
             raise TypeError(_expected(name, data))
         items = (data,), {}
-    is_one = not isinstance(data, tuple | list)
-    args = tuple(
-        _converted(value, numbers, name if is_one else f"{name}, {place}") for place, value in _named(items[0], {})
-    )
-    kwargs = {key: _converted(value, numbers, f"{name}, argument {key!r}") for key, value in items[1].items()}
-    batch = Batch(args, kwargs, 0)
+    is_one = not isinstance(data, tuple | list | Mapping)
+    batch = Batch(*as_arguments(*items, numbers, name, is_one), 0)
     lengths = [len(tensor) for tensor in batch.tensors.values() if tensor.ndim]
     if not lengths:
         found = ", ".join(f"shape {tuple(tensor.shape)}" for tensor in batch.tensors.values()) or type(data).__name__
@@ -183,6 +213,43 @@ def as_batch(data: Any, dtype: torch.dtype | None = None, name: str = "data", co
             f"{name} must hold at least one datum, found a first tensor of shape {tuple(batch.data.shape)}"
         )
     return batch._replace(num_data=lengths[0])
+
+
+def as_arguments(
+    args: tuple, kwargs: dict[str, Any], numbers: Numbers, name: str = "", is_one: bool = False
+) -> tuple[tuple, dict[str, Any]]:
+    """Return the arguments of a program with the numbers that it takes; see `as_batch`.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        numbers: What numbers become.
+        name: What the arguments are of, in errors.
+        is_one: Whether `name` is that of the one argument.
+    """
+    found = []
+    for place, value in _named(args, kwargs):
+        label = name if is_one else f"{name}, {place}" if name else place
+        is_x = place in ("argument 1", "argument 'x'")
+        found.append(_converted(value, numbers if is_x else numbers._replace(is_real=False), label))
+    if numbers.converts:
+        _warn_of_table_without_mask(args, kwargs)
+    return tuple(found[: len(args)]), dict(zip(kwargs, found[len(args) :], strict=True))
+
+
+def _warn_of_table_without_mask(args: tuple, kwargs: dict[str, Any]) -> None:
+    """Warn if an argument holds the values of a `Table` that lacks cells, and no other has the shape of a mask of them."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | np.ndarray)]
+    for tensor in tensors:
+        num_missing = getattr(tensor, "num_missing_cells", 0)
+        if num_missing and sum(other.shape == tensor.shape for other in tensors) == 1:
+            warnings.warn(
+                f"found the values of a table without its mask: {num_missing:,} missing cells hold 0, and count as data. Pass "
+                f"observed=table.observed, too, to fit as {{'x': table.values, 'observed': table.observed}}; if the zeros are "
+                f"meant, pass table.values.clone()",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def by_position(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -240,40 +307,52 @@ def _collect(name: str, value: Any, found: dict[str, Tensor]) -> None:
             _collect(f"{name}, item {position}", item, found)
 
 
-class _Numbers(NamedTuple):
-    """What numbers become."""
-
-    dtype: torch.dtype  # of arrays, frames and bytes
-    convert: bool  # whether tensors change, too
-
-
-def _converted(value: Any, numbers: _Numbers, name: str) -> Any:
+def _converted(value: Any, numbers: Numbers, name: str) -> Any:
     """A tensor in place of an array or frame, also inside containers; constants as they are."""
+    if isinstance(value, Table):
+        raise TypeError(
+            f"{name} is a Table, found in place of a tensor: pass its values and the mask of its known cells, "
+            f"{{'x': table.values, 'observed': table.observed}} to fit, and table.values, observed=table.observed to an "
+            f"evaluation"
+        )
     if isinstance(value, Tensor):
-        return _of_tensor(value, numbers.dtype, name) if numbers.convert else value
+        if value.layout != torch.strided:
+            raise ValueError(f"{name} is a sparse tensor, which cannot be cut into batches: x.to_dense()")
+        return _of_tensor(value, numbers, name) if numbers.converts and numbers.dtype is not None else value
+    if hasattr(value, "toarray") and hasattr(value, "nnz"):
+        raise TypeError(f"{name} is a sparse matrix ({type(value).__name__}): pass x.toarray()")
+    array_numbers = numbers._replace(dtype=torch.get_default_dtype() if numbers.dtype is None else numbers.dtype)
     if isinstance(value, Mapping):
         return {key: _converted(item, numbers, f"{name}, {key!r}") for key, item in value.items()}
     if type(value) in (tuple, list):
         return type(value)(_converted(item, numbers, f"{name}, item {place}") for place, item in enumerate(value, 1))
     if _is_table(value):
-        return _of_frame(value, numbers.dtype, name)
+        return _of_frame(value, array_numbers, name)
     if isinstance(value, np.ndarray):
-        return _of_array(value, numbers.dtype, name)
+        return _of_array(value, array_numbers, name)
     if value is None or isinstance(value, Number | str | bytes) or callable(value) or not hasattr(value, "__array__"):
         return value
-    return _of_array(np.asarray(value), numbers.dtype, name)
+    return _of_array(np.asarray(value), array_numbers, name)
 
 
-def _of_tensor(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    if tensor.dtype == torch.uint8:
+def _of_tensor(tensor: Tensor, numbers: Numbers, name: str) -> Tensor:
+    dtype = numbers.dtype
+    assert dtype is not None
+    if numbers.is_real and tensor.is_complex():
+        raise TypeError(
+            f"{name}: found {tensor.dtype} for programs of real numbers: torch.view_as_real(x).flatten(1) keeps both parts, "
+            f"x.abs() the magnitudes"
+        )
+    if tensor.dtype == torch.uint8 and not numbers.is_real:
         return tensor.to(dtype if tensor.ndim > 1 else torch.int64)
-    if not tensor.is_floating_point() or tensor.dtype == dtype:
+    if tensor.dtype == dtype or not (tensor.is_floating_point() or numbers.is_real):
         return tensor
     changed = _changed(tensor, dtype)
     if changed is not None:
+        wider = tensor.dtype if tensor.is_floating_point() else torch.float64
         raise ValueError(
             f"{name}: found {tensor.dtype} for programs in {dtype}, which would change {changed}: convert it, "
-            f".to({dtype}), or the programs, .to({tensor.dtype})"
+            f".to({dtype}), or the programs, .to({wider})"
         )
     return tensor.to(dtype)
 
@@ -289,7 +368,9 @@ def _changed(tensor: Tensor, dtype: torch.dtype) -> str | None:
     return f"{int(wrong.sum())} of {there.numel()} values, for example {there[position].item()!r} to {back[position].item()!r}"
 
 
-def _of_array(array: np.ndarray, dtype: torch.dtype, name: str) -> Tensor:
+def _of_array(array: np.ndarray, numbers: Numbers, name: str) -> Tensor:
+    dtype = numbers.dtype
+    assert dtype is not None
     if isinstance(array, np.ma.MaskedArray):
         if np.ma.is_masked(array):
             raise TypeError(
@@ -307,7 +388,7 @@ def _of_array(array: np.ndarray, dtype: torch.dtype, name: str) -> Tensor:
     if kind not in "biuc":
         raise TypeError(f"{name}: expected numbers, found an array of {_kind(array)}")
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return _of_tensor(torch.tensor(np.ascontiguousarray(array)), dtype, name)
+    return _of_tensor(torch.tensor(np.ascontiguousarray(array)), numbers, name)
 
 
 def _rounded(array: np.ndarray, dtype: torch.dtype, name: str) -> Tensor:
@@ -335,18 +416,18 @@ def _is_table(value: Any) -> bool:
     return hasattr(value, "columns") or (hasattr(value, "name") and hasattr(value, "dtype"))
 
 
-def _of_frame(frame: Any, dtype: torch.dtype, name: str) -> Tensor:
+def _of_frame(frame: Any, numbers: Numbers, name: str) -> Tensor:
     """A frame (N, columns) as one tensor of the dtype; a series (N,) as its array."""
     if not hasattr(frame, "columns"):
-        return _of_array(_numbers_of(frame, name), dtype, name)
-    columns = [_numbers_of(frame[column], f"{name}, column {column!r}") for column in frame.columns]
-    if not columns:
+        return _of_array(_numbers_of(frame, name), numbers, name)
+    dtype, names = numbers.dtype, list(frame.columns)
+    assert dtype is not None
+    if not names:
         raise ValueError(f"{name}: found a frame without columns")
-    tensors = [
-        _rounded(numbers, dtype, f"{name}, column {column!r}")
-        for column, numbers in zip(frame.columns, columns, strict=True)
-    ]
-    return torch.stack(tensors, 1)
+    if repeated := [column for column in dict.fromkeys(names) if names.count(column) > 1]:
+        raise ValueError(f"{name}: found several columns of one name, {repeated}: rename them")
+    columns = {column: _numbers_of(frame[column], f"{name}, column {column!r}") for column in names}
+    return torch.stack([_rounded(found, dtype, f"{name}, column {key!r}") for key, found in columns.items()], 1)
 
 
 def _numbers_of(series: Any, name: str) -> np.ndarray:

@@ -84,7 +84,10 @@ class Table:
         if absent := [name for name in self.names if name not in frame.columns]:
             raise ValueError(f"the frame lacks the columns {absent} of this table: found {list(frame.columns)}")
         values, observed = zip(*(_coded(frame[column.name], column) for column in self.columns), strict=True)
-        return replace(self, values=torch.stack(values, 1), observed=torch.stack(observed, 1))
+        table = replace(self, values=torch.stack(values, 1), observed=torch.stack(observed, 1))
+        # What `fit` and the evaluations look for, to warn if they get the zeros without the mask.
+        table.values.num_missing_cells = int((~table.observed).sum())  # type: ignore[attr-defined]
+        return table
 
     def frame(self, values: Tensor | None = None, observed: Tensor | None = None) -> Any:
         """Make a pandas frame: of this table, or of rows that a model generated or imputed.

@@ -1,7 +1,7 @@
 """A data set in three splits, and how its grey images become binary or continuous."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -277,6 +277,15 @@ def check_grey_values(what: str, images: Tensor) -> None:
         TypeError: `images` is not a floating-point tensor.
         ValueError: A value is outside [0, 1] or not finite; the message says how to scale it.
     """
+    if isinstance(images, Mapping | tuple | list):
+        items = (
+            f"{{**batch, {next(iter(images), 'x')!r}: data.transform(batch[{next(iter(images), 'x')!r}])}}"
+            if isinstance(images, Mapping)
+            else f"(data.transform(batch[0]){', batch[1]' if len(images) == 2 else ', *batch[1:]'})"
+        )
+        raise TypeError(
+            f"{what} must be a tensor, found a {type(images).__name__} of {len(images)} items: transform=lambda batch: {items}"
+        )
     if not isinstance(images, Tensor):
         raise TypeError(f"{what} must be a tensor, found {type(images).__name__}: torch.as_tensor(x)")
     if not images.is_floating_point():

@@ -5,14 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from pyrovae.common.arguments import check_count, map_tensors
-from pyrovae.data.forms import as_batch, by_position, takes_items
-from pyrovae.programs.reach import evaluation_mode, modules_behind
+from pyrovae.data.forms import as_arguments, by_position, takes_items
+from pyrovae.programs.parameters import check_arguments, numbers_of
+from pyrovae.programs.reach import evaluation_mode
 
 __all__ = ["Options", "SamplingOptions", "evaluation_of"]
 
@@ -82,27 +81,9 @@ def evaluation_of(
 def _arguments(programs: tuple, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments to call the programs with: the items of a batch, and tensors in place of arrays and frames."""
     called = [program for program in programs if program is not None]
-    dtype = next(
-        (p.dtype for module in modules_behind(*called) for p in module.parameters() if p.is_floating_point()), None
-    )
+    check_arguments(called, args, kwargs)
     if len(args) == 1 and not kwargs and isinstance(args[0], tuple | list | Mapping | TensorDataset):
         items = args[0].tensors if isinstance(args[0], TensorDataset) else args[0]
         if takes_items(called, items):
-            args, kwargs = (), {}
-            if isinstance(items, Mapping):
-                kwargs = dict(items)
-            else:
-                args = tuple(items)
-    args, kwargs = by_position(args, kwargs)
-    # Tensors stay as they are: the programs say which dtype they take.
-    return (
-        tuple(_converted(value, dtype, f"argument {place}") for place, value in enumerate(args, 1)),
-        {key: _converted(value, dtype, f"argument {key!r}") for key, value in kwargs.items()},
-    )
-
-
-def _converted(value: Any, dtype: torch.dtype | None, name: str) -> Any:
-    if isinstance(value, Mapping | tuple | list):
-        return value
-    is_array = not isinstance(value, Tensor) and (hasattr(value, "__array__") or hasattr(value, "to_numpy"))
-    return as_batch(value, dtype, name).args[0] if is_array and np.ndim(value) else value
+            args, kwargs = ((), dict(items)) if isinstance(items, Mapping) else (tuple(items), {})
+    return as_arguments(*by_position(args, kwargs), numbers_of(*called))

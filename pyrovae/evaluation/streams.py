@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from pyrovae.data.forms import as_batch, is_stream
+from pyrovae.data.forms import Numbers, as_batch, is_stream
 
 __all__ = ["Part", "parts_of"]
 
@@ -57,7 +57,7 @@ def parts_of(args: tuple, kwargs: dict[str, Any], transform: Callable[[Any], Any
         batch = item[0] if isinstance(item, list | tuple) and len(item) == 1 else item
         batch = batch if transform is None else transform(batch)
         yield Part((batch,), {}, before, num_data)
-        before += as_batch(batch).num_data
+        before += as_batch(batch, Numbers()).num_data
 
 
 def _check_order(loader: DataLoader) -> None:

@@ -16,8 +16,9 @@ from pyrovae.likelihoods.pixelwise import _FILL_IN
 
 __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 
-# A count of 2e17. So a draw of z from far off has a finite log mass, and a gradient whose square fits float32.
-_LARGEST_LOG_MEAN = 40.0
+# Means above 5e8 grow linearly in the network's output instead of exponentially. Otherwise raw counts, which an encoder
+# that just started maps to z from far off, give a first gradient whose square overflows float32.
+_LARGEST_LOG_MEAN = 20.0
 _SMALLEST_MEAN = 1e-3  # where the bias of an element starts that is 0 in all training data
 _INITIAL_GATE = 0.1  # probability of an extra zero at the start of training
 
@@ -25,7 +26,7 @@ _INITIAL_GATE = 0.1  # probability of an extra zero at the start of training
 class _Counts(Likelihood):
     """What likelihoods of counts share: the log mean with its bias and its exposure, and the check of the data.
 
-    Log means above 40 count as 40.
+    A log mean l above 20 counts as 20 + log(1 + l - 20).
     """
 
     def __init__(
@@ -97,8 +98,7 @@ class _Counts(Likelihood):
 
     def _given(self, parameters: Tensor, log_exposure: Tensor) -> dist.TorchDistribution:
         log_mean, *rest = self._parts(parameters + self.bias)
-        log_mean = (log_mean + log_exposure).clamp(max=_LARGEST_LOG_MEAN)
-        return self.counts(log_mean, *rest).to_event(len(self.data_shape))
+        return self.counts(_bounded(log_mean + log_exposure), *rest).to_event(len(self.data_shape))
 
     def _parts(self, parameters: Tensor) -> tuple[Tensor, ...]:
         return (parameters,) if self.num_parts == 1 else parameters.unbind(-1 - len(self.data_shape))
@@ -122,12 +122,21 @@ class _Counts(Likelihood):
         return exposure
 
 
+def _bounded(log_mean: Tensor) -> Tensor:
+    """The log of a mean that is exp(l) up to l = 20, and its tangent beyond."""
+    return log_mean.clamp(max=_LARGEST_LOG_MEAN) + (log_mean - _LARGEST_LOG_MEAN).relu().log1p()
+
+
 class Poisson(_Counts):
     """Independent Poisson counts.
 
         p(x|z) = prod_d Poisson(x_d; t exp(l_d)),   l = decoder_net(z) + bias
 
-    Log rates above 40 count as 40, so that draws of z from far off have finite log masses.
+    Rates above exp(20) = 5e8 grow linearly in l instead of exponentially, so that draws of z from far off have finite
+    log masses and gradients.
+
+    The data are raw counts. Let the encoder's first layer scale them, x.log1p(): of counts in the hundreds, a network that
+    just started makes posteriors of infinite scale.
 
     Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log masses in nats per datum, computed in
     float64.

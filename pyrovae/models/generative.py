@@ -3,7 +3,10 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from numbers import Number
+from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -12,9 +15,10 @@ from torch import Tensor
 from pyrovae.common.arguments import check_count, checks_values
 from pyrovae.common.component import Component
 from pyrovae.common.networks import check_context, check_mask, given, needs_context, takes_context
+from pyrovae.data.forms import as_arguments
 from pyrovae.likelihoods.base import Likelihood
 from pyrovae.priors.base import Prior
-from pyrovae.programs.parameters import emit_parameters
+from pyrovae.programs.parameters import emit_parameters, numbers_of
 from pyrovae.programs.reach import evaluation_mode
 
 __all__ = ["GenerativeModel", "LatentVariableModel", "check_decoder", "likelihood_given", "prior_at"]
@@ -38,6 +42,8 @@ class LatentVariableModel(Component, ABC):
         ValueError: for data of the wrong shape or outside the likelihood's support, a context that no part uses or that
             has another number of rows than the data, and no context if a part needs one.
     """
+
+    takes_real_data = True  # `fit` and evaluations then convert whole numbers given as x: see `data.forms.Numbers`
 
     def __init__(self, prior: Prior, likelihood: Likelihood):
         super().__init__()
@@ -116,7 +122,7 @@ class LatentVariableModel(Component, ABC):
             )
 
     @torch.no_grad()
-    def generate(self, num_samples: int, *, mean: bool = False, context: Tensor | None = None) -> Tensor:
+    def generate(self, num_samples: int, *, mean: bool = False, context: Tensor | int | None = None) -> Tensor:
         """Draw data from the model.
 
             x ~ p(x):  z ~ p(z), then x ~ p(x|z)
@@ -124,14 +130,14 @@ class LatentVariableModel(Component, ABC):
         Args:
             num_samples: number of data to draw
             mean: return E[x|z] instead of the draw, as is usual for images
-            context: what the model is conditioned on: (num_samples, ...), or one row (1, ...) for all
+            context: what the model is conditioned on: (num_samples, ...), or one row (1, ...) or one label (an int) for all
 
         Returns:
             (num_samples, *data_shape).
         """
         num_samples = check_count("num_samples", num_samples)
         if context is not None:
-            context = context.unsqueeze(0) if context.ndim == 0 else context
+            context = self._tensor_of(context)
             if len(context) == 1:
                 context = context.expand(num_samples, *context.shape[1:])
             check_context(context, num_samples)
@@ -142,21 +148,42 @@ class LatentVariableModel(Component, ABC):
             return self._data(z, mean, *more)
 
     @torch.no_grad()
-    def decode(self, z: Tensor, *, mean: bool = True, context: Tensor | None = None) -> Tensor:
+    def decode(self, z: Tensor, *, mean: bool = True, context: Tensor | int | None = None) -> Tensor:
         """Return the data for given latents: E[x|z], or a draw from p(x|z).
 
         Args:
             z: latents (..., D)
             mean: return E[x|z] instead of a draw
-            context: what the model is conditioned on (N, ...), N the last dimension of z before D; one row serves all
+            context: what the model is conditioned on (N, ...), N the last dimension of z before D; one row or one label
+                (an int) serves all
 
         Returns:
             (..., *data_shape).
         """
         if context is not None:
+            context = self._tensor_of(context)
             self._check_use(context)
         with evaluation_mode(self):
             return self._data(z, mean, *given(context)[0])
+
+    def _tensor_of(self, context: Any) -> Tensor:
+        """The context as a tensor (N, ...) of the model's numbers: one label becomes one row.
+
+        Raises:
+            TypeError: It is no tensor, array, frame, number or list of numbers.
+        """
+        if isinstance(context, Tensor):
+            return context.unsqueeze(0) if context.ndim == 0 else context
+        if isinstance(context, Number | tuple | list):
+            try:
+                context = np.asarray(context)
+            except ValueError:  # rows of different lengths
+                context = np.asarray(context, dtype=object)
+        if not hasattr(context, "__array__"):
+            check_context(context, 1)
+        numbers, device = numbers_of(self), next((p.device for p in self.parameters()), None)
+        (context,), _ = as_arguments((context,), {}, numbers._replace(is_real=False), "context", is_one=True)
+        return self._tensor_of(context.to(device))
 
     def _data(self, z: Tensor, mean: bool, *context: Tensor) -> Tensor:
         distribution = self.likelihood_at(z, *context)

@@ -84,7 +84,7 @@ class HierarchicalModel(LatentVariableModel):
         return super().uses_context() or any(map(_takes_context, self.layers))
 
     @torch.no_grad()
-    def decode(self, z: Tensor, *, mean: bool = True, context: Tensor | None = None) -> Tensor:
+    def decode(self, z: Tensor, *, mean: bool = True, context: Tensor | int | None = None) -> Tensor:
         """Return the data for given latents: E[x|z], or a draw from p(x|z).
 
         Args:
@@ -107,6 +107,7 @@ class HierarchicalModel(LatentVariableModel):
                 f"alone; found {z.shape[-1]}"
             )
         below = widths.index(z.shape[-1])
+        context = None if context is None else self._tensor_of(context)
         if below == 0:
             return super().decode(z, mean=mean, context=context)
         known = {f"z{below + 1 + i}": layer for i, layer in enumerate(z.split(self.latent_dims[below:], -1))}

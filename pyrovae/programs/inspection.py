@@ -27,6 +27,7 @@ from pyrovae.programs.reruns import (
     refuse_other_reruns,
     refuse_wrong_tables,
 )
+from pyrovae.programs.same_sites import check_not_swapped
 from pyrovae.programs.supports import innermost, num_parts, possible_elements
 from pyrovae.programs.traces import Layout, Program, run_pair, sample_sites, trace_program
 
@@ -189,6 +190,7 @@ def _refuse_enumeration(prior_trace: poutine.Trace, guide_trace: poutine.Trace) 
 
 
 def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace, alone: poutine.Trace) -> None:
+    check_not_swapped(model_trace, guide_trace)
     model_sites, guide_sites = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
     for name, site in guide_sites.items():
         if site["is_observed"]:
@@ -228,7 +230,8 @@ def refuse_impossible_data(model_trace: poutine.Trace, other_traces: Iterable[po
             raise ValueError(
                 f"observed site '{name}' has NaN among its data ({int(site['value'].isnan().sum()):,} numbers, in "
                 f"{int(unknown.sum()):,} of its log densities): mask them, or give the site a distribution that masks "
-                f"them itself (NanMaskedNormal)"
+                f"them itself (NanMaskedNormal); parts of this library take the mask as observed=~x.isnan(), and "
+                f"pyrovae.data.table makes values and mask of a frame"
             )
         if not elements.all():
             suspects[name] = site, elements

@@ -1,7 +1,7 @@
 """Parameters of Pyro programs: emitted without Pyro's store, and programs isolated from surrounding handlers."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,10 @@ from pyro.poutine import runtime
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
-__all__ = ["apart_from_handlers", "check_program", "emit_parameters"]
+from pyrovae.data.forms import Numbers, is_stream
+from pyrovae.programs.reach import modules_behind
+
+__all__ = ["apart_from_handlers", "check_arguments", "check_program", "emit_parameters", "numbers_of"]
 
 
 def check_program(name: str, program: Any) -> None:
@@ -23,6 +26,31 @@ def check_program(name: str, program: Any) -> None:
         raise TypeError(
             f"{name} must be a Pyro program to call, found {type(program).__name__}, which cannot be called{hint}"
         )
+
+
+def check_arguments(programs: Sequence[Any], args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise TypeError for arguments of an evaluation that are no data: a guide in their place, a loader, or none at all."""
+    if len(programs) == 1 and args and callable(args[0]) and not hasattr(args[0], "__array__"):
+        raise TypeError(
+            f"found {type(args[0]).__name__}, which is no data, as the first argument of the model: if it is the guide, pass "
+            f"it by name, guide=guide; a program that takes a function is given by functools.partial(model, function)"
+        )
+    if streams := [value for value in (*args, *kwargs.values()) if is_stream(value)]:
+        raise TypeError(
+            f"found a {type(streams[0]).__name__}, and this function takes data in memory: join its batches, "
+            f"torch.cat(list(loader)). log_marginal_likelihood, annealed_importance_sampling and sequential_monte_carlo go "
+            f"through the batches of one, given as the only argument"
+        )
+
+
+def numbers_of(*programs: Any) -> Numbers:
+    """What the programs take numbers as: the dtype of their parameters, and whether their data are real numbers.
+
+    A program says the latter by its attribute `takes_real_data`, as the models of this library do.
+    """
+    parameters = (parameter for module in modules_behind(*programs) for parameter in module.parameters())
+    dtype = next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
+    return Numbers(dtype, is_real=any(getattr(program, "takes_real_data", False) for program in programs))
 
 
 def emit_parameters(module: nn.Module, name: str) -> None:

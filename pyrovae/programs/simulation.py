@@ -69,7 +69,11 @@ def _refuse_what_is_not_simulated(site: dict) -> None:
     if site_is_factor(site):
         raise ValueError(f"site '{name}' is a factor, which cannot be simulated: replace it by an observed site")
     if any(True for _ in masks_of(site)):
-        raise ValueError(f"observed site '{name}' is masked, so it is unclear what to simulate: pass data without gaps")
+        raise ValueError(
+            f"observed site '{name}' is masked, so it is unclear what to simulate: leave the mask out (observed=, or "
+            f"the lengths of padded series); both bounds are then of whole data that the model simulates. For the data with "
+            f"gaps, annealed_importance_sampling gives the lower bound"
+        )
     if value.shape != data.shape:
         raise ValueError(
             f"observed site '{name}' simulates values of shape {tuple(value.shape)} for data of shape "

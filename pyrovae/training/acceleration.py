@@ -13,7 +13,7 @@ from pyrovae import data
 from pyrovae.common.arguments import map_tensors
 from pyrovae.compiled.policy import pays_off
 from pyrovae.compiled.record import Recording, record
-from pyrovae.data.forms import Batch
+from pyrovae.data.forms import Batch, Numbers
 from pyrovae.objectives.base import Parts
 from pyrovae.programs.traces import Program
 from pyrovae.training.batches import selected
@@ -41,7 +41,7 @@ def record_step(
     optimizer: OneOptimizer,
     modules: Sequence[nn.Module],
     transform: Callable[[Any], Any] | None,
-    dtype: torch.dtype | None,
+    numbers: Numbers,
     train: Batch,
     index: Tensor,
 ) -> "RecordedStep | None":
@@ -51,7 +51,7 @@ def record_step(
     def objective(*given: Tensor) -> tuple[Tensor, ...]:
         held = iter(given)
         args, kwargs = map_tensors(lambda _: next(held), (train.args, train.kwargs))
-        batch = selected(train._replace(args=args, kwargs=kwargs), next(held), transform, dtype)
+        batch = selected(train._replace(args=args, kwargs=kwargs), next(held), transform, numbers)
         return surrogate(loss, model, guide, *batch.args, **batch.kwargs)
 
     # An objective that changes with the steps (KL warm-up) keeps its state in buffers of its own modules.

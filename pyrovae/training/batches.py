@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from pyrovae.common import distributed
-from pyrovae.data.forms import Batch, as_batch, is_stream
+from pyrovae.data.forms import Batch, Numbers, as_batch, is_stream
 
 __all__ = [
     "Batches",
@@ -40,7 +40,7 @@ class Batches(ABC):
         batch_size: data per batch, except perhaps in the last batch.
         full_size: data of a full batch that this process gets.
         per_epoch: batches per epoch.
-        dtype: floating-point dtype of the programs, or None if they have no parameters to tell.
+        numbers: what the numbers of the data become on their way to the programs.
         device: device of the batches.
         transform: function still to be applied to each batch, or None.
         form: form of the data before the transform (`form_of`); of a loader, that of its last batch.
@@ -57,13 +57,13 @@ class Batches(ABC):
     in_one_order: bool
     generators: Sequence[torch.Generator] = ()
 
-    def __init__(self, transform: Transform, dtype: torch.dtype | None, device: torch.device) -> None:
-        self.transform, self.dtype, self.device = transform, dtype, device
+    def __init__(self, transform: Transform, numbers: Numbers, device: torch.device) -> None:
+        self.transform, self.numbers, self.device = transform, numbers, device
         self._num_made: dict[int, int] = {}
 
     def arguments(self, data: Batch, index: Tensor) -> Batch:
         """What the programs are called with for a batch, as `epoch` yields it."""
-        batch = selected(data, index, self.transform, self.dtype)
+        batch = selected(data, index, self.transform, self.numbers)
         self._num_made[len(index)] = batch.num_data
         return batch
 
@@ -84,21 +84,21 @@ class Batches(ABC):
         """One such pair for a full batch. May consume random numbers."""
 
 
-def selected(data: Batch, index: Tensor, transform: Transform, dtype: torch.dtype | None) -> Batch:
+def selected(data: Batch, index: Tensor, transform: Transform, numbers: Numbers) -> Batch:
     """What the programs are called with for the data at these positions. Every call of a program in training gets its batch
     here.
     """
     batch = data.rows(index)
-    return (batch if transform is None else transformed(batch.form, transform, dtype)).by_position()
+    return (batch if transform is None else transformed(batch.form, transform, numbers)).by_position()
 
 
-def transformed(data: Any, transform: Callable[[Any], Any], dtype: torch.dtype | None) -> Batch:
+def transformed(data: Any, transform: Callable[[Any], Any], numbers: Numbers) -> Batch:
     """What the programs are called with for a batch that the transform makes.
 
     Raises:
         TypeError, ValueError: if the transform makes nothing that holds data.
     """
-    return as_batch(transform(data), dtype, "the result of transform", convert=dtype is not None)
+    return as_batch(transform(data), numbers, "the result of transform")
 
 
 def form_of(data: Any) -> Any:
@@ -113,7 +113,7 @@ def batches_of(
     batch_size: int | None,
     transform: Transform,
     device: torch.device,
-    dtype: torch.dtype | None = None,
+    numbers: Numbers = Numbers(),  # noqa: B008  # immutable
 ) -> Batches:
     """Make the batches of data in memory (see `as_batch`), of a `Dataset`, or of a `DataLoader`.
 
@@ -125,20 +125,20 @@ def batches_of(
     if isinstance(train, DataLoader):
         if batch_size is not None:
             raise ValueError(f"found batch_size={batch_size} beside a DataLoader, which has its own: leave it out")
-        return _Loaded(train, transform, dtype, device)
+        return _Loaded(train, transform, numbers, device)
     batch_size = _BATCH_SIZE if batch_size is None else batch_size
     if is_stream(train):
         order = _Shuffled(length_of(train, "train"), batch_size)
         # A loader draws a seed for its workers: from a generator of its own, so that the order is that of data in memory.
-        return _Loaded(DataLoader(train, batch_sampler=order, generator=torch.Generator()), transform, dtype, device)
-    return _InMemory(read_items("train", train, transform, dtype), batch_size, transform, dtype, device)
+        return _Loaded(DataLoader(train, batch_sampler=order, generator=torch.Generator()), transform, numbers, device)
+    return _InMemory(read_items("train", train, transform, numbers), batch_size, transform, numbers, device)
 
 
-def read_items(name: str, data: Any, transform: Transform, dtype: torch.dtype | None) -> Batch:
+def read_items(name: str, data: Any, transform: Transform, numbers: Numbers) -> Batch:
     """Data in memory as what programs are called with; with a transform, tensors keep their dtype until then."""
     if isinstance(getattr(data, name, None), Tensor):  # the splits of a data set
         raise ValueError(f"{name} must be data, found a {type(data).__name__}: pass its .{name}")
-    return as_batch(data, dtype, name, convert=transform is None and dtype is not None)
+    return as_batch(data, numbers if transform is None else numbers.of_arrays(), name)
 
 
 def length_of(dataset: Any, name: str) -> int:
@@ -158,10 +158,8 @@ class _InMemory(Batches):
     name = "train"
     in_one_order = False
 
-    def __init__(
-        self, train: Batch, batch_size: int, transform: Transform, dtype: torch.dtype | None, device: torch.device
-    ):
-        super().__init__(transform, dtype, device)
+    def __init__(self, train: Batch, batch_size: int, transform: Transform, numbers: Numbers, device: torch.device):
+        super().__init__(transform, numbers, device)
         self.order = _Shuffled(train.num_data, batch_size, device)
         self.train, self.form = train.to(device), form_of(train.form)
         self.num_data, self.batch_size = train.num_data, batch_size
@@ -215,8 +213,8 @@ class _Loaded(Batches):
     name = "batch"
     form = None
 
-    def __init__(self, loader: DataLoader, transform: Transform, dtype: torch.dtype | None, device: torch.device):
-        super().__init__(transform, dtype, device)
+    def __init__(self, loader: DataLoader, transform: Transform, numbers: Numbers, device: torch.device):
+        super().__init__(transform, numbers, device)
         try:
             self.num_data, self.per_epoch = _num_drawn(loader), len(loader)
         except TypeError:
@@ -250,20 +248,24 @@ class _Loaded(Batches):
         self.form = form_of(item)
         data = item[0] if isinstance(item, list | tuple) and len(item) == 1 else item
         if self.of_items is None or isinstance(data, Tensor | np.ndarray):
-            batch = read_items("a batch of train", item, self.of_items, self.dtype).to(self.device, non_blocking=True)
+            batch = read_items("a batch of train", item, self.of_items, self.numbers).to(self.device, non_blocking=True)
         else:
             # The transform gets the batch as the loader made it, so it is applied here and not again.
             self.transform = None
-            batch = transformed(on_device(data, self.dtype, self.device), self.of_items, self.dtype).to(self.device)
+            batch = transformed(on_device(data, self.numbers, self.device), self.of_items, self.numbers).to(self.device)
         return batch, torch.arange(batch.num_data, device=self.device)
 
 
-def on_device(batch: Any, dtype: torch.dtype | None, device: torch.device) -> Any:
+def on_device(batch: Any, numbers: Numbers, device: torch.device) -> Any:
     """A batch in its own form, with its tensors and arrays of numbers as tensors on the device."""
 
     def moved(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
-            leaf = as_batch(leaf, dtype, "a batch").data if leaf.size and leaf.ndim else torch.as_tensor(leaf)
+            leaf = (
+                as_batch(leaf, numbers.of_arrays(), "a batch").data
+                if leaf.size and leaf.ndim
+                else torch.as_tensor(leaf)
+            )
         return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
     return tree_map(moved, batch)

@@ -16,7 +16,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, TraceEnum_ELBO, TraceTMC_ELBO
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTMC_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from pyrovae.compiled.signature import Snapshot
 from pyrovae.data.forms import Batch
 from pyrovae.programs.masks import counted
 from pyrovae.programs.reach import evaluation_mode
-from pyrovae.programs.traces import Program, run_pair
+from pyrovae.programs.same_sites import check_same_sites
+from pyrovae.programs.traces import Program, as_guide, run_pair
 from pyrovae.training.data_order import by_position, site_by_position
 from pyrovae.training.losses import validate_ends
 from pyrovae.training.non_finite import leaves_of
@@ -37,6 +38,9 @@ __all__ = ["FirstStep", "FirstStepCheck"]
 
 _logger = logging.getLogger("pyrovae")
 _SHOWN = 4  # names in a message
+_BOUNDS = (
+    Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO | TraceTMC_ELBO | RenyiELBO
+)  # other losses have rules of their own
 _OF_MODULES = "$$$"  # separator in the names that Pyro's store gives to a module's parameters
 
 
@@ -70,12 +74,16 @@ class FirstStepCheck:
             if said := not_taken(run.model, run.guide, batch, "train"):
                 raise TypeError(said) from error
             raise
+        except (AssertionError, KeyError):  # of TraceMeanField_ELBO, for a site that one program lacks
+            self._check_same_sites(look, batch)
+            raise
         if not math.isfinite(value):
             return value, parts
         if look.masked and not look.observed and self._observes_elsewhere():
             look.observed |= look.masked
         try:
             look.check(run.loss)
+            self._check_same_sites(look, batch)
             _check_data_are_first(batch, look.plate_sizes)
             if not run.batches.in_one_order:
                 site = site_by_position(*run.programs, batch, list(look.declared.values()), run.modules)
@@ -89,6 +97,20 @@ class FirstStepCheck:
             raise
         self.is_done = True
         return value, parts
+
+    def _check_same_sites(self, look: "FirstStep", batch: Batch) -> None:
+        """Raise ValueError for programs whose ELBO is no bound: swapped ones, and latents that only one of them has.
+
+        The programs run again only if the step shows what may be one of these.
+        """
+        run = self.run
+        if not isinstance(run.loss, _BOUNDS) or not (look.observed_first or look.drawn_alone()):
+            return
+        buffers = run.buffers()
+        with torch.random.fork_rng(run.gpus()), evaluation_mode(*run.modules):
+            model_trace, guide_trace = run_pair(run.model, as_guide(run.guide), batch.args, batch.kwargs)
+        put_back(buffers)
+        check_same_sites(model_trace, guide_trace)
 
     def _observes_elsewhere(self) -> bool:
         """Whether some of the data are not masked out, if those of the first step are; not known of a loader."""
@@ -153,7 +175,11 @@ class FirstStep(Messenger):
         self.observed: set[str] = set()
         self.plate_sizes: set[int] = set()  # of the plates around observed sites
         self.masked: set[str] = set()  # observed, with every element masked out
+        self.observed_first: set[str] = (
+            set()
+        )  # observed before the model's latents are replayed: by the guide, if it has any
         self.replayed: set[str] = set()
+        self.auxiliary: set[str] = set()
         self.enumerated: dict[str, bool] = {}
         self._seen: set[Any] = set()
 
@@ -176,9 +202,13 @@ class FirstStep(Messenger):
         if message["is_observed"]:
             seen = counted(message)
             (self.observed if seen is None or seen.any() else self.masked).add(name)
+            if not self.replayed:
+                self.observed_first.add(name)
             self.plate_sizes.update(frame.size for frame in message["cond_indep_stack"] if frame.size > 0)
         else:
             self.enumerated[name] = bool(infer.get("enumerate"))
+            if infer.get("is_auxiliary"):
+                self.auxiliary.add(name)
         if torch.is_grad_enabled():
             self._use(message["value"])
             with suppress(Exception):  # the loss asks the same, and says what is wrong
@@ -241,6 +271,14 @@ class FirstStep(Messenger):
                 "%d of %d parameters get no gradient in the first step, and stay as they are until they do: %s",
                 *(len(still), len(self.declared), _some(name.replace(_OF_MODULES, ".") for name in still)),
             )
+
+    def drawn_alone(self) -> set[str]:
+        """Latents that one program alone has, and that no loss sums out."""
+        return {
+            name
+            for name, marked in self.enumerated.items()
+            if not marked and name not in self.replayed and name not in self.auxiliary
+        }
 
     def _left_out(self, trained: set[Tensor]) -> list[Tensor]:
         alive = [leaf for reference in self.used if (leaf := reference()) is not None]

@@ -76,10 +76,15 @@ class FitResult:
     def __repr__(self) -> str:
         last = self.history[self.best_epoch - 1]
         skipped = f" ({self.num_skipped_steps} skipped)" if self.num_skipped_steps else ""
-        own = f", validation bound {last['validation_bound']:.2f}" if self.bound != "ELBO" else ""
+        measured = {"elbo": last["validation_elbo"]}
+        if self.bound != "ELBO":
+            measured["bound"] = last["validation_bound"]
+        held_out = "".join(
+            f", validation {name} {value:.2f}" for name, value in measured.items() if not math.isnan(value)
+        )
         return (
             f"FitResult({len(self.history)} epochs, {self.num_steps} steps{skipped} in {self.seconds:.1f} s on {self.device}; "
-            f"best epoch {self.best_epoch}: elbo {last['elbo']:.2f}, validation elbo {last['validation_elbo']:.2f}{own})"
+            f"best epoch {self.best_epoch}: elbo {last['elbo']:.2f}{held_out})"
         )
 
 
@@ -141,10 +146,11 @@ def fit(
         train: the data, which are moved to the device and shuffled. The form of a batch decides how the programs are
             called: `model(x)` for a tensor, array or frame (N, ...), `model(*items)` for a tuple, list or
             `TensorDataset`, `model(**items)` for a mapping. Tensors whose first size is N are cut into batches;
-            anything else is passed whole. For data that exceed memory, pass a `Dataset`, which is shuffled too, or a
-            `DataLoader`, whose batches are used as they come. Arrays, frames and bytes (uint8) become tensors of the
-            programs' dtype, except that one byte per datum, a label, becomes int64. A tensor of another floating-point
-            dtype is converted only if no value changes.
+            anything else is passed whole. A constant tensor that happens to have N rows would be cut too: keep it out of
+            the data, as a buffer of the module or by `functools.partial(model, weights=weights)`. For data that exceed
+            memory, pass a `Dataset`, which is shuffled too, or a `DataLoader`, whose batches are used as they come.
+            Arrays, frames and bytes (uint8) become tensors of the programs' dtype, except that one byte per datum, a
+            label, becomes int64. A tensor of another floating-point dtype is converted only if no value changes.
         epochs: passes over the data.
         batch_size: 200 by default; leave it out with a loader, which has its own. A single leftover datum joins the
             batch before it.

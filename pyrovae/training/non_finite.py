@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -56,11 +57,13 @@ class NonFiniteSource(NamedTuple):
         site: name of the site, or None.
         what: a clause that says what is wrong.
         rows: which data of the batch, None if unknown.
+        is_data: whether the data themselves are the cause.
     """
 
     site: str | None
     what: str
     rows: Tensor | None
+    is_data: bool = False
 
     def at(self, index: Tensor, name: str) -> tuple[str, Tensor]:
         """Return (the data in words, their positions) for a batch at positions `index` of the data called `name`."""
@@ -106,7 +109,7 @@ def stop(run: Run, tried: TriedStep, error: ValueError | None = None, none_made:
         + f"the loss or its gradient is not finite at epoch {tried.epoch}, step {tried.step}: {what}{', for ' if where else ''}{where}"
         + (f"; not finite before that step: {', '.join(broken[:3])}" if broken else "")
         + (f"; {num_skipped} such steps were skipped{before} (max_skipped_steps)" if num_skipped else "")
-        + f". {_advice(run, tried)}",
+        + f". {_advice(run, tried, source)}",
         *(source.site if source else None, tried.epoch, tried.step, index),
     ) from error
 
@@ -147,11 +150,19 @@ def find_source(run: Run, tried: TriedStep) -> tuple[NonFiniteSource | None, str
     return source, source.what if source else finite + elsewhere
 
 
-def _advice(run: Run, tried: TriedStep) -> str:
+def _advice(run: Run, tried: TriedStep, source: NonFiniteSource | None) -> str:
     batch = tried.data.rows(tried.rows)
     numbers = batch.data.double()
-    if not batch.is_finite().all():
-        return "Leave these data out, or replace their values that are not finite"
+    numbers = numbers[numbers.isfinite()]
+    # If the step could not be run again, data that are not finite are the first to look at.
+    if source.is_data if source else not batch.is_finite().all():
+        if not any(tensor.isnan().any() for tensor in batch.data_tensors.values()):
+            return "Leave these data out, or replace their values that are not finite"
+        return (
+            "Leave these data out, or replace their values that are not finite. If NaN means missing, train on what is "
+            "known: programs that take a mask, as the parts of this library do, get it from {'x': x, 'observed': "
+            "~x.isnan()}; pyrovae.data.table makes values and mask of a frame"
+        )
     if run.optimizer.has_moved:
         return (
             f"Look at these data; lower the learning rate ({run.optimizer.learning_rate:g} in that step) or clip gradients "
@@ -159,11 +170,16 @@ def _advice(run: Run, tried: TriedStep) -> str:
         )
     if numbers.square().mean().sqrt() <= _LARGE:
         return "No step was made before it, so the learning rate is not the cause: look at these data and at the parameters"
+    how = (
+        "scale the data, (x - x.mean(0)) / x.std(0) for a table without the columns whose x.std(0) is 0 (with a mask, over "
+        "the known cells of each column), or x / 255 for bytes"
+    )
+    if (numbers >= 0).all() and (numbers == numbers.round()).all():
+        how += "; if they are counts, which their likelihood needs as they are, let the encoder's first layer scale them, x.log1p()"
     return (
         f"No step was made before it, so the learning rate is not the cause. The data of that step have mean "
         f"{numbers.mean():.3g} and standard deviation {numbers.std(correction=0):.3g}, from {numbers.min():.3g} to "
-        f"{numbers.max():.3g}: scale the data, (x - x.mean(0)) / x.std(0) for a table without the columns whose x.std(0) is "
-        f"0, or x / 255 for bytes"
+        f"{numbers.max():.3g}: {how}"
     )
 
 
@@ -172,15 +188,29 @@ def find_non_finite(model: Program, guide: Program, loss: ELBO, batch: Batch) ->
 
     Set the random state to that of the step first. Errors of the programs are not caught.
 
+    Data that are not finite may be masked out. They are the cause if finite values in their place mend the step.
+
     Returns:
         The source, or None if all numbers are finite.
     """
-    watch = _Watch(batch.num_data)
     for name, tensor in batch.tensors.items():
-        if not tensor.isfinite().all():
-            rows = _rows(~tensor.isfinite(), 0).any(1).nonzero().squeeze(1) if name in batch.data_tensors else None
-            where = f" in {name}" if len(batch.tensors) > 1 else ""
-            return NonFiniteSource(None, f"the data themselves are not finite{where}", rows)
+        if tensor.isfinite().all():
+            continue
+        with torch.random.fork_rng([batch.device] if batch.device.type == "cuda" else []):
+            if (source := _source_in(model, guide, loss, batch.filled())) is not None:
+                return source
+        with suppress(Exception):  # programs may raise any error for NaN
+            if _source_in(model, guide, loss, batch) is None:
+                return None
+        rows = _rows(~tensor.isfinite(), 0).any(1).nonzero().squeeze(1) if name in batch.data_tensors else None
+        where = f" in {name}" if len(batch.tensors) > 1 else ""
+        return NonFiniteSource(None, f"the data themselves are not finite{where}", rows, is_data=True)
+    return _source_in(model, guide, loss, batch)
+
+
+def _source_in(model: Program, guide: Program, loss: ELBO, batch: Batch) -> NonFiniteSource | None:
+    """The first number that is not finite in the step of this batch."""
+    watch = _Watch(batch.num_data)
     run = differentiable(loss)
     with pyro_checks(False):
         try:
@@ -241,18 +271,31 @@ def _what_is_wrong(message: dict[str, Any], log_prob: Tensor) -> str | None:
 def _source_of_gradient(value: Tensor, terms: list[tuple[str, str, Tensor]]) -> tuple[str | None, str] | None:
     """(name, clause) of a site whose log density is finite but has a gradient that is not."""
     if not _has_bad_gradient(value):
-        return None
+        return _source_of_overflow(value)
     for program, name, log_prob in terms:
         if _has_bad_gradient(log_prob.sum()):
             return name, f"site '{name}' of the {program} has a log density whose gradient is not finite"
     return None, "the gradient of the loss is not finite, though that of each site is"
 
 
+def _source_of_overflow(value: Tensor) -> tuple[None, str] | None:
+    """The clause if each gradient is finite, but not the norm of all, which training checks."""
+    gradients = _gradients(value)
+    if not gradients or nn.utils.get_total_norm(gradients).isfinite():
+        return None
+    largest = max(float(gradient.abs().max()) for gradient in gradients)
+    return None, f"the loss has gradients up to {largest:.1e}, whose squares overflow {gradients[0].dtype}"
+
+
 def _has_bad_gradient(term: Any) -> bool:
+    return any(not gradient.isfinite().all() for gradient in _gradients(term))
+
+
+def _gradients(term: Any) -> list[Tensor]:
     if not isinstance(term, Tensor) or not term.requires_grad:
-        return False
-    gradients = torch.autograd.grad(term, leaves_of(term), retain_graph=True, allow_unused=True)
-    return any(gradient is not None and not gradient.isfinite().all() for gradient in gradients)
+        return []
+    found = torch.autograd.grad(term, leaves_of(term), retain_graph=True, allow_unused=True)
+    return [gradient for gradient in found if gradient is not None]
 
 
 def _rows_with_bad_gradients(loss: Callable[[Batch], Any], batch: Batch) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from pyrovae.common import distributed
 from pyrovae.common.arguments import check_count
-from pyrovae.programs.parameters import check_program
+from pyrovae.programs.parameters import check_program, numbers_of
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.training.acceleration import PRECISIONS, in_precision, step_pays_off
@@ -183,9 +183,7 @@ def prepare(model: Program, guide: Program, train: Any, validation: Any, options
     device = torch.device(options.device)
     loss = check_loss(options.loss)
     modules = modules_behind(model, guide)
-    of_parameters = (parameter.dtype for module in modules for parameter in module.parameters())
-    dtype = next((dtype for dtype in of_parameters if dtype.is_floating_point), None)
-    batches = batches_of(train, options.batch_size, options.transform, device, dtype)
+    batches = batches_of(train, options.batch_size, options.transform, device, numbers_of(model, guide))
     held_out = None if validation is None else ValidationData(validation, batches)
     modules = [module.to(device) for module in modules]
     _check_not_lazy(modules)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from pyrovae.data.forms import as_batch, is_stream
+from pyrovae.data.forms import Numbers, as_batch, is_stream
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.training.attributes import constants_of
@@ -193,7 +193,7 @@ def settings_of(
 def _of_arguments(name: str, data: Any) -> dict[str, str | None]:
     """The arguments that data in memory are, each by its name."""
     # In float64, which rounds nothing.
-    batch = as_batch(data, torch.float64, name, convert=False)
+    batch = as_batch(data, Numbers(torch.float64, converts=False), name)
     items = {f"argument {place}": value for place, value in enumerate(batch.args, 1)}
     items |= {f"argument {key!r}": value for key, value in batch.kwargs.items()}
     found: dict[str, str | None] = {name: ", ".join(items)}

@@ -89,7 +89,8 @@ class Steps:
         if self.compiles and number > 1 and len(first[1]) == full:
             self.compiles = False
             self.recorded = record_step(
-                *(*run.programs, run.loss, run.optimizer, run.modules, run.batches.transform, run.batches.dtype), *first
+                *(*run.programs, run.loss, run.optimizer, run.modules, run.batches.transform, run.batches.numbers),
+                *first,
             )
         sums = EpochSums(full_size, objective=torch.zeros((), dtype=torch.float64, device=run.device))
         unseen: list[TriedStep] = []

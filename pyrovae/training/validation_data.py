@@ -49,7 +49,7 @@ class ValidationData:
         self.items: Batch | None = None
         self.stream: Any = None
         if not is_stream(data):
-            self.items = read_items("validation", data, self.transform, train.dtype).to(self.device)
+            self.items = read_items("validation", data, self.transform, train.numbers).to(self.device)
         else:
             self.stream = data
             if not isinstance(data, DataLoader):
@@ -76,10 +76,10 @@ class ValidationData:
             raise ValueError("validation must have at least one batch, found a DataLoader that gave none")
 
     def _made(self, item: Any) -> Batch:
-        form, dtype = form_of(item), self.train.dtype
+        form, numbers = form_of(item), self.train.numbers
         if self.transform is not None and form is not None and form == self.train.form:
-            return transformed(on_device(item, dtype, self.device), self.transform, dtype)
-        return as_batch(item, dtype, "validation", convert=dtype is not None)
+            return transformed(on_device(item, numbers, self.device), self.transform, numbers)
+        return as_batch(item, numbers, "validation")
 
 
 def _in_one_order(loader: DataLoader) -> Iterator[Any]:
