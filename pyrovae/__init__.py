@@ -10,8 +10,8 @@ from pyrovae import (
     plots,
     priors,
 )
-from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo
-from pyrovae.annealing.bounds import annealed_importance_sampling, bidirectional_monte_carlo
+from pyrovae.annealing.annealed_sampling import annealed_importance_sampling
+from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo, bidirectional_monte_carlo
 from pyrovae.annealing.difference import DifferenceEstimate, anneal_a_slice
 from pyrovae.annealing.rate_distortion import RateDistortion, rate_distortion
 from pyrovae.annealing.smc import sequential_monte_carlo

@@ -271,7 +271,7 @@ PARTS = [
     ),
     Mutation(
         "bits per dimension: of the density without the bins",
-        "estimators/bits.py",
+        "estimators/compression.py",
         "-(log_prob.double() + log_volume)",
         "-log_prob.double()",
         in_file("estimators/test_bits.py", "codes_of_known_length", "units_do_not_matter"),
@@ -474,7 +474,7 @@ ANNEALING = [
     ),
     Mutation(
         "bidirectional bound: 1 / w taken for w",
-        "annealing/bounds.py",
+        "annealing/bidirectional.py",
         "-estimators.importance_weighted_bound(-back.log_weights)",
         "estimators.importance_weighted_bound(back.log_weights)",
         in_file("annealing/test_annealing.py", "both_bounds_of_known_weights_by_hand"),

@@ -1,23 +1,24 @@
 """Blocks of data for annealing, each with its potential and its tuned kernels."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 
 from pyrovae.annealing.chains import Kernels, num_pilot_kernels, tune
-from pyrovae.annealing.potential import Potential, block_potential
+from pyrovae.annealing.potential import Potential, block_potential, prior_of
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import warn_once
 from pyrovae.compiled.policy import pays_off
 from pyrovae.compiled.record import Recording
-from pyrovae.evaluation.options import Options
+from pyrovae.evaluation.opening import Options, Prepare
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.reach import modules_behind
+from pyrovae.programs.traces import Program
 
-__all__ = ["AnnealingOptions", "TunedBlock", "tuned_blocks"]
+__all__ = ["AnnealingOptions", "TunedBlock", "tuned_blocks", "with_prior"]
 
 _FEWEST_PILOT_CHAINS = 4
 
@@ -33,10 +34,21 @@ class AnnealingOptions(Options):
 
     counts: ClassVar[tuple[str, ...]] = ("num_chains", "num_temperatures", "num_leapfrog_steps")
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], **others: Any) -> Self:
+        """Take the options from a public function's arguments, `locals()`, and from `others` in place of these."""
+        given = {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
+        return cls(**{**given, **others})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.schedule not in ("adaptive", "sigmoidal"):
             raise ValueError(f"schedule must be 'adaptive' or 'sigmoidal', found {self.schedule!r}")
+
+
+def with_prior(model: Program, guide: Program | None = None) -> Prepare:
+    """Return what `opened` asks for: the chains start from the model's prior if there is no guide."""
+    return lambda args, kwargs: (model, guide or prior_of(model), args, kwargs)
 
 
 class TunedBlock(NamedTuple):

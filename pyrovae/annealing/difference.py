@@ -7,12 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrovae.annealing.bounds import annealed_importance_sampling
+from pyrovae.annealing.annealed_sampling import annealed_importance_sampling
 from pyrovae.annealing.potential import prior_of
 from pyrovae.common.arguments import check_count
 from pyrovae.data.forms import Batch
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
-from pyrovae.evaluation.options import evaluation_of
+from pyrovae.evaluation.opening import evaluation_of
 from pyrovae.programs.splitting import inspect
 from pyrovae.programs.traces import Program
 
@@ -189,7 +189,7 @@ def anneal_a_slice(
     num_annealed = check_count("num_annealed", num_annealed, least=2)
     if num_annealed > num_data:
         raise ValueError(f"num_annealed must be at most the number of data, {num_data}; found {num_annealed}")
-    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (_, args, kwargs):
+    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (args, kwargs):
         batch = Batch(args, kwargs, num_data)
         if not any(tensor.ndim and len(tensor) == num_data for tensor in batch.tensors.values()):
             found = {place: tuple(tensor.shape) for place, tensor in batch.tensors.items()}

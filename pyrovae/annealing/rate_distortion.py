@@ -9,16 +9,13 @@ from torch import Tensor
 
 from pyrovae import estimators
 from pyrovae.annealing.bidirectional import BidirectionalMonteCarlo
-from pyrovae.annealing.blocks import AnnealingOptions, TunedBlock, tuned_blocks
+from pyrovae.annealing.blocks import AnnealingOptions, TunedBlock, tuned_blocks, with_prior
 from pyrovae.annealing.chains import anneal
-from pyrovae.annealing.potential import prior_of
 from pyrovae.estimators.compression import rate_and_distortion
-from pyrovae.estimators.standard_error import standard_error
+from pyrovae.estimators.reducers import standard_error
 from pyrovae.evaluation.log_weights import until_interrupted
-from pyrovae.evaluation.options import evaluation_of
+from pyrovae.evaluation.opening import opened
 from pyrovae.programs.pair import Pair
-from pyrovae.programs.particles import refuse_more_than_memory
-from pyrovae.programs.splitting import inspect
 from pyrovae.programs.traces import Program
 
 __all__ = ["RateDistortion", "rate_distortion"]
@@ -213,19 +210,8 @@ def rate_distortion(
         Huang, Makhzani, Cao & Grosse, Evaluating Lossy Compression Rates of Deep Generative Models (2020).
         Alemi, Poole, Fischer, Dillon, Saurous & Murphy, Fixing a Broken ELBO (2018), for rate and distortion of VAEs.
     """
-    options = AnnealingOptions(
-        num_chains=num_chains,
-        num_temperatures=num_temperatures,
-        num_leapfrog_steps=num_leapfrog_steps,
-        schedule="sigmoidal",
-        plate=plate,
-        data_batch_size=data_batch_size,
-        compile=compile,
-        progress=progress,
-    )
-    with evaluation_of(model, args=args, kwargs=kwargs) as (device, args, kwargs):
-        refuse_more_than_memory("num_chains", options.num_chains, device)
-        pair = inspect(model, prior_of(model), args, kwargs, options.plate, options.data_batch_size)
+    options = AnnealingOptions.of(locals(), schedule="sigmoidal")
+    with opened(model, None, args, kwargs, options, with_prior(model)) as pair:
         parts = until_interrupted(_curves(pair, options))
     beta = parts[0].beta.double().cpu()  # the same in all blocks
     points = (torch.cat(values, -1).cpu() for values in zip(*(part[1:] for part in parts), strict=True))

@@ -7,13 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyrovae.annealing.annealed_sampling import anneal_parts
 from pyrovae.annealing.blocks import AnnealingOptions, TunedBlock
-from pyrovae.annealing.bounds import anneal_parts
 from pyrovae.annealing.chains import Annealed, Kernels, factor, move, start
 from pyrovae.annealing.potential import Potential
 from pyrovae.common.arguments import check_count
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
-from pyrovae.evaluation.streams import parts_of
+from pyrovae.evaluation.opening import parts_of
 from pyrovae.programs.traces import Program
 
 __all__ = ["run_populations", "sequential_monte_carlo", "systematic_ancestors"]
@@ -162,16 +162,7 @@ def sequential_monte_carlo(
     """
     num_populations = check_count("num_populations", num_populations)
     num_chains = check_count("num_chains", num_chains, least=2)
-    options = AnnealingOptions(
-        num_chains=num_populations * num_chains,
-        num_temperatures=num_temperatures,
-        num_leapfrog_steps=num_leapfrog_steps,
-        schedule=schedule,
-        plate=plate,
-        data_batch_size=data_batch_size,
-        compile=compile,
-        progress=progress,
-    )
+    options = AnnealingOptions.of(locals(), num_chains=num_populations * num_chains)
 
     def run(block: TunedBlock) -> Annealed:
         return run_populations(block.potential, block.kernels, num_populations, block.tick)

@@ -5,7 +5,7 @@ for each of N data. Every function maps (S, N) -> (N,), computes in float64 and 
 only decides which differences count as rounding. The functions need only torch, and ArviZ for the Pareto fit.
 """
 
-from pyrovae.estimators.bits import bits_per_dim
+from pyrovae.estimators.compression import bits_per_dim
 from pyrovae.estimators.jackknife import jackknife, jackknife_2
 from pyrovae.estimators.reducers import (
     bound_curve,

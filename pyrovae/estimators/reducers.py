@@ -1,4 +1,4 @@
-"""Bounds on log p(x) and their errors, from log importance weights (S, N) -> (N,)."""
+"""Bounds on log p(x) and their errors, from log importance weights (S, N) -> (N,), and the error of their mean over data."""
 
 import math
 
@@ -16,6 +16,7 @@ __all__ = [
     "gap_stderr",
     "importance_weighted_bound",
     "importance_weighted_bound_stderr",
+    "standard_error",
 ]
 
 
@@ -215,3 +216,16 @@ def _divisor_chain(number: int) -> list[int]:
             chain.append(chain[-1] * factor)
         factor += 1
     return chain
+
+
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean over data; NaN for one datum.
+
+        sd(values) / sqrt(N)
+
+    Shapes: (N,), in the unit of the values.
+
+    Args:
+        values: One value per datum, (N,).
+    """
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -11,7 +11,7 @@ from pyro.poutine.util import site_is_factor
 from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import import_arviz
-from pyrovae.evaluation.options import evaluation_of
+from pyrovae.evaluation.opening import evaluation_of
 from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.log_densities import log_weights_of
@@ -159,7 +159,7 @@ def _draws(
         draws.setdefault(group, {}).setdefault(name, []).append(_array(layout, site, value, event_dim))
 
     with (
-        evaluation_of(model, guide, args=args, kwargs={}) as (_, args, _),
+        evaluation_of(model, guide, args=args, kwargs={}) as (args, _),
         progress_bar("draws", num_draws, "draws", progress) as bar,
     ):
         guide = as_guide(guide)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
-from pyrovae.evaluation.options import evaluation_of
+from pyrovae.evaluation.opening import evaluation_of
 from pyrovae.guides.base import Guide
 from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.inspection import inspect_pair
@@ -161,7 +161,7 @@ def simulation_based_calibration(
         Calibration (2018).
     """
     num_draws = check_count("num_draws", num_draws)
-    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (_, args, kwargs):
+    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (args, kwargs):
         trace, program, args, kwargs = simulate(model, guide, args, kwargs)
         guide = as_guide(guide)
         pair = inspect_pair(program, guide, args, kwargs, plate)

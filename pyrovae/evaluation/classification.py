@@ -8,12 +8,11 @@ from torch import Tensor
 
 from pyrovae.common.progress import progress_bar
 from pyrovae.evaluation.log_weights import can_vectorise, draw
-from pyrovae.evaluation.options import SamplingOptions, evaluation_of
+from pyrovae.evaluation.opening import SamplingOptions, opened
 from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.log_densities import summed_posterior, values_of_sum
 from pyrovae.programs.pair import Block, Pair
-from pyrovae.programs.particles import refuse_more_than_memory
-from pyrovae.programs.splitting import inspect
+from pyrovae.programs.particles import collect_chunks
 from pyrovae.programs.traces import Program
 
 __all__ = ["Classification", "classify"]
@@ -112,9 +111,7 @@ def classify(
         particle_batch_size=particle_batch_size,
         progress=progress,
     )
-    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (device, args, kwargs):
-        refuse_more_than_memory("num_particles", options.num_particles, device)
-        pair = inspect(model, guide, args, kwargs, options.plate, options.data_batch_size)
+    with opened(model, guide, args, kwargs, options) as pair:
         name = _site_of(pair, site)
         first = draw(pair, pair.block(0, min(2, pair.num_data)), None)
         values = values_of_sum(first.model_trace.nodes[name])
@@ -125,7 +122,8 @@ def classify(
         parts = []
         with progress_bar("classes", pair.num_data, "data", options.progress) as bar:
             for start, stop in pair.blocks(block_size):
-                parts.append(_of_block(pair, pair.block(start, stop), name, options.num_particles, size))
+                part, size = _of_block(pair, pair.block(start, stop), name, options.num_particles, size)
+                parts.append(part)
                 bar.update(stop - start)
     probs, stderr, ess = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     if not pair.draws:
@@ -154,21 +152,25 @@ def _site_of(pair: Pair, site: str | None) -> str:
     return names[0] if site is None else site
 
 
-def _of_block(pair: Pair, block: Block, site: str, num_particles: int, size: int | None) -> tuple[Tensor, ...]:
-    """(probs, stderr, ess) of a block of data; `size`: particles drawn together, None for one by one."""
+def _of_block(
+    pair: Pair, block: Block, site: str, num_particles: int, chunk_size: int | None
+) -> tuple[tuple[Tensor, ...], int | None]:
+    """(probs, stderr, ess) of a block of data, and the chunk size that memory allows; None draws one by one."""
     num_particles = num_particles if pair.draws else 1  # every particle is the same
-    log_weights, shares = [], []
-    left = num_particles
-    while left:
-        count = None if size is None else min(size, left)
-        found = draw(pair, block, count)
-        log_weights.append(found.log_weights.double())
-        shares.append(summed_posterior(block.layout, found.model_trace, found.guide_trace, site, count).double())
-        left -= count or 1
-    log_weight, share = (
-        torch.cat(log_weights),
-        torch.cat([part.expand(len(w), -1, -1, -1) for part, w in zip(shares, log_weights, strict=True)]),
-    )
+    shares: list[Tensor] = []
+
+    def chunk(size: int | None, _: bool) -> tuple[Tensor, Tensor]:
+        found = draw(pair, block, size)
+        share = summed_posterior(block.layout, found.model_trace, found.guide_trace, site, size).double()
+        return found.log_weights, share.expand(len(found.log_weights), -1, -1, -1)
+
+    def use(chunk: tuple[Tensor, Tensor]) -> Tensor:
+        log_weights, share = chunk
+        shares.append(share)
+        return log_weights
+
+    log_weights, chunk_size = collect_chunks(chunk, use, num_particles, chunk_size, block.layout.num_data)
+    log_weight, share = log_weights.double(), torch.cat(shares)
     if (impossible := (log_weight == -torch.inf).all(0)).any():
         raise ValueError(
             f"all {num_particles:,} particles have weight 0 for {int(impossible.sum()):,} of {len(impossible):,} data, so "
@@ -177,4 +179,5 @@ def _of_block(pair: Pair, block: Block, site: str, num_particles: int, size: int
     weight = log_weight.softmax(0)
     probs = (weight[..., None, None] * share).sum(0)
     stderr = (weight[..., None, None] * (share - probs)).square().sum(0).sqrt()
-    return (*(part.squeeze(1) if part.shape[1] == 1 else part for part in (probs, stderr)), 1 / weight.square().sum(0))
+    probs, stderr = (part.squeeze(1) if part.shape[1] == 1 else part for part in (probs, stderr))
+    return (probs, stderr, 1 / weight.square().sum(0)), chunk_size

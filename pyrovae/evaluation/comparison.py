@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from pyrovae.estimators.standard_error import standard_error
+from pyrovae.estimators.reducers import standard_error
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 
 __all__ = ["Comparison", "ComparisonRow", "compare"]

@@ -11,8 +11,7 @@ from pyrovae.common.arguments import check_count
 from pyrovae.common.progress import progress_bar
 from pyrovae.evaluation.log_weights import log_weight_blocks, until_interrupted
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
-from pyrovae.evaluation.options import SamplingOptions
-from pyrovae.evaluation.streams import parts_of
+from pyrovae.evaluation.opening import SamplingOptions, parts_of
 from pyrovae.guides.base import Guide
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program

@@ -12,11 +12,11 @@ from torch import Tensor
 from pyrovae.common.networks import Inputs
 from pyrovae.common.progress import progress_bar
 from pyrovae.compiled.policy import pays_off
-from pyrovae.estimators.standard_error import standard_error
+from pyrovae.estimators.reducers import standard_error
 from pyrovae.evaluation.importance_sampling import log_marginal_likelihood
 from pyrovae.evaluation.log_weights import log_weights
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
-from pyrovae.evaluation.options import Options, evaluation_of
+from pyrovae.evaluation.opening import Options, evaluation_of
 from pyrovae.guides.base import Guide, check_guide
 from pyrovae.guides.refinement import Refined
 from pyrovae.programs.traces import Program
@@ -181,7 +181,7 @@ def inference_gaps(
         )
     data = Inputs(x, context, observed)
     with (
-        evaluation_of(guide, model, args=data.args, kwargs=data.kwargs) as (_, args, kwargs),
+        evaluation_of(guide, model, args=data.args, kwargs=data.kwargs) as (args, kwargs),
         progress_bar("refining", len(x), "data", progress) as bar,
     ):
         data = Inputs(args[0], args[1] if len(args) > 1 else None, kwargs.get("observed"))

@@ -11,12 +11,11 @@ from torch.distributions import Independent
 
 from pyrovae.common.arguments import check_count, map_tensors
 from pyrovae.common.progress import progress_bar
-from pyrovae.estimators.standard_error import standard_error
-from pyrovae.evaluation.options import evaluation_of
+from pyrovae.estimators.reducers import standard_error
+from pyrovae.evaluation.opening import Options, opened
 from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.log_densities import log_likelihood_of, log_weights_of
 from pyrovae.programs.pair import Pair, choose_rows, encode_once, guide_given
-from pyrovae.programs.splitting import inspect
 from pyrovae.programs.traces import Layout, Program, run_pair, sample_sites, select_data, trace_program
 
 __all__ = ["LatentUse", "latent_use"]
@@ -157,8 +156,7 @@ def latent_use(
         Lucas, Tucker, Grosse & Norouzi, Don't Blame the ELBO! A Linear VAE Perspective on Posterior Collapse (2019).
     """
     num_draws = check_count("num_draws", num_draws, least=2)
-    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (_, args, kwargs):
-        pair = inspect(model, guide, args, kwargs, plate)
+    with opened(model, guide, args, kwargs, Options(plate=plate)) as pair:
         if isinstance(pair.model, SummedOut) or isinstance(pair.guide, SummedOut):
             raise ValueError(
                 "sites marked for enumeration are summed out, so they have no draws whose use could be measured: draw "

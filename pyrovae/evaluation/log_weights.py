@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import warn_once
 from pyrovae.compiled.policy import pays_off
-from pyrovae.evaluation.options import SamplingOptions, evaluation_of
+from pyrovae.evaluation.opening import SamplingOptions, opened
 from pyrovae.evaluation.recorded_draw import RecordedDraw, record_draw
 from pyrovae.guides.base import Guide
 from pyrovae.programs.inspection import refuse_impossible_data
 from pyrovae.programs.log_densities import log_weights_of
 from pyrovae.programs.pair import Block, Pair, guide_given
-from pyrovae.programs.particles import halved, refuse_more_than_memory, run_particles
+from pyrovae.programs.particles import collect_chunks, run_particles
 from pyrovae.programs.reach import modules_behind
-from pyrovae.programs.splitting import inspect
 from pyrovae.programs.traces import Program
 
 __all__ = ["Drawn", "can_vectorise", "draw", "log_weight_blocks", "log_weights", "until_interrupted"]
@@ -77,9 +76,7 @@ def log_weight_blocks(
 ) -> Iterator[tuple[Tensor, int, int]]:
     """Yield the log weights in blocks of data, in order: (array (S, B), number of data done, number of data in all)."""
     num_particles = options.num_particles
-    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (device, args, kwargs):
-        refuse_more_than_memory("num_particles", num_particles, device)
-        pair = inspect(model, guide, args, kwargs, options.plate, options.data_batch_size)
+    with opened(model, guide, args, kwargs, options) as pair:
         block_size, chunk_size = pair.sizes(num_particles, options.data_batch_size, options.particle_batch_size)
         if not pair.draws:  # all latents are summed out: every particle has the same weight, log p(x)
             for start, stop in pair.blocks(block_size):
@@ -168,31 +165,20 @@ def _draw_block(
     pair: Pair, block: Block, num_particles: int, chunk_size: int, vectorised: bool, recorded: _RecordedChunk | None
 ) -> tuple[Tensor, int]:
     """Log weights (S, B) of a block, by the recording if it has this chunk size; and the chunk size that memory allows."""
-    # Allocate one array at the start: small arrays kept among large ones that are freed prevent the heap from
-    # shrinking.
-    log_weights = torch.empty(0)
-    drawn = 0
     next_chunk: Callable[[], Tensor] | None = None
-    while drawn < num_particles:
-        size = min(chunk_size, num_particles - drawn) if vectorised else None
-        too_many = None
-        try:
-            # The first chunk of each block is drawn eagerly, with every check.
-            if drawn and recorded is not None and (block.layout.num_data, size) == recorded.sizes:
-                next_chunk = next_chunk or recorded.draw.given(block.encoded, block.args, block.kwargs)
-                chunk = next_chunk()
-            else:
-                chunk = _draw_checked(pair, block, size) if not drawn else draw(pair, block, size).log_weights
-        except torch.OutOfMemoryError as error:
-            too_many = error.with_traceback(None)  # the frames of the traceback keep large tensors alive
-        if too_many is not None:
-            chunk_size = halved(size, block.layout.num_data, too_many)
-            continue
-        if not drawn:
-            log_weights = chunk.new_empty(num_particles, chunk.shape[1])
-        log_weights[drawn : drawn + len(chunk)] = chunk
-        drawn += len(chunk)
-    return log_weights, chunk_size
+
+    def chunk(size: int | None, is_first: bool) -> Tensor:
+        nonlocal next_chunk
+        if is_first:  # drawn eagerly, with every check
+            return _draw_checked(pair, block, size)
+        if recorded is None or (block.layout.num_data, size) != recorded.sizes:
+            return draw(pair, block, size).log_weights
+        next_chunk = next_chunk or recorded.draw.given(block.encoded, block.args, block.kwargs)
+        return next_chunk()
+
+    size = chunk_size if vectorised else None
+    log_weights, fits = collect_chunks(chunk, lambda weights: weights, num_particles, size, block.layout.num_data)
+    return log_weights, fits or chunk_size
 
 
 def _draw_checked(pair: Pair, block: Block, size: int | None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import estimators
-from pyrovae.estimators.standard_error import standard_error
+from pyrovae.estimators.reducers import standard_error
 from pyrovae.estimators.weights import Weights
 
 __all__ = ["LogMarginalLikelihood", "estimate"]
@@ -264,7 +264,7 @@ class LogMarginalLikelihood:
         return "sequential Monte Carlo" if self.resampled else "annealed importance sampling"
 
     def bits_per_dim(self, num_dims: int, *, bin_width: float = 1.0) -> Tensor:
-        """Return the code length in bits per dimension of the data (N,); see `pyrovae.estimators.bits_per_dim`.
+        """Return the code length in bits per dimension of the data (N,); see `pyrovae.estimators.compression_per_dim`.
 
         Args:
             num_dims: numbers in a datum

@@ -59,7 +59,8 @@ def inspect_pair(
             guide that does not cover what prior and data allow; data outside the support of their likelihood.
     """
     with find_modules():
-        model_trace, guide_trace = run_pair(model, guide, args, kwargs)
+        guide_trace = trace_program(guide, args, kwargs)
+        model_trace = trace_program(model, args, kwargs, guide_trace)
         prior_trace = _prior_trace(model, args, kwargs, model_trace)
     if replaced := replaced_parameters():
         raise ValueError(

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from pyro.poutine import Trace
@@ -11,9 +13,11 @@ from pyrovae.programs.equivalence import equivalent
 from pyrovae.programs.log_densities import log_weights_of
 from pyrovae.programs.traces import Layout, Program, run_pair, select_particle, under_particles
 
-__all__ = ["halved", "reason_to_loop", "refuse_more_than_memory", "run_particles"]
+__all__ = ["check_memory", "collect_chunks", "reason_to_loop", "run_particles"]
 
 _logger = logging.getLogger("pyrovae")
+
+_Chunk = TypeVar("_Chunk")
 
 
 def run_particles(
@@ -49,7 +53,7 @@ def reason_to_loop(model: Program, guide: Program, args: tuple, kwargs: dict, la
 _BYTES_PER_WEIGHT = 16  # each weight is kept in the programs' precision and in float64
 
 
-def refuse_more_than_memory(name: str, number: int, device: torch.device | None) -> None:
+def check_memory(name: str, number: int, device: torch.device | None) -> None:
     """Raise ValueError if `number` weights of one datum do not fit into the memory of the device or machine."""
     if device is not None and device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -64,7 +68,52 @@ def refuse_more_than_memory(name: str, number: int, device: torch.device | None)
         )
 
 
-def halved(num_particles: int | None, num_data: int, error: torch.OutOfMemoryError) -> int:
+def collect_chunks(
+    draw: Callable[[int | None, bool], _Chunk],
+    use: Callable[[_Chunk], Tensor],
+    num_particles: int,
+    chunk_size: int | None,
+    num_data: int,
+) -> tuple[Tensor, int | None]:
+    """Draw the particles of a block of data in chunks that fit into memory.
+
+    Args:
+        draw: Draws a chunk: draw(number of particles, or None for one without an outer plate; whether it is the first).
+            It is called again with fewer particles if memory does not suffice.
+        use: Takes each chunk once, and gives its log weights (chunk, B).
+        num_particles: S.
+        chunk_size: Particles per chunk, at most; None draws them one by one.
+        num_data: B.
+
+    Returns:
+        The log weights (S, B), and the chunk size that memory allows.
+
+    Raises:
+        RuntimeError: A single particle does not fit.
+    """
+    # Allocate one array at the start: small arrays kept among large ones that are freed prevent the heap from
+    # shrinking.
+    log_weights = torch.empty(0)
+    drawn = 0
+    while drawn < num_particles:
+        size = None if chunk_size is None else min(chunk_size, num_particles - drawn)
+        too_many = None
+        try:
+            chunk = draw(size, not drawn)
+        except torch.OutOfMemoryError as error:
+            too_many = error.with_traceback(None)  # the frames of the traceback keep large tensors alive
+        if too_many is not None:
+            chunk_size = _halved(size, num_data, too_many)
+            continue
+        weights = use(chunk)
+        if not drawn:
+            log_weights = weights.new_empty(num_particles, weights.shape[1])
+        log_weights[drawn : drawn + len(weights)] = weights
+        drawn += len(weights)
+    return log_weights, chunk_size
+
+
+def _halved(num_particles: int | None, num_data: int, error: torch.OutOfMemoryError) -> int:
     """Halve a number of particles that did not fit into memory, and log it; RuntimeError if it was one particle."""
     if num_particles is None or num_particles == 1:
         raise RuntimeError(

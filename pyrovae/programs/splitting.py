@@ -28,6 +28,14 @@ _LOOK = 2**19  # numbers of data that pass through the program at once to inspec
 _OF_MODULES = "$$$"  # marks the parameters that Pyro's store has from a module
 
 
+class _Programs(NamedTuple):
+    model: Program
+    guide: Program
+    args: tuple
+    kwargs: dict
+    plate: str | None
+
+
 @torch.no_grad()
 def inspect(
     model: Program,
@@ -59,9 +67,29 @@ def inspect(
     programs = _Programs(model, as_guide(guide), args, kwargs, plate)
     tensors: list[Tensor] = []
     map_tensors(tensors.append, (args, kwargs))
+    sizes: dict[int, int] = {}  # numbers in a row of all tensors of one length, by that length
+    for tensor in tensors:
+        if tensor.ndim and len(tensor) > 1 and data_batch_size is not None:
+            sizes[len(tensor)] = sizes.get(len(tensor), 0) + tensor.numel() // len(tensor)
+    # If the first call creates parameters, it must see all the data, not only the few that are inspected.
+    if sizes and any(_is_unready(module) for root in modules_behind(programs.guide) for module in root.modules()):
+        trace_program(programs.guide, args, kwargs)
+    store = pyro.get_param_store()
+    known = set(store.keys())
     found = None
-    if data_batch_size is not None:
-        found = _find_split(programs, tensors, fewest=1 if data_batch_size == 1 else 2)
+    for is_second in (False, True):
+        for length, row_size in sizes.items():
+            with suppress(Exception):  # any error on a part of the data: the program is run again on all of them
+                found = length, _inspect_some(programs, length, row_size, 1 if data_batch_size == 1 else 2)
+                break
+        made = [name for name in store.keys() if name not in known and _OF_MODULES not in name]  # noqa: SIM118
+        if is_second or not made:
+            break
+        # Parameters made on a few data may have their size: make them again on all of the data.
+        found = None
+        for name in made:
+            del store[name]
+        run_pair(model, programs.guide, args, kwargs)
     # A program that was refused on a few data is refused here on all of them, with the reason.
     split_size, pair = found or (None, _inspect_whole(programs))
     if split_size is None and data_batch_size not in (None, "auto"):
@@ -70,25 +98,22 @@ def inspect(
             f"plate does not take its size from the tensors passed, or data influence each other; pass "
             f"data_batch_size=None to evaluate them together"
         )
+    return _with_all_data(pair, programs, split_size, is_cuda=any(tensor.is_cuda for tensor in tensors))
+
+
+def _with_all_data(pair: InspectedPair, programs: _Programs, split_size: int | None, is_cuda: bool) -> Pair:
+    """The pair that was inspected, perhaps on some of the data, with all of them."""
     return Pair(
         pair.model,
         pair.guide.around(programs.guide) if isinstance(pair.guide, SummedOut) else programs.guide,
-        *(args, kwargs),
+        *(programs.args, programs.kwargs),
         layout=pair.layout._replace(num_data=split_size or pair.layout.num_data),
         split_size=split_size,
         row_size=_row_size(pair),
         draws=any(not site["is_observed"] for _, site in sample_sites(pair.model_trace))
         or not isinstance(pair.model, SummedOut),
-        is_cuda=any(tensor.is_cuda for tensor in tensors),
+        is_cuda=is_cuda,
     )
-
-
-class _Programs(NamedTuple):
-    model: Program
-    guide: Program
-    args: tuple
-    kwargs: dict
-    plate: str | None
 
 
 def _inspect_whole(programs: _Programs) -> InspectedPair:
@@ -100,35 +125,6 @@ def _inspect_whole(programs: _Programs) -> InspectedPair:
         raise
 
 
-def _find_split(programs: _Programs, tensors: list[Tensor], fewest: int) -> tuple[int, InspectedPair] | None:
-    """(first size of the tensors that can be cut into blocks of at least `fewest` rows, the pair on some of the data)."""
-    model, guide, args, kwargs, _ = programs
-    sizes = {len(tensor): 0 for tensor in tensors if tensor.ndim and len(tensor) > 1}
-    for tensor in tensors:
-        if tensor.ndim and len(tensor) in sizes:
-            sizes[len(tensor)] += tensor.numel() // len(tensor)
-    # If the first call creates parameters, it must see all the data, not only the few that are inspected.
-    if sizes and any(_is_unready(module) for root in modules_behind(guide) for module in root.modules()):
-        trace_program(guide, args, kwargs)
-    store = pyro.get_param_store()
-    known = set(store.keys())
-    found = None
-    for is_second in (False, True):
-        for length, row_size in sizes.items():
-            with suppress(Exception):  # any error on a part of the data: the program is run again on all of them
-                found = length, _inspect_some(programs, length, row_size, fewest)
-                break
-        made = [name for name in store.keys() if name not in known and _OF_MODULES not in name]  # noqa: SIM118
-        if is_second or not made:
-            break
-        # Parameters made on a few data may have their size: make them again on all of the data.
-        found = None
-        for name in made:
-            del store[name]
-        run_pair(model, guide, args, kwargs)
-    return found
-
-
 def _inspect_some(programs: _Programs, length: int, row_size: int, fewest: int) -> InspectedPair:
     """Inspect the pair on some rows of the tensors of this length; ValueError if pieces do not give the whole's weights.
 
@@ -138,7 +134,8 @@ def _inspect_some(programs: _Programs, length: int, row_size: int, fewest: int) 
     head, many = min(length, HEAD), min(length, max(HEAD, _LOOK // row_size))
     rows = _some(length, head)
     args, kwargs = map_tensors(choose_rows(length, rows), (args, kwargs))
-    guide = guide_given(guide, encode_once(guide, args, kwargs))
+    if isinstance(guide, EncodesOnce):
+        guide = guide_given(guide, encode_once(guide, args, kwargs))
     pair = inspect_pair(model, guide, args, kwargs, plate, is_split=True)
     layout, traces = pair.layout, (pair.model_trace, pair.guide_trace)
     # A subsample size such as min(32, len(x)) keeps these few data whole, but would subsample more data.

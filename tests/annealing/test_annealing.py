@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoNormal
 from shared.exact import gamma_poisson, potential_of, two_sites
 
 import pyrovae as pv
-from pyrovae.annealing import bounds, chains
+from pyrovae.annealing import bidirectional, chains
 from pyrovae.annealing.chains import Annealed, anneal, anneal_back, sigmoidal_schedule, tune
 
 
@@ -162,8 +162,8 @@ def test_both_bounds_of_known_weights_by_hand(linear_gaussian, monkeypatch, shor
             weights.log().expand(4, 5), potential.coordinates.u, torch.full((5,), acceptance)
         )
 
-    monkeypatch.setattr(bounds, "anneal", known(0.6))
-    monkeypatch.setattr(bounds, "anneal_back", known(0.8))
+    monkeypatch.setattr(bidirectional, "anneal", known(0.6))
+    monkeypatch.setattr(bidirectional, "anneal_back", known(0.8))
     x = linear_gaussian.data(5)
     result = pv.bidirectional_monte_carlo(linear_gaussian.model, x, num_chains=4, num_temperatures=5, compile=False)
     inverse = 1 / weights

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyrovae as pv
-from pyrovae.annealing import bounds
+from pyrovae.annealing import annealed_sampling
 from pyrovae.common.reporting import import_arviz
 from pyrovae.estimators.weights import Weights
 from pyrovae.evaluation import importance_sampling
@@ -43,7 +43,7 @@ def guide(x):
 
 @pytest.fixture
 def _with_harmonic_mean(monkeypatch):
-    for module in (importance_sampling, bounds):
+    for module in (importance_sampling, annealed_sampling):
         monkeypatch.setattr(module, "LogMarginalLikelihood", WithHarmonicMean)
 
 
