@@ -211,9 +211,7 @@ def _reconstruction(layout: Layout, trace: poutine.Trace) -> Tensor:
 def _another(count: int) -> Tensor:
     """For each of `count` data, the position of another one at random; each position occurs once."""
     order = torch.randperm(count)
-    giver = torch.empty_like(order)
-    giver[order] = order.roll(1)
-    return giver
+    return order.roll(1)[order.argsort()]
 
 
 class _Sums:
@@ -221,7 +219,8 @@ class _Sums:
 
     def __init__(self, num_data: int, num_draws: int) -> None:
         self.num_data, self.num_draws = num_data, num_draws
-        self.own, self.other, self.given, self.prior, self.kl = torch.zeros(5, num_data, dtype=torch.float64)
+        self.per_datum = torch.zeros(5, num_data, dtype=torch.float64)
+        self.own, self.other, self.given, self.prior, self.kl = self.per_datum
         self.names: list[str] = []
         self.codes = self.squared_codes = self.priors = self.squared_priors = torch.zeros(0)
         self.kl_parts: Tensor | None = torch.zeros(())
@@ -257,9 +256,7 @@ class _Sums:
 
     def result(self) -> LatentUse:
         num_data, num_draws = self.num_data, self.num_draws
-        own, other, given, prior, kl = (
-            total / num_draws for total in (self.own, self.other, self.given, self.prior, self.kl)
-        )
+        own, other, given, prior, kl = self.per_datum / num_draws
         # Each datum enters twice, as the one that is reconstructed and as the one whose code is given: both means are
         # part of its influence on the estimate.
         influence = own - other - given
@@ -294,9 +291,8 @@ def _by_datum(values: Tensor, site: dict, layout: Layout) -> Tensor:
 def _per_element(site: dict) -> Tensor | None:
     """Log density of each element of a site's value; None if the elements depend on each other, or some are masked."""
     distribution, value = site["fn"], site["value"]
-    if isinstance(distribution, Independent) and distribution.reinterpreted_batch_ndims == len(
-        distribution.event_shape
-    ):
+    event_dim = len(distribution.event_shape)
+    if isinstance(distribution, Independent) and distribution.reinterpreted_batch_ndims == event_dim:
         distribution = distribution.base_dist
     if distribution.event_shape or not (site["mask"] is None or site["mask"] is True):
         return None

@@ -5,9 +5,8 @@ then computed, joined, selected, exported to ArviZ and its file, and shown in th
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,98 +14,10 @@ from torch import Tensor
 from pyrovae import estimators
 from pyrovae.estimators.reducers import standard_error
 from pyrovae.estimators.weights import Weights
+from pyrovae.evaluation import declared
+from pyrovae.evaluation.declared import Estimate, estimate
 
-__all__ = ["LogMarginalLikelihood", "estimate"]
-
-_Text = Callable[["LogMarginalLikelihood"], str | None]
-
-
-class _Estimate(NamedTuple):
-    compute: Callable[[Weights], Tensor] | None
-    label: str | None
-    text: str | _Text
-    of_annealed: bool
-
-    def line(self, result: "LogMarginalLikelihood", values: Tensor) -> str | None:
-        """The line of the summary; None if there is none."""
-        if isinstance(self.text, str):
-            said = None if values.isnan().all() else f"{values.mean():10.3f}   {self.text}".rstrip()
-        else:
-            said = self.text(result)
-        return None if self.label is None or said is None else f"  {self.label:16}{said}"
-
-
-def estimate(
-    compute: Callable[[Weights], Tensor] | None,
-    label: str | None = None,
-    text: str | _Text = "",
-    *,
-    of_annealed: bool = True,
-) -> dict[str, Any]:
-    """Metadata that declare a field of `LogMarginalLikelihood`: an estimate (N,) from log weights.
-
-    Args:
-        compute: log weights (S, N) -> (N,); None for numbers that do not come from weights
-        label: name of its line in the summary; None if it has no line of its own
-        text: what the summary's line says after the mean over data. Or a function from the result to everything after
-            the label, or to None to leave out the line. If the mean is unknown, there is no line
-        of_annealed: whether the estimate exists for annealed weights; if not, it is NaN
-    """
-    return {"estimate": _Estimate(compute, label, text, of_annealed)}
-
-
-def _of_log_prob(result: "LogMarginalLikelihood") -> str:
-    known = (
-        f"Monte Carlo error and bias are unknown with one {result._unit}"
-        if result.num_particles == 1
-        else f"± {result.mean_mc_stderr:.3f} Monte Carlo; a lower bound, too low by >= {result.bias_estimate:.3f}"
-    )
-    return f"{result.mean:10.3f}   ± {result.mean_stderr:.3f} over data, {known}"
-
-
-def _of_jackknife(result: "LogMarginalLikelihood") -> str | None:
-    if result.num_particles == 1:
-        return None
-    return (
-        f"{result.jackknife.mean():10.3f}   jackknife; {result.jackknife_2.mean():.3f} of order 2, "
-        f"{result.smoothed.mean():.3f} Pareto-smoothed; not bounds"
-    )
-
-
-def _of_gap(result: "LogMarginalLikelihood") -> str | None:
-    if result.acceptance is not None:
-        return None
-    if result.num_particles == 1:
-        return "   unknown with one particle"
-    return f"{result.gap.mean():10.3f}   a lower estimate of KL(q(z|x) || p(z|x))"
-
-
-def _of_acceptance(result: "LogMarginalLikelihood") -> str | None:
-    return None if result.acceptance is None else f"{result.acceptance.mean():10.2f}   of the trajectories"
-
-
-def _of_ess(result: "LogMarginalLikelihood") -> str | None:
-    return None if result.num_particles == 1 else f"{result.ess.median():10.1f}   median, of {result._counted}"
-
-
-def _of_tails(result: "LogMarginalLikelihood") -> str | None:
-    bad, doubtful = result.share_of_bad_k(), result.share_of_bad_k(0.5)
-    if math.isnan(bad):
-        return None
-    limit, num_data = result.pareto_k_limit, len(result)
-    lines = [f"{result.pareto_k.nanmedian():10.2f}   median; the limit is {limit:.2f}"]
-    if bad > 0:
-        lines.append(
-            f"  {round(bad * num_data):,} of {_data(num_data)} have k > {limit:.2f}, so their estimates cannot be trusted: "
-            f"use more particles, a better guide, or annealed importance sampling"
-        )
-    if doubtful > 0:
-        lines.append(f"  {round(doubtful * num_data):,} have k > 0.5: their standard errors may be too small")
-    return "\n".join(lines)
-
-
-def _data(count: int) -> str:
-    return f"{count:,} {'datum' if count == 1 else 'data'}"
+__all__ = ["LogMarginalLikelihood"]
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -135,18 +46,18 @@ class LogMarginalLikelihood:
     """
 
     num_particles: int
-    log_prob: Tensor = field(metadata=estimate(estimators.importance_weighted_bound, "log p(x)", _of_log_prob))
+    log_prob: Tensor = field(metadata=estimate(estimators.importance_weighted_bound, "log p(x)", declared.of_log_prob))
     stderr: Tensor = field(metadata=estimate(estimators.importance_weighted_bound_stderr))
-    jackknife: Tensor = field(metadata=estimate(estimators.jackknife, "corrected", _of_jackknife))
+    jackknife: Tensor = field(metadata=estimate(estimators.jackknife, "corrected", declared.of_jackknife))
     jackknife_2: Tensor = field(metadata=estimate(estimators.jackknife_2))
     smoothed: Tensor = field(metadata=estimate(estimators.pareto_smoothed_bound))
     elbo: Tensor = field(metadata=estimate(estimators.elbo, "ELBO", of_annealed=False))
     elbo_stderr: Tensor = field(metadata=estimate(estimators.elbo_stderr, of_annealed=False))
-    gap: Tensor = field(metadata=estimate(estimators.gap, "gap", _of_gap, of_annealed=False))
+    gap: Tensor = field(metadata=estimate(estimators.gap, "gap", declared.of_gap, of_annealed=False))
     gap_stderr: Tensor = field(metadata=estimate(estimators.gap_stderr, of_annealed=False))
-    acceptance: Tensor | None = field(default=None, metadata=estimate(None, "acceptance", _of_acceptance))
-    ess: Tensor = field(metadata=estimate(estimators.effective_sample_size, "ESS", _of_ess))
-    pareto_k: Tensor = field(metadata=estimate(estimators.pareto_k, "Pareto k", _of_tails))
+    acceptance: Tensor | None = field(default=None, metadata=estimate(None, "acceptance", declared.of_acceptance))
+    ess: Tensor = field(metadata=estimate(estimators.effective_sample_size, "ESS", declared.of_ess))
+    pareto_k: Tensor = field(metadata=estimate(estimators.pareto_k, "Pareto k", declared.of_tails))
     curve_particles: list[int]
     curve: Tensor
     resampled: bool = False
@@ -177,9 +88,9 @@ class LogMarginalLikelihood:
     def _of(cls, log_weights: Tensor, acceptance: Tensor | None) -> "LogMarginalLikelihood":
         weights = Weights(log_weights)
         estimates = {
-            name: declared.compute(weights) if acceptance is None or declared.of_annealed else weights.unknown()
-            for name, declared in cls._declared().items()
-            if declared.compute is not None
+            name: entry.compute(weights) if acceptance is None or entry.of_annealed else weights.unknown()
+            for name, entry in cls._declared().items()
+            if entry.compute is not None
         }
         curve_particles, curve = estimators.bound_curve(weights)
         return cls(
@@ -191,7 +102,7 @@ class LogMarginalLikelihood:
         )
 
     @classmethod
-    def _declared(cls) -> dict[str, _Estimate]:
+    def _declared(cls) -> dict[str, Estimate]:
         return {field.name: field.metadata["estimate"] for field in fields(cls) if "estimate" in field.metadata}
 
     @classmethod
@@ -278,18 +189,11 @@ class LogMarginalLikelihood:
             return math.nan
         return (self.pareto_k > (self.pareto_k_limit if limit is None else limit)).double().mean().item()
 
-    @property
-    def _unit(self) -> str:
-        unit = "particle" if self.acceptance is None else "population" if self.resampled else "chain"
-        return unit if self.num_particles == 1 else f"{unit}s"
-
-    @property
-    def _counted(self) -> str:
-        return f"{self.num_particles:,} {self._unit}"
-
     def summary(self) -> str:
         """Return a few lines to print: bound, corrected estimates, gap, their errors, and whether to trust them."""
-        lines = [f"log p(x) by {self.method}: {_data(len(self))}, {self._counted}; nats per datum"]
+        lines = [
+            f"log p(x) by {self.method}: {declared.num_data(len(self))}, {declared.num_particles(self)}; nats per datum"
+        ]
         shown = [self._declared()[name].line(self, values) for name, values in self.per_datum().items()]
         return "\n".join([*lines, *(line for line in shown if line is not None)])
 

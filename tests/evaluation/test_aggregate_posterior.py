@@ -12,8 +12,8 @@ from shared.parts import GUIDES, SHAPE
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluation import aggregate_posterior as module
-from pyrovae.evaluation.aggregate_posterior import _draw, _sum_over_data
+from pyrovae.evaluation import sum_over_data as module
+from pyrovae.evaluation.sum_over_data import draw_codes, sum_over_data
 
 
 class Fixed(pv.guides.Guide):
@@ -203,8 +203,8 @@ def test_every_guide_by_brute_force(double, name):
     closed = name in ("MeanFieldNormal", "FullRankNormal", "LowRankNormal", "Refined")
     with torch.no_grad():
         parameters = guide.encode(x)
-        drawn = _draw(model, guide, parameters, 3)
-        others, of_dimensions = _sum_over_data(guide, parameters, drawn, closed, False)
+        drawn = draw_codes(model, guide, parameters, 3)
+        others, of_dimensions = sum_over_data(guide, parameters, drawn, closed, False)
         z = torch.cat([drawn.values[site] for site in sorted(drawn.values)], -1)
         each = [guide.distribution(row.unsqueeze(0)) for row in parameters]
         pairs = torch.stack([q.log_prob(z.unsqueeze(2)).squeeze(2) for q in each], -1)  # (S, N, M)

@@ -14,7 +14,8 @@ from pyrovae.annealing import annealed_sampling
 from pyrovae.common.reporting import import_arviz
 from pyrovae.estimators.weights import Weights
 from pyrovae.evaluation import importance_sampling
-from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood, estimate
+from pyrovae.evaluation.declared import estimate
+from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 
 
 def harmonic_mean(log_weights):
