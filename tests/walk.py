@@ -2,8 +2,8 @@
 
 Counts the functions of pyrovae that are given the data, from the call of a public function to the first call of the
 model, and how often control comes back to a folder that it had left. Both are small in code that reads from top to bottom, and
-`test_walk.py` holds them below `BOUNDS`. A function is given the data if one of its arguments is the data (or rows of them), or holds them: in a tuple, list or dict,
-a closure, or an attribute of one of pyrovae's objects.
+`test_walk.py` holds them to `BOUNDS`. A function is given the data if one of its arguments is the data (or rows of them),
+or holds them: in a tuple, list or dict, a closure, or an attribute of one of pyrovae's objects.
 """
 
 import sys

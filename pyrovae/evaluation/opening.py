@@ -96,8 +96,10 @@ def opened(
         args, kwargs = _arguments((model, guide), args, kwargs, device)
         if options.counts:
             check_memory(options.counts[0], getattr(options, options.counts[0]), device)
-        inspected: tuple = (model, guide, args, kwargs) if prepare is None else prepare(args, kwargs)
-        yield inspect(*inspected, options.plate, options.data_batch_size)
+        start: Any = guide  # `inspect` says what None is not
+        if prepare is not None:
+            model, start, args, kwargs = prepare(args, kwargs)
+        yield inspect(model, start, args, kwargs, options.plate, options.data_batch_size)
 
 
 @contextmanager
