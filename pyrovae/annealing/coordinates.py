@@ -18,7 +18,7 @@ from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.supports import innermost, is_angle_or_direction
 from pyrovae.programs.traces import Layout, Program, sample_sites
 
-__all__ = ["Coordinates", "Placed", "random_sites", "refuse_without_coordinates", "unconstrained"]
+__all__ = ["Coordinates", "Placed", "check_coordinates", "random_sites", "unconstrained"]
 
 _TIES = 1e-3  # share of draws on one extreme point above which a density no longer describes them
 
@@ -56,7 +56,7 @@ class Coordinates:
             ValueError: naming the site, for a latent without a bijection from the real numbers; for a trace without
                 latents.
         """
-        refuse_without_coordinates(trace)
+        check_coordinates(trace)
         sites: dict[str, _Site] = {}
         columns = []
         for name, site in random_sites(trace):
@@ -136,7 +136,7 @@ def random_sites(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
             yield name, site
 
 
-def refuse_without_coordinates(trace: poutine.Trace) -> None:
+def check_coordinates(trace: poutine.Trace) -> None:
     """Raise ValueError for a latent without a bijection to the real numbers: discrete, on a circle, or on a sphere.
 
     torch calls the support of an angle real, and the density of a VonMises is periodic: a chain on the line would see

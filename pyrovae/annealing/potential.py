@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pyrovae.annealing.coordinates import (
     Coordinates,
     Placed,
+    check_coordinates,
     random_sites,
-    refuse_without_coordinates,
     unconstrained,
 )
 from pyrovae.common.arguments import checks_values, map_tensors
@@ -197,10 +197,10 @@ def block_potential(
     plate_size = num_chains if vectorised else None
     with torch.no_grad():
         model_trace, guide_trace = _draw(pair, block, from_prior, plate_size)
-    refuse_without_coordinates(model_trace)
+    check_coordinates(model_trace)
     coordinates = Coordinates.of(guide_trace, block.layout, plate_size)
     potential = Potential(pair, block, num_chains, from_prior, plate_size, coordinates)
-    _refuse_without_gradient(potential)
+    _check_gradients(potential)
     return potential
 
 
@@ -249,7 +249,7 @@ def _draw(pair: Pair, block: Block, from_prior: bool, plate_size: int | None) ->
     return traces
 
 
-def _refuse_without_gradient(potential: Potential) -> None:
+def _check_gradients(potential: Potential) -> None:
     coordinates = potential.coordinates
     with torch.enable_grad():
         values = {name: value.detach().requires_grad_() for name, value in coordinates.values(coordinates.u).items()}

@@ -63,6 +63,62 @@ def test_halves_and_goes_on(room, caplog, double):
     assert [size for size in asked if size in (50, 25)] == [50, 25], "and what is known is not tried again"
 
 
+def test_classes_too(room, caplog, double):
+    """p(y | t) is exact, and with the exact posterior of z all weights are equal, so each particle counts once."""
+    x, t = torch.linspace(-2.0, 3.0, NUM_DATA), torch.linspace(0.4, 0.9, NUM_DATA)
+
+    def with_class(x, t):
+        with pyro.plate("data", len(x), dim=-1):
+            y = pyro.sample("y", dist.Bernoulli(torch.tensor(0.3)), infer={"enumerate": "parallel"})
+            pyro.sample("t", dist.Normal(y, 0.5), obs=t)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    room(13 * 3)
+    with caplog.at_level(logging.WARNING, logger="pyrovae"):
+        found = pv.classify(
+            with_class,
+            lambda x, t: posterior(x),
+            *(x, t),
+            num_particles=NUM_PARTICLES,
+            data_batch_size=3,
+            particle_batch_size=50,
+        )
+    masses = torch.stack(
+        [0.7 * dist.Normal(0.0, 0.5).log_prob(t).exp(), 0.3 * dist.Normal(1.0, 0.5).log_prob(t).exp()], 1
+    )
+    assert torch.allclose(found.probs, masses / masses.sum(1, keepdim=True))
+    assert torch.allclose(found.ess, torch.full((NUM_DATA,), float(NUM_PARTICLES)))
+    assert [message.split()[-1] for message in caplog.messages] == ["25", "12"]
+
+
+def test_missing_cells_too(room, caplog, double):
+    """The second column is never seen: its mean is that of z, whose posterior the guide draws exactly."""
+    x = torch.stack([torch.linspace(-2.0, 3.0, NUM_DATA), torch.full((NUM_DATA,), torch.nan)], 1)
+
+    def of_two(x, observed):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            cells = dist.Normal(z.unsqueeze(-1), 0.5).expand((*z.shape, 2)).mask(observed)
+            pyro.sample("x", cells.to_event(1), obs=x.nan_to_num())
+
+    room(13 * 3)
+    with caplog.at_level(logging.WARNING, logger="pyrovae"):
+        found = pv.impute(
+            of_two,
+            lambda x, observed: posterior(x[:, 0]),
+            x.nan_to_num(),
+            observed=~x.isnan(),
+            num_particles=NUM_PARTICLES,
+            data_batch_size=3,
+            particle_batch_size=50,
+        )
+    assert [message.split()[-1] for message in caplog.messages] == ["25", "12"]
+    assert torch.allclose(found.evidence.log_prob, dist.Normal(0.0, 1.25**0.5).log_prob(x[:, 0]))
+    assert torch.allclose(found.ess, torch.full((NUM_DATA,), float(NUM_PARTICLES)))
+    assert ((found.mean[:, 1] - 0.8 * x[:, 0]).abs() < 4.5 * (0.2 / NUM_PARTICLES) ** 0.5).all()
+
+
 def test_recorded_draws_too(room, caplog, monkeypatch):
     """What was recorded is for a chunk that no longer fits: the rest is drawn eagerly."""
     monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
