@@ -85,7 +85,7 @@ ESTIMATORS = [
     ),
     Mutation(
         "Pareto k: of the weights' negatives",
-        "estimators/pareto.py",
+        "estimators/tails.py",
         "1 if statistics.psislw(tail.copy())[1] > 0.5 else -1",
         "-1 if statistics.psislw(tail.copy())[1] > 0.5 else 1",
         in_file("estimators/test_estimators.py", "pareto_k_finds_the_tail_of_pareto_weights"),
