@@ -291,9 +291,9 @@ PARTS = [
         in_file("guides/test_guides.py", "normals_of_their_parameters"),
     ),
     Mutation(
-        "defensive mixture: the guide with the weight 1",
+        "defensive mixture: every component with the weight 1",
         "guides/defensive.py",
-        "math.log1p(-self.weight) + ",
+        "math.log(share) + ",
         "",
         in_file("guides/test_refinement.py", "mixture_density"),
     ),
