@@ -137,7 +137,9 @@ class TwoModes:
         return torch.cat([loc, -0.5 * precision.log().expand(len(x), 4)], 1)
 
     def data(self, num_data):
-        return torch.randn(num_data, 4) * (self.spread**2 + self.noise**2).sqrt()
+        """Data that say next to nothing of their cluster, and none far from all others."""
+        x = torch.randn(num_data, 4) * (self.spread**2 + self.noise**2).sqrt()
+        return (x * torch.tensor([0.1, 1.0, 1.0, 1.0])).clamp(-1, 1)
 
     def guide(self):
         modes = self
@@ -171,7 +173,7 @@ def test_a_missed_mode_is_found_and_said(double):
     alone = pv.log_marginal_likelihood(modes.model, guide, x, num_particles=500)
     # The guide alone is at its own cluster's share, 1.2 nats too low, with an error of next to nothing and a fine k.
     assert torch.allclose(alone.log_prob, missed, atol=0.05)
-    assert (missed - exact).max() < -0.5
+    assert (missed - exact).max() < -0.8
     assert (alone.stderr < 0.05).all()
     mixture = DefensiveMixture(guide, modes.prior, 0.3, widen=2, codes=modes.parameters(others, 1), model=modes.model)
     found = pv.second_opinion(modes.model, mixture, x, num_particles=4000)
