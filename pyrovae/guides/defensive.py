@@ -48,7 +48,11 @@ class DefensiveMixture(Guide):
     The density of q' is that of all components at every draw, so E[p(x, z) / q'(z|x)] = p(x) whatever the codes are.
     `pyrovae.second_opinion` says which component carries the weights of each datum.
 
-    On MNIST with a latent of 2 dimensions, where log p(x) is known by quadrature: see `pyrovae/docs/bounds.md`.
+    Measured on 60 MNIST test digits with a latent of 2 dimensions, log p(x) by quadrature, two trainings, 5,000
+    evaluations of the model each: the guide alone was off by more than 5 standard errors at 4 and 5 digits, by up to 6.9
+    nats; with the prior (weight 0.1) at 1 and 1, by up to 3.1; with `widen=3` (weight 0.3) at none, by at most 0.3, in
+    1.1 times the time; with `widen=2` and 500 codes at none, by at most 0.2, and a third as many digits had a bad k, in
+    twice the time of that small decoder.
 
     A draw chooses a component, so it is not reparameterised: `rsample` and objectives that need it raise an error. The
     density of every component's draws under every other is needed; an autoregressive flow must be inverted for it,

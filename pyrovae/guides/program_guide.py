@@ -26,8 +26,10 @@ __all__ = ["ProgramGuide", "guide_of"]
 _ADVICE = "write the guide as a pyrovae.guides.Guide, whose `encode` gives what is refined"
 # If the second is among a distribution's parameters, the first ones say the same.
 _REDUNDANT = ({"covariance_matrix", "precision_matrix"}, "scale_tril"), ({"probs"}, "logits")
-_FIXED = (maps.ExpTransform, maps.SigmoidTransform, maps.SoftplusTransform, maps.TanhTransform)
-_FIXED += (maps.StickBreakingTransform, maps.LowerCholeskyTransform, maps.CorrCholeskyTransform)
+_FIXED: tuple[type, ...] = (
+    *(maps.ExpTransform, maps.SigmoidTransform, maps.SoftplusTransform, maps.TanhTransform),
+    *(maps.StickBreakingTransform, maps.LowerCholeskyTransform, maps.CorrCholeskyTransform),
+)
 
 
 def guide_of(model: Program, program: Program, args: tuple, kwargs: dict, plate: str | None = None) -> Guide:
@@ -52,7 +54,7 @@ def guide_of(model: Program, program: Program, args: tuple, kwargs: dict, plate:
             "gaps are per datum, and the guide has no vectorised plate for the data: put the sites of model and guide "
             "into 'with pyro.plate(\"data\", len(x))'"
         )
-    if pair.split_size is None or pair.num_data != len(args[0]):
+    if pair.num_data != len(args[0]) or (pair.split_size is None and pair.num_data > 1):
         raise ValueError(
             f"the programs have {pair.num_data:,} data and x has {len(args[0]):,} rows, or the data cannot be taken in "
             f"blocks (see data_batch_size of log_marginal_likelihood), so that they cannot be refined each for itself"
@@ -65,11 +67,11 @@ def guide_of(model: Program, program: Program, args: tuple, kwargs: dict, plate:
         family = _family_of(site, layout)
         again = family.read(runs[1][name])
         if not torch.allclose(family.read(site), again, rtol=1e-4, atol=1e-5):
-            before = [other for other in runs[0] if other != name]
+            others = [other for other in runs[0] if other != name]
             raise ValueError(
                 f"the parameters of site '{name}' of the guide change from run to run, because they depend on draws "
-                f"(of {before}): they are no constants of a datum that could be refined; {_ADVICE}, and `latents` "
-                f"visits the sites"
+                f"(other sites: {others}): they are no constants of a datum that could be refined; {_ADVICE}, and "
+                f"`latents` visits the sites"
             )
         families.append(family)
     return ProgramGuide(as_guide(program), families)
@@ -192,7 +194,7 @@ def _family_of(site: dict, layout: Layout) -> _Family:
     """The family of a site; ValueError if its distribution cannot be made again from parameters per datum."""
     name, distribution, dim = site["name"], site["fn"], layout.dim
     assert dim is not None  # `guide_of` has checked it
-    leaf = _leaf(distribution)
+    leaf, transforms = _opened(distribution)
     kind = type(leaf).__name__
     if not distribution.has_rsample:
         raise ValueError(
@@ -201,7 +203,7 @@ def _family_of(site: dict, layout: Layout) -> _Family:
         )
     if site["mask"] is not None:
         raise ValueError(f"site '{name}' of the guide is masked, and {kind} is refined as a whole: {_ADVICE}")
-    for transform in _transforms(distribution):
+    for transform in transforms:
         if not _is_fixed(transform):
             raise ValueError(
                 f"the transform {type(transform).__name__} of site '{name}' of the guide may hold parameters of each "
@@ -258,22 +260,21 @@ def _map_to(constraint: Any) -> Any:
 
 def _leaf(distribution: Any) -> Any:
     """The distribution whose arguments are free: inside `to_event` and fixed transforms."""
+    return _opened(distribution)[0]
+
+
+def _opened(distribution: Any) -> tuple[Any, list[Any]]:
+    """(`_leaf` of a distribution, the transforms around it)."""
+    found: list[Any] = []
     while isinstance(distribution, Independent) or _is_transformed(distribution):
+        found += getattr(distribution, "transforms", [])
         distribution = distribution.base_dist
-    return distribution
+    return distribution, found
 
 
 def _is_transformed(distribution: Any) -> bool:
     """Whether it is a `TransformedDistribution` and no family of its own with named arguments, as LogNormal is."""
     return isinstance(distribution, TransformedDistribution) and not distribution.arg_constraints
-
-
-def _transforms(distribution: Any) -> list[Any]:
-    found = []
-    while isinstance(distribution, Independent) or _is_transformed(distribution):
-        found += getattr(distribution, "transforms", [])
-        distribution = distribution.base_dist
-    return found
 
 
 def _is_fixed(transform: Any) -> bool:

@@ -226,6 +226,13 @@ def test_the_best_of_a_family_on_positive_numbers(double):
         within(found.amortization[row].item(), whole[row].item(), found.amortization_stderr[row].item() + 5e-3)
 
 
+def test_a_single_datum(linear_gaussian):
+    found = pv.inference_gaps(
+        linear_gaussian.model, linear_gaussian.guide, linear_gaussian.data(1), num_particles=100, max_num_steps=100
+    )
+    assert found.total.abs().item() < 1e-6  # the guide is the posterior
+
+
 def test_context_and_mask_reach_a_written_guide(linear_gaussian):
     """The second argument and `observed` go to both programs as they are."""
 
@@ -277,7 +284,7 @@ def _z(x):
 REFUSED = {
     "depends on a draw": (
         _sites(("z", _z), ("w", lambda z: dist.Normal(z, 1.0))),
-        r"parameters of site 'w' of the guide change from run to run, because they depend on draws \(of \['z'\]\)",
+        r"parameters of site 'w' of the guide change from run to run, because they depend on draws \(other sites: \['z'\]\)",
     ),
     "a transform of each datum": (
         _sites(("z", lambda x: dist.TransformedDistribution(_z(x), [maps.AffineTransform(x[..., 1], 2.0)]))),
