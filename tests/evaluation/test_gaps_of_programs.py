@@ -298,7 +298,7 @@ REFUSED = {
     ),
     "bounds that depend on each other": (
         _sites(("z", lambda x: dist.Uniform(x[..., 0] - 90, x[..., 0] + 90))),
-        r"Uniform at site 'z' of the guide cannot be made again from its `arg_constraints` \(ValueError: what 'high' may be depends",
+        r"Uniform at site 'z' of the guide cannot be made again from its `arg_constraints`",
     ),
     "no reparameterised draws": (
         _sites(("z", lambda x: _Detached(x[..., 0], 1.0))),
