@@ -291,9 +291,9 @@ PARTS = [
         in_file("guides/test_guides.py", "normals_of_their_parameters"),
     ),
     Mutation(
-        "defensive mixture: the guide with the weight 1",
+        "defensive mixture: every component with the weight 1",
         "guides/defensive.py",
-        "math.log1p(-self.weight) + ",
+        "math.log(share) + ",
         "",
         in_file("guides/test_refinement.py", "mixture_density"),
     ),
@@ -542,4 +542,30 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(
+        main(
+            sys.argv[
+                1 : Mutation(
+                    "second opinions: the codes of the lowest scores",
+                    "guides/defensive.py",
+                    ".topk(self.num_codes, 0)",
+                    ".topk(self.num_codes, 0, largest=False)",
+                    in_file("guides/test_defensive.py", "the_codes_that_count"),
+                ),
+                Mutation(
+                    "second opinion: shares of the draws for those of the weights",
+                    "evaluation/second_opinion.py",
+                    "weights + parts - parts.logsumexp(0)",
+                    "parts - parts.logsumexp(0)",
+                    in_file("guides/test_defensive.py", "shares_are_those_of_the_posterior"),
+                ),
+                Mutation(
+                    "gaps of a hand-written guide: values of a plate left of the data in the wrong place",
+                    "guides/program_guide.py",
+                    "return value.movedim(0, axis)",
+                    "return value",
+                    in_file("evaluation/test_gaps_of_programs.py", "several_sites_and_a_plate"),
+                ),
+            ]
+        )
+    )

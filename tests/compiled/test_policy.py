@@ -9,7 +9,7 @@ import pyrovae as pv
 from pyrovae.annealing import blocks
 from pyrovae.compiled.policy import pays_off
 from pyrovae.compiled.record import Recording
-from pyrovae.evaluation import inference_gaps, log_weights
+from pyrovae.evaluation import local_search, log_weights
 from pyrovae.training import acceleration
 
 
@@ -56,7 +56,7 @@ RUNS = {
     blocks: lambda model, guide, x: pv.annealed_importance_sampling(
         model, x, num_temperatures=3, num_chains=2, progress=False
     ),
-    inference_gaps: lambda model, guide, x: pv.inference_gaps(model, guide, x, num_particles=3, max_num_steps=2),
+    local_search: lambda model, guide, x: pv.inference_gaps(model, guide, x, num_particles=3, max_num_steps=2),
 }
 
 
