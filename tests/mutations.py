@@ -396,6 +396,20 @@ TRAINING = [
         in_file("training/test_skipped_steps.py", "a_skipped_step_is_counted_and_changes_nothing"),
     ),
     Mutation(
+        "skipped steps: those of a recording counted",
+        "training/acceleration.py",
+        "torch.where(optimizer.guard.was_made, row, 0.0)",
+        "row",
+        in_file("training/test_skipped_steps.py", "a_skipped_step_is_counted_and_changes_nothing"),
+    ),
+    Mutation(
+        "softplus of compiled code: without the digits that rounding 1 + y lost",
+        "compiled/compiler.py",
+        "(u.log() + (y - (u - 1)) / u)",
+        "u.log()",
+        in_file("compiled/test_compiler.py", "softplus_keeps_its_digits"),
+    ),
+    Mutation(
         "skipped steps: running means keep them",
         "training/steps.py",
         "put_back(buffers, unless=guard.was_made)",

@@ -1,0 +1,74 @@
+"""What compiled code computes with: its softplus and its products of matrices, and that torch's settings are put back."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pyrovae.compiled import compiler
+from pyrovae.compiled.compiler import float32_products, softplus
+from pyrovae.compiled.record import record
+
+
+@pytest.mark.parametrize(("beta", "threshold"), [(1.0, 20.0), (3.0, 5.0), (0.2, 20.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_softplus_keeps_its_digits(dtype, beta, threshold):
+    """Relative to log1p in double, from exp(-80) to the threshold, and at infinity."""
+    x = torch.cat([torch.linspace(-80, 120, 20_001), torch.tensor([torch.inf, -torch.inf, 0.0, -0.0])]).to(dtype)
+    expected = F.softplus(x.double(), beta, threshold)
+    eps = torch.finfo(dtype).eps
+    # exp(s) has the relative error eps |s|, whichever way it is taken.
+    allowed = (4 + (beta * x.double()).abs().clamp(max=100)) * eps * expected + torch.finfo(dtype).tiny
+    found = softplus(x, beta, threshold).double()
+    assert ((found - expected).abs() <= allowed)[x.isfinite()].all()
+    assert torch.equal(found[~x.isfinite()], expected[~x.isfinite()])
+    assert softplus(torch.tensor(torch.nan, dtype=dtype)).isnan()
+
+
+@pytest.mark.slow
+def test_compiled_code_uses_it_and_the_recording_stays_as_it_is(monkeypatch):
+    calls, original = [], compiler.softplus
+    monkeypatch.setattr(compiler, "softplus", lambda *args: calls.append(1) or original(*args))
+    layer, x = nn.Linear(5, 7), torch.randn(3, 5)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: F.softplus(layer(x)))(x)
+    assert sum(node.target is compiler.softplus for node in compiler._with_fast_softplus(graph).graph.nodes) == 1
+    assert sum(node.target is torch.ops.aten.softplus.default for node in graph.graph.nodes) == 1
+    wide = torch.fx.experimental.proxy_tensor.make_fx(F.softplus)(x.double())  # keeps the bits of log1p
+    assert sum(node.target is compiler.softplus for node in compiler._with_fast_softplus(wide).graph.nodes) == 0
+    monkeypatch.undo()
+    recorded = record(lambda x: (F.softplus(layer(x)).sum(),), [layer], (x,), gradients=True)
+    (value,), gradients = recorded(x)
+    expected = F.softplus(layer(x)).sum()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    for found, exact in zip(gradients, torch.autograd.grad(expected, list(layer.parameters())), strict=True):
+        assert torch.allclose(found, exact, rtol=1e-5)
+
+
+def test_products_are_float32_unless_medium_is_asked_for():
+    """On every processor: numbers with 13 bits keep them, and sums are as exact as MKL's."""
+    numbers = torch.full((256, 256), 1 + 2.0**-12, dtype=torch.float32)
+    x, weight = torch.randn(256, 300, dtype=torch.float32), torch.randn(300, 200, dtype=torch.float32)
+    with float32_products():
+        assert torch.equal(numbers @ torch.eye(256, dtype=torch.float32), numbers)
+        found = x @ weight
+    error = (found.double() - x.double() @ weight.double()).abs()
+    assert (error <= 300 * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs())).all()
+
+
+@pytest.mark.parametrize("medium", [False, True])
+@pytest.mark.parametrize("prefers", [False, True])
+def test_the_switches_are_put_back(monkeypatch, medium, prefers):
+    monkeypatch.setattr(compiler, "_prefers_onednn", lambda: prefers)
+    switches = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+
+    def fail_inside():
+        with float32_products(medium):
+            assert (switches[0].fp32_precision == "bf16") == (medium or prefers)
+            assert (switches[1].fp32_precision == "tf32") == medium
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert [switch.fp32_precision for switch in switches] == before
+    assert torch.get_float32_matmul_precision() == "highest"
