@@ -202,8 +202,8 @@ PARTS = [
     Mutation(
         "Bernoulli: log(1 + exp(-|l|)) added",
         "distributions/binary.py",
-        "- products.log().sum(-1)",
-        "+ products.log().sum(-1)",
+        ".sub_(log_factors)",
+        ".add_(log_factors)",
         in_file("distributions/test_binary.py", "log_mass_and_gradients_are_those_of_bernoulli_pixels"),
     ),
     Mutation(

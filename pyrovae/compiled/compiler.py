@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["check_cache_is_writable", "compiled_by_inductor", "import_compiler", "remove_damaged_library"]
+__all__ = [
+    "check_cache_is_writable",
+    "compiled_by_inductor",
+    "fast_logarithms",
+    "import_compiler",
+    "remove_damaged_library",
+]
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -26,6 +32,34 @@ def compiled_by_inductor(graph: torch.fx.GraphModule) -> Callable:
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
     }
     return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+
+
+def fast_logarithms() -> dict[Any, Callable]:
+    """Decompositions for `make_fx` that compute log(1 + x) by the logarithm, which Inductor's loops run much faster.
+
+    On a CPU the compiled `log1p` takes longer than all else beside the products of a softplus network.
+    """
+    aten = torch.ops.aten
+    return {
+        **torch._decomp.get_decompositions([aten.binary_cross_entropy_with_logits, aten.log_sigmoid_forward]),
+        aten.log1p.default: _log1p,
+        aten.softplus.default: _softplus,
+    }
+
+
+def _log1p(x: torch.Tensor) -> torch.Tensor:
+    if not x.is_floating_point():
+        return NotImplemented
+    # The rounding of 1 + x changes the logarithm by the same factor as (1 + x) - 1, which is exact.
+    rounded = 1 + x
+    corrected = rounded.log() * (x / (rounded - 1))
+    return torch.where((rounded == 1) | (x == torch.inf), x, corrected)
+
+
+def _softplus(x: torch.Tensor, beta: float = 1, threshold: float = 20) -> torch.Tensor:
+    scaled = x * beta
+    exact = (scaled.clamp_min(0) + _log1p((-scaled.abs()).exp())) / beta
+    return torch.where(scaled > threshold, x, exact)
 
 
 def import_compiler() -> None:

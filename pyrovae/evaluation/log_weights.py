@@ -97,9 +97,11 @@ def log_weight_blocks(
             recorded = _record(pair, modules_behind(model, guide), block_size, chunk_size)
         with progress_bar("log weights", pair.num_data, "data", options.progress) as bar:
             for start, stop in pair.blocks(block_size):
-                block = pair.block(start, stop)
+                # A shorter last block is drawn with data of the block before it, so that it has the recorded size.
+                first = start if pair.split_size is None else min(start, stop - block_size)
+                block = pair.block(first, stop)
                 weights, chunk_size = _draw_block(pair, block, num_particles, chunk_size, vectorised, recorded)
-                yield weights, stop, pair.num_data
+                yield weights[:, start - first :], stop, pair.num_data
                 bar.update(stop - start)
 
 
