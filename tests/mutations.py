@@ -202,8 +202,8 @@ PARTS = [
     Mutation(
         "Bernoulli: log(1 + exp(-|l|)) added",
         "distributions/binary.py",
-        "- products.log().sum(-1)",
-        "+ products.log().sum(-1)",
+        ".sub_(log_factors)",
+        ".add_(log_factors)",
         in_file("distributions/test_binary.py", "log_mass_and_gradients_are_those_of_bernoulli_pixels"),
     ),
     Mutation(
@@ -403,11 +403,11 @@ TRAINING = [
         in_file("training/test_skipped_steps.py", "a_skipped_step_is_counted_and_changes_nothing"),
     ),
     Mutation(
-        "softplus of compiled code: without the digits that rounding 1 + y lost",
+        "log1p of compiled code: without the digits that rounding 1 + x lost",
         "compiled/compiler.py",
-        "(u.log() + (y - (u - 1)) / u)",
-        "u.log()",
-        in_file("compiled/test_compiler.py", "softplus_keeps_its_digits"),
+        "corrected = rounded.log() * (x / (rounded - 1))",
+        "corrected = rounded.log()",
+        in_file("compiled/test_fast_logarithms.py", "values_are_those_of_float64"),
     ),
     Mutation(
         "skipped steps: running means keep them",

@@ -1,6 +1,5 @@
 """How this package calls torch's compiler, which products its code uses, and what to do if its cache is damaged."""
 
-import copy
 import functools
 import importlib
 import os
@@ -13,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 __all__ = [
     "check_cache_is_writable",
     "compiled_by_inductor",
+    "fast_logarithms",
     "float32_products",
     "import_compiler",
     "remove_damaged_library",
-    "softplus",
 ]
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -37,30 +35,7 @@ def compiled_by_inductor(graph: torch.fx.GraphModule) -> Callable:
         # No guards: `Recording` has already checked everything that a guard would check.
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
     }
-    return torch.compile(_with_fast_softplus(graph), fullgraph=True, dynamic=False, options=options)
-
-
-def _with_fast_softplus(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    changed = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
-    for node in changed.graph.nodes:
-        if node.target is torch.ops.aten.softplus.default and node.meta["tensor_meta"].dtype == torch.float32:
-            node.target = softplus
-    changed.recompile()
-    return changed
-
-
-def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    """`torch.nn.functional.softplus` with log in place of log1p, which takes ten times as long on a CPU.
-
-        log(1 + exp(s)) = max(s, 0) + log(1 + y),   y = exp(-|s|),   log(1 + y) = log u + (y - (u - 1)) / u,   u = fl(1 + y)
-
-    The last term restores what rounding 1 + y lost, so that small values keep their digits.
-    """
-    scaled = x * beta
-    y = (-scaled.abs()).exp()
-    u = 1 + y
-    value = scaled.clamp_min(0) + (u.log() + (y - (u - 1)) / u)
-    return torch.where(scaled > threshold, x, value / beta)
+    return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
 
 
 @contextmanager
@@ -101,6 +76,34 @@ def _prefers_onednn() -> bool:
     numbers = torch.full((256, 256), 1 + 2.0**-12, dtype=torch.float32, device="cpu")  # bfloat16 would round them to 1
     with float32_products(medium=True):
         return bool(((numbers @ torch.eye(256, dtype=torch.float32, device="cpu")) == numbers).all())
+
+
+def fast_logarithms() -> dict[Any, Callable]:
+    """Decompositions for `make_fx` that compute log(1 + x) by the logarithm, which Inductor's loops run much faster.
+
+    On a CPU the compiled `log1p` takes longer than all else beside the products of a softplus network.
+    """
+    aten = torch.ops.aten
+    return {
+        **torch._decomp.get_decompositions([aten.binary_cross_entropy_with_logits, aten.log_sigmoid_forward]),
+        aten.log1p.default: _log1p,
+        aten.softplus.default: _softplus,
+    }
+
+
+def _log1p(x: torch.Tensor) -> torch.Tensor:
+    if not x.is_floating_point():
+        return NotImplemented
+    # The rounding of 1 + x changes the logarithm by the same factor as (1 + x) - 1, which is exact.
+    rounded = 1 + x
+    corrected = rounded.log() * (x / (rounded - 1))
+    return torch.where((rounded == 1) | (x == torch.inf), x, corrected)
+
+
+def _softplus(x: torch.Tensor, beta: float = 1, threshold: float = 20) -> torch.Tensor:
+    scaled = x * beta
+    exact = (scaled.clamp_min(0) + _log1p((-scaled.abs()).exp())) / beta
+    return torch.where(scaled > threshold, x, exact)
 
 
 def import_compiler() -> None:

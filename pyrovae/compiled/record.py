@@ -33,6 +33,7 @@ from pyrovae.common.arguments import without_checks
 from pyrovae.compiled.compiler import (
     check_cache_is_writable,
     compiled_by_inductor,
+    fast_logarithms,
     float32_products,
     import_compiler,
     remove_damaged_library,
@@ -176,7 +177,8 @@ class Recording:
             check = SelfCheck(self._run_eagerly, self.modules, list(state), before, devices)
             expected = check.check_program(self.function, given)
             with check.noise(0), ReadsByPython():
-                graph = make_fx(partial(self._run_on, list(state)))(given.tensors, [v.clone() for v in state.values()])
+                traced = make_fx(partial(self._run_on, list(state)), fast_logarithms() if self.inductor else {})
+                graph = traced(given.tensors, [value.clone() for value in state.values()])
             check_graph(graph)
             elsewhere = check.check_recording(graph, given, expected)
             compiled: Callable = graph
