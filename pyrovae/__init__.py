@@ -28,6 +28,7 @@ from pyrovae.evaluation.inference_gaps import InferenceGaps, inference_gaps
 from pyrovae.evaluation.latent_use import LatentUse, latent_use
 from pyrovae.evaluation.log_weights import log_weights
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
+from pyrovae.evaluation.second_opinion import SecondOpinion, second_opinion
 from pyrovae.models import uses
 from pyrovae.models.export import export
 from pyrovae.models.generative import GenerativeModel
@@ -56,6 +57,7 @@ __all__ = [
     "LatentUse",
     "LogMarginalLikelihood",
     "RateDistortion",
+    "SecondOpinion",
     "TopDownGuide",
     "active_units",
     "aggregate_posterior",
@@ -86,6 +88,7 @@ __all__ = [
     "priors",
     "rate_distortion",
     "save",
+    "second_opinion",
     "sequential_monte_carlo",
     "simulation_based_calibration",
     "to_elpd_data",

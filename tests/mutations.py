@@ -202,8 +202,8 @@ PARTS = [
     Mutation(
         "Bernoulli: log(1 + exp(-|l|)) added",
         "distributions/binary.py",
-        "- products.log().sum(-1)",
-        "+ products.log().sum(-1)",
+        ".sub_(log_factors)",
+        ".add_(log_factors)",
         in_file("distributions/test_binary.py", "log_mass_and_gradients_are_those_of_bernoulli_pixels"),
     ),
     Mutation(
@@ -291,9 +291,9 @@ PARTS = [
         in_file("guides/test_guides.py", "normals_of_their_parameters"),
     ),
     Mutation(
-        "defensive mixture: the guide with the weight 1",
+        "defensive mixture: every component with the weight 1",
         "guides/defensive.py",
-        "math.log1p(-self.weight) + ",
+        "math.log(share) + ",
         "",
         in_file("guides/test_refinement.py", "mixture_density"),
     ),
@@ -394,6 +394,20 @@ TRAINING = [
         "sums.add(parts, run.batches.num_made(len(index)), guard.was_made)",
         "sums.add(parts, run.batches.num_made(len(index)))",
         in_file("training/test_skipped_steps.py", "a_skipped_step_is_counted_and_changes_nothing"),
+    ),
+    Mutation(
+        "skipped steps: those of a recording counted",
+        "training/acceleration.py",
+        "torch.where(optimizer.guard.was_made, row, 0.0)",
+        "row",
+        in_file("training/test_skipped_steps.py", "a_skipped_step_is_counted_and_changes_nothing"),
+    ),
+    Mutation(
+        "log1p of compiled code: without the digits that rounding 1 + x lost",
+        "compiled/compiler.py",
+        "corrected = rounded.log() * (x / (rounded - 1))",
+        "corrected = rounded.log()",
+        in_file("compiled/test_fast_logarithms.py", "values_are_those_of_float64_and_gradients_those_of_torch"),
     ),
     Mutation(
         "skipped steps: running means keep them",
@@ -542,4 +556,30 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(
+        main(
+            sys.argv[
+                1 : Mutation(
+                    "second opinions: the codes of the lowest scores",
+                    "guides/defensive.py",
+                    ".topk(self.num_codes, 0)",
+                    ".topk(self.num_codes, 0, largest=False)",
+                    in_file("guides/test_defensive.py", "the_codes_that_count"),
+                ),
+                Mutation(
+                    "second opinion: shares of the draws for those of the weights",
+                    "evaluation/second_opinion.py",
+                    "weights + parts - parts.logsumexp(0)",
+                    "parts - parts.logsumexp(0)",
+                    in_file("guides/test_defensive.py", "shares_are_those_of_the_posterior"),
+                ),
+                Mutation(
+                    "gaps of a hand-written guide: values of a plate left of the data in the wrong place",
+                    "guides/program_guide.py",
+                    "return value.movedim(0, axis)",
+                    "return value",
+                    in_file("evaluation/test_gaps_of_programs.py", "several_sites_and_a_plate"),
+                ),
+            ]
+        )
+    )

@@ -32,6 +32,11 @@ def main() -> None:
         "--batch-sizes", nargs="+", type=int, help="batch sizes (default: 64 256 1024 4096; 256 with --quick)"
     )
     parser.add_argument("--bf16", action="store_true", help="also measure pyrovae with networks in bfloat16")
+    parser.add_argument(
+        "--medium",
+        action="store_true",
+        help="also measure pyrovae and PyTorch by hand with products of medium precision",
+    )
     options = parser.parse_args()
     turns.prepare(options)
     kind = "quick" if options.quick else "full"
@@ -40,14 +45,16 @@ def main() -> None:
         for batch_size in options.batch_sizes or BATCH_SIZES[kind]:
             num_data = max(1, min(STEPS[kind], MOST_DATA // batch_size)) * batch_size
             data, source = programs.images(num_data, options.data_dir, options.device)
-            competitors = make_competitors(model, data, batch_size, options.bf16)
+            competitors = make_competitors(model, data, batch_size, options.bf16, options.medium)
             setting = f"{model}, batch {batch_size}"
             rows += turns.in_turns(setting, competitors, options.rounds, base="Pyro as in its example")
     tables["Images per second"] = turns.show(rows, "images/s", "x Pyro")
     turns.write(options, "Training", tables, rows, data=source)
 
 
-def make_competitors(model: str, data, batch_size: int, bf16: bool) -> dict[str, Callable[[], float] | str]:
+def make_competitors(
+    model: str, data, batch_size: int, bf16: bool, medium: bool
+) -> dict[str, Callable[[], float] | str]:
     competitors: dict[str, Callable[[], float] | str] = {
         "Pyro as in its example": pyro_own_way(model, data, batch_size),
         "pyrovae, eager": fit(model, data, batch_size, compile=False),
@@ -55,9 +62,13 @@ def make_competitors(model: str, data, batch_size: int, bf16: bool) -> dict[str,
     }
     if bf16:
         competitors["pyrovae, compiled, bf16 networks"] = fit(model, data, batch_size, compile=True, precision="bf16")
+    if medium:
+        competitors["pyrovae, compiled, medium"] = fit(model, data, batch_size, compile=True, precision="medium")
     if model in ("mlp", "conv", "vamp"):
         competitors["PyTorch by hand, eager"] = by_hand(model, data, batch_size, compiled=False)
         competitors["PyTorch by hand, compiled"] = by_hand(model, data, batch_size, compiled=True)
+        if medium:
+            competitors["PyTorch by hand, compiled, medium"] = by_hand(model, data, batch_size, True, "medium")
     if model == "mlp":
         competitors["NumPyro, epoch jitted"] = numpyro(data, batch_size)
         competitors["Pythae"] = pythae(data, batch_size)
@@ -111,7 +122,7 @@ def fit(model: str, data, batch_size: int, **options) -> Callable[[], float]:
     return turn
 
 
-def by_hand(model: str, data, batch_size: int, compiled: bool) -> Callable[[], float]:
+def by_hand(model: str, data, batch_size: int, compiled: bool, precision: str = "highest") -> Callable[[], float]:
     import torch
 
     vae = programs.TorchVAE(model, data)
@@ -120,6 +131,7 @@ def by_hand(model: str, data, batch_size: int, compiled: bool) -> Callable[[], f
 
     def epoch(order):
         total = torch.zeros((), device=data.device)
+        torch.set_float32_matmul_precision(precision)
         for index in order:
             adam.zero_grad(set_to_none=True)
             loss = loss_of(data[index])
@@ -127,6 +139,7 @@ def by_hand(model: str, data, batch_size: int, compiled: bool) -> Callable[[], f
             adam.step()
             total += loss.detach()
         total.item()
+        torch.set_float32_matmul_precision("highest")
 
     return lambda: timed(epoch, data, batch_size)
 

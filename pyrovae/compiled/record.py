@@ -33,6 +33,8 @@ from pyrovae.common.arguments import without_checks
 from pyrovae.compiled.compiler import (
     check_cache_is_writable,
     compiled_by_inductor,
+    fast_logarithms,
+    float32_products,
     import_compiler,
     remove_damaged_library,
 )
@@ -40,11 +42,12 @@ from pyrovae.compiled.hidden_state import ReadsByPython, check_gradient_hooks, c
 from pyrovae.compiled.self_check import Inputs, SelfCheck
 from pyrovae.compiled.signature import Last, Snapshot, kinds
 
-__all__ = ["Recording", "record"]
+__all__ = ["Recording", "Results", "record"]
 
 _logger = logging.getLogger("pyrovae")
 
 Results = tuple[list[Tensor], list[Tensor | None]]  # outputs, gradients
+Finish = Callable[[list[Tensor], list[Tensor | None]], Results]
 
 
 def record(
@@ -54,6 +57,8 @@ def record(
     *,
     gradients: bool = False,
     inductor: bool = True,
+    medium: bool = False,
+    finish: Finish | None = None,
 ) -> "Recording | None":
     """Record and compile a function of tensors and of the modules it refers to.
 
@@ -64,13 +69,15 @@ def record(
         gradients: Also return d(first output) / d(parameter) for each of `Recording.parameters`.
         inductor: Compile the recording, which takes seconds. If False, run the recorded operations as they are, which
             already saves Pyro's overhead.
+        medium: Allow bfloat16 inside the products of float32 matrices: see `float32_products`. The self-check does not.
+        finish: What to make of outputs and gradients in the recording, too; it may change buffers of the modules in place.
 
     Returns:
         The recording, or None if that fails (control flow that depends on values, no C++ compiler) or the self-check
         finds other values, gradients or buffers than the function's. One line of the log gives the reason, and the
         caller runs its eager program.
     """
-    recording = Recording(function, modules, gradients, inductor)
+    recording = Recording(function, modules, gradients, inductor, medium, finish)
     try:
         try:
             recording.at(*examples)
@@ -97,10 +104,16 @@ class Recording:
     compiler = staticmethod(compiled_by_inductor)
 
     def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], modules: Sequence[nn.Module], gradients: bool, inductor: bool
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        modules: Sequence[nn.Module],
+        gradients: bool,
+        inductor: bool,
+        medium: bool = False,
+        finish: Finish | None = None,
     ):
-        self.function = function
-        self.inductor = inductor
+        self.function, self.finish = function, finish
+        self.inductor, self.medium = inductor, medium
         self.modules = nn.ModuleList(modules)
         self.gradients = gradients
         self.num_recordings = 0
@@ -164,7 +177,8 @@ class Recording:
             check = SelfCheck(self._run_eagerly, self.modules, list(state), before, devices)
             expected = check.check_program(self.function, given)
             with check.noise(0), ReadsByPython():
-                graph = make_fx(partial(self._run_on, list(state)))(given.tensors, [v.clone() for v in state.values()])
+                traced = make_fx(partial(self._run_on, list(state)), fast_logarithms() if self.inductor else {})
+                graph = traced(given.tensors, [value.clone() for value in state.values()])
             check_graph(graph)
             elsewhere = check.check_recording(graph, given, expected)
             compiled: Callable = graph
@@ -174,7 +188,7 @@ class Recording:
         self.num_recordings += 1
 
         def run(tensors: Sequence[Tensor], values: list[Tensor]) -> Results:
-            with torch.no_grad():
+            with torch.no_grad(), float32_products(self.medium):
                 return compiled(list(tensors), values)
 
         return run
@@ -195,16 +209,21 @@ class Recording:
             for name, slot in (*module._parameters.items(), *module._buffers.items())
             if slot is not None and id(slot) in by_id
         }
-        with torch.set_grad_enabled(self.gradients):
-            outputs = torch.func.functional_call(
-                _Caller(self.modules), placed, (self.function, *tensors), tie_weights=False
-            )
-            return _with_gradients(outputs, [given[name] for name in trained] if self.gradients else [])
+        run = partial(self._with_gradients, [given[name] for name in trained] if self.gradients else [])
+        results: Results = torch.func.functional_call(_Caller(self.modules), placed, (run, *tensors), tie_weights=False)
+        return results
 
     def _run_eagerly(self, tensors: Sequence[Tensor], _: Sequence[Tensor]) -> Results:
         """Run the function on the modules as they are."""
+        return self._with_gradients(self.parameters if self.gradients else [], *tensors)
+
+    def _with_gradients(self, leaves: Sequence[Tensor], *tensors: Tensor) -> Results:
         with torch.set_grad_enabled(self.gradients):
-            return _with_gradients(self.function(*tensors), self.parameters if self.gradients else [])
+            outputs = self.function(*tensors)
+            gradients = torch.autograd.grad(outputs[0], leaves, allow_unused=True) if leaves else ()
+        found: Results = [output.detach() for output in outputs], list(gradients)
+        with torch.no_grad():
+            return found if self.finish is None else self.finish(*found)
 
 
 class _Caller(nn.Module):
@@ -216,11 +235,6 @@ class _Caller(nn.Module):
 
     def forward(self, function: Callable, *tensors: Tensor) -> Any:
         return function(*tensors)
-
-
-def _with_gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> Results:
-    gradients = torch.autograd.grad(outputs[0], leaves, allow_unused=True) if leaves else ()
-    return [output.detach() for output in outputs], list(gradients)
 
 
 def _log_reason(error: Exception) -> None:

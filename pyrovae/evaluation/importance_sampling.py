@@ -63,9 +63,9 @@ def log_marginal_likelihood(
             share; if they share none, the whole program is one datum. A sequential plate must be named.
         vectorize_particles: draw particles under an outer plate. "auto" does so if two particles drawn together equal
             two drawn separately, and warns if they do not
-        data_batch_size: data per block. "auto" cuts those tensor arguments whose first size is that of the plate, if
+        data_batch_size: most data per block; all blocks have one size. "auto" cuts those tensor arguments whose first size is that of the plate, if
             the pieces give the same result as the whole (checked on some data drawn from all and on the first ones, up
-            to half a million numbers); None does not cut. A single leftover datum joins the block before it
+            to half a million numbers); None does not cut
         particle_batch_size: particles per run of the programs. If they do not fit in the device's memory, it is halved
             until they do, and the log says so
         compile: record the programs (see `pyrovae.compiled.record`) and compile them with Inductor: same draws, and the

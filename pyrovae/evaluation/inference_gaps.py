@@ -1,31 +1,23 @@
 """Split the gap between ELBO and log p(x) into the share of the guide's family and that of its encoder."""
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyrovae.common.networks import Inputs
 from pyrovae.common.progress import progress_bar
-from pyrovae.compiled.policy import pays_off
 from pyrovae.estimators.reducers import standard_error
 from pyrovae.evaluation.importance_sampling import log_marginal_likelihood
-from pyrovae.evaluation.log_weights import log_weights
+from pyrovae.evaluation.local_search import SearchOptions, given_encoding, search_for
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
-from pyrovae.evaluation.opening import Options, evaluation_of
-from pyrovae.guides.base import Guide, check_guide
-from pyrovae.guides.refinement import Refined
+from pyrovae.evaluation.opening import evaluation_of
+from pyrovae.guides.program_guide import guide_of
 from pyrovae.programs.traces import Program
 
 __all__ = ["InferenceGaps", "inference_gaps"]
-
-_FIRST_STEPS = 100  # of refinement; doubled until the gain is small
-_DRAWS = 8  # per datum and step
-_PILOT_PARTICLES = 100  # to measure the gain
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,12 +100,13 @@ class InferenceGaps:
 
 def inference_gaps(
     model: Program,
-    guide: Guide,
+    guide: Program,
     x: Tensor,
     context: Tensor | None = None,
     *,
     observed: Tensor | None = None,
     num_particles: int = 1000,
+    plate: str | None = None,
     annealed: LogMarginalLikelihood | None = None,
     tolerance: float = 0.05,
     max_num_steps: int = 1600,
@@ -129,7 +122,12 @@ def inference_gaps(
 
     The family is the set of distributions that `guide.distribution` makes of its parameters: for a mean-field guide,
     all normals with a diagonal covariance; for a flow, and for the upper layers of a hierarchy, what the context can
-    reach while the weights stay fixed. lambda* is a local optimum: `Refined` runs 100, 200, 400 ... steps until
+    reach while the weights stay fixed. A hand-written guide has no `encode`. Its family is what the distributions of
+    its sites can be at one datum if all their parameters (`arg_constraints`) are free, those too that the guide holds
+    constant; plates within a datum are kept, and fixed transforms around a distribution too. Sites whose parameters
+    depend on other draws have no such parameters of their own, and are refused by name.
+
+    lambda* is a local optimum: `Refined` runs 100, 200, 400 ... steps until
     doubling them gains less than `tolerance`. Any remaining shortfall counts as approximation gap. Each ELBO is
     evaluated with draws that were not used to find lambda*.
 
@@ -139,11 +137,12 @@ def inference_gaps(
 
     Args:
         model: Pyro program of x with the latent sites of the guide
-        guide: a guide with reparameterised draws
+        guide: a guide with reparameterised draws: any Pyro guide, or a `pyrovae.guides.Guide`
         x: data (N, *data_shape)
         context: what the pair is conditioned on, (N, ...); the second argument of both programs
         observed: mask of what is known of x, shaped like x; the keyword argument `observed` of both programs
         num_particles: for each ELBO and for log p(x)
+        plate: as in `log_marginal_likelihood`
         annealed: result of `annealed_importance_sampling(model, x)`, for data whose importance weights cannot be
             trusted
         tolerance: gain below which refinement stops, in nats per datum
@@ -158,16 +157,17 @@ def inference_gaps(
         The parts of the gap, as an `InferenceGaps`, each (N,) in nats.
 
     Raises:
-        ValueError: for settings out of range, annealed weights for another number of data, a guide without
-            reparameterised draws, and everything that `log_marginal_likelihood` refuses.
-        TypeError: if the guide is not a `pyrovae.guides.Guide`.
+        ValueError: for settings out of range, annealed weights for another number of data, everything that
+            `log_marginal_likelihood` refuses, and, naming the site, for draws that are not reparameterised, and in
+            hand-written guides for parameters that depend on other draws, masks, transforms that may hold parameters
+            of a datum, and distributions that cannot be made again from their `arg_constraints`.
 
     References:
         Cremer, Li & Duvenaud, Inference Suboptimality in Variational Autoencoders (2018).
     """
-    check_guide(guide)
-    options = _Options(
+    options = SearchOptions(
         num_particles=num_particles,
+        plate=plate,
         tolerance=tolerance,
         max_num_steps=max_num_steps,
         learning_rate=learning_rate,
@@ -185,13 +185,14 @@ def inference_gaps(
         progress_bar("refining", len(x), "data", progress) as bar,
     ):
         data = Inputs(args[0], args[1] if len(args) > 1 else None, kwargs.get("observed"))
-        parameters, num_steps, converged = _search(model, guide, len(x), options).best(data, bar.update)
-    sampling: dict[str, Any] = {"num_particles": options.num_particles, "progress": progress}
+        family = guide_of(model, guide, data.args, data.kwargs, plate)
+        parameters, num_steps, converged = search_for(model, family, len(x), options).best(data, bar.update)
+    sampling: dict[str, Any] = {"num_particles": options.num_particles, "plate": plate, "progress": progress}
     start = log_marginal_likelihood(model, guide, *data.args, **data.kwargs, **sampling)
     # An interrupted evaluation returns the first data only.
     data, parameters = data.map(lambda part: part[: len(start)]), parameters[: len(start)]
-    alone, known = _known(model, guide)
-    best = log_marginal_likelihood(alone, known, data.x, parameters, *data.args[1:], **data.kwargs, **sampling)
+    alone, encoded = given_encoding(model, family)
+    best = log_marginal_likelihood(alone, encoded, data.x, parameters, *data.args[1:], **data.kwargs, **sampling)
     start, num_steps, converged = start[: len(best)], num_steps[: len(best)], converged[: len(best)]
     log_prob, stderr, share = best.log_prob, best.stderr, torch.ones_like(best.log_prob)
     if annealed is not None:
@@ -226,129 +227,3 @@ def _approximation_stderr(best: LogMarginalLikelihood, stderr: Tensor, share: Te
     bound, elbo = best.stderr.square(), best.elbo_stderr.square()
     covariance = (bound + elbo - best.gap_stderr.square()) / 2
     return (stderr.square() + elbo - 2 * share * covariance).clamp_min(0).sqrt()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options(Options):
-    """Options of `inference_gaps`."""
-
-    num_particles: int
-    data_batch_size: int
-    max_num_steps: int
-    tolerance: float
-    learning_rate: float
-
-    counts: ClassVar[tuple[str, ...]] = ("max_num_steps", "data_batch_size", "num_particles")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_particles < 2:
-            raise ValueError("the gap is unknown with one particle: num_particles must be 2 or more")
-        if not self.tolerance > 0:
-            raise ValueError(f"tolerance must be positive, in nats per datum; found {self.tolerance}")
-
-
-def _search(model: Program, guide: Guide, num_data: int, options: _Options) -> "_Search":
-    compile = options.compile
-    if compile == "auto":
-        # At least these steps; the gradient of a draw costs about as much as three weights.
-        num_runs, num_rows = min(3 * _FIRST_STEPS, options.max_num_steps), 3 * num_data * _DRAWS
-        compile = pays_off(num_runs, num_rows, repeated=[model], once=[guide])
-    batch_size = min(options.data_batch_size, num_data)
-    refined = Refined(guide, model, num_particles=_DRAWS, learning_rate=options.learning_rate)
-    compiled = refined.compiled(batch_size) if compile else refined
-    return _Search(model, guide, refined, compiled, batch_size, options.tolerance, options.max_num_steps)
-
-
-@dataclass(frozen=True)
-class _Search:
-    """Search for the best parameters.
-
-    Attributes:
-        model: Pyro program of x
-        guide: its guide
-        refined: the guide, refined
-        compiled: the same, with its gradients recorded for full batches
-        batch_size: number of data refined at once
-        tolerance: gain below which refinement stops
-        max_num_steps: steps after which it stops
-    """
-
-    model: Program
-    guide: Guide
-    refined: Refined
-    compiled: Refined
-    batch_size: int
-    tolerance: float
-    max_num_steps: int
-
-    @torch.no_grad()
-    def best(self, data: Inputs, settle: Callable[[int], Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (parameters (N, P), steps (N,), converged (N,)), and report to `settle` how many data are done."""
-        x = data.x
-        batches = (_rows(data, some) for some in torch.arange(len(x), device=x.device).split(self.batch_size))
-        parameters = torch.cat([self.guide.encode(*batch.args, **batch.kwargs) for batch in batches])
-        num_steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        open_rows = torch.arange(len(x), device=x.device)
-        steps = min(_FIRST_STEPS, self.max_num_steps)
-        while len(open_rows) and steps <= self.max_num_steps:
-            left = []
-            for some in open_rows.split(self.batch_size):
-                rows = _rows(data, some)
-                refined = self._refine(rows, steps)
-                gain = self._gain(rows, parameters[some], refined)
-                # Keep the old parameters if the new ones are worse: the result is never below the encoder's own.
-                parameters[some] = torch.where((gain > 0).unsqueeze(1), refined, parameters[some])
-                num_steps[some] = steps
-                # A large loss does not count as convergence: steps that are too large end below where they began.
-                settled = gain.abs() < self.tolerance if steps > _FIRST_STEPS else torch.zeros_like(gain).bool()
-                converged[some[settled]] = True
-                left.append(some[~settled])
-                settle(len(some) - len(left[-1]))
-            open_rows = torch.cat(left)
-            steps *= 2
-        settle(len(open_rows))
-        return parameters, num_steps, converged
-
-    def _refine(self, data: Inputs, num_steps: int) -> Tensor:
-        refined = self.compiled if len(data.x) == self.batch_size else self.refined
-        refined.num_steps = num_steps
-        return refined.encode(*data.args, **data.kwargs)
-
-    def _gain(self, data: Inputs, before: Tensor, after: Tensor) -> Tensor:
-        """Return the ELBO of parameters `after` (N, P) minus that of `before`, (N,), under the same noise."""
-        seed = int(torch.randint(2**62, ()))
-        elbos = []
-        for parameters in (before, after):
-            with torch.random.fork_rng([before.device] if before.is_cuda else []):
-                torch.manual_seed(seed)
-                alone, known = _known(self.model, self.guide)
-                drawn = log_weights(
-                    alone,
-                    known,
-                    data.x,
-                    parameters,
-                    *data.args[1:],
-                    num_particles=_PILOT_PARTICLES,
-                    **data.kwargs,
-                )
-            elbos.append(drawn.double().mean(0))
-        return (elbos[1] - elbos[0]).nan_to_num(nan=-math.inf)
-
-
-def _known(model: Program, guide: Guide) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return model and guide as functions of data and parameters, so that both are cut into blocks together."""
-    return functools.partial(_model_alone, model), functools.partial(_guide_given, guide)
-
-
-def _model_alone(model: Program, x: Tensor, parameters: Tensor, *args: Tensor, **kwargs: Tensor) -> Any:
-    return model(x, *args, **kwargs)
-
-
-def _guide_given(guide: Guide, x: Tensor, parameters: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
-    return guide.given(parameters)(x, *args, **kwargs)
-
-
-def _rows(data: Inputs, rows: Tensor) -> Inputs:
-    return data.map(lambda part: part[rows])

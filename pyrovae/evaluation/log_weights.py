@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyrovae.common.progress import progress_bar
 from pyrovae.common.reporting import warn_once
-from pyrovae.compiled.policy import pays_off
+from pyrovae.compiled.policy import mark_compiled, pays_off
 from pyrovae.evaluation.opening import SamplingOptions, opened
 from pyrovae.evaluation.recorded_draw import RecordedDraw, record_draw
 from pyrovae.guides.base import Guide
@@ -85,18 +85,24 @@ def log_weight_blocks(
             return
         vectorised = can_vectorise(pair, block_size, options.vectorize_particles)
         compile = options.compile
+        modules = modules_behind(model, guide)
+        described = (*modules, block_size, chunk_size, device)
         if compile == "auto":
-            compile = pays_off(num_particles, pair.num_data, repeated=[model], once=[guide])
+            compile = pays_off(num_particles, pair.num_data, repeated=[model], once=[guide], described=described)
         if compile and isinstance(pair.guide, Guide):
             pair = replace(pair, guide=pair.guide.compiled(block_size))
         recorded = None
         if vectorised and compile and chunk_size < num_particles:
-            recorded = _record(pair, modules_behind(model, guide), block_size, chunk_size)
+            recorded = _record(pair, modules, block_size, chunk_size)
+            if recorded is not None:
+                mark_compiled(described)
         with progress_bar("log weights", pair.num_data, "data", options.progress) as bar:
             for start, stop in pair.blocks(block_size):
-                block = pair.block(start, stop)
+                # A shorter last block is drawn with data of the block before it, so that it has the recorded size.
+                first = start if pair.split_size is None else min(start, stop - block_size)
+                block = pair.block(first, stop)
                 weights, chunk_size = _draw_block(pair, block, num_particles, chunk_size, vectorised, recorded)
-                yield weights, stop, pair.num_data
+                yield weights[:, start - first :], stop, pair.num_data
                 bar.update(stop - start)
 
 

@@ -154,6 +154,13 @@ class Guide(Component, ABC):
 
         return run
 
+    def in_model(self, name: str, value: Tensor) -> Tensor:
+        """Return values (B, *event) of a latent site in the shape that the model has for B data: the same.
+
+        A site with plates left of the data's has them in front.
+        """
+        return value
+
     def outline(self) -> "Guide":
         """Return a guide that is quick to run and has the same sites, supports and dependences, for inspection."""
         return self

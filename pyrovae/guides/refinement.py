@@ -103,6 +103,9 @@ class Refined(Guide):
     def latents(self, parameters: Tensor, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
         return self.guide.latents(parameters, visit)
 
+    def in_model(self, name: str, value: Tensor) -> Tensor:
+        return self.guide.in_model(name, value)
+
     def outline(self) -> "Refined":
         # If data influence each other, the first steps show it.
         return self._twin(num_steps=min(2, self.num_steps), _to_record=None)
@@ -217,7 +220,7 @@ class Refined(Guide):
 
     def _log_joint(self, data: Inputs, latents: dict[str, Tensor]) -> Tensor:
         """log p(x, z), summed over data."""
-        values = {name: value.flatten(0, 1) for name, value in latents.items()}
+        values = {name: self.guide.in_model(name, value.flatten(0, 1)) for name, value in latents.items()}
         model = poutine.condition(self.model, data=values)
         trace = poutine.trace(model).get_trace(*data.args, **data.kwargs)
         sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}

@@ -140,10 +140,9 @@ class Pair:
         if self.split_size is not None and data_batch_size is not None:
             if data_batch_size == "auto":
                 fewest = min(num_particles, _FEWEST_PARTICLES)
-                most = max(2, min(self.rows // fewest, weights // num_particles))
-                # Make all blocks of one size if possible, because a recording is for one size.
-                data_batch_size = -(-block // -(-block // most))
-            block = min(block, data_batch_size)
+                data_batch_size = max(2, min(self.rows // fewest, weights // num_particles))
+            # Make all blocks of one size if possible, because a recording is for one size.
+            block = -(-block // -(-block // data_batch_size))
         chunk = max(1, self.rows // block) if particle_batch_size == "auto" else particle_batch_size
         return block, min(chunk, num_particles)
 

@@ -1,6 +1,7 @@
 """What makes a step faster: recording it as a tensor function (`compile`), and layers in bfloat16 (`precision`)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from pyrovae import data
 from pyrovae.common.arguments import map_tensors
 from pyrovae.compiled.policy import pays_off
-from pyrovae.compiled.record import Recording, record
+from pyrovae.compiled.record import Recording, Results, record
 from pyrovae.data.forms import Batch, Numbers
 from pyrovae.objectives.base import Parts
 from pyrovae.programs.traces import Program
@@ -44,8 +45,14 @@ def record_step(
     numbers: Numbers,
     train: Batch,
     index: Tensor,
+    medium: bool = False,
 ) -> "RecordedStep | None":
-    """Record the step of `SVI(model, guide, optimizer, loss)` on these data; None if that is impossible."""
+    """Record the step of `SVI(model, guide, optimizer, loss)` on these data; None if that is impossible.
+
+    The recording chooses the rows, transforms them, and computes the loss, its gradients, whether they are finite, and
+    the clipped gradients. torch's optimizer follows it with a kernel of its own: a recorded Adam is no faster than the
+    fused one, and takes the compiler several seconds more.
+    """
     tensors, kind = _apart(train)
 
     def objective(*given: Tensor) -> tuple[Tensor, ...]:
@@ -55,8 +62,28 @@ def record_step(
         return surrogate(loss, model, guide, *batch.args, **batch.kwargs)
 
     # An objective that changes with the steps (KL warm-up) keeps its state in buffers of its own modules.
-    recording = record(objective, [*modules, *getattr(loss, "modules", ())], (*tensors, index), gradients=True)
+    changed = [*modules, *getattr(loss, "modules", ())]
+    finish = None
+    if optimizer is not None and optimizer.is_judged_alone:
+        changed.append(optimizer.guard)
+        trained = [p for p in nn.ModuleList(changed).parameters() if p.requires_grad]
+        finish = partial(_finish, optimizer, [parameter in set(optimizer.parameters) for parameter in trained])
+    recording = record(objective, changed, (*tensors, index), gradients=True, medium=medium, finish=finish)
     return None if recording is None else RecordedStep(recording, kind, optimizer, getattr(loss, "advance", None))
+
+
+def _finish(
+    optimizer: OneOptimizer, are_moved: Sequence[bool], outputs: list[Tensor], gradients: list[Tensor | None]
+) -> Results:
+    """Judge the step and clip its gradients in the recording; the last output holds what the history sums."""
+    there = [g for g, is_moved in zip(gradients, are_moved, strict=True) if is_moved and g is not None]
+    norm = nn.utils.get_total_norm(there, foreach=False)
+    optimizer.guard((norm + outputs[0]).isfinite())
+    if optimizer.clip_norm is not None:
+        factor = (optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        gradients = [None if gradient is None else gradient * factor for gradient in gradients]
+    row = torch.stack([*outputs, torch.ones_like(outputs[0])])
+    return [*outputs, torch.where(optimizer.guard.was_made, row, 0.0)], gradients
 
 
 def _apart(data: Batch) -> tuple[list[Tensor], Any]:
@@ -88,16 +115,21 @@ class RecordedStep:
         """Whether the data differ from those recorded in the values of tensors only."""
         return bool(_apart(data)[1] == self.kind)
 
-    def __call__(self, data: Batch, index: Tensor) -> tuple[Tensor, list[Parts]]:
-        """Make a step and return (loss, parts of the ELBO), summed over the batch."""
-        (value, reconstruction, kl), gradients = self.recording(*_apart(data)[0], index)
+    def __call__(self, data: Batch, index: Tensor) -> tuple[Tensor, list[Parts], Tensor | None]:
+        """Make a step and return (loss, parts of the ELBO, row), summed over the batch.
+
+        The row holds loss, reconstruction, KL and 1, or zeros if the step was skipped; None if the recording does not
+        decide that.
+        """
+        (value, reconstruction, kl, *row), gradients = self.recording(*_apart(data)[0], index)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        self.optimizer.watch(value)
-        self.optimizer(self.optimizer.parameters)
+        if not row:
+            self.optimizer.watch(value)
+        self.optimizer(self.optimizer.parameters, is_judged=bool(row))
         if self.advance is not None:
             self.advance()
-        return value, [Parts(reconstruction, kl, None)]
+        return value, [Parts(reconstruction, kl, None)], row[0] if row else None
 
 
 # The functions of linear and convolutional layers. Distributions use other functions to multiply matrices.
@@ -137,7 +169,11 @@ def _rounded(program: Program) -> Program:
 
 
 # name -> (program -> program)
-PRECISIONS: dict[str, Callable[[Program], Program]] = {"float32": lambda program: program, "bf16": _rounded}
+PRECISIONS: dict[str, Callable[[Program], Program]] = {
+    "float32": lambda program: program,
+    "medium": lambda program: program,  # `float32_products` around the step instead
+    "bf16": _rounded,
+}
 
 
 def in_precision(precision: str, *programs: Program) -> list[Program]:

@@ -108,7 +108,7 @@ def fit(
     patience: int | None = None,
     callback: Callback | None = None,
     compile: bool | Literal["auto"] = "auto",
-    precision: Literal["float32", "bf16"] = "float32",
+    precision: Literal["float32", "medium", "bf16"] = "float32",
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: float = 10.0,
     resume: bool = False,
@@ -199,6 +199,9 @@ def fit(
             with every check.
         precision: "bf16" computes linear and convolutional layers in bfloat16 while training, which is faster on
             hardware that supports it. Densities, parameters, updates and the ELBO of the validation data stay float32.
+            "medium", torch's own word, lets the products of float32 matrices round their factors inside, and keeps
+            everything else in float32: bfloat16 on processors with AMX, TensorFloat32 on a GPU; on other hardware it is
+            "float32". It also rounds products within densities (a LowRankMultivariateNormal). Validation stays float32.
         checkpoint: file for the state of the run. The previous file is kept beside it as `.previous`. It holds
             everything that training depends on; `load` restores the pair from it, in the state that `fit` would return.
         checkpoint_every: write the checkpoint at the end of an epoch if this many seconds have passed since the last

@@ -191,6 +191,15 @@ class EpochSums:
             self.reconstruction = (self.reconstruction if started else 0.0) + reconstruction
             self.kl = (self.kl if started else 0.0) + kl
 
+    def add_rows(self, rows: Tensor, batch_size: int) -> None:
+        """Add the sums over recorded steps: (loss, reconstruction, KL, number of steps made)."""
+        value, reconstruction, kl, num_steps = rows.unbind()
+        self.num_data = self.num_data + num_steps * (self.full_size or batch_size)
+        self.objective = self.objective - value
+        started = self.reconstruction is not math.nan
+        self.reconstruction = (self.reconstruction if started else 0.0) + reconstruction
+        self.kl = (self.kl if started else 0.0) + kl
+
     def means(self) -> tuple[float, float, float]:
         """(elbo, reconstruction, kl) per datum; NaN without data."""
         if not self.num_data:

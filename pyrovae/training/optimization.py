@@ -225,7 +225,16 @@ class OneOptimizer(pyro.optim.PyroOptim):
                     if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
                         kept[name] = _laid_out(value, parameter)
 
-    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, params: Any, *args: Any, is_judged: bool = False, **kwargs: Any) -> None:
+        """Make a step of these parameters' gradients, as `SVI` calls it.
+
+        Args:
+            params: the parameters.
+            is_judged: whether a recording has clipped the gradients, and `guard` has decided on the step.
+        """
+        if is_judged:
+            self._step(self.guard.was_made)
+            return
         self._join(params)
         distributed.sum_gradients(self.parameters, self._watched)
         if self.accumulate > 1:
@@ -242,6 +251,11 @@ class OneOptimizer(pyro.optim.PyroOptim):
             self._clipped()
             self._step((self._weight > 0) & self.guard.is_running)
             self._drop_pending()
+
+    @property
+    def is_judged_alone(self) -> bool:
+        """Whether the gradient of one call in this process decides on a step, so that a recording may do that."""
+        return self.accumulate == 1 and distributed.num_ranks() == 1
 
     def _join(self, params: Any) -> None:
         known = set(self.parameters)

@@ -48,7 +48,7 @@ class Options:
     clip_norm: float | None
     max_skipped_steps: int
     compile: bool | Literal["auto"]
-    precision: Literal["float32", "bf16"]
+    precision: Literal["float32", "medium", "bf16"]
     checkpoint: str | os.PathLike | None
     checkpoint_every: float
     resume: bool
@@ -138,6 +138,7 @@ class Run:
         schedule: factor of the learning rates as a function of the fraction of training done.
         epochs: passes over the data.
         compiles: whether to record the step after the first epoch.
+        precision: of the training, a key of `PRECISIONS`.
         device: device of the training.
     """
 
@@ -152,6 +153,7 @@ class Run:
     schedule: Schedule
     epochs: int
     compiles: bool
+    precision: str
     device: torch.device
 
     @property
@@ -207,6 +209,7 @@ def prepare(model: Program, guide: Program, train: Any, validation: Any, options
         schedule=Schedule(options.schedule),
         epochs=options.epochs,
         compiles=compiles,
+        precision=options.precision,
         device=device,
     )
 

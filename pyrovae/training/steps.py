@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -11,6 +12,7 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 from pyrovae.common import distributed
+from pyrovae.compiled.compiler import float32_products
 from pyrovae.data.forms import Batch
 from pyrovae.objectives.base import Parts
 from pyrovae.programs.traces import Program
@@ -37,7 +39,7 @@ class Steps:
         self.loss = ReportingLoss(run.loss)
         self.first = FirstStepCheck(run)
         self.svi = SVI(*run.programs, run.optimizer, loss=self.loss.loss, loss_and_grads=self._loss_and_grads)
-        self.compiles = run.compiles
+        self.compiles, self.is_medium = run.compiles, run.precision == "medium"
         self.recorded: RecordedStep | None = None
         self.look_every = _LOOK_EVERY if run.device.type == "cuda" else 1
         self._parts: list[Parts] = []
@@ -91,8 +93,10 @@ class Steps:
             self.recorded = record_step(
                 *(*run.programs, run.loss, run.optimizer, run.modules, run.batches.transform, run.batches.numbers),
                 *first,
+                medium=self.is_medium,
             )
         sums = EpochSums(full_size, objective=torch.zeros((), dtype=torch.float64, device=run.device))
+        rows = torch.zeros(4, dtype=torch.float64, device=run.device)  # of the recorded steps
         unseen: list[TriedStep] = []
         num_steps = int(guard.num_steps)
         value: Tensor | float
@@ -106,12 +110,16 @@ class Steps:
             # Running means see the numbers of a step before it is skipped.
             buffers = run.buffers() if guard.max_skipped else []
             if self.recorded is not None and len(index) == full and self.recorded.takes(data):
-                value, parts = self.recorded(data, index)
+                value, parts, row = self.recorded(data, index)
             else:
                 value, parts = self._eager(unseen[-1], checks=number == 1 and step == 0)
+                row = None
             put_back(buffers, unless=guard.was_made)
-            sums.add(parts, run.batches.num_made(len(index)), guard.was_made)
-            sums.objective = torch.where(guard.was_made, sums.objective - value, sums.objective)
+            if row is not None:
+                rows.add_(row)
+            else:
+                sums.add(parts, run.batches.num_made(len(index)), guard.was_made)
+                sums.objective = torch.where(guard.was_made, sums.objective - value, sums.objective)
             sums.num_rows += len(index)
             if (step + 1) % accumulate == 0:
                 run.optimizer.make_step()
@@ -122,6 +130,8 @@ class Steps:
                 warn_skipped(run, unseen)
                 unseen, num_steps = [], int(guard.num_steps)
             progress(len(index))
+        if self.recorded is not None:
+            sums.add_rows(rows, run.batches.num_made(full))
         run.optimizer.make_step()  # of fewer batches, at a ragged end
         # A single bad step may be an accident, even if it is the only step of the first epoch.
         if guard.num_skipped and not run.optimizer.has_moved and (number == run.epochs or number * per_epoch > 1):
@@ -132,7 +142,7 @@ class Steps:
         """Make a step with Pyro's SVI and return (loss, parts of the ELBO)."""
         guard = self.run.optimizer.guard
         try:
-            with pyro_checks(checks):
+            with pyro_checks(checks), float32_products(medium=True) if self.is_medium else nullcontext():
                 self._batch = batch = self.run.batches.arguments(tried.data, tried.rows)
                 return self.svi.step(*batch.args, **batch.kwargs), self._parts
         except ValueError as error:  # a distribution rejects NaN; other errors recur when the step is run again

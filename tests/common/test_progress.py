@@ -88,6 +88,12 @@ LONG = {
         lambda pair, **progress: pv.impute(*pair, X, observed=torch.ones_like(X, dtype=torch.bool), **progress),
         {"imputation"},
     ),
+    "second_opinion": (
+        lambda pair, **progress: pv.second_opinion(
+            pair[0], pv.guides.DefensiveMixture(pair[1], pair[0].prior), X, num_particles=30, **progress
+        ),
+        {"second opinion"},
+    ),
     "simulation_based_calibration": (
         lambda pair, **progress: pv.simulation_based_calibration(*pair, X, **progress),
         {"calibration"},

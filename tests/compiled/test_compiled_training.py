@@ -294,7 +294,7 @@ def test_the_optimizer_moves_what_the_recording_gives(uncompiled):
         as_batch(batch, batch.dtype),
         torch.arange(40),
     )
-    value, [parts] = step(as_batch(batch, batch.dtype), torch.arange(40))
+    value, [parts], _ = step(as_batch(batch, batch.dtype), torch.arange(40))
     assert value.item() == pytest.approx((parts.kl - parts.reconstruction).item())
     assert all(not torch.equal(a, b) for a, b in zip(before, parameters(model, guide), strict=True))
 

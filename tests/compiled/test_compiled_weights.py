@@ -440,13 +440,13 @@ def test_a_hierarchy_records_as_it_draws(double, uncompiled, chunks):
 
 
 def test_one_recording_for_all_blocks(double, uncompiled, chunks, monkeypatch):
-    """Seven blocks of data and the ragged eighth, five chunks and a ragged sixth: recorded once."""
+    """Eight blocks of data, the last of them filled up, five chunks and a ragged sixth: recorded once."""
     recordings, original = [], Recording._record
     monkeypatch.setattr(Recording, "_record", lambda self, *args: recordings.append(1) or original(self, *args))
     x = torch.randn(31, 3)
     both_ways(BatchNorm(), standard_guide(), x, num_particles=22, particle_batch_size=4, data_batch_size=4)
     assert len(recordings) == 1
-    assert len(chunks) == 7 * 4
+    assert len(chunks) == 8 * 4
 
 
 def test_arguments_that_were_one_tensor_when_it_was_recorded(double, uncompiled):

@@ -7,9 +7,9 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.annealing import blocks
-from pyrovae.compiled.policy import pays_off
+from pyrovae.compiled.policy import mark_compiled, pays_off
 from pyrovae.compiled.record import Recording
-from pyrovae.evaluation import inference_gaps, log_weights
+from pyrovae.evaluation import local_search, log_weights
 from pyrovae.training import acceleration
 
 
@@ -29,6 +29,27 @@ def test_it_pays_off_from_fifteen_seconds_on():
     assert not pays_off(14_999, 100, [layer])
     assert pays_off(10_000, 100, [layer], saved_per_run=5.1e-4)
     assert not pays_off(10_000, 100, [layer], saved_per_run=4.9e-4)
+
+
+def test_what_was_compiled_before_pays_off_from_one_and_a_half_seconds_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    layer = nn.Linear(999, 1000)
+    described = (layer, 50, 26)
+    assert not pays_off(1_600, 100, [layer], described=described)
+    mark_compiled(described)
+    assert pays_off(1_600, 100, [layer], described=described)
+    assert not pays_off(1_400, 100, [layer], described=described)
+    assert not pays_off(1_600, 100, [layer], described=(layer, 50, 27)), "other sizes"
+    assert not pays_off(1_600, 100, [layer]), "nothing known of it"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "other"))
+    assert not pays_off(1_600, 100, [layer], described=described), "another cache"
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    mark_compiled((1,))
+    assert not pays_off(1_600, 100, [nn.Linear(999, 1000)], described=(1,))
 
 
 def test_what_runs_once_is_no_work_but_must_be_known():
@@ -56,7 +77,7 @@ RUNS = {
     blocks: lambda model, guide, x: pv.annealed_importance_sampling(
         model, x, num_temperatures=3, num_chains=2, progress=False
     ),
-    inference_gaps: lambda model, guide, x: pv.inference_gaps(model, guide, x, num_particles=3, max_num_steps=2),
+    local_search: lambda model, guide, x: pv.inference_gaps(model, guide, x, num_particles=3, max_num_steps=2),
 }
 
 

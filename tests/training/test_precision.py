@@ -9,6 +9,7 @@ from shared.runs import binary, make
 from torch import nn
 
 import pyrovae as pv
+from pyrovae.compiled import record
 from pyrovae.training.acceleration import in_precision
 
 
@@ -65,7 +66,7 @@ def test_float32_changes_nothing_and_other_names_are_refused():
         pv.fit(*make(), binary(), precision="half", progress=False)
 
 
-def step_in(precision, record):
+def step_in(precision, recorded):
     torch.manual_seed(1)
     guide = pv.guides.MeanFieldNormal(pv.nets.MLP(12, [64]), 2)
     model = pv.GenerativeModel(
@@ -86,15 +87,15 @@ def step_in(precision, record):
         for program, module in zip(in_precision(precision, model, guide), (model, guide), strict=True)
     )
     batch = binary().flatten(1)
-    if not record:
+    if not recorded:
         return eager_step(model, guide, batch)
     return recorded_step(model, guide, batch, modules=[model.modules, guide.modules])
 
 
 def test_gradients_are_close_and_recorded_alike(uncompiled):
-    exact = step_in("float32", record=False)
-    eager, recorded = (step_in("bf16", record=record) for record in (False, True))
-    assert_same_step(eager, recorded, 1e-5)
+    exact = step_in("float32", recorded=False)
+    eager, again = (step_in("bf16", recorded=recorded) for recorded in (False, True))
+    assert_same_step(eager, again, 1e-5)
     assert eager[0] != exact[0]
     assert eager[0] == pytest.approx(exact[0], rel=5e-3)
     for expected, found in zip(exact[1], eager[1], strict=True):
@@ -119,3 +120,29 @@ def test_it_trains(uncompiled, compile):
         ends[precision] = result.history[-1]["validation_elbo"]
     assert ends["bf16"] != ends["float32"]
     assert ends["bf16"] == pytest.approx(ends["float32"], abs=0.2)
+
+
+def test_medium_products_in_training_and_not_in_validation():
+    """torch's switch is on in every training step, off in validation, and put back at the end."""
+    seen = []
+
+    class Looking(nn.Linear):
+        def forward(self, x):
+            seen.append((self.training, torch.backends.mkldnn.matmul.fp32_precision))
+            return super().forward(x.flatten(1))
+
+    guide = pv.guides.MeanFieldNormal(Looking(12, 5), 2, num_features=5)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    options = {"epochs": 3, "batch_size": 20, "precision": "medium", "progress": False}
+    pv.fit(make()[0], guide, binary(), validation=binary(), compile=False, **options)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert {switch for is_training, switch in seen if is_training} == {"bf16"}
+    assert (False, before) in seen
+
+
+def test_medium_products_in_recorded_steps(uncompiled, monkeypatch):
+    asked, original = [], record.float32_products
+    monkeypatch.setattr(record, "float32_products", lambda medium: asked.append(medium) or original(medium))
+    for precision in ("medium", "float32"):
+        pv.fit(*make(), binary(), epochs=3, batch_size=20, compile=True, precision=precision, progress=False)
+    assert asked == [True] * 4 + [False] * 4

@@ -1,0 +1,51 @@
+"""What compiled code computes with: its products of matrices, and that torch's settings are put back."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pyrovae.compiled import compiler
+from pyrovae.compiled.compiler import float32_products
+from pyrovae.compiled.record import record
+
+
+@pytest.mark.slow
+def test_a_recording_has_the_values_and_gradients_of_the_program():
+    layer, x = nn.Linear(5, 7), torch.randn(3, 5)
+    recorded = record(lambda x: (F.softplus(layer(x)).sum(),), [layer], (x,), gradients=True)
+    (value,), gradients = recorded(x)
+    expected = F.softplus(layer(x)).sum()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    for found, exact in zip(gradients, torch.autograd.grad(expected, list(layer.parameters())), strict=True):
+        assert torch.allclose(found, exact, rtol=1e-5)
+
+
+def test_products_are_float32_unless_medium_is_asked_for():
+    """On every processor: numbers with 13 bits keep them, and sums are as exact as MKL's."""
+    numbers = torch.full((256, 256), 1 + 2.0**-12, dtype=torch.float32)
+    x, weight = torch.randn(256, 300, dtype=torch.float32), torch.randn(300, 200, dtype=torch.float32)
+    with float32_products():
+        assert torch.equal(numbers @ torch.eye(256, dtype=torch.float32), numbers)
+        found = x @ weight
+    error = (found.double() - x.double() @ weight.double()).abs()
+    assert (error <= 300 * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs())).all()
+
+
+@pytest.mark.parametrize("medium", [False, True])
+@pytest.mark.parametrize("prefers", [False, True])
+def test_the_switches_are_put_back(monkeypatch, medium, prefers):
+    monkeypatch.setattr(compiler, "_prefers_onednn", lambda: prefers)
+    switches = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+
+    def fail_inside():
+        with float32_products(medium):
+            assert (switches[0].fp32_precision == "bf16") == (medium or prefers)
+            assert (switches[1].fp32_precision == "tf32") == medium
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert [switch.fp32_precision for switch in switches] == before
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -1,0 +1,48 @@
+"""log(1 + x) and what is made of it, as recordings compute it: exact to rounding, also where the result is tiny."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyrovae.compiled.compiler import fast_logarithms
+
+SMALL = torch.cat([-torch.logspace(-30, -0.001, 400), torch.logspace(-30, 30, 800), torch.tensor([0.0])])
+REAL = torch.cat([torch.linspace(-80, 80, 1601), torch.tensor([0.0, 19.999, 20.001])])
+FUNCTIONS = {
+    "log1p": (torch.log1p, SMALL),
+    "softplus": (F.softplus, REAL),
+    "softplus with beta": (lambda x: F.softplus(x, beta=2.0, threshold=15.0), REAL),
+    "logsigmoid": (F.logsigmoid, REAL),
+    "cross entropy of 1": (lambda x: F.binary_cross_entropy_with_logits(x, torch.ones_like(x), reduction="none"), REAL),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_are_those_of_float64_and_gradients_those_of_torch(name, dtype):
+    """The error is relative to the result, so that a softplus of 1e-20 must be right, too."""
+    function, x = FUNCTIONS[name]
+    x = x.to(dtype)
+
+    def both(x):
+        x = x.detach().requires_grad_()
+        value = function(x)
+        return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+    graph = make_fx(both, fast_logarithms())(x)
+    called = {node.target for node in graph.graph.nodes}
+    assert not called & {torch.ops.aten.log1p.default, torch.ops.aten.softplus.default}, "decomposed"
+    (found, gradient), (_, expected) = graph(x), both(x)
+    exact = function(x.double())
+    assert found.dtype == dtype
+    tiny = torch.finfo(dtype).tiny
+    assert torch.allclose(found.double(), exact, rtol=40 * torch.finfo(dtype).eps, atol=tiny)
+    assert torch.allclose(gradient, expected, rtol=4 * torch.finfo(dtype).eps, atol=tiny)
+
+
+def test_at_the_ends():
+    graph = make_fx(torch.log1p, fast_logarithms())(torch.zeros(4))
+    found = graph(torch.tensor([-1.0, torch.inf, -2.0, torch.nan]))
+    assert found[:2].tolist() == [-torch.inf, torch.inf]
+    assert found[2:].isnan().all()
