@@ -86,7 +86,7 @@ def log_weight_blocks(
         vectorised = can_vectorise(pair, block_size, options.vectorize_particles)
         compile = options.compile
         modules = modules_behind(model, guide)
-        described = (*modules, block_size, chunk_size, device)
+        described = (*modules, block_size, chunk_size, pair.is_cuda)
         if compile == "auto":
             compile = pays_off(num_particles, pair.num_data, repeated=[model], once=[guide], described=described)
         if compile and isinstance(pair.guide, Guide):
