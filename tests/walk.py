@@ -154,7 +154,7 @@ WALKS: dict[str, Callable[[nn.Module, nn.Module, Tensor], Any]] = {
 }
 
 # At most so many functions, and returns to a folder left before.
-BOUNDS = {"log_marginal_likelihood": (10, 4), "annealed_importance_sampling": (12, 8)}
+BOUNDS = {"log_marginal_likelihood": (10, 4), "annealed_importance_sampling": (11, 6)}
 
 if __name__ == "__main__":
     for name, call in WALKS.items():
