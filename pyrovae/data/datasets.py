@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.data.idx import _check_idx as _check_idx  # tests import it from here
 from pyrovae.data.idx import check_files, check_ready_for_download
 from pyrovae.data.splits import Splits
 

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from pyrovae.data.forms import Numbers, as_batch, is_stream
+from pyrovae.data.conversion import Numbers
+from pyrovae.data.forms import as_batch, is_stream
 
 __all__ = ["Part", "parts_of"]
 

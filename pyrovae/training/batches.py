@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from pyrovae.common import distributed
-from pyrovae.data.forms import Batch, Numbers, as_batch, is_stream
+from pyrovae.data.conversion import Numbers
+from pyrovae.data.forms import Batch, as_batch, is_stream
 
 __all__ = [
     "Batches",

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from pyrovae.data.forms import Numbers, as_batch, is_stream
+from pyrovae.data.conversion import Numbers
+from pyrovae.data.forms import as_batch, is_stream
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.training.attributes import constants_of
