@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from pyrovae.common.arguments import map_tensors
 from pyrovae.data.conversion import Numbers, converted, is_table
 
-__all__ = ["Batch", "as_arguments", "as_batch", "by_position", "is_stream", "takes_items"]
+__all__ = ["Batch", "as_arguments", "as_batch", "by_position", "is_stream", "signature_of", "takes_items"]
 
 
 class Batch(NamedTuple):
@@ -253,20 +253,26 @@ def takes_items(programs: Sequence[Callable], items: tuple | list | Mapping) -> 
     `def model(batch): x, y = batch` gets the whole.
     """
 
+    signatures = [signature for program in programs if (signature := signature_of(program)) is not None]
+
     def binds(*args: Any, **kwargs: Any) -> bool:
-        for program in programs:
-            try:
-                inspect.signature(program.forward if isinstance(program, nn.Module) else program).bind(*args, **kwargs)
-            except TypeError:
-                return False
-            except ValueError:  # a function without a signature
-                continue
-        return True
+        try:
+            return all(signature.bind(*args, **kwargs) for signature in signatures)
+        except TypeError:
+            return False
 
     if isinstance(items, Mapping):
         named = all(isinstance(key, str) for key in items)
         return named and (binds(**items) or not binds(items))
     return binds(*items) or not binds(items)
+
+
+def signature_of(program: Callable) -> inspect.Signature | None:
+    """The arguments that a program takes; None if it does not tell (a builtin)."""
+    try:
+        return inspect.signature(program.forward if isinstance(program, nn.Module) else program)
+    except (TypeError, ValueError):
+        return None
 
 
 def _named(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyrovae.programs import reach
+from pyrovae.programs.reach import codes_in
 
 __all__ = [
     "changed_by_use",
@@ -86,7 +87,7 @@ def is_free(name: str) -> bool:
 def is_installed(thing: Any) -> bool:
     """Whether a class or function is of Python or an installed package, this one included."""
     module = getattr(thing, "__module__", None) or "builtins"
-    return module.partition(".")[0] == "pyrovae" or reach.is_installed(module)
+    return reach.is_ours(module) or reach.is_installed(module)
 
 
 def hooks_of(module: nn.Module) -> tuple:
@@ -97,13 +98,13 @@ def hooks_of(module: nn.Module) -> tuple:
 
 def names_in(code: types.CodeType, *operations: str) -> set[str]:
     """Names that these operations of the interpreter take in a function's code, the functions inside included."""
-    return {i.argval for part in _codes(code) for i in dis.get_instructions(part) if i.opname in operations}
+    return {i.argval for part in codes_in(code) for i in dis.get_instructions(part) if i.opname in operations}
 
 
 def changed_in(code: types.CodeType) -> tuple[set[str], set[str]]:
     """Names that code assigns outside itself, `self.calls += 1`, and those that it may fill, `self.seen.append(x)`."""
     filled = set()
-    for part in _codes(code):
+    for part in codes_in(code):
         instructions = list(dis.get_instructions(part))
         # `self.seen[0].append` and `self.seen[0] = x` start where `self.seen` does.
         starts = {_start(found) for found in instructions if _fills(found)} - {None}
@@ -126,11 +127,6 @@ def _start(found: dis.Instruction) -> tuple[int, int] | None:
     return (
         None if place is None or place.lineno is None or place.col_offset is None else (place.lineno, place.col_offset)
     )
-
-
-def _codes(code: types.CodeType) -> list[types.CodeType]:
-    inside = [constant for constant in code.co_consts if inspect.iscode(constant)]
-    return [code, *(part for constant in inside for part in _codes(constant))]
 
 
 def _class_constants(kind: type) -> dict[str, Any]:
@@ -191,5 +187,5 @@ def _changed_by_use(kind: type) -> tuple[frozenset[str], frozenset[str]]:
         code = waiting.pop()
         for names, more in zip((assigned, filled), changed_in(code), strict=True):
             names |= more
-        waiting += [own.pop(name) for part in _codes(code) for name in part.co_names if name in own]
+        waiting += [own.pop(name) for part in codes_in(code) for name in part.co_names if name in own]
     return frozenset(assigned), frozenset(filled)
