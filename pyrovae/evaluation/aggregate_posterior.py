@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.common.arguments import check_count
-from pyrovae.common.progress import progress_bar
+from pyrovae.common.reporting import progress_bar
 from pyrovae.guides.base import Guide, check_guide
 from pyrovae.models.generative import LatentVariableModel
 from pyrovae.programs.reach import evaluation_mode

@@ -12,7 +12,7 @@ from torch.distributions import Independent
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.networks import check_mask, given
-from pyrovae.common.progress import progress_bar
+from pyrovae.common.reporting import progress_bar
 from pyrovae.distributions.binary import BinaryImages
 from pyrovae.distributions.mixed import Categories, Mixed
 from pyrovae.evaluation.log_weights import can_vectorise, draw

@@ -264,7 +264,8 @@ def _values_in_reach(function: types.FunctionType) -> Iterator[Any]:
 
 def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
     """The code of a function, and of the functions inside it."""
-    yield code
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            yield from codes_in(constant)
+    codes = [code]
+    while codes:
+        code = codes.pop()
+        yield code
+        codes += (constant for constant in code.co_consts if inspect.iscode(constant))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pyrovae.compiled.signature import Snapshot
 from pyrovae.data.forms import Batch, signature_of
+from pyrovae.programs.latents import check_same_sites
 from pyrovae.programs.reach import evaluation_mode
-from pyrovae.programs.same_sites import check_same_sites
 from pyrovae.programs.traces import Program, as_guide, run_pair
 from pyrovae.training.data_order import by_position, site_by_position
 from pyrovae.training.declared import FirstStep

@@ -16,8 +16,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyrovae.common import distributed
-from pyrovae.common.progress import progress_bar
-from pyrovae.common.reporting import plain_errors
+from pyrovae.common.reporting import plain_errors, progress_bar
 from pyrovae.programs.traces import Program
 from pyrovae.training.callbacks import Callback, call
 from pyrovae.training.checkpoint_file import path_of
