@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyrovae.programs.reach import attributes_of, codes_in, is_installed, is_ours
+from pyrovae.programs.reach import OF_TORCH, attributes_of, codes_in, is_installed, is_ours
 
 __all__ = ["HiddenState", "ReadsByPython", "check_gradient_hooks", "check_graph"]
 
 _DEEPEST, _MOST, _LONGEST = 12, 20_000, 1000  # references in a row; holders; items of one that are followed
-_OF_TORCH = set(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType)
 _MUTABLE = (dict, list, set, deque)
@@ -227,7 +226,7 @@ def _look(holder: Any) -> Any:
     if isinstance(holder, Iterator):
         return repr(holder) if isinstance(holder, itertools.count) else operator.length_hint(holder)
     if isinstance(holder, nn.Module):
-        return {name: value for name, value in vars(holder).items() if name not in _OF_TORCH}
+        return {name: value for name, value in vars(holder).items() if name not in OF_TORCH}
     if isinstance(holder, type):
         return {name: value for name, value in vars(holder).items() if not name.startswith("__")}
     return attributes_of(holder)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "OF_TORCH",
     "attributes_of",
     "changed_buffers",
     "codes_in",
@@ -167,7 +168,7 @@ def modules_behind(*programs: Any) -> list[nn.Module]:
 
 _DEEPEST, _LONGEST = 12, 1000  # longest chain of references that is followed; largest container that is searched
 _HOLDERS = (argparse.Namespace, types.SimpleNamespace, threading.local, UserDict, UserList, deque)
-_OF_TORCH = set(vars(nn.Module()))
+OF_TORCH = set(vars(nn.Module()))  # attributes that every module has
 
 
 def _follow(value: Any, found: dict[nn.Module, None], seen: set[int], depth: int) -> None:
@@ -187,7 +188,7 @@ def _references(value: Any) -> Iterator[Any]:
             yield from value.values() if isinstance(value, dict) else value
     elif isinstance(value, nn.Module):  # attributes of modules that torch does not register
         own = (part for part in value.modules() if not is_installed(type(part).__module__))
-        yield from (held for part in own for name, held in vars(part).items() if name not in _OF_TORCH)
+        yield from (held for part in own for name, held in vars(part).items() if name not in OF_TORCH)
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
     elif inspect.ismethod(value):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyrovae.programs import reach
-from pyrovae.programs.reach import codes_in
+from pyrovae.programs.reach import OF_TORCH, codes_in
 
 __all__ = [
     "changed_by_use",
@@ -46,7 +46,6 @@ _RUNS = re.compile(
 )
 _FILLS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}
 _CONTAINERS = (list, dict, set, Tensor, np.ndarray)
-_OF_TORCH = set(vars(nn.Module()))
 
 
 def constants_of(thing: Any, *, amounts: bool = False) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def constants_of(thing: Any, *, amounts: bool = False) -> dict[str, Any]:
     return {
         name: has[name]
         for name in sorted(has)
-        if not (isinstance(thing, nn.Module) and name in _OF_TORCH)
+        if not (isinstance(thing, nn.Module) and name in OF_TORCH)
         and not (isinstance(thing, Distribution) and hasattr(kind, name))  # computed when it was first asked for
         and name not in assigned
         and not (name in filled and isinstance(has[name], _CONTAINERS))
