@@ -12,8 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyrovae.programs import reach
-from pyrovae.programs.reach import OF_TORCH, codes_in
+from pyrovae.programs.reach import OF_TORCH, codes_in, is_installed, is_ours
 
 __all__ = [
     "changed_by_use",
@@ -22,7 +21,7 @@ __all__ = [
     "hooks_of",
     "is_circumstance",
     "is_free",
-    "is_installed",
+    "is_of_library",
     "names_in",
 ]
 
@@ -61,7 +60,9 @@ def constants_of(thing: Any, *, amounts: bool = False) -> dict[str, Any]:
     kind = type(thing)
     assigned, filled = changed_by_use(kind)
     has = _class_constants(kind) | getattr(thing, "__dict__", {})
-    keep_amounts = amounts or (is_installed(kind) and not isinstance(thing, types.SimpleNamespace | argparse.Namespace))
+    keep_amounts = amounts or (
+        is_of_library(kind) and not isinstance(thing, types.SimpleNamespace | argparse.Namespace)
+    )
     return {
         name: has[name]
         for name in sorted(has)
@@ -83,10 +84,10 @@ def is_free(name: str) -> bool:
     return is_circumstance(name) or _AMOUNTS.search(name) is not None
 
 
-def is_installed(thing: Any) -> bool:
+def is_of_library(thing: Any) -> bool:
     """Whether a class or function is of Python or an installed package, this one included."""
     module = getattr(thing, "__module__", None) or "builtins"
-    return reach.is_ours(module) or reach.is_installed(module)
+    return is_ours(module) or is_installed(module)
 
 
 def hooks_of(module: nn.Module) -> tuple:
@@ -140,7 +141,7 @@ def _class_constants(kind: type) -> dict[str, Any]:
         types.MemberDescriptorType,
     )
     for base in reversed(kind.__mro__):
-        if base is object or is_installed(base):
+        if base is object or is_of_library(base):
             continue
         for name, value in vars(base).items():
             if not name.startswith(("__", "_abc_")) and not isinstance(value, methods):
@@ -167,7 +168,7 @@ def _changed_by_use(kind: type) -> tuple[frozenset[str], frozenset[str]]:
     own: dict[str, types.CodeType] = {}
     waiting: list[types.CodeType] = []
     bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
-    runs = any(_RUNS.search(name) for base in bases if not is_installed(base) for name in vars(base))
+    runs = any(_RUNS.search(name) for base in bases if not is_of_library(base) for name in vars(base))
     for base in bases:
         for name, member in vars(base).items():
             if isinstance(member, functools.cached_property):
@@ -178,7 +179,7 @@ def _changed_by_use(kind: type) -> tuple[frozenset[str], frozenset[str]]:
             code = inspect.unwrap(function).__code__
             if isinstance(member, property) or _RUNS.search(name):
                 waiting.append(code)
-            elif is_installed(base) or not runs:
+            elif is_of_library(base) or not runs:
                 waiting += [] if name.startswith("__") else [code]
             else:
                 own[name] = code
