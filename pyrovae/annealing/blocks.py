@@ -9,8 +9,7 @@ import torch
 
 from pyrovae.annealing.chains import Kernels, num_pilot_kernels, tune
 from pyrovae.annealing.potential import Potential, block_potential, prior_of
-from pyrovae.common.progress import progress_bar
-from pyrovae.common.reporting import warn_once
+from pyrovae.common.reporting import progress_bar, warn_once
 from pyrovae.compiled.policy import pays_off
 from pyrovae.compiled.record import Recording
 from pyrovae.evaluation.opening import Options, Prepare

@@ -1,14 +1,15 @@
 """Argument checks, and a map over the tensors in nested arguments."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_count", "checks_values", "map_tensors", "run_network", "without_checks"]
+__all__ = ["check_count", "check_positive", "checks_values", "map_tensors", "run_network", "without_checks"]
 
 _checks_values = True
 
@@ -73,6 +74,25 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be {least} or more, found {value}")
     return int(value)
+
+
+def check_positive(name: str, value: Any) -> float:
+    """Return `value`, a number or a tensor of one, as a float.
+
+    Args:
+        name: Name of the argument in the error.
+        value: A positive, finite number.
+
+    Raises:
+        TypeError: `value` is no number.
+        ValueError: `value` is not positive, or not finite.
+    """
+    is_number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    if isinstance(value, bool) or not is_number:
+        raise TypeError(f"{name} must be a number, found {value!r}")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} must be positive and finite, found {value}")
+    return float(value)
 
 
 def checks_values() -> bool:

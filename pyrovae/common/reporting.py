@@ -1,4 +1,4 @@
-"""Warnings and errors as users see them, and ArviZ imported without its notice."""
+"""What users see: progress bars, warnings and errors; and ArviZ imported without its notice."""
 
 import contextlib
 import sys
@@ -11,9 +11,11 @@ from typing import Any
 
 import pyro
 import torch
+from tqdm import tqdm
 
-__all__ = ["import_arviz", "plain_errors", "warn_once"]
+__all__ = ["import_arviz", "plain_errors", "progress_bar", "warn_once"]
 
+_MANY = 10_000  # from this total on, a progress bar counts in thousands
 _PACKAGE = str(Path(__file__).parent.parent)
 
 _NOT_THE_USERS = (_PACKAGE, *(str(Path(str(module.__file__)).parent) for module in (torch, pyro)), contextlib.__file__)
@@ -25,6 +27,20 @@ def import_arviz() -> Any:
         warnings.simplefilter("ignore", FutureWarning)
         import arviz
     return arviz
+
+
+def progress_bar(what: str, total: int, unit: str, shown: bool) -> tqdm:
+    """Make a progress bar on standard error that shows the elapsed and the remaining time.
+
+    Use it as a context manager; `update(count)` advances it.
+
+    Args:
+        what: Description at the left of the bar.
+        total: Number of units.
+        unit: Name of a unit.
+        shown: False for a bar that prints nothing.
+    """
+    return tqdm(total=total, unit=f" {unit}", unit_scale=total >= _MANY, desc=what, disable=not shown)
 
 
 _warned: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()

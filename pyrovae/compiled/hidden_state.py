@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyrovae.programs.reach import attributes_of, is_installed
+from pyrovae.programs.reach import OF_TORCH, attributes_of, codes_in, is_installed, is_ours
 
 __all__ = ["HiddenState", "ReadsByPython", "check_gradient_hooks", "check_graph"]
 
 _DEEPEST, _MOST, _LONGEST = 12, 20_000, 1000  # references in a row; holders; items of one that are followed
-_OF_TORCH = set(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType)
 _MUTABLE = (dict, list, set, deque)
@@ -153,11 +152,7 @@ class _Globals:
 
     def __init__(self, function: types.FunctionType):
         self.function = function
-        codes, self.names = [function.__code__], set[str]()
-        while codes:
-            code = codes.pop()
-            self.names.update(code.co_names)
-            codes += (constant for constant in code.co_consts if inspect.iscode(constant))
+        self.names = {name for code in codes_in(function.__code__) for name in code.co_names}
 
 
 def _holders(value: Any) -> Iterator[Any]:
@@ -170,13 +165,13 @@ def _holders(value: Any) -> Iterator[Any]:
     elif inspect.isfunction(value):
         if not is_installed(value.__module__):
             yield from value.__closure__ or ()
-            if not _is_ours(value.__module__):
+            if not is_ours(value.__module__):  # this library's functions keep nothing that a recording would lose
                 yield _Globals(value)
             yield [value.__defaults__, value.__kwdefaults__]
     elif inspect.isroutine(value) or inspect.ismodule(value) or isinstance(value, functools.partial):
         return
     elif inspect.isclass(value):
-        if not is_installed(value.__module__) and not _is_ours(value.__module__):
+        if not is_installed(value.__module__) and not is_ours(value.__module__):
             yield value
     elif not is_installed(type(value).__module__):
         yield value
@@ -195,7 +190,7 @@ def _others(value: Any) -> Iterator[Any]:
     elif isinstance(value, functools.partial):
         yield from (value.func, value.args, value.keywords)
     elif inspect.isclass(value):
-        if not is_installed(value.__module__) and not _is_ours(value.__module__):
+        if not is_installed(value.__module__) and not is_ours(value.__module__):
             yield from (routine for routine in vars(value).values() if inspect.isfunction(routine))
     elif hasattr(value, "__wrapped__"):  # by functools.cache, for instance
         yield value.__wrapped__
@@ -231,15 +226,10 @@ def _look(holder: Any) -> Any:
     if isinstance(holder, Iterator):
         return repr(holder) if isinstance(holder, itertools.count) else operator.length_hint(holder)
     if isinstance(holder, nn.Module):
-        return {name: value for name, value in vars(holder).items() if name not in _OF_TORCH}
+        return {name: value for name, value in vars(holder).items() if name not in OF_TORCH}
     if isinstance(holder, type):
         return {name: value for name, value in vars(holder).items() if not name.startswith("__")}
     return attributes_of(holder)
-
-
-def _is_ours(module: str | None) -> bool:
-    """Whether a module is of this library, whose functions keep nothing that a recording would lose."""
-    return (module or "").partition(".")[0] == "pyrovae"
 
 
 def _items(before: Any) -> Sequence[Any]:

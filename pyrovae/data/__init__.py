@@ -15,8 +15,9 @@ from pyrovae.data.datasets import (
     mnist,
 )
 from pyrovae.data.frames import Column, Table, table
+from pyrovae.data.grey_values import binarize, dequantize
 from pyrovae.data.series import Series, japanese_vowels
-from pyrovae.data.splits import Splits, binarize, dequantize
+from pyrovae.data.splits import Splits
 from pyrovae.data.tables import RowSplits, airquality, breast_cancer, penguins, wine
 
 __all__ = [

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.data.idx import _check_idx as _check_idx  # tests import it from here
 from pyrovae.data.idx import check_files, check_ready_for_download
 from pyrovae.data.splits import Splits
 
@@ -216,19 +215,15 @@ def frey_faces(
 def data_dir(root: str | os.PathLike | None = None) -> Path:
     """The folder for data sets and downloads: `root`, else $PYROVAE_DATA, else a folder in the user's cache."""
     if root is None:
-        root = os.environ.get("PYROVAE_DATA") or None
-    if root is None:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        root = Path(cache) / "pyrovae"
+        root = os.environ.get("PYROVAE_DATA") or Path(cache) / "pyrovae"
     return Path(root).expanduser()
 
 
 def _missing_folder(root: str | os.PathLike | None) -> str | None:
     """The error for a folder that the user named and that does not exist, else None. A misspelt name is not created."""
     folder = data_dir(root)
-    if root is None and not os.environ.get("PYROVAE_DATA"):
-        return None
-    if folder.is_dir():
+    if folder.is_dir() or (root is None and not os.environ.get("PYROVAE_DATA")):
         return None
     origin = "$PYROVAE_DATA" if root is None else "root, --data-dir"
     return f"the data folder {folder} ({origin}) does not exist: make it, or correct its name"

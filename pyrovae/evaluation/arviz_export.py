@@ -9,8 +9,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_factor
 
 from pyrovae.common.arguments import check_count
-from pyrovae.common.progress import progress_bar
-from pyrovae.common.reporting import import_arviz
+from pyrovae.common.reporting import import_arviz, progress_bar
 from pyrovae.evaluation.opening import evaluation_of
 from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.inspection import inspect_pair

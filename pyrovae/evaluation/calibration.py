@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.common.arguments import check_count
-from pyrovae.common.progress import progress_bar
+from pyrovae.common.reporting import progress_bar
 from pyrovae.evaluation.opening import evaluation_of
 from pyrovae.guides.base import Guide
 from pyrovae.programs.enumeration import SummedOut

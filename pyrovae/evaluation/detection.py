@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.data.splits import check_grey_values
+from pyrovae.data.grey_values import check_grey_values
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 
 __all__ = ["Detection", "inverted", "roc", "rotated", "shuffled"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.common.arguments import check_count
-from pyrovae.common.progress import progress_bar
+from pyrovae.common.reporting import progress_bar
 from pyrovae.evaluation.log_weights import log_weight_blocks, until_interrupted
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.evaluation.opening import SamplingOptions, parts_of

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.networks import check_mask, given
-from pyrovae.common.progress import progress_bar
+from pyrovae.common.reporting import progress_bar
 from pyrovae.evaluation.cells import Cells, ChosenLatents, WeightedSums, cells_of, check_site, drawn_cells
 from pyrovae.evaluation.log_weights import Drawn, can_vectorise, draw
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood

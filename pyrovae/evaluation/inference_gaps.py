@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.common.networks import Inputs
-from pyrovae.common.progress import progress_bar
+from pyrovae.common.reporting import progress_bar
 from pyrovae.estimators.reducers import standard_error
 from pyrovae.evaluation.importance_sampling import log_marginal_likelihood
 from pyrovae.evaluation.local_search import SearchOptions, given_encoding, search_for

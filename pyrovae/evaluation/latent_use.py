@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyrovae.common.arguments import check_count, map_tensors
-from pyrovae.common.progress import progress_bar
+from pyrovae.common.reporting import progress_bar
 from pyrovae.estimators.reducers import standard_error
 from pyrovae.evaluation.opening import Options, opened
 from pyrovae.programs.enumeration import SummedOut

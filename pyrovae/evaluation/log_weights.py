@@ -13,8 +13,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyrovae.common.progress import progress_bar
-from pyrovae.common.reporting import warn_once
+from pyrovae.common.reporting import progress_bar, warn_once
 from pyrovae.compiled.policy import mark_compiled, pays_off
 from pyrovae.evaluation.opening import SamplingOptions, opened
 from pyrovae.evaluation.recorded_draw import RecordedDraw, record_draw

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from pyrovae.common.arguments import check_count, map_tensors
-from pyrovae.data.forms import Numbers, as_arguments, as_batch, by_position, is_stream, takes_items
+from pyrovae.data.conversion import Numbers
+from pyrovae.data.forms import as_arguments, as_batch, by_position, is_stream, takes_items
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.parameters import check_arguments, numbers_of
 from pyrovae.programs.particles import check_memory

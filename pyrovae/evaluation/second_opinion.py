@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrovae.common.progress import progress_bar
+from pyrovae.common.reporting import progress_bar
 from pyrovae.evaluation.log_weights import Drawn, can_vectorise, draw
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.evaluation.opening import SamplingOptions, opened

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrovae.common.progress import progress_bar
+from pyrovae.common.reporting import progress_bar
 from pyrovae.guides.base import Guide
 from pyrovae.models.generative import LatentVariableModel
 

@@ -15,7 +15,9 @@ from pyrovae.common.component import Component
 from pyrovae.common.networks import broadcast_context, call_network, takes_context
 from pyrovae.distributions.binary import BinaryImages
 
-__all__ = ["Likelihood"]
+__all__ = ["FILL_IN", "Likelihood", "inverse_softplus"]
+
+FILL_IN = "remove these data, fill in their values, or say which are missing: model(x, observed=~x.isnan())"
 
 
 class Likelihood(Component, ABC):
@@ -200,5 +202,14 @@ class Likelihood(Component, ABC):
             )
         return data_mean.detach().to("cpu", torch.get_default_dtype())
 
+    def initial_bias(self, data_mean: Tensor | None) -> nn.Parameter:
+        """Return a bias per element that starts at the mean of the training data, or at 0 without one."""
+        mean = self.initial_mean(data_mean)
+        return nn.Parameter(torch.zeros(self.data_shape) if mean is None else mean)
+
     def extra_repr(self) -> str:
         return f"data_shape={tuple(self.data_shape)}, {super().extra_repr()}"
+
+
+def inverse_softplus(value: float) -> float:
+    return value + math.log(-math.expm1(-value))

@@ -13,9 +13,9 @@ from pyrovae.common.component import Made
 from pyrovae.common.networks import takes_context
 from pyrovae.data.frames import Table
 from pyrovae.distributions import mixed
-from pyrovae.likelihoods.base import Likelihood
+from pyrovae.likelihoods.base import FILL_IN, Likelihood
 from pyrovae.likelihoods.continuous import Scaled
-from pyrovae.likelihoods.pixelwise import _FILL_IN, LearnedScaleNormal
+from pyrovae.likelihoods.pixelwise import LearnedScaleNormal
 
 __all__ = ["Categories", "Columns"]
 
@@ -79,7 +79,7 @@ class Categories(Likelihood):
             remedy = "code them from 0 on (pyrovae.data.table codes the columns of a frame), or set num_categories="
             raise ValueError(
                 f"categories are coded 0 to {self.num_categories - 1}, found {found:g}: "
-                f"{_FILL_IN if math.isnan(found) else remedy}"
+                f"{FILL_IN if math.isnan(found) else remedy}"
             )
 
     def extra_repr(self) -> str:

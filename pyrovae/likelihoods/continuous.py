@@ -8,9 +8,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyrovae.common.arguments import check_positive
 from pyrovae.distributions import real_values
-from pyrovae.likelihoods.base import Likelihood
-from pyrovae.likelihoods.pixelwise import _FILL_IN
+from pyrovae.likelihoods.base import FILL_IN, Likelihood, inverse_softplus
 
 __all__ = ["LogNormal", "Scaled", "StudentT"]
 
@@ -51,17 +51,16 @@ class StudentT(Likelihood):
         data_mean: Tensor | None = None,
     ):
         super().__init__(decoder_net, data_shape)
-        _check_positive("df", df)
+        check_positive("df", df)
         if learn_df and not df > 1:
             raise ValueError(f"a learned df stays above 1, where the mean exists; found df={df:g}: start above 1")
         self.df = None if learn_df else float(df)
         if learn_df:
-            self.raw_df = nn.Parameter(torch.tensor(_inverse_softplus(df - 1)))
+            self.raw_df = nn.Parameter(torch.tensor(inverse_softplus(df - 1)))
         self.log_scale = nn.Parameter(
-            torch.full(self.data_shape, math.log(_check_positive("initial_scale", initial_scale)))
+            torch.full(self.data_shape, math.log(check_positive("initial_scale", initial_scale)))
         )
-        mean = self.initial_mean(data_mean)
-        self.bias = nn.Parameter(torch.zeros(self.data_shape) if mean is None else mean)
+        self.bias = self.initial_bias(data_mean)
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
         loc = parameters + self.bias
@@ -70,7 +69,7 @@ class StudentT(Likelihood):
 
     def check(self, x: Tensor) -> None:
         if not x.isfinite().all():
-            raise ValueError(f"Student t data are real numbers, found {x[~x.isfinite()][0].item():g}: {_FILL_IN}")
+            raise ValueError(f"Student t data are real numbers, found {x[~x.isfinite()][0].item():g}: {FILL_IN}")
 
     def extra_repr(self) -> str:
         return f"{'' if self.df is None else f'df={self.df:g}, '}{super().extra_repr()}"
@@ -105,7 +104,7 @@ class LogNormal(Likelihood):
         data_mean: Tensor | None = None,
     ):
         super().__init__(decoder_net, data_shape)
-        log_scale = math.log(_check_positive("initial_scale", initial_scale))
+        log_scale = math.log(check_positive("initial_scale", initial_scale))
         self.log_scale = nn.Parameter(torch.full(self.data_shape, log_scale))
         mean = self.initial_mean(data_mean, 0)
         bias = torch.zeros(self.data_shape) if mean is None else mean.clamp(min=_SMALLEST_MEAN).log()
@@ -124,7 +123,7 @@ class LogNormal(Likelihood):
             remedy = (
                 "use a likelihood for real values (StudentT), or for counts (NegativeBinomial)"
                 if math.isfinite(found)
-                else _FILL_IN
+                else FILL_IN
             )
             raise ValueError(f"log-normal data are positive numbers, found {found:g}: {remedy}")
 
@@ -216,13 +215,3 @@ class Scaled(Likelihood):
             )
         elements = real_values.Affine(distribution.base_dist, self.loc, self.scale)
         return elements.to_event(len(self.data_shape))
-
-
-def _check_positive(name: str, value: float) -> float:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, found {value}")
-    return float(value)
-
-
-def _inverse_softplus(value: float) -> float:
-    return value + math.log(-math.expm1(-value))

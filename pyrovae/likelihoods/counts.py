@@ -8,11 +8,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrovae.common.arguments import check_count, checks_values
+from pyrovae.common.arguments import check_count, check_positive, checks_values
 from pyrovae.common.networks import takes_context
 from pyrovae.distributions import count_masses
-from pyrovae.likelihoods.base import Likelihood
-from pyrovae.likelihoods.pixelwise import _FILL_IN
+from pyrovae.likelihoods.base import FILL_IN, Likelihood
 
 __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 
@@ -83,7 +82,7 @@ class _Counts(Likelihood):
         if wrong.any():
             value = x[wrong][0].item()
             if not math.isfinite(value):
-                remedy = _FILL_IN
+                remedy = FILL_IN
             elif value < 0:
                 remedy = "use a likelihood for real values (LearnedScaleNormal, StudentT) if these are no counts"
             else:
@@ -206,8 +205,7 @@ class NegativeBinomial(_Counts):
         exposure_column: int | None = None,
         data_mean: Tensor | None = None,
     ):
-        if not 0 < inverse_dispersion < math.inf:
-            raise ValueError(f"inverse_dispersion must be positive and finite, found {inverse_dispersion}")
+        inverse_dispersion = check_positive("inverse_dispersion", inverse_dispersion)
         self.__dict__["network_dispersion"] = bool(network_dispersion)  # the base class asks for the shape
         super().__init__(decoder_net, data_shape, exposure_column, data_mean)
         start = torch.full(self.data_shape, math.log(inverse_dispersion))

@@ -2,20 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyrovae.common.arguments import check_positive
 from pyrovae.distributions.binary import BinaryImages
 from pyrovae.distributions.pixels import ContinuousBernoulli as ContinuousBernoulliPixel
-from pyrovae.likelihoods.base import Likelihood
+from pyrovae.likelihoods.base import FILL_IN, Likelihood, inverse_softplus
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "HeteroscedasticNormal", "LearnedScaleNormal", "Normal"]
-
-_FILL_IN = "remove these data, fill in their values, or say which are missing: model(x, observed=~x.isnan())"
 
 
 class Bernoulli(Likelihood):
@@ -93,7 +91,7 @@ class ContinuousBernoulli(Likelihood):
             found = x[~inside][0]
             remedy = "scale the data to [0, 1] (x / 255 for bytes), or use a normal likelihood (LearnedScaleNormal)"
             raise ValueError(
-                f"continuous Bernoulli pixels lie in [0, 1], found {found.item():g}: {remedy if found.isfinite() else _FILL_IN}"
+                f"continuous Bernoulli pixels lie in [0, 1], found {found.item():g}: {remedy if found.isfinite() else FILL_IN}"
             )
 
 
@@ -129,9 +127,8 @@ class Normal(Likelihood):
         data_mean: Tensor | None = None,
     ):
         super().__init__(decoder_net, data_shape)
-        self.scale = _positive("scale", scale)
-        mean = self.initial_mean(data_mean)
-        self.bias = nn.Parameter(torch.zeros(self.data_shape) if mean is None else mean)
+        self.scale = check_positive("scale", scale)
+        self.bias = self.initial_bias(data_mean)
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
         return dist.Normal(parameters + self.bias, self.scale).to_event(len(self.data_shape))
@@ -174,9 +171,8 @@ class LearnedScaleNormal(Likelihood):
         data_mean: Tensor | None = None,
     ):
         super().__init__(decoder_net, data_shape)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(_positive("initial_scale", initial_scale))))
-        mean = self.initial_mean(data_mean)
-        self.bias = nn.Parameter(torch.zeros(self.data_shape) if mean is None else mean)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(check_positive("initial_scale", initial_scale))))
+        self.bias = self.initial_bias(data_mean)
 
     def distribution(self, parameters: Tensor) -> dist.TorchDistribution:
         return dist.Normal(parameters + self.bias, self.log_scale.exp()).to_event(len(self.data_shape))
@@ -222,14 +218,14 @@ class HeteroscedasticNormal(Likelihood):
         data_mean: Tensor | None = None,
     ):
         super().__init__(decoder_net, data_shape)
-        self.min_scale = _positive("min_scale", min_scale)
-        above = _positive("initial_scale", initial_scale) - min_scale
+        self.min_scale = check_positive("min_scale", min_scale)
+        above = check_positive("initial_scale", initial_scale) - self.min_scale
         if not above > 0:
-            raise ValueError(f"initial_scale must be above min_scale={min_scale:g}, found {initial_scale:g}")
+            raise ValueError(f"initial_scale must be above min_scale={self.min_scale:g}, found {initial_scale:g}")
         self.bias = nn.Parameter(torch.zeros(self.parameters_shape))
         mean = self.initial_mean(data_mean)
         with torch.no_grad():
-            self.bias[1] = above + math.log(-math.expm1(-above))  # the inverse of softplus
+            self.bias[1] = inverse_softplus(above)
             if mean is not None:
                 self.bias[0] = mean
 
@@ -254,14 +250,14 @@ class HeteroscedasticNormal(Likelihood):
 
 def _check_finite(x: Tensor) -> None:
     if not x.isfinite().all():
-        raise ValueError(f"normal pixels are real numbers, found {x[~x.isfinite()][0].item():g}: {_FILL_IN}")
+        raise ValueError(f"normal pixels are real numbers, found {x[~x.isfinite()][0].item():g}: {FILL_IN}")
 
 
 def _remedy_for_binary(x: Tensor) -> str:
     """How to fix data that are not binary, by their values: advice for images does not help with counts."""
     low, high = x.min().item(), x.max().item()
     if not (math.isfinite(low) and math.isfinite(high)):
-        return _FILL_IN
+        return FILL_IN
     if low >= 0 and high <= 1:
         return (
             "binarise the data if they are grey values (pyrovae.data.binarize; fit(..., transform=pyrovae.data.binarize) "
@@ -274,14 +270,6 @@ def _remedy_for_binary(x: Tensor) -> str:
             f"(pyrovae.likelihoods.Poisson, NegativeBinomial), or (x > 0).to(x.dtype)"
         )
     return f"for data from {low:g} to {high:g} use a likelihood for real values (LearnedScaleNormal)"
-
-
-def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, found {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, found {value}")
-    return float(value)
 
 
 def _logits_of_mean(mean: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class LatentVariableModel(Component, ABC):
             has another number of rows than the data, and no context if a part needs one.
     """
 
-    takes_real_data = True  # `fit` and evaluations then convert whole numbers given as x: see `data.forms.Numbers`
+    takes_real_data = True  # `fit` and evaluations then convert whole numbers given as x: see `data.conversion.Numbers`
 
     def __init__(self, prior: Prior, likelihood: Likelihood):
         super().__init__()

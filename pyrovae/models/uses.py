@@ -49,12 +49,7 @@ def embed(guide: Guide, x: Tensor, *, context: Tensor | None = None, observed: T
 
 
 def sample_posterior(
-    guide: Guide,
-    x: Tensor,
-    num_samples: int,
-    *,
-    context: Tensor | None = None,
-    observed: Tensor | None = None,
+    guide: Guide, x: Tensor, num_samples: int, *, context: Tensor | None = None, observed: Tensor | None = None
 ) -> Tensor:
     """Draw codes of data from q(z|x).
 
@@ -71,8 +66,7 @@ def sample_posterior(
         (num_samples, N, D), as `model.decode` accepts them.
 
     Raises:
-        TypeError: if `num_samples` is not a whole number.
-        ValueError: if `num_samples` is below 1.
+        TypeError, ValueError: unless `num_samples` is a whole number of 1 or more.
     """
     num_samples = check_count("num_samples", num_samples)
     return _of_posterior(guide, x, context, observed, lambda posterior: posterior.sample((num_samples,)), dim=1)
@@ -92,8 +86,7 @@ def reconstruct(
         E[x' | z = E_q(z|x) z],   or with `mean=False` a draw x' ~ p(x'|z), z ~ q(z|x)
 
     Args:
-        model: model of the pair
-        guide: guide of the pair
+        model, guide: the pair
         x: data (N, *data_shape)
         mean: use means instead of draws
         context: what the pair is conditioned on, (N, ...)
@@ -101,9 +94,6 @@ def reconstruct(
 
     Returns:
         (N, *data_shape).
-
-    References:
-        Kingma & Welling, Auto-Encoding Variational Bayes (2014).
     """
     known = {"context": context, "observed": observed}
     z = embed(guide, x, **known) if mean else sample_posterior(guide, x, 1, **known)[0]
@@ -132,10 +122,8 @@ def interpolate(
     line is used.)
 
     Args:
-        model: model of the pair
-        guide: guide of the pair
-        a: data to start from (N, *data_shape)
-        b: data to end at (N, *data_shape)
+        model, guide: the pair
+        a, b: data to start from and to end at (N, *data_shape)
         num_steps: images per pair of data, both ends included
         spherical: follow the arc instead of the line
         context: what the pair is conditioned on, (N, ...), for both ends and on the way
@@ -269,8 +257,7 @@ def edit(
         E[x' | z + c v]   for each amount c,   z the code of x
 
     Args:
-        model: model of the pair
-        guide: guide of the pair
+        model, guide: the pair
         x: data (N, *data_shape)
         direction: v (D,), for instance from `attribute_direction`
         amounts: amounts c; 0 gives the reconstruction, 1 goes as far as from the data without the attribute to those

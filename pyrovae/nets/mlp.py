@@ -1,16 +1,17 @@
 """The multilayer perceptron."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from operator import index
 
+import torch
 from torch import Tensor, nn
 
 from pyrovae.common.arguments import run_network
 from pyrovae.common.component import Component
-from pyrovae.nets.shapes import leading_shape
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "leading_shape"]
 
 
 class MLP(Component):
@@ -94,3 +95,14 @@ class MLP(Component):
         rows = x.reshape(-1, self.in_features)
         output = run_network(self.layers, rows, "pass data of the shape it was made for", type(self).__name__)
         return output.reshape(*leading, output.shape[-1])
+
+
+def leading_shape(x: Tensor, width: int) -> torch.Size | None:
+    """Return the dimensions of x before those of a datum of `width` numbers; None if no trailing dimensions fit.
+
+    If the last dimension is `width`, it alone is the datum. Otherwise the datum takes as many trailing dimensions as
+    fit, but never the first.
+    """
+    if x.shape[-1:] == (width,):
+        return x.shape[:-1]
+    return next((x.shape[:count] for count in range(1, x.ndim) if math.prod(x.shape[count:]) == width), None)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.enumeration import SummedOut, at_best
-from pyrovae.programs.kinds import bounds_of, is_discrete, repeats
+from pyrovae.programs.latents import bounds_of, is_discrete, repeats
 from pyrovae.programs.log_densities import (
     InspectedPair,
     log_joint_with,

@@ -15,19 +15,14 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.programs.auxiliary import refuse_other_dimensions, refuse_point_masses, refuse_wrong_stretches
+from pyrovae.programs.coupling import refuse_coupled_data, refuse_influence_of_masked
 from pyrovae.programs.coverage import refuse_uncovered
 from pyrovae.programs.enumeration import SummedOut, at_any, check_enumerable
-from pyrovae.programs.kinds import refuse_mass_against_density, refuse_turns
+from pyrovae.programs.latents import check_not_swapped, refuse_mass_against_density, refuse_turns
 from pyrovae.programs.layout import find_layout, refuse_scales
 from pyrovae.programs.log_densities import InspectedPair, site_log_prob
 from pyrovae.programs.reach import find_modules, replaced_parameters
-from pyrovae.programs.reruns import (
-    refuse_coupled_data,
-    refuse_influence_of_masked,
-    refuse_other_reruns,
-    refuse_wrong_tables,
-)
-from pyrovae.programs.same_sites import check_not_swapped
+from pyrovae.programs.reruns import refuse_other_reruns, refuse_wrong_tables
 from pyrovae.programs.supports import innermost, num_parts, possible_elements
 from pyrovae.programs.traces import Layout, Program, run_pair, sample_sites, trace_program
 

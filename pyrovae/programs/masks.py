@@ -1,7 +1,7 @@
 """Masks of latents: the log weight if one program masks a latent, or part of it, and the other does not.
 
 A masked latent has no log density in the program that masks it. Let z_m be the elements that the model masks, and let
-no other term of the model depend on them (`pyrovae.programs.reruns` checks this). The log weight is then that of the
+no other term of the model depend on them (`pyrovae.programs.coupling` checks this). The log weight is then that of the
 extended target
 
     p(x, z) q(z_m | x)

@@ -10,7 +10,8 @@ from pyro.poutine import runtime
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
-from pyrovae.data.forms import Numbers, is_stream
+from pyrovae.data.conversion import Numbers
+from pyrovae.data.forms import is_stream
 from pyrovae.programs.reach import modules_behind
 
 __all__ = ["apart_from_handlers", "check_arguments", "check_program", "emit_parameters", "numbers_of"]

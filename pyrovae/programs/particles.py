@@ -9,8 +9,8 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyrovae.programs.equivalence import equivalent
 from pyrovae.programs.log_densities import log_weights_of
+from pyrovae.programs.reruns import equivalent
 from pyrovae.programs.traces import Layout, Program, run_pair, select_particle, under_particles
 
 __all__ = ["check_memory", "collect_chunks", "reason_to_loop", "run_particles"]

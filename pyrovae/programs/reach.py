@@ -23,11 +23,14 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "OF_TORCH",
     "attributes_of",
     "changed_buffers",
+    "codes_in",
     "evaluation_mode",
     "find_modules",
     "is_installed",
+    "is_ours",
     "modules_behind",
     "replaced_parameters",
 ]
@@ -165,7 +168,7 @@ def modules_behind(*programs: Any) -> list[nn.Module]:
 
 _DEEPEST, _LONGEST = 12, 1000  # longest chain of references that is followed; largest container that is searched
 _HOLDERS = (argparse.Namespace, types.SimpleNamespace, threading.local, UserDict, UserList, deque)
-_OF_TORCH = set(vars(nn.Module()))
+OF_TORCH = set(vars(nn.Module()))  # attributes that every module has
 
 
 def _follow(value: Any, found: dict[nn.Module, None], seen: set[int], depth: int) -> None:
@@ -185,7 +188,7 @@ def _references(value: Any) -> Iterator[Any]:
             yield from value.values() if isinstance(value, dict) else value
     elif isinstance(value, nn.Module):  # attributes of modules that torch does not register
         own = (part for part in value.modules() if not is_installed(type(part).__module__))
-        yield from (held for part in own for name, held in vars(part).items() if name not in _OF_TORCH)
+        yield from (held for part in own for name, held in vars(part).items() if name not in OF_TORCH)
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
     elif inspect.ismethod(value):
@@ -229,12 +232,17 @@ def attributes_of(value: Any) -> dict[str, Any]:
 def is_installed(module: str | None) -> bool:
     """Whether a module belongs to Python or to an installed package other than this one."""
     package = (module or "").partition(".")[0]
-    if package in ("pyrovae", "__main__", ""):
+    if is_ours(module) or package in ("__main__", ""):
         return False
     if package in sys.stdlib_module_names or package in sys.builtin_module_names:
         return True
     file = getattr(sys.modules.get(package), "__file__", None)
     return file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+def is_ours(module: str | None) -> bool:
+    """Whether a module belongs to this package."""
+    return (module or "").partition(".")[0] == "pyrovae"
 
 
 def _values_in_reach(function: types.FunctionType) -> Iterator[Any]:
@@ -244,9 +252,7 @@ def _values_in_reach(function: types.FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # the cell is empty
             yield cell.cell_contents
-    codes = [function.__code__]
-    while codes:
-        code = codes.pop()
+    for code in codes_in(function.__code__):
         names = [name for name in code.co_names if name in function.__globals__]
         values = [function.__globals__[name] for name in names]
         while values:
@@ -255,4 +261,12 @@ def _values_in_reach(function: types.FunctionType) -> Iterator[Any]:
                 yield value
             elif not is_installed(value.__name__):  # attributes of an imported module that the code names
                 values += (vars(value)[name] for name in code.co_names if name in vars(value))
+
+
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of a function, and of the functions inside it."""
+    codes = [code]
+    while codes:
+        code = codes.pop()
+        yield code
         codes += (constant for constant in code.co_consts if inspect.iscode(constant))

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from pyrovae.common.arguments import map_tensors
 from pyrovae.programs.enumeration import SummedOut
-from pyrovae.programs.equivalence import equivalent
 from pyrovae.programs.inspection import inspect_pair
 from pyrovae.programs.log_densities import InspectedPair, log_weights_of, summed_sites
 from pyrovae.programs.pair import HEAD, EncodesOnce, Pair, choose_rows, encode_once, guide_given
 from pyrovae.programs.parameters import check_program
 from pyrovae.programs.reach import modules_behind
+from pyrovae.programs.reruns import equivalent
 from pyrovae.programs.traces import Layout, Program, as_guide, run_pair, sample_sites, select_data, trace_program
 
 __all__ = ["inspect"]

@@ -14,7 +14,8 @@ from pyrovae import data
 from pyrovae.common.arguments import map_tensors
 from pyrovae.compiled.policy import pays_off
 from pyrovae.compiled.record import Recording, Results, record
-from pyrovae.data.forms import Batch, Numbers
+from pyrovae.data.conversion import Numbers
+from pyrovae.data.forms import Batch
 from pyrovae.objectives.base import Parts
 from pyrovae.programs.traces import Program
 from pyrovae.training.batches import selected

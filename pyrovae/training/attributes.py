@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyrovae.programs import reach
+from pyrovae.programs.reach import OF_TORCH, codes_in, is_installed, is_ours
 
 __all__ = [
     "changed_by_use",
@@ -21,7 +21,7 @@ __all__ = [
     "hooks_of",
     "is_circumstance",
     "is_free",
-    "is_installed",
+    "is_of_library",
     "names_in",
 ]
 
@@ -45,7 +45,6 @@ _RUNS = re.compile(
 )
 _FILLS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}
 _CONTAINERS = (list, dict, set, Tensor, np.ndarray)
-_OF_TORCH = set(vars(nn.Module()))
 
 
 def constants_of(thing: Any, *, amounts: bool = False) -> dict[str, Any]:
@@ -61,11 +60,13 @@ def constants_of(thing: Any, *, amounts: bool = False) -> dict[str, Any]:
     kind = type(thing)
     assigned, filled = changed_by_use(kind)
     has = _class_constants(kind) | getattr(thing, "__dict__", {})
-    keep_amounts = amounts or (is_installed(kind) and not isinstance(thing, types.SimpleNamespace | argparse.Namespace))
+    keep_amounts = amounts or (
+        is_of_library(kind) and not isinstance(thing, types.SimpleNamespace | argparse.Namespace)
+    )
     return {
         name: has[name]
         for name in sorted(has)
-        if not (isinstance(thing, nn.Module) and name in _OF_TORCH)
+        if not (isinstance(thing, nn.Module) and name in OF_TORCH)
         and not (isinstance(thing, Distribution) and hasattr(kind, name))  # computed when it was first asked for
         and name not in assigned
         and not (name in filled and isinstance(has[name], _CONTAINERS))
@@ -83,10 +84,10 @@ def is_free(name: str) -> bool:
     return is_circumstance(name) or _AMOUNTS.search(name) is not None
 
 
-def is_installed(thing: Any) -> bool:
+def is_of_library(thing: Any) -> bool:
     """Whether a class or function is of Python or an installed package, this one included."""
     module = getattr(thing, "__module__", None) or "builtins"
-    return module.partition(".")[0] == "pyrovae" or reach.is_installed(module)
+    return is_ours(module) or is_installed(module)
 
 
 def hooks_of(module: nn.Module) -> tuple:
@@ -97,13 +98,13 @@ def hooks_of(module: nn.Module) -> tuple:
 
 def names_in(code: types.CodeType, *operations: str) -> set[str]:
     """Names that these operations of the interpreter take in a function's code, the functions inside included."""
-    return {i.argval for part in _codes(code) for i in dis.get_instructions(part) if i.opname in operations}
+    return {i.argval for part in codes_in(code) for i in dis.get_instructions(part) if i.opname in operations}
 
 
 def changed_in(code: types.CodeType) -> tuple[set[str], set[str]]:
     """Names that code assigns outside itself, `self.calls += 1`, and those that it may fill, `self.seen.append(x)`."""
     filled = set()
-    for part in _codes(code):
+    for part in codes_in(code):
         instructions = list(dis.get_instructions(part))
         # `self.seen[0].append` and `self.seen[0] = x` start where `self.seen` does.
         starts = {_start(found) for found in instructions if _fills(found)} - {None}
@@ -128,11 +129,6 @@ def _start(found: dis.Instruction) -> tuple[int, int] | None:
     )
 
 
-def _codes(code: types.CodeType) -> list[types.CodeType]:
-    inside = [constant for constant in code.co_consts if inspect.iscode(constant)]
-    return [code, *(part for constant in inside for part in _codes(constant))]
-
-
 def _class_constants(kind: type) -> dict[str, Any]:
     """Attributes of a user's classes that are no methods."""
     found: dict[str, Any] = {}
@@ -145,7 +141,7 @@ def _class_constants(kind: type) -> dict[str, Any]:
         types.MemberDescriptorType,
     )
     for base in reversed(kind.__mro__):
-        if base is object or is_installed(base):
+        if base is object or is_of_library(base):
             continue
         for name, value in vars(base).items():
             if not name.startswith(("__", "_abc_")) and not isinstance(value, methods):
@@ -172,7 +168,7 @@ def _changed_by_use(kind: type) -> tuple[frozenset[str], frozenset[str]]:
     own: dict[str, types.CodeType] = {}
     waiting: list[types.CodeType] = []
     bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
-    runs = any(_RUNS.search(name) for base in bases if not is_installed(base) for name in vars(base))
+    runs = any(_RUNS.search(name) for base in bases if not is_of_library(base) for name in vars(base))
     for base in bases:
         for name, member in vars(base).items():
             if isinstance(member, functools.cached_property):
@@ -183,7 +179,7 @@ def _changed_by_use(kind: type) -> tuple[frozenset[str], frozenset[str]]:
             code = inspect.unwrap(function).__code__
             if isinstance(member, property) or _RUNS.search(name):
                 waiting.append(code)
-            elif is_installed(base) or not runs:
+            elif is_of_library(base) or not runs:
                 waiting += [] if name.startswith("__") else [code]
             else:
                 own[name] = code
@@ -191,5 +187,5 @@ def _changed_by_use(kind: type) -> tuple[frozenset[str], frozenset[str]]:
         code = waiting.pop()
         for names, more in zip((assigned, filled), changed_in(code), strict=True):
             names |= more
-        waiting += [own.pop(name) for part in _codes(code) for name in part.co_names if name in own]
+        waiting += [own.pop(name) for part in codes_in(code) for name in part.co_names if name in own]
     return frozenset(assigned), frozenset(filled)

@@ -1,32 +1,31 @@
 """The batches of an epoch, from data held on the device or, for data that exceed memory, from a `DataLoader`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from pyrovae.common import distributed
-from pyrovae.data.forms import Batch, Numbers, as_batch, is_stream
+from pyrovae.data.conversion import Numbers
+from pyrovae.data.forms import Batch, as_batch, is_stream
+from pyrovae.training.loaders import draws_one_order, generators_of, length_of, num_drawn, set_epoch
 
 __all__ = [
     "Batches",
     "Transform",
     "batches_of",
     "form_of",
-    "generators_of",
-    "length_of",
     "on_device",
     "read_items",
     "selected",
     "transformed",
 ]
 
-_FEW = 12
 _BATCH_SIZE = 200
 Transform = Callable[[Any], Any] | None
 
@@ -141,19 +140,6 @@ def read_items(name: str, data: Any, transform: Transform, numbers: Numbers) -> 
     return as_batch(data, numbers if transform is None else numbers.of_arrays(), name)
 
 
-def length_of(dataset: Any, name: str) -> int:
-    if isinstance(dataset, IterableDataset):
-        raise TypeError(
-            f"{name} is an IterableDataset, which gives its data in an order of its own: pass DataLoader({name}, "
-            f"batch_size=...), which needs its __len__"
-        )
-    if not isinstance(dataset, Sized):
-        raise TypeError(f"{name} is a {type(dataset).__name__} without a length: give it a __len__")
-    if not len(dataset):
-        raise ValueError(f"{name} must hold at least one datum, found an empty {type(dataset).__name__}")
-    return len(dataset)
-
-
 class _InMemory(Batches):
     name = "train"
     in_one_order = False
@@ -216,7 +202,7 @@ class _Loaded(Batches):
     def __init__(self, loader: DataLoader, transform: Transform, numbers: Numbers, device: torch.device):
         super().__init__(transform, numbers, device)
         try:
-            self.num_data, self.per_epoch = _num_drawn(loader), len(loader)
+            self.num_data, self.per_epoch = num_drawn(loader), len(loader)
         except TypeError:
             raise TypeError(
                 "found a DataLoader whose data set or sampler has no length, which the learning rate's schedule needs: give it "
@@ -234,10 +220,10 @@ class _Loaded(Batches):
         self.batch_size = self.full_size = loader.batch_size or -(-self.num_data // self.per_epoch)
         if isinstance(loader.batch_sampler, _Shuffled):
             self.batch_size, self.full_size = loader.batch_sampler.batch_size, loader.batch_sampler.full_size
-        self.in_one_order = self.per_epoch == 1 and _draws_one_order(loader)
+        self.in_one_order = self.per_epoch == 1 and draws_one_order(loader)
 
     def epoch(self, number: int) -> Iterator[tuple[Batch, Tensor]]:
-        _set_epoch(self.loader, number)
+        set_epoch(self.loader, number)
         for item in self.loader:
             yield self._on_device(item)
 
@@ -269,50 +255,3 @@ def on_device(batch: Any, numbers: Numbers, device: torch.device) -> Any:
         return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
     return tree_map(moved, batch)
-
-
-def generators_of(loader: DataLoader) -> list[torch.Generator]:
-    """The generators from which a loader draws, besides torch's own."""
-    found = (getattr(holder, "generator", None) for holder in (loader, *_samplers(loader)))
-    return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
-
-
-def _samplers(loader: DataLoader) -> tuple[Any, ...]:
-    batches = loader.batch_sampler
-    return loader.sampler, batches, getattr(batches, "sampler", None)
-
-
-def _set_epoch(loader: DataLoader, number: int) -> None:
-    """Tell samplers and data the epoch, if they take it: a DistributedSampler shuffles anew only then."""
-    for holder in (loader.dataset, *_samplers(loader)):
-        if callable(set_epoch := getattr(holder, "set_epoch", None)):
-            set_epoch(number - 1)
-
-
-def _draws_one_order(loader: DataLoader) -> bool:
-    """Whether the sampler yields the same batches every time; generators are left as they were."""
-    if loader.batch_sampler is None:
-        return False
-    states = [(generator, generator.get_state()) for generator in generators_of(loader)]
-    with torch.random.fork_rng([]):
-        _set_epoch(loader, 1)
-        first = list(loader.batch_sampler)
-        tries = 1 if sum(map(len, first)) > _FEW else 40  # few data may repeat an order by chance
-        is_one = True
-        for number in range(1, tries + 1):
-            _set_epoch(loader, number + 1)
-            is_one &= list(loader.batch_sampler) == first
-    for generator, state in states:
-        generator.set_state(state)
-    return is_one
-
-
-def _num_drawn(loader: DataLoader) -> int:
-    """Data per epoch: the sampler's length, less what `drop_last` drops; the data set's length if the sampler is hidden."""
-    batches = loader.batch_sampler
-    drawn: Any = loader.dataset
-    size, drops = loader.batch_size, loader.drop_last
-    if isinstance(batches, BatchSampler) and isinstance(batches.sampler, Sized):
-        size, drops, drawn = batches.batch_size, batches.drop_last, batches.sampler
-    num_data = len(drawn)
-    return num_data // size * size if size and drops else num_data

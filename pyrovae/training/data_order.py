@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from pyrovae.compiled.signature import Snapshot
 from pyrovae.data.forms import Batch
 from pyrovae.programs.auxiliary import is_delta
-from pyrovae.programs.equivalence import equivalent, in_float64
 from pyrovae.programs.log_densities import site_log_prob
 from pyrovae.programs.reach import evaluation_mode
+from pyrovae.programs.reruns import equivalent, in_float64
 from pyrovae.programs.supports import innermost
 from pyrovae.programs.traces import Program, run_pair, sample_sites
 

@@ -1,47 +1,31 @@
-"""Check what the first step of a run declares and uses, before any parameter changes.
+"""Check programs and data in the first step of a run, before any parameter changes."""
 
-Pyro trains the parameters that the programs declare (`pyro.param`, `pyro.module`, a `PyroModule`), whether or not the
-loss depends on them. The check compares the declared parameters with the tensors that the log densities of the first
-step depend on.
-"""
-
-import gc
-import logging
+import inspect
 import math
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTMC_ELBO
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTMC_ELBO
 from torch import Tensor, nn
 
-from pyrovae.common.arguments import map_tensors
 from pyrovae.compiled.signature import Snapshot
-from pyrovae.data.forms import Batch
-from pyrovae.programs.masks import counted
+from pyrovae.data.forms import Batch, signature_of
+from pyrovae.programs.latents import check_same_sites
 from pyrovae.programs.reach import evaluation_mode
-from pyrovae.programs.same_sites import check_same_sites
 from pyrovae.programs.traces import Program, as_guide, run_pair
 from pyrovae.training.data_order import by_position, site_by_position
+from pyrovae.training.declared import FirstStep
 from pyrovae.training.losses import validate_ends
-from pyrovae.training.non_finite import leaves_of
 from pyrovae.training.preparation import Run, put_back
-from pyrovae.training.program_arguments import check_same_arguments, not_taken
 
-__all__ = ["FirstStep", "FirstStepCheck"]
+__all__ = ["FirstStepCheck"]
 
-_logger = logging.getLogger("pyrovae")
-_SHOWN = 4  # names in a message
-_BOUNDS = (
-    Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO | TraceTMC_ELBO | RenyiELBO
-)  # other losses have rules of their own
-_OF_MODULES = "$$$"  # separator in the names that Pyro's store gives to a module's parameters
+_SHOWN = 4  # items in a message
+# Other losses have rules of their own.
+_BOUNDS = Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO | TraceTMC_ELBO | RenyiELBO
 
 
 class FirstStepCheck:
@@ -71,7 +55,7 @@ class FirstStepCheck:
         try:
             value, parts = look.run(loss_and_grads, *run.programs, batch.args, batch.kwargs)
         except TypeError as error:
-            if said := not_taken(run.model, run.guide, batch, "train"):
+            if said := _not_taken(run.model, run.guide, batch, "train"):
                 raise TypeError(said) from error
             raise
         except (AssertionError, KeyError):  # of TraceMeanField_ELBO, for a site that one program lacks
@@ -98,7 +82,7 @@ class FirstStepCheck:
         self.is_done = True
         return value, parts
 
-    def _check_same_sites(self, look: "FirstStep", batch: Batch) -> None:
+    def _check_same_sites(self, look: FirstStep, batch: Batch) -> None:
         """Raise ValueError for programs whose ELBO is no bound: swapped ones, and latents that only one of them has.
 
         The programs run again only if the step shows what may be one of these.
@@ -139,7 +123,7 @@ class FirstStepCheck:
             with torch.random.fork_rng(run.gpus()), poutine.block():
                 validate_ends(
                     *(run.model, run.guide, run.validation, run.loss, run.batches.batch_size),
-                    check=lambda block: check_same_arguments(run.model, block, train),
+                    check=lambda block: _check_same_arguments(run.model, block, train),
                 )
         finally:
             kept.put_back()
@@ -158,227 +142,69 @@ def _check_data_are_first(batch: Batch, plate_sizes: set[int]) -> None:
         )
 
 
-class FirstStep(Messenger):
-    """Record what the first step declares and uses.
+def _not_taken(model: Program, guide: Program, batch: Batch, name: str) -> str | None:
+    """Say which program does not take these arguments, and how to mend it; None if both do, or it cannot be told.
 
-    modules: those behind the programs, as found before the step
-    restored: the values of all parameters are put back from a checkpoint after the step
+    Args:
+        model, guide: the programs.
+        batch: what they were called with.
+        name: what the batch was made of, for the message.
     """
-
-    def __init__(self, modules: Sequence[nn.Module], restored: bool = False):
-        super().__init__()
-        self.modules, self.restored = modules, restored
-        self.slots = dict(_slots(modules))
-        self.stored = set(dict(pyro.get_param_store().named_parameters()).values())
-        self.declared: dict[str, Tensor] = {}
-        self.used: list[weakref.ref[Tensor]] = []
-        self.observed: set[str] = set()
-        self.plate_sizes: set[int] = set()  # of the plates around observed sites
-        self.masked: set[str] = set()  # observed, with every element masked out
-        self.observed_first: set[str] = (
-            set()
-        )  # observed before the model's latents are replayed: by the guide, if it has any
-        self.replayed: set[str] = set()
-        self.auxiliary: set[str] = set()
-        self.enumerated: dict[str, bool] = {}
-        self._seen: set[Any] = set()
-
-    def _pyro_post_param(self, message: dict[str, Any]) -> None:
-        if not hasattr(message["value"], "unconstrained"):
-            raise ValueError(
-                f"parameter '{message['name']}' is not in Pyro's store, which pyro.infer.SVI trains from: call "
-                f"pyro.settings.set(module_local_params=False) before fit"
-            )
-        self.declared[message["name"]] = message["value"].unconstrained()
-
-    def _pyro_sample(self, message: dict[str, Any]) -> None:
-        if message["value"] is not None and not message["is_observed"]:
-            self.replayed.add(message["name"])
-
-    def _pyro_post_sample(self, message: dict[str, Any]) -> None:
-        name, infer = message["name"], message["infer"]
-        if site_is_subsample(message) or infer.get("_deterministic"):
-            return
-        if message["is_observed"]:
-            seen = counted(message)
-            (self.observed if seen is None or seen.any() else self.masked).add(name)
-            if not self.replayed:
-                self.observed_first.add(name)
-            self.plate_sizes.update(frame.size for frame in message["cond_indep_stack"] if frame.size > 0)
-        else:
-            self.enumerated[name] = bool(infer.get("enumerate"))
-            if infer.get("is_auxiliary"):
-                self.auxiliary.add(name)
-        if torch.is_grad_enabled():
-            self._use(message["value"])
-            with suppress(Exception):  # the loss asks the same, and says what is wrong
-                self._use(message["fn"].log_prob(message["value"]))
-
-    def _use(self, value: Any) -> None:
-        # Weak, so that leaves made inside a program (of a gradient that it computes) end with the step.
-        self.used += map(weakref.ref, leaves_of(value, self._seen))
-
-    def run(
-        self, step: Callable[..., tuple[float, Any]], model: Program, guide: Program, args: tuple, kwargs: dict
-    ) -> tuple[float, Any]:
-        """Run the first step and return its result. Gradients from before fit are dropped; those of the step stay."""
-        self.drop_gradients()
-        map_tensors(
-            lambda tensor: leaves_of(tensor, self._seen), (args, kwargs)
-        )  # data may have gradients of their own
-        try:
-            with self:
-                return step(model, guide, *args, **kwargs)
-        finally:
-            self._seen.clear()  # which keeps leaves alive
-
-    def drop_gradients(self) -> None:
-        for parameter in (*self.slots.values(), *self.declared.values()):
-            if parameter is not None:
-                parameter.grad = None
-
-    def check(self, loss: ELBO) -> None:
-        """Raise ValueError, naming sites or parameters, for programs that the step cannot train.
-
-        Refused are a model that observes nothing; latents marked for enumeration that the loss would draw from the
-        prior; parameters that the loss depends on and no program declares; and parameters taken from another model.
-        """
-        self._check_sites(loss)
-        if taken := self._taken():
-            names = _some(_name(module, name, self.modules) for module, name in taken)
-            self._give_back(taken)
-            raise ValueError(
-                f"Pyro's store has parameters of another model under the names of this one's, and the programs took those in "
-                f"place of their own: {names}. Training one model would change the other. Call pyro.clear_param_store() before "
-                f"fit, once the other is no longer used; or give each PyroModule a name, super().__init__(name=...). To start from "
-                f"the values in the store, run the model and the guide on a batch before fit"
-            )
-        if not self.declared:  # the optimizer reports this
-            return
-        trained = set(self.declared.values())
-        if self._left_out(trained):
-            gc.collect()
-            if left_out := self._left_out(trained):
-                raise ValueError(self._not_trained(left_out))
-        still = [name for name, parameter in self.declared.items() if parameter.grad is None]
-        if len(still) == len(self.declared):
-            raise ValueError(
-                f"no parameter gets a gradient, so training would change nothing: {_some(still)}. Look for detach(), "
-                f"torch.no_grad(), .item() or .numpy() between the parameters and the sample sites"
-            )
-        if still:
-            _logger.warning(
-                "%d of %d parameters get no gradient in the first step, and stay as they are until they do: %s",
-                *(len(still), len(self.declared), _some(name.replace(_OF_MODULES, ".") for name in still)),
-            )
-
-    def drawn_alone(self) -> set[str]:
-        """Latents that one program alone has, and that no loss sums out."""
-        return {
-            name
-            for name, marked in self.enumerated.items()
-            if not marked and name not in self.replayed and name not in self.auxiliary
-        }
-
-    def _left_out(self, trained: set[Tensor]) -> list[Tensor]:
-        alive = [leaf for reference in self.used if (leaf := reference()) is not None]
-        return [leaf for leaf in dict.fromkeys(alive) if leaf not in trained]
-
-    def _check_sites(self, loss: ELBO) -> None:
-        if not self.observed:
-            raise ValueError(
-                f"the model observes nothing (latent sites: {sorted(self.enumerated) or 'none'}), so there is nothing to learn "
-                f"from: "
-                + (
-                    f"all data are masked out at {sorted(self.masked)}; look at the mask"
-                    if self.masked
-                    else "give pyro.sample its data, obs=; it is missing, or None"
-                )
-            )
-        drawn = [name for name, marked in self.enumerated.items() if marked and name not in self.replayed]
-        if drawn and not isinstance(loss, TraceEnum_ELBO | TraceTMC_ELBO):
-            raise ValueError(
-                f"site '{drawn[0]}' of the model is marked for enumeration, the guide does not sample it, and "
-                f"{type(loss).__name__} would draw it from the prior, which gives no bound: use "
-                f"loss=TraceEnum_ELBO(max_plate_nesting=...)"
-            )
-
-    def _not_trained(self, left_out: list[Tensor]) -> str:
-        names = {id(slot): _name(*where, self.modules) for where, slot in _slots(self.modules).items()}
-        known = [names[number] for number in names if number in {id(leaf) for leaf in left_out}]
-        unknown = [f"a tensor of shape {tuple(leaf.shape)}" for leaf in left_out if id(leaf) not in names]
-        shown = _some(known + unknown)
-        shapes = {leaf.shape for leaf in left_out}
-        others = [
-            name
-            for name, parameter in self.declared.items()
-            if parameter.grad is None and parameter in self.stored and parameter.shape in shapes
-        ]
-        said = f"the loss goes through {len(left_out)} parameters that training would not change: {shown}. "
-        if others:
-            return said + (
-                f"Pyro's store has those of another model under their names ({_some(others)}): call pyro.clear_param_store() "
-                f"before fit, or give the modules of each model unique names"
-            )
-        return said + (
-            "No program declares them: call pyro.module(name, module) in the model or the guide, or requires_grad_(False) on "
-            "parameters that training should not change"
+    for role, program in (("model", model), ("guide", guide)):
+        signature = signature_of(program)
+        if signature is None or _bound(signature, batch) is not None:
+            continue
+        first = repr(next(iter(batch.kwargs))) if batch.kwargs else 0
+        remedy = f"transform=lambda batch: batch[{first}] passes one item on and leaves the others out"
+        if len(batch.args) > _SHOWN and all(isinstance(value, Tensor) for value in batch.args):
+            remedy += "; torch.stack makes one tensor of a list of rows"
+        return (
+            f"a batch of {name} has {_described(batch)}, and the programs are called with all of it, but the {role} takes "
+            f"{_takes(signature)}. {remedy}; or let model and guide take {'these names' if batch.kwargs else 'them all'}"
         )
-
-    def _taken(self) -> list[tuple[nn.Module, str]]:
-        """The modules' parameters that were in Pyro's store before, and not theirs.
-
-        If their values are restored, only those that another living module has.
-        """
-        before = {id(slot) for slot in self.slots.values()}
-        return [
-            where
-            for where, slot in _slots(self.modules).items()
-            if slot is not None
-            and id(slot) not in before
-            and slot in self.stored
-            and (not self.restored or self._is_elsewhere(slot))
-        ]
-
-    def _is_elsewhere(self, parameter: Tensor) -> bool:
-        gc.collect()
-        ours = {id(module._parameters) for root in self.modules for module in root.modules()}
-        for slots in gc.get_referrers(parameter):
-            if isinstance(slots, dict) and id(slots) not in ours:
-                for holder in gc.get_referrers(slots):
-                    attributes = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
-                    if attributes.get("_parameters") is slots:
-                        return True
-        return False
-
-    def _give_back(self, taken: list[tuple[nn.Module, str]]) -> None:
-        """Restore the modules' own parameters; a module that had none yet gets a copy."""
-        for module, name in taken:
-            own = self.slots.get((module, name))
-            there = module._parameters[name]
-            assert there is not None
-            module._parameters[name] = nn.Parameter(there.detach().clone()) if own is None else own
+    return None
 
 
-def _slots(modules: Sequence[nn.Module]) -> dict[tuple[nn.Module, str], nn.Parameter | None]:
+def _check_same_arguments(model: Program, batch: Batch, train: Batch) -> None:
+    """Raise ValueError if a block of the validation data has other arguments than a batch of the training data."""
+    if (len(batch.args), set(batch.kwargs)) == (len(train.args), set(train.kwargs)):
+        return
+    signature = signature_of(model)
+    names = [None if signature is None else _bound(signature, of) for of in (batch, train)]
+    if names[0] is not None and names[0] == names[1]:
+        return
+    raise ValueError(
+        f"validation has {_described(batch)}, and the batches of train have {_described(train)}: give both the same arguments. "
+        f"The transform is applied to validation data that have the several items of the training data"
+    )
+
+
+def _bound(signature: inspect.Signature, batch: Batch) -> dict[str, Any] | None:
+    """The names of the parameters that the arguments go to, with the number of those that one of them collects."""
+    try:
+        bound = signature.bind(*batch.args, **batch.kwargs).arguments
+    except TypeError:
+        return None
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     return {
-        (module, name): slot
-        for root in modules
-        for module in root.modules()
-        for name, slot in module._parameters.items()
+        name: len(value) if kinds[name] in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) else 1
+        for name, value in bound.items()
     }
 
 
-def _name(module: nn.Module, name: str, modules: Sequence[nn.Module]) -> str:
-    """Name of a parameter, for example `VAE.decoder.weight`."""
-    for root in modules:
-        for path, part in root.named_modules():
-            if part is module:
-                return ".".join(word for word in (type(root).__name__, path, name) if word)
-    return name
+def _takes(signature: inspect.Signature) -> str:
+    return f"({', '.join(signature.parameters)})" if signature.parameters else "no arguments"
 
 
-def _some(names: Any) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _described(batch: Batch) -> str:
+    if not batch.kwargs and len(batch.args) == 1:
+        return f"one item ({_one(batch.args[0])})"
+    names = [f"{key!r}: " for key in batch.kwargs] if batch.kwargs else [""] * len(batch.args)
+    values = [*batch.args, *batch.kwargs.values()]
+    shown = [f"{name}{_one(value)}" for name, value in zip(names, values, strict=True)]
+    more = ", ..." if len(shown) > 2 * _SHOWN else ""
+    return f"{len(shown)} item{'s' * (len(shown) > 1)} ({', '.join(shown[: 2 * _SHOWN])}{more})"
+
+
+def _one(value: Any) -> str:
+    return f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

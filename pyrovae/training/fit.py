@@ -16,8 +16,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyrovae.common import distributed
-from pyrovae.common.progress import progress_bar
-from pyrovae.common.reporting import plain_errors
+from pyrovae.common.reporting import plain_errors, progress_bar
 from pyrovae.programs.traces import Program
 from pyrovae.training.callbacks import Callback, call
 from pyrovae.training.checkpoint_file import path_of
@@ -25,7 +24,7 @@ from pyrovae.training.losses import bound_name, elbo_of, validate
 from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.optimization import cosine_schedule
 from pyrovae.training.preparation import Options, Run, prepare
-from pyrovae.training.run_file import RunFile, run_file, settings_of
+from pyrovae.training.run_file import RunFile, run_file
 from pyrovae.training.state import TrainingState
 from pyrovae.training.steps import Steps
 
@@ -255,7 +254,7 @@ def fit(
     run = prepare(model, guide, train, validation, options)
     state = TrainingState(run.loss, run.optimizer, run.modules, run.device, run.batches.generators)
     with (
-        run_file(*_place(options), _settings(run, options, train, validation), model, guide) as file,
+        run_file(run, options, train, validation) as file,
         progress_bar("training", run.epochs * run.batches.num_data, "data", options.progress) as bar,
         _without_warnings_of_nan(),
         plain_errors(),
@@ -270,28 +269,6 @@ def fit(
         num_skipped_steps=state.num_skipped_steps,
         bound=bound_name(run.loss),
     )
-
-
-def _place(options: Options) -> tuple[str | os.PathLike | None, bool, float]:
-    """Where this process saves the run (only the first one does), whether it resumes it, and how often it saves."""
-    return options.checkpoint if distributed.rank() == 0 else None, options.resume, options.checkpoint_every
-
-
-def _settings(run: Run, options: Options, train: Any, validation: Any) -> dict[str, Any]:
-    """What must be the same when the run is resumed."""
-    settings = {
-        "optimizer": run.optimizer.factory.described,
-        "epochs": options.epochs,
-        "batch_size": run.batches.batch_size,
-        "learning_rate": options.learning_rate,
-        "clip_norm": options.clip_norm,
-        "precision": options.precision,
-        "accumulate": options.accumulate,
-        "average": options.average,
-    }
-    if options.checkpoint is not None:
-        settings |= settings_of(train, validation, run.loss, options.transform, options.schedule)
-    return settings
 
 
 def _train(run: Run, options: Options, state: TrainingState, file: RunFile | None, bar: Any) -> None:

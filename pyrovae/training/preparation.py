@@ -1,6 +1,5 @@
 """What `fit` prepares: its options, checked once, and what they make of programs and data."""
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyrovae.common import distributed
-from pyrovae.common.arguments import check_count
+from pyrovae.common.arguments import check_count, check_positive
 from pyrovae.programs.parameters import check_program, numbers_of
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
@@ -67,7 +66,7 @@ class Options:
         check_count("max_skipped_steps", self.max_skipped_steps, least=0)
         self._check_optimizer()
         if self.clip_norm is not None:
-            _check_positive("clip_norm", self.clip_norm)
+            check_positive("clip_norm", self.clip_norm)
         if self.transform is not None and not callable(self.transform):
             raise TypeError(f"transform must be a function of a batch, or None; found {self.transform!r}")
         if self.schedule is not None and not callable(self.schedule):
@@ -98,12 +97,12 @@ class Options:
                     f"found learning_rate={self.learning_rate} beside optimizer=, which has a rate of its own: give it there, "
                     f"optimizer=functools.partial(torch.optim.AdamW, lr={self.learning_rate})"
                 )
-            _check_positive("learning_rate", self.learning_rate)
+            check_positive("learning_rate", self.learning_rate)
         check_count("accumulate", self.accumulate)
         if self.patience is not None:
             check_count("patience", self.patience)
         if self.average is not None:
-            _check_positive("average", self.average)
+            check_positive("average", self.average)
             if not self.average < 1:
                 raise ValueError(
                     f"average is the weight that the moving average keeps at each step, between 0 and 1, 0.999 for example; "
@@ -259,13 +258,6 @@ def put_back(buffers: list[tuple[Tensor, Tensor]], unless: Tensor | None = None)
     """Restore buffers from their copies."""
     for buffer, before in buffers:
         buffer.copy_(before if unless is None else torch.where(unless, buffer, before))
-
-
-def _check_positive(name: str, number: Any) -> None:
-    if isinstance(number, bool) or not isinstance(number, Real):
-        raise TypeError(f"{name} must be a number, found {number!r}")
-    if not 0 < float(number) < math.inf:
-        raise ValueError(f"{name} must be positive and finite, found {number}")
 
 
 def _check_not_lazy(modules: Sequence[nn.Module]) -> None:

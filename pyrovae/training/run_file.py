@@ -1,6 +1,5 @@
 """The checkpoint file of a run: its state, and the settings that must be the same when the run is resumed."""
 
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -10,22 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer import ELBO
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from pyrovae.data.forms import Numbers, as_batch, is_stream
+from pyrovae.common import distributed
+from pyrovae.data.conversion import Numbers
+from pyrovae.data.forms import as_batch, is_stream
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.training.attributes import constants_of
 from pyrovae.training.checkpoint_file import earlier, locked, path_of, read, target_of, write
+from pyrovae.training.preparation import Options, Run
 from pyrovae.training.saved_pair import describe_module, described_in, difference, pair_content, versions
 from pyrovae.training.state import TrainingState
 from pyrovae.training.values import DEPTH, checksum, describe, describe_callable, describe_program, same_text
 
-__all__ = ["RunFile", "run_file", "settings_of"]
+__all__ = ["RunFile", "describe_data", "run_file"]
 
 # Attributes in which data sets of torch and torchvision keep lists of data in memory.
 _LISTS = ("tensors", "targets", "labels", "indices", "datasets")
@@ -116,21 +117,19 @@ class RunFile:
 
 
 @contextmanager
-def run_file(
-    path: str | os.PathLike | None, resume: bool, every: float, settings: dict[str, Any], model: Program, guide: Program
-) -> Iterator[RunFile | None]:
-    """Lock the file of a run inside the context; give None without a path.
+def run_file(run: Run, options: Options, train: Any, validation: Any) -> Iterator[RunFile | None]:
+    """Lock the file of a run inside the context; give None without a checkpoint, and in all processes but the first.
 
     Raises:
-        ValueError: if the file exists already and `resume` is False.
+        ValueError: if the file exists already and the run is not resumed.
         RuntimeError: if another run is using the file.
     """
-    if path is None:
+    if options.checkpoint is None or distributed.rank() != 0:
         yield None
         return
-    path = path_of(path)
+    path = path_of(options.checkpoint)
     with locked(path):
-        if path.exists() and not resume:
+        if path.exists() and not options.resume:
             raise ValueError(
                 f"{path} is there already: resume=True resumes its run, another checkpoint= starts a new one"
             )
@@ -138,8 +137,9 @@ def run_file(
         for kind in ("tmp", "link"):
             for leftover in target.parent.glob(f".{target.name}.*.{kind}"):  # left by runs killed while writing
                 leftover.unlink(missing_ok=True)
-        file = RunFile(path, every, settings, model, guide)
-        if resume:
+        settings = _settings_of(run, options, train, validation)
+        file = RunFile(path, options.checkpoint_every, settings, run.model, run.guide)
+        if options.resume:
             file.check_not_lost()
         yield file
 
@@ -156,38 +156,43 @@ def _fits(there: dict[str, Any], module: nn.Module) -> bool:
     )
 
 
-def settings_of(
-    train: Any,
-    validation: Any,
-    loss: ELBO,
-    transform: Callable | None,
-    schedule: Callable | None,
-) -> dict[str, Any]:
-    """Describe, in plain values, what must stay the same when a run is resumed, besides the numeric settings.
+def _settings_of(run: Run, options: Options, train: Any, validation: Any) -> dict[str, Any]:
+    """Describe, in plain values, what must stay the same when a run is resumed.
 
     Names with a dot or "in full" may be missing in files of earlier versions.
     """
+    loss = run.loss
     described = repr(loss)
     if type(loss).__repr__ is object.__repr__:
         described = f"{type(loss).__name__}(num_particles={getattr(loss, 'num_particles', 1)})"
-    settings: dict[str, Any] = {"loss": described}
+    settings: dict[str, Any] = {
+        "optimizer": run.optimizer.factory.described,
+        "epochs": options.epochs,
+        "batch_size": run.batches.batch_size,
+    }
+    for name in ("learning_rate", "clip_norm", "precision", "accumulate", "average"):
+        settings[name] = getattr(options, name)
+    settings["loss"] = described
     settings |= {f"loss.{name}": text for name, value in constants_of(loss).items() if (text := describe(value, DEPTH))}
-    for name, function in (("transform", transform), ("schedule", schedule)):
+    for name, function in (("transform", options.transform), ("schedule", options.schedule)):
         settings[name] = _function_name(function)
         settings[f"{name} in full"] = None if function is None else describe_callable(function)
-    for name, data in (("train", train), ("validation", validation)):
-        if isinstance(data, DataLoader):
-            settings[name] = f"DataLoader with {len(data)} batches"
-            settings |= {f"{name}.{key}": text for key, text in _of_loader(data).items() if text is not None}
-        elif data is None or isinstance(data, Tensor | np.ndarray):
-            settings[name] = None if data is None else checksum(data)
-        elif is_stream(data):
-            settings[name] = f"{type(data).__name__} of {len(data)}"
-            contents = {"dataset.content": _checksum_of(data), "dataset.items": _checksum_of(_items(data))}
-            settings |= {f"{name}.{key}": text for key, text in contents.items() if text is not None}
-        else:
-            settings |= _of_arguments(name, data)
-    return settings
+    return settings | describe_data("train", train) | describe_data("validation", validation)
+
+
+def describe_data(name: str, data: Any) -> dict[str, str | None]:
+    """Describe data in plain values, each under a key that starts with their name."""
+    if isinstance(data, DataLoader):
+        found: dict[str, str | None] = {name: f"DataLoader with {len(data)} batches"}
+        details = _of_loader(data)
+    elif data is None or isinstance(data, Tensor | np.ndarray):
+        return {name: None if data is None else checksum(data)}
+    elif is_stream(data):
+        found = {name: f"{type(data).__name__} of {len(data)}"}
+        details = {"dataset.content": _checksum_of(data), "dataset.items": _checksum_of(_items(data))}
+    else:
+        return _of_arguments(name, data)
+    return found | {f"{name}.{key}": text for key, text in details.items() if text is not None}
 
 
 def _of_arguments(name: str, data: Any) -> dict[str, str | None]:

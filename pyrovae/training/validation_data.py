@@ -1,29 +1,21 @@
 """The validation data in blocks: the same data in the same order at every measurement."""
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
-from pyro.util import get_rng_state, set_rng_state
 from torch.utils.data import DataLoader
 
 from pyrovae.data.forms import Batch, as_batch, is_stream
 from pyrovae.training.batches import (
     Batches,
     form_of,
-    generators_of,
-    length_of,
     on_device,
     read_items,
     transformed,
 )
+from pyrovae.training.loaders import in_one_order, length_of
 
 __all__ = ["ValidationData"]
-
-_SEED = 20260102  # of a loader's order, if it shuffles; the noise of the measurement has another
 
 
 class ValidationData:
@@ -67,7 +59,7 @@ class ValidationData:
         if not isinstance(loader, DataLoader):
             loader = DataLoader(self.stream, batch_size=size)
         found = False
-        for item in _in_one_order(loader):
+        for item in in_one_order(loader):
             found = True
             yield self._made(item).to(self.device, non_blocking=True).by_position()
             if only_ends:
@@ -80,40 +72,3 @@ class ValidationData:
         if self.transform is not None and form is not None and form == self.train.form:
             return transformed(on_device(item, numbers, self.device), self.transform, numbers)
         return as_batch(item, numbers, "validation")
-
-
-def _in_one_order(loader: DataLoader) -> Iterator[Any]:
-    """The items of a loader, in the same order whenever it is begun; it takes no numbers from the measurement's noise."""
-    own = [(generator, generator.get_state()) for generator in generators_of(loader)]
-    for generator, _ in own:
-        generator.manual_seed(_SEED)
-    state = {
-        "torch": torch.Generator().manual_seed(_SEED).get_state(),
-        "random": random.Random(_SEED).getstate(),
-        "numpy": np.random.RandomState(_SEED).get_state(),
-    }
-    try:
-        with _apart(state):
-            items = iter(loader)
-        while True:
-            with _apart(state):
-                try:
-                    item = next(items)
-                except StopIteration:
-                    return
-            yield item
-    finally:
-        for generator, before in own:
-            generator.set_state(before)
-
-
-@contextmanager
-def _apart(state: dict[str, Any]) -> Iterator[None]:
-    """Draw random numbers from these states inside, and let them advance; those of outside stay."""
-    outside = get_rng_state()
-    set_rng_state(state)
-    try:
-        yield
-    finally:
-        state.update(get_rng_state())
-        set_rng_state(outside)

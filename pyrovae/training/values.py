@@ -26,7 +26,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyrovae.training.attributes import changed_in, constants_of, is_circumstance, is_free, is_installed, names_in
+from pyrovae.training.attributes import changed_in, constants_of, is_circumstance, is_free, is_of_library, names_in
 
 __all__ = ["DEPTH", "checksum", "describe", "describe_callable", "describe_program", "same_text"]
 
@@ -78,7 +78,7 @@ def describe(value: Any, depth: int = 0, seen: dict[int, Any] | None = None) -> 
     if isinstance(value, Tensor | np.ndarray):
         is_constant = isinstance(value, np.ndarray) or not (value.requires_grad or value.is_meta)
         return checksum(value) if is_constant else None
-    is_plain = isinstance(value, _PLAIN) or not is_installed(type(value))
+    is_plain = isinstance(value, _PLAIN) or not is_of_library(type(value))
     return _object(value, depth - 1, seen) if is_plain or callable(value) else None
 
 
@@ -137,7 +137,7 @@ def _object(thing: Any, depth: int, seen: dict[int, Any]) -> str:
         return kind.__name__
     seen[id(thing)] = thing
     has_repr = kind.__repr__ not in (object.__repr__, nn.Module.__repr__)
-    if has_repr and is_installed(kind) and not isinstance(thing, _PLAIN) and " at 0x" not in repr(thing):
+    if has_repr and is_of_library(kind) and not isinstance(thing, _PLAIN) and " at 0x" not in repr(thing):
         return repr(thing)
     values = constants_of(thing)
     if isinstance(thing, nn.Module):
@@ -161,7 +161,7 @@ def _function(function: Any, seen: dict[int, Any]) -> str:
         seen[id(owner)] = owner
         return f"{type(owner).__name__}({_listed(held, DEPTH, seen)}).{_function(function.__func__, seen)}"
     name = getattr(function, "__name__", type(function).__name__)
-    if not inspect.isfunction(function) or is_installed(function):
+    if not inspect.isfunction(function) or is_of_library(function):
         return name
     text = f"{name} (code {_digest(function.__code__, function.__doc__)} of {sys.implementation.cache_tag})"
     outside = [f"{key}={value}" for key, value in _outside(function, seen)]

@@ -376,6 +376,17 @@ def test_levels_are_recognised_through_rounding(num_levels, double):
             ValueError,
             "min_scale must be",
         ),
+        (lambda: likelihoods.StudentT(nn.Identity(), (3,), df=True), TypeError, "df must be a number, found True"),
+        (
+            lambda: likelihoods.LogNormal(nn.Identity(), (3,), initial_scale=math.nan),
+            ValueError,
+            "initial_scale must be",
+        ),
+        (
+            lambda: likelihoods.NegativeBinomial(nn.Identity(), (3,), inverse_dispersion=-1.0),
+            ValueError,
+            "inverse_dispersion must be positive and finite, found -1",
+        ),
         (lambda: likelihoods.DiscretizedLogistic(nn.Identity(), (3,), num_components=0), ValueError, "num_components"),
         (lambda: likelihoods.DiscretizedLogistic(nn.Identity(), (3,), num_levels=1), ValueError, "2 or more, found 1"),
         (lambda: likelihoods.Categorical(nn.Identity(), (3,), num_levels=2.0), TypeError, "whole number"),
@@ -384,6 +395,15 @@ def test_levels_are_recognised_through_rounding(num_levels, double):
 def test_errors_at_construction(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+def test_positive_numbers_may_be_tensors():
+    """The scale of data, x.std(), is one."""
+    two = torch.tensor(2.0, dtype=torch.float64)
+    assert likelihoods.Normal(nn.Identity(), (3,), scale=two).scale == 2.0
+    assert likelihoods.StudentT(nn.Identity(), (3,), df=two).df == 2.0
+    counts = likelihoods.NegativeBinomial(nn.Identity(), (3,), inverse_dispersion=two)
+    assert torch.allclose(counts.log_inverse_dispersion.exp(), torch.full((3,), 2.0))
 
 
 KINDS = ("num_components", "network_dispersion", "num_categories", "likelihood")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shared.runs import make
 
 import pyrovae as pv
-from pyrovae.data.datasets import _check_idx
+from pyrovae.data.idx import _check_idx
 
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 

@@ -12,7 +12,7 @@ from pyro.infer import autoguide
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.programs.equivalence import equivalent, in_float64
+from pyrovae.programs.reruns import equivalent, in_float64
 from pyrovae.programs.splitting import inspect
 
 

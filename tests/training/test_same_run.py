@@ -406,12 +406,12 @@ def test_a_data_set_with_workers_is_not_read_before_them(tmp_path):
             Read.reads += 1
             return super().__getitem__(place)
 
-    from pyrovae.training.run_file import settings_of
+    from pyrovae.training.run_file import describe_data
 
-    found = settings_of(loader(dataset=Read(1.5), num_workers=1), None, Trace_ELBO(), None, None)
+    found = describe_data("train", loader(dataset=Read(1.5), num_workers=1))
     assert "train.dataset.items" not in found
     assert Read.reads == 0
-    settings_of(loader(dataset=Read(1.5)), None, Trace_ELBO(), None, None)
+    describe_data("train", loader(dataset=Read(1.5)))
     assert Read.reads == 6
 
 
