@@ -20,7 +20,7 @@ from pyrovae.programs.traces import Program
 from pyrovae.training.acceleration import PRECISIONS, in_precision, step_pays_off
 from pyrovae.training.batches import Batches, batches_of
 from pyrovae.training.callbacks import Callback
-from pyrovae.training.losses import check_loss
+from pyrovae.training.losses import check_loss, default_loss
 from pyrovae.training.optimization import OneOptimizer, Schedule, schedule_message
 from pyrovae.training.optimizer_factory import fused_adam, optimizer_factory
 from pyrovae.training.validation_data import ValidationData
@@ -87,7 +87,7 @@ class Options:
             patience=None if self.patience is None else int(self.patience),
             clip_norm=None if self.clip_norm is None else float(self.clip_norm),
             max_skipped_steps=int(self.max_skipped_steps),
-            loss=check_loss(self.loss),
+            loss=None if self.loss is None else check_loss(self.loss),
             device=pick_device(self.device),
         )
 
@@ -181,7 +181,7 @@ def prepare(model: Program, guide: Program, train: Any, validation: Any, options
             f"found patience={options.patience} without validation data, whose bound tells when to stop: give validation="
         )
     device = torch.device(options.device)
-    loss = check_loss(options.loss)
+    loss = default_loss(model) if options.loss is None else options.loss
     modules = modules_behind(model, guide)
     of_parameters = (parameter.dtype for module in modules for parameter in module.parameters())
     dtype = next((dtype for dtype in of_parameters if dtype.is_floating_point), None)
