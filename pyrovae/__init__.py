@@ -5,6 +5,7 @@ from pyrovae import (
     estimators,
     guides,
     likelihoods,
+    models,
     nets,
     objectives,
     plots,
@@ -34,6 +35,7 @@ from pyrovae.models.export import export
 from pyrovae.models.generative import GenerativeModel
 from pyrovae.models.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide, two_layer_vae
 from pyrovae.models.layers import ConditionalNormal
+from pyrovae.models.mixture import MixtureVAE
 from pyrovae.training.fit import FitResult, fit
 from pyrovae.training.preparation import pick_device
 from pyrovae.training.saved_pair import load, save
@@ -56,6 +58,7 @@ __all__ = [
     "InferenceGaps",
     "LatentUse",
     "LogMarginalLikelihood",
+    "MixtureVAE",
     "RateDistortion",
     "SecondOpinion",
     "TopDownGuide",
@@ -80,6 +83,7 @@ __all__ = [
     "load",
     "log_marginal_likelihood",
     "log_weights",
+    "models",
     "nets",
     "objectives",
     "particles_for",

@@ -27,6 +27,7 @@ RUN_BY = {
     "examples/mnist_svi.py": "test_examples.py::test_digits_end_in_a_result",
     "examples/bounds.py": "test_examples.py::test_bounds",
     "examples/compare_estimates.py": "test_examples.py::test_compare_estimates",
+    "examples/semi_supervised.py": "test_examples.py::test_semi_supervised",
     "examples/compare_parts.py": "test_examples.py::test_compare_parts",
     "examples/benchmarks/training.py": "test_benchmarks.py::test_benchmark_runs",
     "examples/benchmarks/evaluation.py": "test_benchmarks.py::test_benchmark_runs",

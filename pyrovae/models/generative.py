@@ -21,7 +21,7 @@ from pyrovae.priors.base import Prior
 from pyrovae.programs.parameters import emit_parameters, numbers_of
 from pyrovae.programs.reach import evaluation_mode
 
-__all__ = ["GenerativeModel", "LatentVariableModel", "check_decoder", "likelihood_given", "prior_at"]
+__all__ = ["GenerativeModel", "LatentVariableModel", "check_decoder", "likelihood_given", "prior_at", "sample_latent"]
 
 
 class LatentVariableModel(Component, ABC):
@@ -62,6 +62,14 @@ class LatentVariableModel(Component, ABC):
             All values side by side, z (..., D).
         """
 
+    def sample_latents(self, context: Tensor | None = None) -> Tensor:
+        """Draw the latents as sites of the Pyro program, z (..., D); for a model with more sites than `latents` has.
+
+        Args:
+            context: what the model is conditioned on (N, ...); not passed if there is none
+        """
+        return self.latents(sample_latent, *given(context)[0])
+
     @abstractmethod
     def likelihood_at(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         """Return p(x|z).
@@ -99,7 +107,7 @@ class LatentVariableModel(Component, ABC):
         more, _ = given(context)
         emit_parameters(self, "model")
         with pyro.plate("data", len(x), dim=-1):
-            z = self.latents(_sample, *more)
+            z = self.sample_latents(*more)
             distribution = self.likelihood_at(z, *more)
             if distribution.event_shape != x.shape[1:] or distribution.batch_shape != z.shape[:-1]:
                 raise ValueError(
@@ -136,16 +144,20 @@ class LatentVariableModel(Component, ABC):
             (num_samples, *data_shape).
         """
         num_samples = check_count("num_samples", num_samples)
+        more = self._context_of_each(num_samples, context)
+        with evaluation_mode(self):
+            z = self.latents(lambda _, distribution: distribution.expand((num_samples,)).sample(), *more)
+            return self._data(z, mean, *more)
+
+    def _context_of_each(self, num_samples: int, context: Tensor | None) -> tuple[Tensor, ...]:
+        """The context with one row for each sample, as the arguments of `latents`."""
         if context is not None:
             context = self._tensor_of(context)
             if len(context) == 1:
                 context = context.expand(num_samples, *context.shape[1:])
             check_context(context, num_samples)
             self._check_use(context)
-        more, _ = given(context)
-        with evaluation_mode(self):
-            z = self.latents(lambda _, distribution: distribution.expand((num_samples,)).sample(), *more)
-            return self._data(z, mean, *more)
+        return given(context)[0]
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, mean: bool = True, context: Tensor | int | None = None) -> Tensor:
@@ -276,7 +288,7 @@ def check_decoder(likelihood: Likelihood, latent_dim: int) -> None:
         )
 
 
-def _sample(name: str, distribution: dist.TorchDistribution) -> Tensor:
+def sample_latent(name: str, distribution: dist.TorchDistribution) -> Tensor:
     """Call pyro.sample and check the size of the value, because a single number would be broadcast silently."""
     value = pyro.sample(name, distribution)
     if value.shape[-1:] != distribution.event_shape:

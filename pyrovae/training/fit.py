@@ -153,7 +153,8 @@ def fit(
         epochs: passes over the data.
         batch_size: 200 by default; leave it out with a loader, which has its own. A single leftover datum joins the
             batch before it.
-        loss: any `pyro.infer.ELBO`; `Trace_ELBO()` by default.
+        loss: any `pyro.infer.ELBO`. By default `Trace_ELBO()`; for a `MixtureVAE`, whose component is summed out,
+            `TraceEnum_ELBO(max_plate_nesting=1)`.
         transform: function from a batch, in the form of the data (a tensor, tuple or dict), to the batch that the
             programs are called with. It runs on the device, each time a batch is used. `data.binarize` gives dynamic
             binarisation, and `lambda batch: batch[0]` leaves labels out.

@@ -35,6 +35,7 @@ __all__ = [
     "ReportingLoss",
     "bound_name",
     "check_loss",
+    "default_loss",
     "differentiable",
     "elbo_of",
     "has_surrogate",
@@ -49,9 +50,14 @@ _COLUMNS = ("validation_bound", "validation_elbo", "validation_reconstruction", 
 _ROWS, _SEED = 500, 20260101
 
 
-def check_loss(loss: ELBO | None) -> ELBO:
-    """Return the loss, `Trace_ELBO()` for None; raise TypeError if it is no loss or cannot train modules."""
-    loss = Trace_ELBO() if loss is None else loss
+def default_loss(model: Program) -> ELBO:
+    """The loss that a model trains on if none is given: what the model says, otherwise `Trace_ELBO()`."""
+    loss: ELBO = getattr(model, "default_loss", Trace_ELBO)()
+    return loss
+
+
+def check_loss(loss: ELBO) -> ELBO:
+    """Return the loss; raise TypeError if it is no loss or cannot train modules."""
     if not isinstance(loss, ELBO):
         raise TypeError(f"loss must be a pyro.infer.ELBO, Trace_ELBO() for instance; found {loss!r}")
     if isinstance(loss, _JIT):

@@ -19,7 +19,7 @@ from pyrovae.programs.traces import Program
 from pyrovae.training.acceleration import PRECISIONS, in_precision, step_pays_off
 from pyrovae.training.batches import Batches, batches_of
 from pyrovae.training.callbacks import Callback
-from pyrovae.training.losses import check_loss
+from pyrovae.training.losses import check_loss, default_loss
 from pyrovae.training.optimization import OneOptimizer, Schedule, schedule_message
 from pyrovae.training.optimizer_factory import fused_adam, optimizer_factory
 from pyrovae.training.validation_data import ValidationData
@@ -86,7 +86,7 @@ class Options:
             patience=None if self.patience is None else int(self.patience),
             clip_norm=None if self.clip_norm is None else float(self.clip_norm),
             max_skipped_steps=int(self.max_skipped_steps),
-            loss=check_loss(self.loss),
+            loss=None if self.loss is None else check_loss(self.loss),
             device=pick_device(self.device),
         )
 
@@ -182,7 +182,7 @@ def prepare(model: Program, guide: Program, train: Any, validation: Any, options
             f"found patience={options.patience} without validation data, whose bound tells when to stop: give validation="
         )
     device = torch.device(options.device)
-    loss = check_loss(options.loss)
+    loss = default_loss(model) if options.loss is None else options.loss
     modules = modules_behind(model, guide)
     batches = batches_of(train, options.batch_size, options.transform, device, numbers_of(model, guide))
     held_out = None if validation is None else ValidationData(validation, batches)

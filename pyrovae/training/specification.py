@@ -19,6 +19,7 @@ from pyrovae.common.component import Component, Unknown
 from pyrovae.models.generative import GenerativeModel
 from pyrovae.models.hierarchy import BottomUpGuide, HierarchicalModel, TopDownGuide
 from pyrovae.models.layers import ConditionalNormal
+from pyrovae.models.mixture import MixtureVAE
 from pyrovae.training.attributes import hooks_of
 
 __all__ = ["NotSpecifiedError", "build", "specify"]
@@ -31,7 +32,7 @@ _PARTS = {
     if not inspect.isabstract(getattr(module, name))
 } | {
     f"models.{kind.__name__}": kind
-    for kind in (BottomUpGuide, ConditionalNormal, GenerativeModel, HierarchicalModel, TopDownGuide)
+    for kind in (BottomUpGuide, ConditionalNormal, GenerativeModel, HierarchicalModel, MixtureVAE, TopDownGuide)
 }
 _ACTIVATIONS = {name: getattr(nn, name) for name in torch.nn.modules.activation.__all__}
 _NAMES = {kind: name for name, kind in (_PARTS | _ACTIVATIONS).items()}

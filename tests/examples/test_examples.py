@@ -40,8 +40,8 @@ def test_every_example_is_tested():
     found = {path for path in (ROOT / "examples").rglob("*.py") if "__main__" in path.read_text()}
     found = {str(path.relative_to(ROOT / "examples")) for path in found if path.parent.name != "benchmarks"}
     reproductions = {"reproductions/density_table.py", "reproductions/time_to_quality.py"}
-    tops = {"bounds.py", "compare_estimates.py", "compare_parts.py", "deep_markov.py", "imputation.py", "mnist_svi.py"}
-    assert found == tops | reproductions
+    tops = {"bounds", "compare_estimates", "compare_parts", "deep_markov", "imputation", "mnist_svi", "semi_supervised"}
+    assert found == {f"{name}.py" for name in tops} | reproductions
 
 
 def test_the_main_example_is_short():
@@ -113,6 +113,25 @@ def test_imputation(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "MIWAE's RMSE minus this, paired" in done.stdout
     assert len(json.loads((tmp_path / "numbers.json").read_text())["rows"]) == 2
+
+
+def test_semi_supervised(tmp_path):
+    """Digits, hardly trained: errors and log p(x), in print and in a file, and a figure."""
+    numbers, figure = tmp_path / "numbers.json", tmp_path / "classes.png"
+    options = {"--dataset": "digits", "--epochs": 2, "--num-labels": 50, "--num-test": 40, "--num-particles": 20}
+    options |= {"--hidden": 16, "--latent-dim": 2, "--copies": 3, "--out": numbers, "--figure": figure}
+    flat = [word for option in options.items() for word in option]
+    done = run(*flat, "--quiet", script="semi_supervised.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "digits, 50 labels, seed 0: error on the test images" in done.stdout
+    assert "Kingma" not in done.stdout  # whose number is of MNIST with 100 labels
+    assert figure.stat().st_size > 1000
+    found = json.loads(numbers.read_text())
+    assert len(found["error_by_epoch"]) == 2
+    assert 0 < found["test_error_of_guide"] < 1
+    assert found["log_prob"]["elbo"] <= found["log_prob"]["mean"] < 0
+    assert {"command", "versions", "options", "seconds", "processor"} <= found.keys()
 
 
 @pytest.mark.slow
