@@ -12,13 +12,13 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from pyrovae.common import distributed
 from pyrovae.data.forms import Batch, Numbers, as_batch, is_stream
+from pyrovae.training.generators import Generator, generators_of, samplers_of, set_state, state_of
 
 __all__ = [
     "Batches",
     "Transform",
     "batches_of",
     "form_of",
-    "generators_of",
     "length_of",
     "on_device",
     "read_items",
@@ -45,7 +45,7 @@ class Batches(ABC):
         transform: function still to be applied to each batch, or None.
         form: form of the data before the transform (`form_of`); of a loader, that of its last batch.
         in_one_order: whether each datum has the same place in the batch at every step.
-        generators: random generators of the data's own, besides torch's.
+        generators: random generators of the data's own, besides the global ones.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Batches(ABC):
     per_epoch: int
     form: Any
     in_one_order: bool
-    generators: Sequence[torch.Generator] = ()
+    generators: Sequence[Generator] = ()
 
     def __init__(self, transform: Transform, numbers: Numbers, device: torch.device) -> None:
         self.transform, self.numbers, self.device = transform, numbers, device
@@ -271,20 +271,9 @@ def on_device(batch: Any, numbers: Numbers, device: torch.device) -> Any:
     return tree_map(moved, batch)
 
 
-def generators_of(loader: DataLoader) -> list[torch.Generator]:
-    """The generators from which a loader draws, besides torch's own."""
-    found = (getattr(holder, "generator", None) for holder in (loader, *_samplers(loader)))
-    return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
-
-
-def _samplers(loader: DataLoader) -> tuple[Any, ...]:
-    batches = loader.batch_sampler
-    return loader.sampler, batches, getattr(batches, "sampler", None)
-
-
 def _set_epoch(loader: DataLoader, number: int) -> None:
     """Tell samplers and data the epoch, if they take it: a DistributedSampler shuffles anew only then."""
-    for holder in (loader.dataset, *_samplers(loader)):
+    for holder in (loader.dataset, *samplers_of(loader)):
         if callable(set_epoch := getattr(holder, "set_epoch", None)):
             set_epoch(number - 1)
 
@@ -293,7 +282,7 @@ def _draws_one_order(loader: DataLoader) -> bool:
     """Whether the sampler yields the same batches every time; generators are left as they were."""
     if loader.batch_sampler is None:
         return False
-    states = [(generator, generator.get_state()) for generator in generators_of(loader)]
+    states = [(generator, state_of(generator)) for generator in generators_of(loader)]
     with torch.random.fork_rng([]):
         _set_epoch(loader, 1)
         first = list(loader.batch_sampler)
@@ -303,7 +292,7 @@ def _draws_one_order(loader: DataLoader) -> bool:
             _set_epoch(loader, number + 1)
             is_one &= list(loader.batch_sampler) == first
     for generator, state in states:
-        generator.set_state(state)
+        set_state(generator, state)
     return is_one
 
 

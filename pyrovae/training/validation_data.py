@@ -14,12 +14,12 @@ from pyrovae.data.forms import Batch, as_batch, is_stream
 from pyrovae.training.batches import (
     Batches,
     form_of,
-    generators_of,
     length_of,
     on_device,
     read_items,
     transformed,
 )
+from pyrovae.training.generators import generators_of, set_state, start_at, state_of
 
 __all__ = ["ValidationData"]
 
@@ -84,9 +84,9 @@ class ValidationData:
 
 def _in_one_order(loader: DataLoader) -> Iterator[Any]:
     """The items of a loader, in the same order whenever it is begun; it takes no numbers from the measurement's noise."""
-    own = [(generator, generator.get_state()) for generator in generators_of(loader)]
+    own = [(generator, state_of(generator)) for generator in generators_of(loader)]
     for generator, _ in own:
-        generator.manual_seed(_SEED)
+        start_at(generator, _SEED)
     state = {
         "torch": torch.Generator().manual_seed(_SEED).get_state(),
         "random": random.Random(_SEED).getstate(),
@@ -104,7 +104,7 @@ def _in_one_order(loader: DataLoader) -> Iterator[Any]:
             yield item
     finally:
         for generator, before in own:
-            generator.set_state(before)
+            set_state(generator, before)
 
 
 @contextmanager
