@@ -44,8 +44,9 @@ def state_of(generator: Generator) -> Any:
         return generator.get_state()
     if isinstance(generator, random.Random):
         return generator.getstate()
-    is_old = isinstance(generator, np.random.RandomState)
-    state = generator.get_state() if is_old else generator.bit_generator.state
+    state: Any = (
+        generator.get_state() if isinstance(generator, np.random.RandomState) else generator.bit_generator.state
+    )
     return tree_map(lambda leaf: torch.as_tensor(leaf.astype("int64")) if isinstance(leaf, np.ndarray) else leaf, state)
 
 
