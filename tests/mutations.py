@@ -251,8 +251,8 @@ PARTS = [
     Mutation(
         "exposure: squared",
         "likelihoods/counts.py",
-        "_bounded(log_mean + log_exposure)",
-        "_bounded(log_mean + 2 * log_exposure)",
+        "_bounded(log_mean) + log_exposure,",
+        "_bounded(log_mean) + 2 * log_exposure,",
         in_file("likelihoods/test_columns.py", "exposure_multiplies_the_mean", "gamma_poisson_evidence_with_exposures"),
     ),
     Mutation(

@@ -19,6 +19,7 @@ from pyrovae.programs.layout import find_layout
 from pyrovae.programs.log_densities import log_joint_of
 from pyrovae.programs.parameters import apart_from_handlers
 from pyrovae.programs.reach import evaluation_mode
+from pyrovae.programs.supports import innermost
 from pyrovae.programs.traces import Program, sample_sites, trace_program
 
 __all__ = ["DefensiveMixture", "MixtureOfOpinions"]
@@ -172,7 +173,7 @@ class DefensiveMixture(Guide):
             return distribution
         if not _is_real(distribution.support):
             raise ValueError(
-                f"widen= moves draws away from the mean of {type(distribution).__name__}, whose support "
+                f"widen= moves draws away from the mean of {type(innermost(distribution)).__name__}, whose support "
                 f"{distribution.support} is not all real numbers: leave widen out"
             )
         stretch = AffineTransform((1 - self.widen) * centre, self.widen, event_dim=1)

@@ -15,8 +15,8 @@ from pyrovae.likelihoods.base import FILL_IN, Likelihood
 
 __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 
-# Means above 5e8 grow linearly in the network's output instead of exponentially. Otherwise raw counts, which an encoder
-# that just started maps to z from far off, give a first gradient whose square overflows float32.
+# Means above 5e8 (of exposure 1) grow linearly in the network's output instead of exponentially. Otherwise raw counts,
+# which an encoder that just started maps to z from far off, give a first gradient whose square overflows float32.
 _LARGEST_LOG_MEAN = 20.0
 _SMALLEST_MEAN = 1e-3  # where the bias of an element starts that is 0 in all training data
 _INITIAL_GATE = 0.1  # probability of an extra zero at the start of training
@@ -25,7 +25,7 @@ _INITIAL_GATE = 0.1  # probability of an extra zero at the start of training
 class _Counts(Likelihood):
     """What likelihoods of counts share: the log mean with its bias and its exposure, and the check of the data.
 
-    A log mean l above 20 counts as 20 + log(1 + l - 20).
+    A log mean l above 20 counts as 20 + log(1 + l - 20). The exposure multiplies the mean that this gives.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class _Counts(Likelihood):
         mean = self.initial_mean(data_mean, 0)
         if mean is not None:
             with torch.no_grad():
-                self._parts(self.bias)[0].copy_(mean.clamp(min=_SMALLEST_MEAN).log())
+                self._parts(self.bias)[0].copy_(_inverse_bounded(mean.clamp(min=_SMALLEST_MEAN).log()))
 
     @property
     def num_parts(self) -> int:
@@ -97,7 +97,7 @@ class _Counts(Likelihood):
 
     def _given(self, parameters: Tensor, log_exposure: Tensor) -> dist.TorchDistribution:
         log_mean, *rest = self._parts(parameters + self.bias)
-        return self.counts(_bounded(log_mean + log_exposure), *rest).to_event(len(self.data_shape))
+        return self.counts(_bounded(log_mean) + log_exposure, *rest).to_event(len(self.data_shape))
 
     def _parts(self, parameters: Tensor) -> tuple[Tensor, ...]:
         return (parameters,) if self.num_parts == 1 else parameters.unbind(-1 - len(self.data_shape))
@@ -126,13 +126,18 @@ def _bounded(log_mean: Tensor) -> Tensor:
     return log_mean.clamp(max=_LARGEST_LOG_MEAN) + (log_mean - _LARGEST_LOG_MEAN).relu().log1p()
 
 
+def _inverse_bounded(log_mean: Tensor) -> Tensor:
+    """The l of which `_bounded` makes this."""
+    return log_mean.clamp(max=_LARGEST_LOG_MEAN) + (log_mean - _LARGEST_LOG_MEAN).relu().expm1()
+
+
 class Poisson(_Counts):
     """Independent Poisson counts.
 
         p(x|z) = prod_d Poisson(x_d; t exp(l_d)),   l = decoder_net(z) + bias
 
-    Rates above exp(20) = 5e8 grow linearly in l instead of exponentially, so that draws of z from far off have finite
-    log masses and gradients.
+    From exp(l) = exp(20) = 5e8 on, the rate grows linearly in l instead of exponentially, so that draws of z from far off
+    have finite log masses and gradients. It stays proportional to t.
 
     The data are raw counts. Let the encoder's first layer scale them, x.log1p(): of counts in the hundreds, a network that
     just started makes posteriors of infinite scale.
@@ -146,7 +151,8 @@ class Poisson(_Counts):
         data_shape: Shape of one datum.
         exposure_column: Column of the context (N, C) that holds t, for example the library size or the time observed;
             the network gets the other columns. By default t = 1.
-        data_mean: Mean of the training data, each divided by its t; the bias starts at its log, by default at 0.
+        data_mean: Mean of the training data, each divided by its t; the bias starts where exp(l) is this mean, by default
+            at 0.
 
     Raises:
         ValueError: Data are no counts, a shape is wrong, an exposure is absent or not positive, or a mean is negative.

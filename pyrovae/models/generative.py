@@ -149,7 +149,7 @@ class LatentVariableModel(Component, ABC):
             z = self.latents(lambda _, distribution: distribution.expand((num_samples,)).sample(), *more)
             return self._data(z, mean, *more)
 
-    def _context_of_each(self, num_samples: int, context: Tensor | None) -> tuple[Tensor, ...]:
+    def _context_of_each(self, num_samples: int, context: Tensor | int | None) -> tuple[Tensor, ...]:
         """The context with one row for each sample, as the arguments of `latents`."""
         if context is not None:
             context = self._tensor_of(context)

@@ -82,7 +82,7 @@ class MixtureVAE(GenerativeModel):
         num_samples: int,
         *,
         mean: bool = False,
-        context: Tensor | None = None,
+        context: Tensor | int | None = None,
         component: int | Tensor | None = None,
     ) -> Tensor:
         """Draw data from the model, or from some of its components.
@@ -92,7 +92,7 @@ class MixtureVAE(GenerativeModel):
         Args:
             num_samples: number of data to draw
             mean: return E[x|z] instead of the draw, as is usual for images
-            context: what the model is conditioned on: (num_samples, ...), or one row (1, ...) for all
+            context: what the model is conditioned on: (num_samples, ...), or one row (1, ...) or one label (an int) for all
             component: y, one whole number for all data, or (num_samples,)
 
         Returns:

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Sampler
 from pyrovae.common import distributed
 from pyrovae.data.conversion import Numbers
 from pyrovae.data.forms import Batch, as_batch, is_stream
-from pyrovae.training.loaders import draws_one_order, generators_of, length_of, num_drawn, set_epoch
+from pyrovae.training.generators import Generator, generators_of
+from pyrovae.training.loaders import draws_one_order, length_of, num_drawn, set_epoch
 
 __all__ = [
     "Batches",
@@ -44,7 +45,7 @@ class Batches(ABC):
         transform: function still to be applied to each batch, or None.
         form: form of the data before the transform (`form_of`); of a loader, that of its last batch.
         in_one_order: whether each datum has the same place in the batch at every step.
-        generators: random generators of the data's own, besides torch's.
+        generators: random generators of the data's own, besides the global ones.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Batches(ABC):
     per_epoch: int
     form: Any
     in_one_order: bool
-    generators: Sequence[torch.Generator] = ()
+    generators: Sequence[Generator] = ()
 
     def __init__(self, transform: Transform, numbers: Numbers, device: torch.device) -> None:
         self.transform, self.numbers, self.device = transform, numbers, device

@@ -207,10 +207,12 @@ def fit(
         checkpoint_every: write the checkpoint at the end of an epoch if this many seconds have passed since the last
             one (0: after every epoch), and after the last epoch.
         resume: resume the run in `checkpoint`, or start it if there is none. On a CPU, with the same versions and
-            number of threads, the numbers are bit for bit those of an uninterrupted run. A run that has ended, also by its
-            callback, is returned again; with more `epochs` than before it continues from its last epoch, with the schedule
-            as a function of the fraction of the new total (with None, as one long run). `patience` and `callback` may
-            change.
+            number of threads, the numbers are bit for bit those of an uninterrupted run. A loader's order must come from
+            random generators (torch's, NumPy's or Python's, global or attributes of the loader, its samplers or its data
+            set) or from `set_epoch`; workers that persist keep random numbers of their own, which are not saved. A run
+            that has ended, also by its callback, is returned again; with more `epochs` than before it continues from its
+            last epoch, with the schedule as a function of the fraction of the new total (with None, as one long run).
+            `patience` and `callback` may change.
         device: "auto" takes CUDA if there is a GPU, else the CPU.
         progress: show a progress bar.
 

@@ -1,4 +1,4 @@
-"""The order in which a `DataLoader` gives its data: its length, its generators, its epochs, and one order on request."""
+"""The order in which a `DataLoader` gives its data: its length, its epochs, and one order on request."""
 
 import random
 from collections.abc import Iterator, Sized
@@ -10,7 +10,9 @@ import torch
 from pyro.util import get_rng_state, set_rng_state
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-__all__ = ["draws_one_order", "generators_of", "in_one_order", "length_of", "num_drawn", "set_epoch"]
+from pyrovae.training.generators import generators_of, samplers_of, set_state, start_at, state_of
+
+__all__ = ["draws_one_order", "in_one_order", "length_of", "num_drawn", "set_epoch"]
 
 _FEW = 12
 _SEED = 20260102  # of a loader's order, if it shuffles; the noise of the measurement has another
@@ -29,20 +31,9 @@ def length_of(dataset: Any, name: str) -> int:
     return len(dataset)
 
 
-def generators_of(loader: DataLoader) -> list[torch.Generator]:
-    """The generators from which a loader draws, besides torch's own."""
-    found = (getattr(holder, "generator", None) for holder in (loader, *_samplers(loader)))
-    return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
-
-
-def _samplers(loader: DataLoader) -> tuple[Any, ...]:
-    batches = loader.batch_sampler
-    return loader.sampler, batches, getattr(batches, "sampler", None)
-
-
 def set_epoch(loader: DataLoader, number: int) -> None:
     """Tell samplers and data the epoch, if they take it: a DistributedSampler shuffles anew only then."""
-    for holder in (loader.dataset, *_samplers(loader)):
+    for holder in (loader.dataset, *samplers_of(loader)):
         if callable(told := getattr(holder, "set_epoch", None)):
             told(number - 1)
 
@@ -51,7 +42,7 @@ def draws_one_order(loader: DataLoader) -> bool:
     """Whether the sampler yields the same batches every time; generators are left as they were."""
     if loader.batch_sampler is None:
         return False
-    states = [(generator, generator.get_state()) for generator in generators_of(loader)]
+    states = [(generator, state_of(generator)) for generator in generators_of(loader)]
     with torch.random.fork_rng([]):
         set_epoch(loader, 1)
         first = list(loader.batch_sampler)
@@ -61,7 +52,7 @@ def draws_one_order(loader: DataLoader) -> bool:
             set_epoch(loader, number + 1)
             is_one &= list(loader.batch_sampler) == first
     for generator, state in states:
-        generator.set_state(state)
+        set_state(generator, state)
     return is_one
 
 
@@ -78,9 +69,9 @@ def num_drawn(loader: DataLoader) -> int:
 
 def in_one_order(loader: DataLoader) -> Iterator[Any]:
     """The items of a loader, in the same order whenever it is begun; it takes no numbers from the measurement's noise."""
-    own = [(generator, generator.get_state()) for generator in generators_of(loader)]
+    own = [(generator, state_of(generator)) for generator in generators_of(loader)]
     for generator, _ in own:
-        generator.manual_seed(_SEED)
+        start_at(generator, _SEED)
     state = {
         "torch": torch.Generator().manual_seed(_SEED).get_state(),
         "random": random.Random(_SEED).getstate(),
@@ -98,7 +89,7 @@ def in_one_order(loader: DataLoader) -> Iterator[Any]:
             yield item
     finally:
         for generator, before in own:
-            generator.set_state(before)
+            set_state(generator, before)
 
 
 @contextmanager

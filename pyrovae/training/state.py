@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyrovae.common import distributed
 from pyrovae.common.arguments import map_tensors
+from pyrovae.training.generators import Generator, set_state, state_of
 from pyrovae.training.losses import bound_name
 from pyrovae.training.optimization import OneOptimizer
 
@@ -43,7 +44,7 @@ class TrainingState:
         optimizer: OneOptimizer,
         modules: Sequence[nn.Module],
         device: torch.device,
-        generators: Sequence[torch.Generator] = (),
+        generators: Sequence[Generator] = (),
     ):
         self.loss, self.optimizer, self.device, self.generators = loss, optimizer, device, generators
         self.modules = nn.ModuleList(modules)
@@ -217,7 +218,7 @@ def _of_store(names: Iterable[str]) -> dict[str, Tensor]:
     return {name: store[key].unconstrained() for name, key in wanted.items() if key in store}
 
 
-def random_state(device: torch.device, generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+def random_state(device: torch.device, generators: Sequence[Generator] = ()) -> dict[str, Any]:
     state = pyro.util.get_rng_state()
     algorithm, keys, *rest = state["numpy"]
     return {
@@ -225,11 +226,11 @@ def random_state(device: torch.device, generators: Sequence[torch.Generator] = (
         "python": state["random"],
         "numpy": (algorithm, torch.as_tensor(keys.astype("int64")), *rest),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "loader": [generator.get_state() for generator in generators],
+        "loader": [state_of(generator) for generator in generators],
     }
 
 
-def set_random_state(state: dict[str, Any], device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device, generators: Sequence[Generator] = ()) -> None:
     algorithm, keys, *rest = state["numpy"]
     numpy_state = (algorithm, keys.numpy().astype("uint32"), *rest)
     pyro.util.set_rng_state({"torch": state["torch"], "random": state["python"], "numpy": numpy_state})
@@ -237,4 +238,4 @@ def set_random_state(state: dict[str, Any], device: torch.device, generators: Se
         torch.cuda.set_rng_state(state["cuda"], device)
     # Files of earlier versions lack these.
     for generator, its_state in zip(generators, state.get("loader", ()), strict=False):
-        generator.set_state(its_state)
+        set_state(generator, its_state)

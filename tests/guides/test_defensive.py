@@ -289,7 +289,7 @@ def test_errors_of_second_opinions(linear_gaussian):
         def distribution(self, parameters):
             return dist.Beta(parameters, 1.0).to_event(1)
 
-    with pytest.raises(ValueError, match="mean of Independent, whose support .* is not all real numbers: leave widen"):
+    with pytest.raises(ValueError, match="mean of Beta, whose support .* is not all real numbers: leave widen"):
         DefensiveMixture(OnAnInterval(3), prior, widen=2).posterior(x)
 
     def more_sites(x):

@@ -63,3 +63,37 @@ def test_means_are_exponential_up_to_5e8_and_grow_linearly_beyond():
     torch.testing.assert_close(distribution.log_prob(x), exact, rtol=1e-9, atol=1e-6)
     (slope,) = torch.autograd.grad(distribution.mean.sum(), logs)
     torch.testing.assert_close(slope.squeeze(1), expected.clamp(max=e20), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_means_beyond_5e8_start_at_those_of_the_data_and_are_proportional_to_the_exposure(kind):
+    """A population of 1e10 of whom half count: 5e9 expected, with the same density as of any other mean."""
+    per_exposure = torch.tensor([0.5, 3.0, 1e10], dtype=torch.float64)
+    likelihood = kind(None, (3,), exposure_column=0, data_mean=per_exposure).double()
+    exposures = torch.tensor([[1.0], [1e3], [1e10]], dtype=torch.float64)
+    network = torch.zeros(3, *likelihood.parameters_shape, dtype=torch.float64)
+    mean = likelihood.at(network, exposures).mean
+    torch.testing.assert_close(mean, exposures * per_exposure, rtol=1e-5, atol=0)  # the bias is float32 at first
+    if kind is pv.likelihoods.Poisson:
+        x = (exposures * per_exposure).round()
+        exact = torch.distributions.Poisson(mean).log_prob(x).sum(1)
+        # The terms of a log mass, which cancel, are up to 5e21 at a count of 1e20.
+        torch.testing.assert_close(likelihood.at(network, exposures).log_prob(x)[:2], exact[:2], rtol=1e-9, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_raw_counts_with_exposures_start(kind):
+    for seed in range(10):
+        x = counts(1e3, seed)
+        exposure = x.sum(1, keepdim=True)
+        torch.manual_seed(seed)
+        net = pv.nets.MLP(4, [16], 10 * kind.num_parameters())
+        mean = (x / exposure).mean(0) if seed % 2 else None
+        likelihood = kind(net, (10,), exposure_column=0, data_mean=mean)
+        encoder = nn.Sequential(Log1p(), pv.nets.MLP(10, [16]))
+        pair = (
+            pv.GenerativeModel(pv.priors.StandardNormal(4), likelihood),
+            pv.guides.MeanFieldNormal(encoder, 4, num_features=16),
+        )
+        result = pv.fit(*pair, (x, exposure), **OPTIONS)
+        assert math.isfinite(result.history[-1]["elbo"])
