@@ -39,6 +39,7 @@ from pyrovae.compiled.compiler import (
     remove_damaged_library,
 )
 from pyrovae.compiled.hidden_state import ReadsByPython, check_gradient_hooks, check_graph
+from pyrovae.compiled.kept_code import compiled_once, keep
 from pyrovae.compiled.self_check import Inputs, SelfCheck
 from pyrovae.compiled.signature import Last, Snapshot, kinds
 
@@ -183,8 +184,9 @@ class Recording:
             elsewhere = check.check_recording(graph, given, expected)
             compiled: Callable = graph
             if self.inductor:
-                compiled = self.compiler(graph)
+                key, compiled = compiled_once(graph, self.compiler, (*given[:2], *expected[:2]))
                 check.check_compiled(graph, compiled, elsewhere)  # compiles now, so that a failure shows here
+                keep(key, compiled)
         self.num_recordings += 1
 
         def run(tensors: Sequence[Tensor], values: list[Tensor]) -> Results:
