@@ -36,7 +36,8 @@ def compiled_once(
         groups: the lists of its inputs and outputs, whose lengths the nodes of the graph do not tell.
     """
     key = _key(graph, compiler, groups)
-    return key, (None if key is None else _kept.get(key)) or compiler(graph)
+    found = None if key is None else _kept.get(key)
+    return key, compiler(graph) if found is None else found
 
 
 def keep(key: Hashable | None, compiled: Callable) -> None:

@@ -42,7 +42,7 @@ def fit(pair, dtype=torch.float32, **options):
 
 
 def dropping(pair, probability):
-    pair[0].likelihood.decoder = nn.Sequential(pair[0].likelihood.decoder, nn.Dropout(probability))
+    pair[0].likelihood.decoder_net = nn.Sequential(pair[0].likelihood.decoder_net, nn.Dropout(probability))
     return pair
 
 
@@ -61,12 +61,12 @@ def another_tensor(pair):
 
 
 def another_width(pair):
-    pair[0].likelihood.decoder = pv.nets.MLP(2, [9], 12)
+    pair[0].likelihood.decoder_net = pv.nets.MLP(2, [9], 12)
     return pair
 
 
 def another_activation(pair):
-    pair[0].likelihood.decoder = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 12))
+    pair[0].likelihood.decoder_net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 12))
     return pair
 
 
@@ -80,12 +80,12 @@ def frozen(pair):
 
 
 def hooked(pair):
-    pair[0].likelihood.decoder.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    pair[0].likelihood.decoder_net.register_forward_hook(lambda module, inputs, output: output * 1.5)
     return pair
 
 
 def patched(pair):
-    decoder = pair[0].likelihood.decoder
+    decoder = pair[0].likelihood.decoder_net
     forward = decoder.forward
     decoder.forward = lambda z: forward(z) - 0.25
     return pair
@@ -93,6 +93,10 @@ def patched(pair):
 
 def in_float64(pair):
     return tuple(module.double() for module in pair)
+
+
+def at_one_half(x):
+    return (x > 0.5).to(x.dtype)
 
 
 SAME = [(nothing, {}), (another_pair, {}), (another_tensor, {})]
@@ -103,7 +107,7 @@ OTHER = [
     (nothing, {"clip_norm": 0.5}),
     (nothing, {"clip_norm": None}),
     (nothing, {"batch_size": 20}),
-    (nothing, {"transform": None}),
+    (nothing, {"transform": at_one_half}),
 ]
 
 
