@@ -73,10 +73,11 @@ def _key(graph: torch.fx.GraphModule, compiler: Callable, groups: Sequence[Seque
 def _settings() -> tuple[Any, ...]:
     from torch._inductor import config  # imports the compiler
 
+    backends: Any = torch.backends
     return (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.backends.mkldnn.matmul.fp32_precision,
-        torch.backends.cuda.matmul.fp32_precision,
+        backends.mkldnn.matmul.fp32_precision,
+        backends.cuda.matmul.fp32_precision,
         config.get_hash(),
     )
