@@ -9,7 +9,8 @@ A recording keeps what Python sees as constants: numbers, attributes, lengths, t
 neither parameters, buffers nor arguments (the same tensor, whose values may change in place). A new recording is made
 if the shape, dtype or device of an argument, parameter or buffer changes, or the train/eval mode of a module. Each call
 draws new noise from torch's generator in the order of the eager program, so both give the same numbers up to rounding;
-`self_check.py` compares them. Checks of values are left out: run a program eagerly before you record it.
+`self_check.py` compares them. Checks of values are left out: run a program eagerly before you record it. Compiled code
+is used again for the same graph: `kept_code.py`.
 
 What is recorded: a step (`training/acceleration.py`), a chunk of draws (`evaluation/recorded_draw.py`), a gradient of
 annealing (`annealing/potential.py`) and of refinement (`guides/refinement.py`). When: `policy.py`.
@@ -39,6 +40,7 @@ from pyrovae.compiled.compiler import (
     remove_damaged_library,
 )
 from pyrovae.compiled.hidden_state import ReadsByPython, check_gradient_hooks, check_graph
+from pyrovae.compiled.kept_code import compiled_once, keep
 from pyrovae.compiled.self_check import Inputs, SelfCheck
 from pyrovae.compiled.signature import Last, Snapshot, kinds
 
@@ -183,8 +185,9 @@ class Recording:
             elsewhere = check.check_recording(graph, given, expected)
             compiled: Callable = graph
             if self.inductor:
-                compiled = self.compiler(graph)
+                key, compiled = compiled_once(graph, self.compiler, (*given[:2], *expected[:2]))
                 check.check_compiled(graph, compiled, elsewhere)  # compiles now, so that a failure shows here
+                keep(key, compiled)
         self.num_recordings += 1
 
         def run(tensors: Sequence[Tensor], values: list[Tensor]) -> Results:

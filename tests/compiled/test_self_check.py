@@ -119,7 +119,7 @@ def plant_into(request, monkeypatch):
             monkeypatch.setattr(
                 proxy_tensor,
                 "make_fx",
-                lambda function: lambda *args: (done.append(1), planted(original(function)(*args), plant))[1],
+                lambda *given: lambda *args: (done.append(1), planted(original(*given)(*args), plant))[1],
             )
             monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
         else:
@@ -166,7 +166,9 @@ def test_the_tolerance_of_a_recording_is_sixteen_roundings(caplog, monkeypatch, 
         gradients[2] = at_end(aten.mul.Tensor, gradients[2], 1 + size)
 
     original = proxy_tensor.make_fx
-    monkeypatch.setattr(proxy_tensor, "make_fx", lambda f: lambda *args: planted(original(f)(*args), slightly))
+    monkeypatch.setattr(
+        proxy_tensor, "make_fx", lambda *given: lambda *args: planted(original(*given)(*args), slightly)
+    )
     net = Net()
     recorded = record(lambda x: (net(x),), [net], (torch.randn(20, 3),), gradients=True, inductor=False)
     assert (recorded is None) == found
