@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Independent, constraints
 
 __all__ = [
     "has_no_mass",
@@ -82,6 +82,8 @@ def is_possible(site: dict, *, nan: bool = False) -> Tensor | None:
 def possible_elements(site: dict, *, nan: bool = False) -> Tensor | None:
     """Like `is_possible`, for each element that `to_event` joined into one event and that a mask may leave out."""
     distribution = site["fn"]
+    if nan and _is_real(innermost(distribution)):  # only NaN lies outside, so that there is nothing to compute
+        return None
     elements = None if site_is_factor(site) else supported_elements(distribution, site["value"])
     if elements is None:
         return None
@@ -94,6 +96,12 @@ def possible_elements(site: dict, *, nan: bool = False) -> Tensor | None:
         mask = torch.as_tensor(mask, dtype=torch.bool, device=elements.device)
         elements = elements | ~mask[(...,) + (None,) * parts]
     return elements
+
+
+def _is_real(base: Any) -> bool:
+    """Whether a distribution's support is all real numbers or vectors, and each of them is reached."""
+    is_transformed = isinstance(base, torch.distributions.TransformedDistribution)
+    return not is_transformed and support_of(base) in (constraints.real, constraints.real_vector)
 
 
 def supported_elements(distribution: Any, value: Tensor) -> Tensor | None:
