@@ -74,6 +74,8 @@ def is_possible(site: dict, *, nan: bool = False) -> Tensor | None:
         site: A sample site of a trace.
         nan: Count NaN as inside, because some distributions have a log density for it (`NanMaskedNormal`).
     """
+    if nan and _is_real(innermost(site["fn"])):  # only NaN lies outside, so that there is nothing to compute
+        return None
     possible = possible_elements(site, nan=nan)
     parts = num_parts(site["fn"])
     return possible.flatten(-parts).all(-1) if possible is not None and parts else possible
@@ -82,8 +84,6 @@ def is_possible(site: dict, *, nan: bool = False) -> Tensor | None:
 def possible_elements(site: dict, *, nan: bool = False) -> Tensor | None:
     """Like `is_possible`, for each element that `to_event` joined into one event and that a mask may leave out."""
     distribution = site["fn"]
-    if nan and _is_real(innermost(distribution)):  # only NaN lies outside, so that there is nothing to compute
-        return None
     elements = None if site_is_factor(site) else supported_elements(distribution, site["value"])
     if elements is None:
         return None
