@@ -200,10 +200,10 @@ PARTS = [
         in_file("priors/test_flows.py", "the_density_of_a_draw_is_the_density"),
     ),
     Mutation(
-        "Bernoulli: log(1 + exp(-|l|)) added",
+        "Bernoulli: log sigmoid(|l|) subtracted",
         "distributions/binary.py",
-        ".sub_(log_factors)",
-        ".add_(log_factors)",
+        "return log_factors.sub_(",
+        "return log_factors.neg_().sub_(",
         in_file("distributions/test_binary.py", "log_mass_and_gradients_are_those_of_bernoulli_pixels"),
     ),
     Mutation(

@@ -5,7 +5,8 @@
 The unit is log weights per second, measured on a subset of the images. The time for 10,000 images with 5,000 particles
 each is extrapolated from this rate, plus the time of a call before its first weight (inspecting the programs,
 recording, compiling). pyrovae is `pv.log_marginal_likelihood` itself, with standard errors and diagnostics. The floor
-is the time of the decoder's matrix products alone.
+is the time of the decoder's matrix products alone, by the library that is faster in float32; for the convolutional
+model, of the decoder alone. Where the hardware has bfloat16 products, a second floor is of those.
 
 Peak memory is measured in a separate process, above model, data and what the process held before the call, for the
 first call, which loads and runs the compiler, and for a second call.
@@ -20,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import programs
@@ -41,6 +43,7 @@ def main() -> None:
     )
     parser.add_argument("--memory-of", type=int, nargs=2, metavar=("DATA", "PARTICLES"), help=argparse.SUPPRESS)
     parser.add_argument("--tables", nargs="+", choices=TABLES, help="tables to measure (default: all)")
+    parser.add_argument("--model", default="mlp", choices=FLOORS, help="model of the rates (default: mlp)")
     options = parser.parse_args()
     turns.prepare(options)
     if options.memory_of:
@@ -52,7 +55,7 @@ def main() -> None:
     few = data[: 2 if options.quick else 10]
     tables, rows = {}, []
     measures = {
-        "rates": lambda: rates(data, few, particles, options.rounds),
+        "rates": lambda: rates(options.model, data, few, particles, options.rounds),
         "growth": lambda: growth(data, options),
         "memory": lambda: memory(options),
     }
@@ -63,16 +66,17 @@ def main() -> None:
     turns.write(options, "Evaluation", tables, rows, data=source, num_data=num_data)
 
 
-def rates(data, few, particles: int, rounds: int) -> tuple[list[turns.Row], str, str]:
+def rates(model: str, data, few, particles: int, rounds: int) -> tuple[list[turns.Row], str, str]:
     competitors = {
-        "pyrovae, compiled": pyrovae(data, particles, compile=True),
-        "pyrovae, eager": pyrovae(data, particles, compile=False),
-        "Pyro traces, datum by datum": pyro_traces(few, particles),
-        "Pythae get_nll, batch_size=100": pythae(few, particles, batch_size=100),
-        "Pythae get_nll, batch_size=1000": pythae(few, particles, batch_size=1000),
-        "floor": floor(data, particles),
+        "pyrovae, compiled": pyrovae(data, particles, compile=True, model=model),
+        "pyrovae, eager": pyrovae(data, particles, compile=False, model=model),
+        "Pyro traces, datum by datum": pyro_traces(model, few, particles),
     }
-    rows = turns.in_turns(f"{particles:,} particles", competitors, rounds, base="floor")
+    if model == "mlp":
+        competitors["Pythae get_nll, batch_size=100"] = pythae(few, particles, batch_size=100)
+        competitors["Pythae get_nll, batch_size=1000"] = pythae(few, particles, batch_size=1000)
+    competitors.update(FLOORS[model](data, particles))
+    rows = turns.in_turns(f"{model}, {particles:,} particles", competitors, rounds, base="floor")
     for row in rows:
         if row.rate:
             fixed = getattr(competitors[row.name], "fixed", 0.0)
@@ -122,9 +126,9 @@ class Timed:
         fixed: seconds before the first block, in the latest call.
     """
 
-    def __init__(self, data, num_particles: int, compile: bool, latent_dim: int):
+    def __init__(self, model: str, data, num_particles: int, compile: bool, latent_dim: int):
         self.data, self.num_particles, self.compile = data, num_particles, compile
-        self.model, self.guide = programs.ours("mlp", data, latent_dim)
+        self.model, self.guide = programs.ours(model, data, latent_dim)
         self.stamps: list[tuple[float, int]] = []
         self.guide.encoder_net.register_forward_pre_hook(self._stamp)
 
@@ -154,18 +158,20 @@ class Timed:
         return sum(size for _, size in blocks) * self.num_particles / (end - blocks[0][0])
 
 
-def pyrovae(data, num_particles: int, *, compile: bool, latent_dim: int = programs.LATENT_DIM) -> Callable[[], float]:
-    return Timed(data, num_particles, compile, latent_dim)
+def pyrovae(
+    data, num_particles: int, *, compile: bool, latent_dim: int = programs.LATENT_DIM, model: str = "mlp"
+) -> Callable[[], float]:
+    return Timed(model, data, num_particles, compile, latent_dim)
 
 
-def pyro_traces(data, num_particles: int) -> Callable[[], float]:
+def pyro_traces(model: str, data, num_particles: int) -> Callable[[], float]:
     """A loop over data with the particles as the batch, as one writes it with Pyro."""
     import pyro
     import torch
     from pyro import poutine
 
     pyro.clear_param_store()
-    vae = programs.PyroVAE("mlp", data)
+    vae = programs.PyroVAE(model, data)
 
     @torch.no_grad()
     def turn() -> float:
@@ -201,7 +207,7 @@ def pythae(data, num_particles: int, batch_size: int) -> Callable[[], float] | s
     return turn
 
 
-def floor(data, num_particles: int) -> Callable[[], float]:
+def products(data, num_particles: int) -> dict[str, Callable[[], float]]:
     """The decoder's matrix products alone, in chunks that fit the cache, or larger ones on a GPU."""
     import torch
 
@@ -210,19 +216,54 @@ def floor(data, num_particles: int) -> Callable[[], float]:
     first = torch.randn(programs.LATENT_DIM, programs.HIDDEN, device=data.device)
     second = torch.randn(programs.HIDDEN, programs.PIXELS, device=data.device)
     hidden, pixels = (torch.empty(rows, width, device=data.device) for width in (programs.HIDDEN, programs.PIXELS))
-    repeats = max(1, len(data) * num_particles // rows // 10)
 
-    @torch.no_grad()
-    def turn() -> float:
+    def decode():
+        torch.mm(z, first, out=hidden)
+        torch.mm(hidden, second, out=pixels)
+
+    def in_medium():
+        torch.set_float32_matmul_precision("medium")
+        try:
+            decode()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    # "medium" chooses oneDNN on a CPU. Without bfloat16 instructions for products this is float32 as well, and faster
+    # than MKL on processors of AMD. The difference to exact products tells which it is.
+    decode()
+    exact = pixels.clone()
+    in_medium()
+    is_float32 = (pixels - exact).abs().max() < 1e-4 * exact.abs().max()
+    repeat = partial(repeated, data=data, rows=rows, num_particles=num_particles)
+    if is_float32:
+        return {"floor": lambda: max(repeat(decode), repeat(in_medium))}
+    return {"floor": lambda: repeat(decode), "floor, bfloat16 or TF32 products": lambda: repeat(in_medium)}
+
+
+def decoder_alone(data, num_particles: int) -> dict[str, Callable[[], float]]:
+    import torch
+
+    rows = 100 * FLOOR_ROWS if data.is_cuda else FLOOR_ROWS
+    decoder = programs.networks("conv")[1].to(data.device)
+    z = torch.randn(rows, programs.LATENT_DIM, device=data.device)
+    return {"floor": lambda: repeated(lambda: decoder(z), data, rows, num_particles)}
+
+
+def repeated(decode: Callable[[], object], data, rows: int, num_particles: int) -> float:
+    """Rows per second of a tenth of all rows."""
+    import torch
+
+    repeats = max(1, len(data) * num_particles // rows // 10)
+    with torch.no_grad():
         start = time.perf_counter()
         for _ in range(repeats):
-            torch.mm(z, first, out=hidden)
-            torch.mm(hidden, second, out=pixels)
+            decode()
         if data.is_cuda:
             torch.cuda.synchronize()
-        return repeats * rows / (time.perf_counter() - start)
+    return repeats * rows / (time.perf_counter() - start)
 
-    return turn
+
+FLOORS = {"mlp": products, "conv": decoder_alone}
 
 
 def memory_of(num_data: int, num_particles: int, options: argparse.Namespace) -> list[turns.Row]:

@@ -5,6 +5,7 @@ from round to round. The table reports medians over rounds and their ratios.
 """
 
 import argparse
+import contextlib
 import os
 import platform
 import random
@@ -19,6 +20,16 @@ sys.path.append(str(Path(__file__).parents[1]))  # examples/
 from support.script import parser_of, positive, processor, versions, write_json
 
 NOT_INSTALLED = "not installed"
+# Flags of /proc/cpuinfo on x86 and ARM, and their names in tables.
+INSTRUCTION_SETS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 bf16",
+    "amx_bf16": "AMX bf16",
+    "asimd": "NEON",
+    "sve": "SVE",
+    "bf16": "bf16",
+}
 
 
 @dataclass
@@ -129,6 +140,7 @@ def write(
     """Print the tables and write them as Markdown, and everything as JSON, with machine and versions."""
     machine = {
         "machine": processor(),
+        "instructions": instruction_sets(),
         "cores": options.threads,
         "device": _device_name(options.device),
         "system": platform.platform(),
@@ -140,8 +152,8 @@ def write(
     }
     packages = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
     about = (
-        f"{machine['machine']}, {options.threads} cores, {machine['device']}; {packages}; medians of "
-        f"{options.rounds} rounds in turns. `{machine['command']}`"
+        f"{machine['machine']} ({machine['instructions']}), {options.threads} cores, {machine['device']}; {packages}; "
+        f"medians of {options.rounds} rounds in turns. `{machine['command']}`"
     )
     text = "\n\n".join([f"## {title}", about, *(f"{name}\n\n{table}" for name, table in tables.items())]) + "\n"
     print(text)
@@ -149,6 +161,17 @@ def write(
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         Path(f"{options.out}.md").write_text(text)
         write_json(f"{options.out}.json", {**machine, "rows": [asdict(row) for row in rows]})
+
+
+def instruction_sets() -> str:
+    """Which vector and matrix instructions the CPU has, and which of them torch's own loops use."""
+    import torch
+
+    words = set()
+    with contextlib.suppress(OSError):
+        words.update(Path("/proc/cpuinfo").read_text().split())
+    found = [name for flag, name in INSTRUCTION_SETS.items() if flag in words]
+    return ", ".join([*found, f"torch uses {torch.backends.cpu.get_cpu_capability()}"])
 
 
 def _short(number: float) -> str:

@@ -10,18 +10,17 @@ from torch.distributions import constraints
 
 __all__ = ["BinaryImages"]
 
-_FACTORS = 64  # largest number in one product: factors lie in [1, 2], and 2^64 does not overflow in float32
+_FACTORS = 64  # largest number in one product: factors lie in [1/2, 1], and 2^-64 does not underflow in float32
 
 
 class BinaryImages(TorchDistribution):
     """Independent Bernoulli pixels by their logits; all pixels of an image are one event.
 
-        log p(x) = sum_d [ l_d x_d - max(l_d, 0) - log(1 + exp(-|l_d|)) ]
+        log p(x) = sum_d [ log sigmoid(|l_d|) - (max(l_d, 0) - l_d x_d) ]
 
-    The last terms are computed as logs of products of up to 64 factors, because a logarithm for each pixel would take
-    most of the time. Each factor is rounded by half a unit of 1: 6e-8 nats per pixel in float32, at most 1e-5 nats per
-    100 pixels. The sum of the other terms has the same rounding error. The gradient is computed as x - sigmoid(l), not
-    through the products.
+    The first terms are computed as logs of products of up to 64 factors, because a logarithm for each pixel would take
+    most of the time. Each factor is rounded by about 6e-8 in float32: at most 1e-5 nats per 100 pixels. The sum of the
+    other terms has the same rounding error. The gradient is computed as x - sigmoid(l), not through the products.
 
     Shapes: logits (*batch, *event) -> batch shape (*batch,), event shape (*event,). Log masses in nats.
 
@@ -92,11 +91,11 @@ class _LogMass(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, value: Tensor) -> Tensor:
-        # In place, because each new array of this size takes the time of a pass over memory.
-        factors = logits.abs().neg_().exp_().add_(1)
+        # In place and few operations, because each takes the time of a pass over memory.
+        factors = logits.abs().sigmoid_()
         log_factors = factors.unflatten(-1, (-1, _num_factors(logits))).prod(-1).log_().sum(-1)
         del factors
-        return (logits * value).sub_(logits.clamp_min(0)).sum(-1).sub_(log_factors)
+        return log_factors.sub_(torch.addcmul(logits.clamp_min(0), logits, value, value=-1).sum(-1))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -111,7 +110,7 @@ class _LogMass(torch.autograd.Function):
 
 
 def _num_factors(logits: Tensor) -> int:
-    """The largest divisor of the number of pixels for which a product of that many factors cannot overflow."""
+    """The largest divisor of the number of pixels for which a product of that many factors cannot underflow."""
     num_pixels = logits.shape[-1]
     most = min(_FACTORS, int(math.log2(torch.finfo(logits.dtype).max)) - 1)
     return next(size for size in range(most, 0, -1) if num_pixels % size == 0)

@@ -14,6 +14,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyrovae.common.reporting import progress_bar, warn_once
+from pyrovae.compiled.compiler import float32_products
 from pyrovae.compiled.policy import mark_compiled, pays_off
 from pyrovae.evaluation.opening import SamplingOptions, opened
 from pyrovae.evaluation.recorded_draw import RecordedDraw, record_draw
@@ -28,6 +29,8 @@ from pyrovae.programs.traces import Program
 __all__ = ["Drawn", "can_vectorise", "draw", "log_weight_blocks", "log_weights", "until_interrupted"]
 
 _OTHERS = 8  # further runs, all of which must find data impossible before they are reported
+
+_EAGER_CHUNKS = 2  # chunks of a recording that are drawn at once eagerly, because Pyro's handlers take time for each
 
 _Part = TypeVar("_Part")
 
@@ -95,6 +98,8 @@ def log_weight_blocks(
             recorded = _record(pair, modules, block_size, chunk_size)
             if recorded is not None:
                 mark_compiled(described)
+        if recorded is None and options.particle_batch_size == "auto" and not pair.is_cuda:
+            chunk_size = min(_EAGER_CHUNKS * chunk_size, num_particles)
         with progress_bar("log weights", pair.num_data, "data", options.progress) as bar:
             for start, stop in pair.blocks(block_size):
                 # A shorter last block is drawn with data of the block before it, so that it has the recorded size.
@@ -166,6 +171,7 @@ def _record(pair: Pair, modules: list[nn.Module], block_size: int, chunk_size: i
 
 
 @torch.no_grad()
+@float32_products()  # eager chunks use the same products as recorded ones
 def _draw_block(
     pair: Pair, block: Block, num_particles: int, chunk_size: int, vectorised: bool, recorded: _RecordedChunk | None
 ) -> tuple[Tensor, int]:

@@ -232,6 +232,8 @@ def site_log_prob(site: dict) -> Tensor:
             raise
         event = (...,) + (None,) * len(innermost(distribution).event_shape)
         log_prob = distribution.log_prob(torch.where(supported[event], value, distribution.sample()))
+        if (inside := is_possible(site)) is not None:  # NaN has no density, which `possible` does not say
+            log_prob = torch.where(inside, log_prob, torch.nan)
     except NotImplementedError as error:
         raise ValueError(
             f"the distribution of site '{site['name']}' ({type(innermost(distribution)).__name__}) has no log density "

@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Independent, constraints
 
 __all__ = [
     "has_no_mass",
@@ -74,6 +74,8 @@ def is_possible(site: dict, *, nan: bool = False) -> Tensor | None:
         site: A sample site of a trace.
         nan: Count NaN as inside, because some distributions have a log density for it (`NanMaskedNormal`).
     """
+    if nan and _is_real(innermost(site["fn"])):  # only NaN lies outside, so that there is nothing to compute
+        return None
     possible = possible_elements(site, nan=nan)
     parts = num_parts(site["fn"])
     return possible.flatten(-parts).all(-1) if possible is not None and parts else possible
@@ -94,6 +96,12 @@ def possible_elements(site: dict, *, nan: bool = False) -> Tensor | None:
         mask = torch.as_tensor(mask, dtype=torch.bool, device=elements.device)
         elements = elements | ~mask[(...,) + (None,) * parts]
     return elements
+
+
+def _is_real(base: Any) -> bool:
+    """Whether a distribution's support is all real numbers or vectors, and each of them is reached."""
+    is_transformed = isinstance(base, torch.distributions.TransformedDistribution)
+    return not is_transformed and support_of(base) in (constraints.real, constraints.real_vector)
 
 
 def supported_elements(distribution: Any, value: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from conftest import within
 
 import pyrovae as pv
+from pyrovae.compiled import compiler
 from pyrovae.evaluation import log_weights
 
 NUM_DATA, NUM_PARTICLES = 10, 130
@@ -136,6 +137,27 @@ def test_a_plate_of_fixed_size_is_not_cut(double):
 
     lml = pv.log_marginal_likelihood(model, guide, x, num_particles=30)
     assert torch.allclose(lml.log_prob, dist.Normal(0.0, 2**0.5).log_prob(x), atol=1e-10)
+
+
+def test_eager_draws_use_the_products_of_recordings(monkeypatch):
+    """On a processor for which oneDNN is chosen, whatever this one is; the switch is back afterwards."""
+    monkeypatch.setattr(compiler, "_prefers_onednn", lambda: True)
+    switch = torch.backends.mkldnn.matmul
+    before, seen = switch.fp32_precision, []
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            seen.append(switch.fp32_precision)
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    pv.log_weights(model, guide, torch.randn(6), num_particles=40, particle_batch_size=10, compile=False)
+    assert before not in ("bf16", *seen[-4:])
+    assert switch.fp32_precision == before
 
 
 MEMORY = """

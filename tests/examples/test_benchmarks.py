@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "examples/benchmarks"
 # script -> the smallest run of it
@@ -13,6 +14,7 @@ SCRIPTS = {
     "training.py": ("--batch-sizes", 64),
     "evaluation.py": ("--num-particles", 300),
     "annealing.py": ("--model", "mlp", "--rows", 16),
+    "ranks.py": ("--batch-sizes", 256, "--threads", 2),
 }
 
 
@@ -97,6 +99,27 @@ def test_one_command_runs_all(run_all, monkeypatch, tmp_path, capfd):
     assert (tmp_path / "all.md").read_text() == page  # what was measured before stays on it
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("flags\t\t: fpu avx avx2 avx512f avx512_bf16\n", ["AVX2", "AVX-512", "AVX-512 bf16"]),
+        ("flags\t\t: fpu avx2 avx512f amx_bf16 amx_tile\n", ["AVX2", "AVX-512", "AMX bf16"]),
+        ("Features\t: fp asimd sve bf16\n", ["NEON", "SVE", "bf16"]),
+        (None, []),
+    ],
+)
+def test_tables_name_the_instruction_sets(turns, monkeypatch, cpuinfo, expected):
+    def read_text(path):
+        assert str(path) == "/proc/cpuinfo"
+        if cpuinfo is None:
+            raise FileNotFoundError
+        return cpuinfo
+
+    monkeypatch.setattr(turns.Path, "read_text", read_text)
+    used = f"torch uses {torch.backends.cpu.get_cpu_capability()}"
+    assert turns.instruction_sets().split(", ") == [*expected, used]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_benchmark_runs(script, tmp_path):
@@ -105,7 +128,7 @@ def test_benchmark_runs(script, tmp_path):
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "table.json").read_text())
-    assert {"machine", "cores", "versions", "command", "rounds", "data"} <= found.keys()
+    assert {"machine", "instructions", "cores", "versions", "command", "rounds", "data"} <= found.keys()
     for row in found["rows"]:
-        assert row["note"] == "not installed" or row["rate"] > 0, row
+        assert row["note"] in ("not installed", "needs 2 cores, found 1") or row["rate"] > 0, row
     assert (tmp_path / "table.md").read_text() in done.stdout
