@@ -31,8 +31,8 @@ def run_network(
         The network's output.
 
     Raises:
-        TypeError: `x` is no tensor.
-        ValueError: The network does not take that shape or dtype; with both, torch's words, and how to mend it.
+        TypeError: `x` is not a tensor.
+        ValueError: The network does not take that shape or dtype. The message has both, torch's message, and the fix.
     """
     if not isinstance(x, Tensor):
         raise TypeError(
@@ -84,7 +84,7 @@ def check_positive(name: str, value: Any) -> float:
         value: A positive, finite number.
 
     Raises:
-        TypeError: `value` is no number.
+        TypeError: `value` is not a number.
         ValueError: `value` is not positive, or not finite.
     """
     is_number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)

@@ -50,9 +50,9 @@ def takes_keyword(part: Any, name: str) -> bool:
 
 
 def _positional(part: Any) -> list[bool]:
-    """The positional parameters of a module's `forward`, but the mask: for each, whether it can be left out.
+    """For each positional parameter of a module's `forward` except the mask: whether it is optional.
 
-    `*args` counts as two that can.
+    `*args` counts as two optional ones.
     """
     found = []
     for name, parameter in _parameters(part).items():
@@ -109,11 +109,11 @@ class Inputs(NamedTuple):
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Those that there are."""
+        """The tensors that are not None."""
         return tuple(tensor for tensor in self if tensor is not None)
 
     def of(self, tensors: Iterable[Tensor]) -> "Inputs":
-        """Return the same with these tensors, as `tensors` lists them, in place of its own."""
+        """Return inputs with these tensors instead of its own, in the order of `tensors`."""
         rest = iter(tensors)
         return self.map(lambda _: next(rest))
 
@@ -201,7 +201,7 @@ def broadcast_context(z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         context: (N, *row); N belongs to the last dimension of z before D.
 
     Raises:
-        ValueError: z has another number of rows there, neither 1 nor N.
+        ValueError: z has neither 1 nor N rows there.
     """
     batch_shape, row = z.shape[:-1], context.shape[1:]
     if batch_shape and batch_shape[-1] != 1 and context.shape[0] not in (1, batch_shape[-1]):
@@ -219,7 +219,7 @@ def broadcast_context(z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
 def width_of_features(net: nn.Module, num_features: int | None) -> int:
     """Return `num_features`, or the network's `out_features`; raise ValueError if neither is known.
 
-    Of an `nn.Embedding`, it is the `embedding_dim`.
+    For an `nn.Embedding`, it is the `embedding_dim`.
     """
     for name in ("out_features", "embedding_dim"):
         num_features = getattr(net, name, None) if num_features is None else num_features
@@ -247,18 +247,17 @@ def features_of(
         observed: Mask of what is known, shaped like x.
 
     Raises:
-        ValueError: The features have another shape, or context or mask another than x.
+        ValueError: The features have the wrong shape, or context or mask do not match x.
     """
     if context is not None:
         check_context(context, x.shape[0])
     if observed is not None:
         observed = check_mask(observed, x)
         x = torch.where(observed, x, 0)
-    advice = "give it data as it was made for, in the dtype of its parameters, or make it for these data"
+    advice = "pass data of the shape it was made for, in the dtype of its parameters, or make it for these data"
     features = call_network(net, x, advice, context, observed)
-    if (
-        features.ndim > 2 and features.shape[1:-1].numel() == 1
-    ):  # data (N, 1, D): a network that keeps dimensions returns (N, 1, num_features)
+    # For data (N, 1, D), a network that keeps dimensions returns (N, 1, num_features).
+    if features.ndim > 2 and features.shape[1:-1].numel() == 1:
         features = features.flatten(1)
     if features.shape != (x.shape[0], num_features):
         raise ValueError(

@@ -40,7 +40,7 @@ def compiled_by_inductor(graph: torch.fx.GraphModule) -> Callable:
 
 @contextmanager
 def float32_products(medium: bool = False) -> Iterator[None]:
-    """Choose who multiplies float32 matrices on a CPU inside: oneDNN if that is faster, otherwise MKL.
+    """Choose the library that multiplies float32 matrices on a CPU inside: oneDNN if that is faster, otherwise MKL.
 
     MKL keeps to AVX2 on processors of AMD, and oneDNN uses their AVX-512: twice as fast, with the same float32
     arithmetic. torch has one switch that sends float32 products to oneDNN, and it also allows bfloat16 inside, which

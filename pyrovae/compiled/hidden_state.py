@@ -1,4 +1,4 @@
-"""What a recording would lose without its numbers showing it: reads by Python, sizes, hooks, hidden state.
+"""Finds what a recording would silently lose: reads by Python, sizes, hooks, hidden state.
 
 The self-check compares a few runs. A count that Python reads may be equal in all of them, and a counter may act only
 after many runs. So these are searched for directly: in the graph, and in whatever the program holds outside of parameters
@@ -25,7 +25,7 @@ from pyrovae.programs.reach import OF_TORCH, attributes_of, codes_in, is_install
 
 __all__ = ["HiddenState", "ReadsByPython", "check_gradient_hooks", "check_graph"]
 
-_DEEPEST, _MOST, _LONGEST = 12, 20_000, 1000  # references in a row; holders; items of one that are followed
+_DEEPEST, _MOST, _LONGEST = 12, 20_000, 1000  # limits: depth of references; number of holders; items per holder
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType)
 _MUTABLE = (dict, list, set, deque)
@@ -33,7 +33,7 @@ _MUTABLE = (dict, list, set, deque)
 
 @functools.cache
 def _generators() -> tuple[type, ...]:
-    """The types of random generators; NumPy imports its own at their first use, so this is not done with the package."""
+    """The types of random generators; a function, because NumPy imports its own only at their first use."""
     return random.Random, numpy.random.Generator, numpy.random.RandomState, torch.Generator
 
 
@@ -72,8 +72,8 @@ def check_gradient_hooks(modules: nn.Module) -> None:
 def check_graph(graph: torch.fx.GraphModule) -> None:
     """Raise ValueError for a parameter of no module, and for a tensor whose size depends on values.
 
-    The first (pyro.param in a function) would get no gradient. The second (nonzero, a mask as an index) Python may have
-    read.
+    The first (pyro.param in a function) would get no gradient. The size of the second (nonzero, a mask as an index) may
+    have been read by Python.
     """
     masks = {torch.bool, torch.uint8}
     for node in graph.graph.nodes:
@@ -89,7 +89,7 @@ def check_graph(graph: torch.fx.GraphModule) -> None:
 
 
 class HiddenState:
-    """Whatever Python values can be reached from programs, as they are now.
+    """A snapshot of the Python values that can be reached from programs.
 
     Args:
         roots: Functions and modules.
@@ -98,14 +98,14 @@ class HiddenState:
 
     def __init__(self, roots: Sequence[Any], state: Sequence[Tensor]):
         self._seen = {id(tensor) for tensor in state}
-        self._alive: list[Any] = []  # an id is of one object only while that lives
+        self._alive: list[Any] = []  # keeps the objects alive, because an id may be reused later
         self._held: list[tuple[str, Any, Any]] = []
         for root in roots:
             self._follow(type(root).__name__, root, _DEEPEST)
         self._of_python, self._of_numpy = random.getstate(), _legacy_state()
 
     def changed(self) -> str | None:
-        """Which of them is not as it was; None if all are."""
+        """The name of the first value that has changed; None if none has."""
         if random.getstate() != self._of_python or not _same(_legacy_state(), self._of_numpy, _DEEPEST):
             return "the random numbers of Python or NumPy"
         return next((name for name, holder, before in self._held if not _same(_look(holder), before, _DEEPEST)), None)
@@ -156,7 +156,7 @@ class _Globals:
 
 
 def _holders(value: Any) -> Iterator[Any]:
-    """What of a value can change: itself, or parts of it."""
+    """The parts of a value that can change, or the value itself."""
     is_iterator = isinstance(value, Iterator) and type(value).__module__ in ("itertools", "builtins")
     if is_iterator or isinstance(value, (Tensor, tuple, frozenset, *_MUTABLE, *_generators())):
         yield value
@@ -222,7 +222,7 @@ def _look(holder: Any) -> Any:
     if isinstance(holder, torch.Generator):
         return holder.get_state()
     if isinstance(holder, types.GeneratorType | itertools.cycle):
-        return object()  # it does not tell where it is
+        return object()  # its position cannot be read
     if isinstance(holder, Iterator):
         return repr(holder) if isinstance(holder, itertools.count) else operator.length_hint(holder)
     if isinstance(holder, nn.Module):
@@ -237,7 +237,7 @@ def _items(before: Any) -> Sequence[Any]:
 
 
 def _same(now: Any, before: Any, depth: int) -> bool:
-    """Whether two values are alike as far as a program can tell; objects of installed packages are if they are of one type."""
+    """Whether two values look the same to a program; objects of installed packages do if they have one type."""
     if now is before or depth == 0:
         return True
     if type(now) is not type(before):

@@ -47,7 +47,7 @@ def pays_off(
         known: Whether everything else that is recorded is known: the objective, the transform of the data.
         inductor: Whether the recording will be compiled. If not, it costs about as much as ten runs, so it pays off for
             any known parts.
-        described: What the caller passes to `mark_compiled` once it is compiled: the same again costs 1.5 s, not 15.
+        described: What the caller passes to `mark_compiled` after compiling; the same again costs 1.5 s, not 15.
 
     Returns:
         True if it pays off. False for third-party parts, because recording them may turn values into constants.

@@ -72,7 +72,7 @@ def record(
         inductor: Compile the recording, which takes seconds. If False, run the recorded operations as they are, which
             already saves Pyro's overhead.
         medium: Allow bfloat16 inside the products of float32 matrices: see `float32_products`. The self-check does not.
-        finish: What to make of outputs and gradients in the recording, too; it may change buffers of the modules in place.
+        finish: Function of outputs and gradients, recorded too; it may change buffers of the modules in place.
 
     Returns:
         The recording, or None if that fails (control flow that depends on values, no C++ compiler) or the self-check

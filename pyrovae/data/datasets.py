@@ -198,7 +198,7 @@ def frey_faces(
             f"choose another folder (--data-dir, $PYROVAE_DATA); --dataset digits needs no files"
         )
     try:
-        with path.open("rb") as file, np.load(file) as arrays:  # if NumPy opens a damaged file, it leaves it open
+        with path.open("rb") as file, np.load(file) as arrays:  # `np.load(path)` would leave a damaged file open
             array = arrays["images"]
     except Exception as error:  # NumPy raises many types of error for a damaged file
         raise ValueError(

@@ -129,7 +129,7 @@ def is_stream(data: Any) -> bool:
         return False
     if isinstance(data, DataLoader | Dataset):
         return True
-    # Hugging Face's data sets are no torch data sets, but are indexed by position, too.
+    # Hugging Face's data sets are not torch data sets, but are indexed by position, too.
     known = (Tensor, np.ndarray, str, bytes, tuple, list, Mapping)
     return not isinstance(data, known) and not is_table(data) and hasattr(type(data), "__getitems__")
 
@@ -168,7 +168,7 @@ def as_batch(data: Any, numbers: Numbers | torch.dtype | None = None, name: str 
             raise TypeError(
                 f"{name} is a mapping, whose keys name the arguments of the programs; found key {wrong[0]!r}"
             )
-        # A mapping has no order that its maker would think of: x holds the data wherever it stands.
+        # Users do not think of the order of a mapping: x holds the data, whatever its position.
         items: tuple[tuple, dict[str, Any]] = (), dict(sorted(data.items(), key=lambda item: item[0] != "x"))
     elif isinstance(data, tuple | list):
         if data and all(isinstance(item, Number) for item in data):
@@ -268,7 +268,7 @@ def takes_items(programs: Sequence[Callable], items: tuple | list | Mapping) -> 
 
 
 def signature_of(program: Callable) -> inspect.Signature | None:
-    """The arguments that a program takes; None if it does not tell (a builtin)."""
+    """The arguments that a program takes; None if they are unknown (a builtin)."""
     try:
         return inspect.signature(program.forward if isinstance(program, nn.Module) else program)
     except (TypeError, ValueError):

@@ -117,7 +117,7 @@ def _check_idx(path: Path, header_size: int) -> tuple[int, ...]:
 
 
 def _under_another_name(folder: Path, dataset: Any, path: Path) -> Iterator[Path]:
-    """Files that may be meant as `path` but have another name or folder."""
+    """Files that are probably meant to be `path`, but have another name or folder."""
     from torchvision.datasets.utils import check_integrity
 
     published = {path.parent / name: md5 for name, md5 in dataset.resources}
@@ -141,8 +141,8 @@ def _places(folder: Path, name: str) -> Iterator[Path]:
     spellings = {name.lower(), name.lower().removesuffix("mnist") or "mnist", "raw"}
     yield folder
     for place in _entries(folder):
-        yield place / name / "raw"  # in a folder between
-        if _OTHER_NAME.fullmatch(place.name):  # a folder of the name of its file, as some archives unpack
+        yield place / name / "raw"  # one folder deeper
+        if _OTHER_NAME.fullmatch(place.name):  # some archives unpack each file into a folder of the same name
             yield place
         if re.sub("[^a-z]", "", place.name.lower()) in spellings:
             yield place

@@ -50,7 +50,7 @@ class Categories(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Mean of the codes: the probability of 1 if there are two categories, without a meaning if there are more."""
+        """Mean of the codes: the probability of 1 if there are two categories, meaningless if there are more."""
         codes = torch.arange(self.num_categories, dtype=self.logits.dtype, device=self.logits.device)
         return self.logits.softmax(-1) @ codes
 

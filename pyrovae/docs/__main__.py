@@ -18,7 +18,7 @@ __all__ = ["build"]
 
 
 def build(folder: Path) -> None:
-    """Write the reference to `folder`; `index.html` is its start.
+    """Write the reference to `folder`; its first page is `index.html`.
 
     Raises UserWarning for each warning of pdoc, and RuntimeError for a public name without a docstring.
     """
@@ -33,10 +33,8 @@ def build(folder: Path) -> None:
     if missing := [name for module in modules for name in _undocumented(importlib.import_module(module))]:
         raise RuntimeError(f"public names without a docstring: {', '.join(missing)}")
 
-    foreign = [
-        inspect.getdoc(nn.Module.__init__),
-        inspect.getdoc(nn.Module.extra_repr),
-    ]  # inherited from torch: useless to our readers
+    # Inherited from torch, and useless to our readers.
+    foreign = [inspect.getdoc(nn.Module.__init__), inspect.getdoc(nn.Module.extra_repr)]
 
     @pass_context
     def convert(context: Context, docstring: str) -> str:

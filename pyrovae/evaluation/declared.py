@@ -28,7 +28,7 @@ _Text = Callable[["LogMarginalLikelihood"], str | None]
 
 
 class Estimate(NamedTuple):
-    """What `estimate` says of a field."""
+    """What `estimate` declares about a field."""
 
     compute: Callable[[Weights], Tensor] | None
     label: str | None

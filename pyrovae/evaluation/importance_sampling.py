@@ -63,9 +63,9 @@ def log_marginal_likelihood(
             share; if they share none, the whole program is one datum. A sequential plate must be named.
         vectorize_particles: draw particles under an outer plate. "auto" does so if two particles drawn together equal
             two drawn separately, and warns if they do not
-        data_batch_size: most data per block; all blocks have one size. "auto" cuts those tensor arguments whose first size is that of the plate, if
-            the pieces give the same result as the whole (checked on some data drawn from all and on the first ones, up
-            to half a million numbers); None does not cut
+        data_batch_size: most data per block; all blocks have one size. "auto" cuts those tensor arguments whose first
+            size is that of the plate, if the pieces give the same result as the whole (checked on some data drawn from
+            all and on the first ones, up to half a million numbers); None does not cut
         particle_batch_size: particles per run of the programs. If they do not fit in the device's memory, it is halved
             until they do, and the log says so
         compile: record the programs (see `pyrovae.compiled.record`) and compile them with Inductor: same draws, and the
@@ -81,10 +81,10 @@ def log_marginal_likelihood(
 
     Raises:
         ValueError: naming the site, for latent sites that model and guide do not share, sites marked for enumeration
-            whose values cannot be listed, factors or observations in the guide, guides with all mass on a point, Delta sites whose `log_density` is not that of
-            their change of variables, `poutine.scale`, data outside their support, a guide that does not cover the
-            prior's draws where the data are possible, a latent outside the named plate, several plates to choose from,
-            NaN.
+            whose values cannot be listed, factors or observations in the guide, guides with all mass on a point, Delta
+            sites whose `log_density` is not that of their change of variables, `poutine.scale`, data outside their
+            support, a guide that does not cover the prior's draws where the data are possible, a latent outside the
+            named plate, several plates to choose from, NaN.
 
     References:
         Rezende, Mohamed & Wierstra, Stochastic Backpropagation (2014), appendix E.

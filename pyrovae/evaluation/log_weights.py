@@ -193,7 +193,7 @@ def _draw_block(
 
 
 def _draw_checked(pair: Pair, block: Block, size: int | None) -> Tensor:
-    """Log weights of the first chunk of a block; ValueError if its data are impossible, which `inspect` saw a few of."""
+    """Log weights of the first chunk of a block; ValueError if its data are impossible (`inspect` checked only a few)."""
     model_trace, guide_trace = _run(pair, block, size)
     if pair.split_size is not None:
         others = (_run(pair, block._replace(encoded=None), size)[0] for _ in range(_OTHERS))

@@ -39,7 +39,7 @@ class Options:
     compile: bool | Literal["auto"] = "auto"
     progress: bool = False
 
-    counts: ClassVar[tuple[str, ...]] = ()  # options that are numbers of 1 or more; first the weights of a datum
+    counts: ClassVar[tuple[str, ...]] = ()  # options that are 1 or more; the first: weights per datum
 
     def __post_init__(self) -> None:
         for name in self.counts:
@@ -97,7 +97,7 @@ def opened(
         args, kwargs = _arguments((model, guide), args, kwargs, device)
         if options.counts:
             check_memory(options.counts[0], getattr(options, options.counts[0]), device)
-        start: Any = guide  # `inspect` says what None is not
+        start: Any = guide  # if it is None, `inspect` raises the error
         if prepare is not None:
             model, start, args, kwargs = prepare(args, kwargs)
         yield inspect(model, start, args, kwargs, options.plate, options.data_batch_size)
@@ -161,7 +161,7 @@ def parts_of(args: tuple, kwargs: dict[str, Any], transform: Callable[[Any], Any
         transform: Maps the argument, or each batch, to the data that the programs are called with.
 
     Raises:
-        TypeError: `transform` is no function, or is given with several arguments.
+        TypeError: `transform` is not a function, or is given with several arguments.
         ValueError: The loader shuffles, or drops its last data, so that the results would not be those of all data in
             order.
     """
@@ -185,7 +185,7 @@ def parts_of(args: tuple, kwargs: dict[str, Any], transform: Callable[[Any], Any
 
 
 def _check_order(loader: DataLoader) -> None:
-    """Raise ValueError unless the loader goes through all data once, in order: results are told apart by their place."""
+    """Raise ValueError unless the loader goes through all data once, in order: results have no other index."""
     batches = loader.batch_sampler
     sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
     drops = getattr(batches, "drop_last", False)
@@ -193,6 +193,6 @@ def _check_order(loader: DataLoader) -> None:
         return
     how = "leaves data out (drop_last=True)" if drops else f"takes its data in the order of a {type(sampler).__name__}"
     raise ValueError(
-        f"found a DataLoader that {how}, so that nobody could tell which result is of which datum: make one with "
+        f"found a DataLoader that {how}, so that the results could not be matched to the data: make one with "
         f"shuffle=False and drop_last=False, without a sampler of its own"
     )

@@ -74,7 +74,7 @@ def second_opinion(
         share_k = sum_s w_s r_k(z_s) / sum_s w_s,   r_k(z) = w_k q_k(z) / q'(z),   q' = sum_k w_k q_k
 
     is the part of the posterior that lies where component k is dense. If the guide's part is below one half, it misses
-    mass that another component found, and its own estimate is too low without a sign of it. The converse does not hold:
+    mass that another component found, and its own estimate is too low with no sign of it. The converse does not hold:
     a mode that no component reaches stays unseen.
 
     Args:
@@ -92,7 +92,7 @@ def second_opinion(
         A `SecondOpinion`; its `lml` needs no further run.
 
     Raises:
-        TypeError: if the guide is no `DefensiveMixture`.
+        TypeError: if the guide is not a `DefensiveMixture`.
         ValueError: for everything that `log_marginal_likelihood` refuses.
 
     References:
@@ -128,7 +128,10 @@ def second_opinion(
 def _of_block(
     pair: Pair, block: Block, num_particles: int, chunk_size: int | None
 ) -> tuple[LogMarginalLikelihood, tuple[str, ...], Tensor, int | None]:
-    """(result, names, shares (B, K), chunk size that memory allows) of a block of data; None draws one by one."""
+    """Return (result, names, shares (B, K), chunk size that memory allows) for a block of data.
+
+    A chunk size of None draws the particles one by one.
+    """
     carried: dict[str, Tensor] = {}
 
     def use(found: Drawn) -> Tensor:

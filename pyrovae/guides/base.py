@@ -155,9 +155,9 @@ class Guide(Component, ABC):
         return run
 
     def in_model(self, name: str, value: Tensor) -> Tensor:
-        """Return values (B, *event) of a latent site in the shape that the model has for B data: the same.
+        """Return values (B, *event) of a latent site in the shape that the model's site has for B data; unchanged here.
 
-        A site with plates left of the data's has them in front.
+        A guide whose sites have plates left of the data's moves these in front.
         """
         return value
 
@@ -183,7 +183,7 @@ class EncoderGuide(Guide):
 
     Args:
         encoder_net: Any module data (N, *data_shape) -> features (N, num_features), or data and context -> features
-            (`pyrovae.nets.Concatenate` makes one of the other).
+            (`pyrovae.nets.Concatenate` makes the second from a network of one input).
         latent_dim: D.
         num_features: Width of the features; by default the network's `out_features`.
         num_parameters: P, the number of parameters of a distribution.

@@ -1,7 +1,7 @@
 """Any reparameterised Pyro guide as a `Guide`: the distributions of its sites, with parameters that are free per datum.
 
-The family of a hand-written guide is not written down anywhere. It is taken to be that of its sites: what each
-distribution can be at one datum, if its parameters (`arg_constraints`) are any numbers that its constraints allow.
+A hand-written guide does not say what its family is. It is taken to be that of its sites: every distribution that a
+site can have at one datum, with any parameters that its constraints (`arg_constraints`) allow.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from pyrovae.programs.traces import Layout, Program, as_guide, sample_sites, tra
 __all__ = ["ProgramGuide", "guide_of"]
 
 _ADVICE = "write the guide as a pyrovae.guides.Guide, whose `encode` gives what is refined"
-# If the second is among a distribution's parameters, the first ones say the same.
+# If the second is among a distribution's parameters, the first ones are redundant.
 _REDUNDANT = ({"covariance_matrix", "precision_matrix"}, "scale_tril"), ({"probs"}, "logits")
 _FIXED: tuple[type, ...] = (
     *(maps.ExpTransform, maps.SigmoidTransform, maps.SoftplusTransform, maps.TanhTransform),
@@ -57,7 +57,7 @@ def guide_of(model: Program, program: Program, args: tuple, kwargs: dict, plate:
     if pair.num_data != len(args[0]) or (pair.split_size is None and pair.num_data > 1):
         raise ValueError(
             f"the programs have {pair.num_data:,} data and x has {len(args[0]):,} rows, or the data cannot be taken in "
-            f"blocks (see data_batch_size of log_marginal_likelihood), so that they cannot be refined each for itself"
+            f"blocks (see data_batch_size of log_marginal_likelihood), so that they cannot be refined one by one"
         )
     args, kwargs = pair.cut(slice(0, HEAD))
     layout = pair.layout_of(0, min(HEAD, pair.num_data))
@@ -70,7 +70,7 @@ def guide_of(model: Program, program: Program, args: tuple, kwargs: dict, plate:
             others = [other for other in runs[0] if other != name]
             raise ValueError(
                 f"the parameters of site '{name}' of the guide change from run to run, because they depend on draws "
-                f"(other sites: {others}): they are no constants of a datum that could be refined; {_ADVICE}, and "
+                f"(other sites: {others}): they are not constants of a datum that could be refined; {_ADVICE}, and "
                 f"`latents` visits the sites"
             )
         families.append(family)

@@ -25,13 +25,13 @@ from pyrovae.programs.reach import evaluation_mode, modules_behind
 
 __all__ = ["Refined"]
 
-_SEED = 815_462_973  # for the noise of refinement: unlike the seeds that users set, which the particles are drawn under
+_SEED = 815_462_973  # of the noise of refinement; unlikely to be a user's own seed, which seeds the particles
 
 Draw = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
 
 
 class Refined(Guide):
-    """A guide refined for each datum: gradient steps improve what `encode` gives, and the weights of the guide stay.
+    """A guide refined for each datum: gradient steps improve what `encode` gives; the guide's weights do not change.
 
         lambda_0 = guide.encode(x),   lambda_(t+1) = lambda_t + Adam( grad_lambda ELBO(x; lambda_t) ),
         ELBO(x; lambda) = E_q [ log p(x, z) - log q(z) ],   q = guide.distribution(lambda)
@@ -48,7 +48,7 @@ class Refined(Guide):
     Shapes: x (N, *data_shape) -> batch shape (N,), event shape (latent_dim,).
 
     Args:
-        guide: Any guide with reparameterised draws. Of a flow, the context is refined and the flow stays.
+        guide: Any guide with reparameterised draws. For a flow, the context is refined and the flow stays the same.
         model: The model whose ELBO is maximised: any Pyro program of x with the latent sites of the guide. Context and
             mask are passed to it as to the guide.
         num_steps: Steps of Adam.

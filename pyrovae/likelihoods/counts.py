@@ -16,9 +16,9 @@ from pyrovae.likelihoods.base import FILL_IN, Likelihood
 __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 
 # Means above 5e8 (of exposure 1) grow linearly in the network's output instead of exponentially. Otherwise raw counts,
-# which an encoder that just started maps to z from far off, give a first gradient whose square overflows float32.
+# which an untrained encoder maps to z far from 0, give a first gradient whose square overflows float32.
 _LARGEST_LOG_MEAN = 20.0
-_SMALLEST_MEAN = 1e-3  # where the bias of an element starts that is 0 in all training data
+_SMALLEST_MEAN = 1e-3  # initial mean of an element that is 0 in all training data
 _INITIAL_GATE = 0.1  # probability of an extra zero at the start of training
 
 
@@ -127,7 +127,7 @@ def _bounded(log_mean: Tensor) -> Tensor:
 
 
 def _inverse_bounded(log_mean: Tensor) -> Tensor:
-    """The l of which `_bounded` makes this."""
+    """The inverse of `_bounded`."""
     return log_mean.clamp(max=_LARGEST_LOG_MEAN) + (log_mean - _LARGEST_LOG_MEAN).relu().expm1()
 
 
@@ -136,11 +136,11 @@ class Poisson(_Counts):
 
         p(x|z) = prod_d Poisson(x_d; t exp(l_d)),   l = decoder_net(z) + bias
 
-    From exp(l) = exp(20) = 5e8 on, the rate grows linearly in l instead of exponentially, so that draws of z from far off
-    have finite log masses and gradients. It stays proportional to t.
+    From exp(l) = exp(20) = 5e8 on, the rate grows linearly in l instead of exponentially, so that log masses and
+    gradients are finite for z far from 0. It stays proportional to t.
 
-    The data are raw counts. Let the encoder's first layer scale them, x.log1p(): of counts in the hundreds, a network that
-    just started makes posteriors of infinite scale.
+    The data are raw counts. Scale them in the encoder's first layer, x.log1p(): for counts in the hundreds, an
+    untrained network gives posteriors of infinite scale.
 
     Shapes: z (..., latent_dim) -> batch shape (...), event shape data_shape. Log masses in nats per datum, computed in
     float64.
@@ -155,7 +155,7 @@ class Poisson(_Counts):
             at 0.
 
     Raises:
-        ValueError: Data are no counts, a shape is wrong, an exposure is absent or not positive, or a mean is negative.
+        ValueError: Data are not counts, a shape is wrong, an exposure is missing or not positive, a mean is negative.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Poisson(_Counts):
 
 
 class NegativeBinomial(_Counts):
-    """Independent negative binomial counts: Poisson counts of a rate that varies beyond what z tells.
+    """Independent negative binomial counts: Poisson counts whose rate varies beyond what z explains.
 
         p(x|z) = prod_d NB(x_d; m_d, r_d),   m = t exp(l),   variance m + m^2 / r,   l = decoder_net(z) + bias
 

@@ -99,7 +99,7 @@ class MixtureVAE(GenerativeModel):
             (num_samples, *data_shape).
 
         Raises:
-            ValueError: for a component that there is not, or another number of components than of samples.
+            ValueError: for a component that does not exist, or another number of components than of samples.
         """
         if component is None:
             return super().generate(num_samples, mean=mean, context=context)

@@ -56,7 +56,7 @@ def stages(shape: Sequence[int], num_stages: int, spatial_dims: int = 2, has_par
         has_parameters: Whether the first axis counts the parameters of a likelihood and is not part of the datum.
 
     Raises:
-        ValueError: The shape is another, there are no stages, or `spatial_dims` is not 1, 2 or 3.
+        ValueError: The shape does not fit, there are no stages, or `spatial_dims` is not 1, 2 or 3.
     """
     if spatial_dims not in _AXES:
         raise ValueError(f"spatial_dims must be 1 (series), 2 (images) or 3 (volumes), found {spatial_dims!r}")

@@ -1,4 +1,4 @@
-"""What comes before a network: its input joined with a context or with the mask of what is known, or the row of a table."""
+"""Networks that prepare the input of another: they join it with a context or a mask, or encode the row of a table."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +32,7 @@ class Concatenate(Component):
         in_features: D + C; by default that of the first layer in `net` that has one.
 
     Raises:
-        ValueError: `in_features` is unknown. When run: the sizes do not add up to it, a label is none of the classes,
+        ValueError: `in_features` is unknown. When run: the sizes do not add up to it, a label is outside the classes,
             or whole numbers are given without `num_classes`.
 
     Example:
@@ -50,7 +50,7 @@ class Concatenate(Component):
         self.net = net
         self.num_classes = None if num_classes is None else check_count("num_classes", num_classes, 2)
         if in_features is None:
-            # 0 is an `nn.LazyLinear`, which does not know yet
+            # an `nn.LazyLinear` has 0 until its first call
             known = (getattr(module, "in_features", 0) for module in net.modules())
             in_features = next((size for size in known if size), None)
         if in_features is None:
@@ -150,7 +150,7 @@ class TableEncoder(Component):
 
         output = net((x_c - loc_c) / scale_c for numbers, 1[x_c = k] for each category k)
 
-    Of missing cells, which the mask `observed` names, the net sees 0: the mean of a number, no category.
+    For missing cells (those that `observed` does not mark), the net sees 0: the mean of a number, no category.
 
     Shapes: (..., num_columns) -> (..., out_features).
 

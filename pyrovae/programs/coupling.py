@@ -1,4 +1,4 @@
-"""Refuse models whose density of a datum changes with what it must not change with: other data, and masked latents."""
+"""Refuse models in which the density of a datum depends on other data, or on latents that are masked."""
 
 from collections.abc import Sequence
 from typing import NoReturn
@@ -24,7 +24,7 @@ from pyrovae.programs.traces import latents_of, sample_sites, sequential_column,
 
 __all__ = ["refuse_coupled_data", "refuse_influence_of_masked"]
 
-_FEW = 16  # data that are told apart by all bits, whatever else shows
+_FEW = 16  # up to this many data, all bits of the codes are tried, even if `is_split`
 _BITS = 6  # length of the codes that tell data apart
 _NEGLIGIBLE = 1e-4  # nats; data may share the steps of an adaptive solver (a continuous flow)
 
@@ -133,7 +133,7 @@ def _refuse_masked(name: str) -> NoReturn:
 
 
 def _shaken(pair: InspectedPair) -> dict[str, Tensor]:
-    """Values of the model's latents whatever their probability: discrete ones by chance, real ones far apart."""
+    """Random values of the model's latents, whatever their probability: discrete ones uniform, real ones far apart."""
     values = latents_of(pair.model_trace)
     for name, value in values.items():
         base = innermost(pair.model_trace.nodes[name]["fn"])

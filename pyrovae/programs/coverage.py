@@ -34,7 +34,7 @@ from pyrovae.programs.traces import Layout, sample_sites, spread, trace_program
 
 __all__ = ["refuse_uncovered"]
 
-# Their support is everything.
+# Their support is the whole space.
 _EVERYWHERE = (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal, dist.Laplace, dist.StudentT)
 _LOG_SHARE = math.log(1e-6)  # share of p(x) that may be missed
 _MOST_VALUES = 64  # values of a discrete latent that are tried

@@ -1,7 +1,7 @@
 """Inspects a pair of Pyro programs, and refuses pairs whose log weights would be wrong.
 
-A Pyro program is a black box until it runs. `inspect_pair` runs model and guide on the data it is given, and answers
-with an `InspectedPair`, or raises an error that names the site.
+A Pyro program is a black box until it runs. `inspect_pair` runs model and guide on the data it is given, and returns
+an `InspectedPair`, or raises an error that names the site.
 """
 
 from collections.abc import Iterable
@@ -46,12 +46,13 @@ def inspect_pair(
         The pair, with its layout and a trace of each program.
 
     Raises:
-        ValueError: The message names the site. Raised for latent sites that only one program has; sites
-            marked for enumeration whose values cannot be summed out; observed sites or factors in the guide; a mass in one program and a density in the other; a guide that puts
-            all its mass on one point, or carries auxiliary draws to the latents with a wrong density; scales other than
-            the subsampling of the datum plate; no single datum axis; log densities with a dimension that no plate
-            declares; programs that differ when run again, or change buffers; data whose latents the model couples; a
-            guide that does not cover what prior and data allow; data outside the support of their likelihood.
+        ValueError: The message names the site. Raised for latent sites that only one program has; sites marked for
+            enumeration whose values cannot be summed out; observed sites or factors in the guide; a mass in one program
+            and a density in the other; a guide that puts all its mass on one point, or maps auxiliary draws to the
+            latents with a wrong density; scales other than the subsampling of the datum plate; no single datum axis;
+            log densities with a dimension that no plate declares; programs that differ when run again, or change
+            buffers; data whose latents the model couples; a guide that does not cover what prior and data allow; data
+            outside the support of their likelihood.
     """
     with find_modules():
         guide_trace = trace_program(guide, args, kwargs)
@@ -192,7 +193,7 @@ def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Tr
         if site["is_observed"]:
             kind = "a factor" if site_is_factor(site) else "observed"
             raise ValueError(
-                f"site '{name}' of the guide is {kind}, so the guide is no normalised density: use sample sites only"
+                f"site '{name}' of the guide is {kind}, so the guide is not a normalised density: use sample sites only"
             )
     latents = {name for name, site in model_sites.items() if not site["is_observed"]}
     if marked := sorted(name for name in latents if alone.nodes[name]["infer"].get("is_auxiliary")):

@@ -46,7 +46,7 @@ def check_not_swapped(model_trace: poutine.Trace, guide_trace: poutine.Trace) ->
 
 
 def check_same_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    """Raise ValueError if a latent site of one program alone, or an observed one of the guide, makes the ELBO no bound.
+    """Raise ValueError if the ELBO is not a bound: because only one program has a latent, or the guide observes a site.
 
     Pyro adds log p(u) for a latent u of the model that the guide lacks, which is then drawn from p(u), and subtracts no
     log q(u). A bound remains if this term is never positive: for discrete latents, which are logged.
@@ -124,7 +124,7 @@ def is_discrete(distribution: Any) -> bool | None:
 
 
 def _carries_another(value: Tensor) -> bool:
-    """Whether a draw carries other numbers in an attribute, as straight-through draws do, whose density is then given."""
+    """Whether a draw has other numbers in an attribute, as straight-through draws do; log_prob is that of these."""
     held = (other for other in vars(value).values() if isinstance(other, Tensor))
     return any(other.shape == value.shape and not torch.equal(other, value) for other in held)
 
@@ -159,7 +159,7 @@ def repeats(prior: Any, value: Tensor) -> bool:
     if support_of(prior) is not constraints.real:
         return False
     here, opposite, beyond = (prior.log_prob(value + turn) for turn in (0.0, _TURN / 2, _TURN))
-    # A wide density is nearly the same everywhere, and no angle.
+    # A wide density is nearly the same everywhere, and is not that of an angle.
     is_angle = torch.allclose(here, beyond, rtol=0.0, atol=1e-4) and not torch.allclose(here, opposite, atol=1e-3)
     return is_angle and not is_angle_or_direction(prior)
 

@@ -55,7 +55,7 @@ def find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: s
             if plate not in plates:
                 found = sorted({n for _, p, _ in sites for n in p}) or "none"
                 raise ValueError(
-                    f"site '{name}' of the {program} is outside plate '{plate}', so log p(x) is no sum over the plate "
+                    f"site '{name}' of the {program} is outside plate '{plate}', so log p(x) is not a sum over the plate "
                     f"(plates found: {found}): put the site in the plate, or pass plate=None to treat the whole "
                     f"program as one datum"
                 )
@@ -100,8 +100,8 @@ def refuse_scales(layout: Layout, *traces: poutine.Trace) -> None:
             scale = float(torch.as_tensor(site["scale"]).max())
             if not abs(scale - expected) <= 1e-6 * expected or torch.as_tensor(site["scale"]).numel() > 1:
                 raise ValueError(
-                    f"site '{name}' carries a scale of {scale:g}, and its datum plate explains {expected:g}; a scaled "
-                    f"log density is no density (poutine.scale, or a subsampled plate other than the plate of the "
+                    f"site '{name}' carries a scale of {scale:g}, and its datum plate accounts for {expected:g}; a scaled "
+                    f"log density is not normalised (poutine.scale, or a subsampled plate other than the plate of the "
                     f"data): remove the scale for the evaluation"
                 )
 

@@ -157,7 +157,7 @@ def log_density_of_tables(layout: Layout, tables: list[tuple[dict, Tensor]]) -> 
 
 
 def table_of(site: dict) -> Tensor:
-    """`site_log_prob`. That of a summed site is without its mask, so that masked elements sum to 1, and exact at 0."""
+    """`site_log_prob`; for a summed site unmasked, so that masked elements sum to 1, and -inf at probability 0."""
     if not is_summed(site):
         return site_log_prob(site)
     distribution = unmasked(site["fn"])

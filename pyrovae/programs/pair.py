@@ -78,7 +78,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """A model/guide pair with its arguments, as `inspect` found it.
+    """A model/guide pair with its arguments, after `pyrovae.programs.splitting.inspect` has checked it.
 
     Attributes:
         model: A Pyro program.

@@ -18,7 +18,7 @@ __all__ = ["apart_from_handlers", "check_arguments", "check_program", "emit_para
 
 
 def check_program(name: str, program: Any) -> None:
-    """Raise TypeError if `program` cannot be called, as an object that only holds a model and a guide (a class VAE)."""
+    """Raise TypeError if `program` cannot be called, such as an object VAE that only holds a model and a guide."""
     called_as = (nn.Module.__call__, PyroModule.__call__)  # what calls `forward`
     empty = isinstance(program, nn.Module) and type(program).forward is nn.Module.forward
     if not callable(program) or (empty and type(program).__call__ in called_as):
@@ -30,7 +30,7 @@ def check_program(name: str, program: Any) -> None:
 
 
 def check_arguments(programs: Sequence[Any], args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise TypeError for arguments of an evaluation that are no data: a guide in their place, a loader, or none at all."""
+    """Raise TypeError for arguments of an evaluation that are not data: a guide in their place, or a loader."""
     if len(programs) == 1 and args and callable(args[0]) and not hasattr(args[0], "__array__"):
         raise TypeError(
             f"found {type(args[0]).__name__}, which is no data, as the first argument of the model: if it is the guide, pass "
@@ -39,8 +39,8 @@ def check_arguments(programs: Sequence[Any], args: tuple, kwargs: dict[str, Any]
     if streams := [value for value in (*args, *kwargs.values()) if is_stream(value)]:
         raise TypeError(
             f"found a {type(streams[0]).__name__}, and this function takes data in memory: join its batches, "
-            f"torch.cat(list(loader)). log_marginal_likelihood, annealed_importance_sampling and sequential_monte_carlo go "
-            f"through the batches of one, given as the only argument"
+            f"torch.cat(list(loader)). log_marginal_likelihood, annealed_importance_sampling and sequential_monte_carlo take "
+            f"a loader as their only argument, and go through its batches"
         )
 
 

@@ -1,4 +1,4 @@
-"""Inspects a model/guide pair with all its data: `inspect` answers with a `Pair`, which drawing takes.
+"""Inspects a model/guide pair with all its data: `inspect` returns the `Pair` from which particles are drawn.
 
 Data are passed in blocks if pieces of them give the same weights as the whole, which is tested by comparison.
 """
@@ -60,7 +60,7 @@ def inspect(
 
     Raises:
         ValueError: For everything that `inspect_pair` refuses, and for blocks of data if they cannot be cut.
-        TypeError: For programs that cannot be called, or that fail on arguments that are no tensors.
+        TypeError: For programs that cannot be called, or that fail on arguments that are not tensors.
     """
     check_program("model", model)
     check_program("guide", guide)

@@ -166,9 +166,8 @@ def has_no_mass(base: Any, value: Tensor) -> Tensor:
     """Where a distribution has a density but never draws the value, because a probability is 0 or an angle beyond a turn."""
     nowhere = torch.zeros((), dtype=torch.bool, device=value.device)
     if is_angle(base):
-        beyond = (value.abs() > math.pi * (1 + 1e-6)) & torch.ones(
-            base.batch_shape + base.event_shape, dtype=torch.bool
-        )
+        shape = base.batch_shape + base.event_shape
+        beyond = (value.abs() > math.pi * (1 + 1e-6)) & torch.ones(shape, dtype=torch.bool, device=value.device)
         return beyond.flatten(-len(base.event_shape)).any(-1) if base.event_shape else beyond
     if isinstance(base, torch.distributions.MixtureSameFamily):
         return _no_component_has_mass(base, value)

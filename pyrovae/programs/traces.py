@@ -173,7 +173,7 @@ def arrange(terms: Tensor, site: dict, layout: Layout, num_particles: int | None
 
 
 def check_data(log_prob: Tensor, site: dict, layout: Layout) -> None:
-    """Raise ValueError if a site's log density has an undeclared dimension, or not one element or more for each datum."""
+    """Raise ValueError if a site's log density has an undeclared dimension, or not as many data as the plate."""
     _check_declared(log_prob.shape, site)
     if layout.dim is not None:
         num_data = log_prob.shape[layout.dim] if log_prob.ndim >= -layout.dim else 1

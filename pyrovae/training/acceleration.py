@@ -88,7 +88,7 @@ def _finish(
 
 
 def _apart(data: Batch) -> tuple[list[Tensor], Any]:
-    """The tensors of the data, and the rest of them, which a recording keeps as it is."""
+    """Split the data into tensors and everything else, which a recording keeps as constants."""
     tensors: list[Tensor] = []
 
     def take(tensor: Tensor) -> type:
@@ -185,7 +185,7 @@ def in_precision(precision: str, *programs: Program) -> list[Program]:
     everything else stay float32. Layers in float64 are unchanged.
 
     Args:
-        precision: "float32" (no change) or "bf16".
+        precision: "float32" or "medium" (no change here; see `float32_products`), or "bf16".
         programs: models and guides.
 
     Raises:

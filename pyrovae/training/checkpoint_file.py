@@ -72,7 +72,9 @@ def write(path: str | os.PathLike, content: dict[str, Any], *, keep: bool = Fals
         content: tensors, numbers, strings, None, and lists, tuples and dicts of them.
         keep: keep the previous file as `earlier(path)`.
 
-    Raises OSError, naming the path, where it cannot be written; TypeError or ValueError for what is no path.
+    Raises:
+        OSError: if the file cannot be written; the message names it.
+        TypeError, ValueError: if `path` is not a path.
     """
     path = path_of(path)
     buffer = io.BytesIO()
@@ -145,7 +147,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def path_of(path: str | os.PathLike) -> Path:
-    """The path of a file, `~` being the home folder; raises TypeError or ValueError for what cannot be one."""
+    """The path of a file, `~` being the home folder; raises TypeError or ValueError for anything else."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
             f"a checkpoint's path must be a string or pathlib.Path, found {type(path).__name__}: name a file"

@@ -60,7 +60,7 @@ def site_by_position(
                 try:
                     with precision():
                         found.append(_look(model, guide, batch.rows(slice(rows)).detach()))
-                except Exception:  # a program for whole batches, or one that minds float64
+                except Exception:  # a program for whole batches only, or one that fails in float64
                     continue
                 if found[-1] is None:
                     return None
@@ -174,9 +174,9 @@ def _carried(trace: poutine.Trace, plate: str, order: Tensor, left_out: set[str]
 @contextmanager
 @torch.no_grad()
 def _turned(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Parameters a little off, each number by a tenth of itself at most, so that it keeps its sign; put back afterwards.
+    """Perturb the parameters inside, each number by at most a tenth of itself, so that it keeps its sign.
 
-    So are buffers and attributes of the modules, with what was assigned to them meanwhile.
+    Afterwards parameters, buffers and attributes of the modules are restored, with what was assigned to them meanwhile.
     """
     of_modules = Snapshot(nn.ModuleList(modules))
     kept = [(parameter, parameter.detach().clone()) for parameter in parameters]

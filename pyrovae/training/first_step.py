@@ -17,7 +17,7 @@ from pyrovae.programs.latents import check_same_sites
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program, as_guide, run_pair
 from pyrovae.training.data_order import by_position, site_by_position
-from pyrovae.training.declared import FirstStep
+from pyrovae.training.declared_parameters import FirstStep
 from pyrovae.training.losses import validate_ends
 from pyrovae.training.preparation import Run, put_back
 
@@ -47,8 +47,8 @@ class FirstStepCheck:
         """Return what `loss_and_grads(model, guide, *batch.args, **batch.kwargs)` returns.
 
         Raises:
-            TypeError, ValueError, RuntimeError: if no step of these programs can train what they are made of, or if
-                they do not accept the validation data. Buffers are restored, gradients dropped.
+            TypeError, ValueError, RuntimeError: if no step could train the modules of these programs, or if they do
+                not accept the validation data. Buffers are restored, gradients dropped.
         """
         run = self.run
         look, buffers = FirstStep(run.modules, restored), run.buffers()
@@ -85,7 +85,7 @@ class FirstStepCheck:
     def _check_same_sites(self, look: FirstStep, batch: Batch) -> None:
         """Raise ValueError for programs whose ELBO is no bound: swapped ones, and latents that only one of them has.
 
-        The programs run again only if the step shows what may be one of these.
+        The programs are run again only if the step suggests one of these errors.
         """
         run = self.run
         if not isinstance(run.loss, _BOUNDS) or not (look.observed_first or look.drawn_alone()):
@@ -143,7 +143,7 @@ def _check_data_are_first(batch: Batch, plate_sizes: set[int]) -> None:
 
 
 def _not_taken(model: Program, guide: Program, batch: Batch, name: str) -> str | None:
-    """Say which program does not take these arguments, and how to mend it; None if both do, or it cannot be told.
+    """Say which program does not take these arguments, and the fix; None if both do, or if that is unknown.
 
     Args:
         model, guide: the programs.

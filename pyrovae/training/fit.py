@@ -179,8 +179,8 @@ def fit(
             epoch may have fewer. A batch with a loss or gradient that is not finite is left out. Batch normalisation
             still uses single batches, and a KL warm-up counts batches.
         average: decay of an exponential moving average of the weights, 0.999 for example, between 0 and 1. After t
-            steps, those of step i weigh average^(t - i), divided by the sum of these. Training continues from
-            the weights themselves; validation measures the averages, and the returned model and guide have them. Buffers
+            steps, the weights of step i enter in proportion to average^(t - i). Training continues from the weights
+            themselves; validation measures the averages, and the returned model and guide have them. Buffers
             are not averaged.
         max_skipped_steps: number of steps with a NaN or infinite loss or gradient that the run may skip. A skipped step
             changes neither parameters nor buffers, its data do not enter the history, and the log (logger "pyrovae")
@@ -199,7 +199,7 @@ def fit(
             with every check.
         precision: "bf16" computes linear and convolutional layers in bfloat16 while training, which is faster on
             hardware that supports it. Densities, parameters, updates and the ELBO of the validation data stay float32.
-            "medium", torch's own word, lets the products of float32 matrices round their factors inside, and keeps
+            "medium", torch's own word, lets products of float32 matrices round their factors internally, and keeps
             everything else in float32: bfloat16 on processors with AMX, TensorFloat32 on a GPU; on other hardware it is
             "float32". It also rounds products within densities (a LowRankMultivariateNormal). Validation stays float32.
         checkpoint: file for the state of the run. The previous file is kept beside it as `.previous`. It holds

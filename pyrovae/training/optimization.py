@@ -209,7 +209,7 @@ class OneOptimizer(pyro.optim.PyroOptim):
             self.average.values.clear()
             self.average.num_steps.zero_()
         if state is not None:
-            # Made of all parameters for its class, then given the groups that parameters joined in.
+            # The factory decides the class; then restore the groups in which the parameters joined.
             self.inner = self.factory(self.parameters)
             self.inner.param_groups.clear()
             self.inner.state.clear()
@@ -218,7 +218,7 @@ class OneOptimizer(pyro.optim.PyroOptim):
                 self.inner.add_param_group({"params": [next(remaining) for _ in group["params"]]})
             self.inner.load_state_dict(state)
             for group in self.inner.param_groups:
-                if "lr" in group:  # files of earlier versions lack the other
+                if "lr" in group:  # files of earlier versions have no "initial_lr"
                     group.setdefault("initial_lr", self.inner.defaults["lr"])
             for parameter, kept in self.inner.state.items():
                 for name, value in kept.items():

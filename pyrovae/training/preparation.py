@@ -1,4 +1,4 @@
-"""What `fit` prepares: its options, checked once, and what they make of programs and data."""
+"""How `fit` prepares a run: it checks the options once, and makes batches and the optimizer from programs and data."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -124,7 +124,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run trains, and with what.
+    """Everything that a run needs: programs, data, optimizer.
 
     Attributes:
         model, guide: the programs as given, to validate.

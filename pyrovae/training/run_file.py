@@ -31,7 +31,7 @@ __all__ = ["RunFile", "describe_data", "run_file"]
 
 # Attributes in which data sets of torch and torchvision keep lists of data in memory.
 _LISTS = ("tensors", "targets", "labels", "indices", "datasets")
-_MOST_ITEMS, _MOST_BYTES = 100_000, 2**28  # of what is larger, evenly spaced items or rows are read
+_MOST_ITEMS, _MOST_BYTES = 100_000, 2**28  # above these, only evenly spaced items or rows are read
 
 
 class RunFile:
@@ -39,7 +39,7 @@ class RunFile:
 
     Args:
         path: the file.
-        every: seconds between two saves at least, except when told to save.
+        every: seconds that `save_when_due` leaves between two saves at least, except for the last.
         settings: what must stay the same when the run is resumed.
         model, guide: the programs of the run.
     """
@@ -105,7 +105,7 @@ class RunFile:
         return state
 
     def save(self, state: TrainingState, captured: dict[str, Any]) -> None:
-        """Write the captured state of now, and keep the previous file."""
+        """Write the state as captured now, and keep the previous file."""
         content = {**self.pair, "training": {"settings": self.settings, "state": captured}}
         for name, module in self.modules.items():
             content[name] = state.best_of(module.state_dict(keep_vars=True))

@@ -111,7 +111,9 @@ OTHER = [
 ]
 
 
-@pytest.mark.parametrize(("change", "options"), SAME + OTHER, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("change", "options"), SAME + OTHER, ids=lambda value: getattr(value, "__name__", "-".join(value))
+)
 def test_a_second_fit_gives_the_numbers_of_a_fresh_recording(compilations, change, options):
     fit(make())
     assert len(compilations) == 1
