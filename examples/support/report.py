@@ -131,7 +131,7 @@ def report(metrics) -> str:
         meaning += (
             f"\nImportance weights cannot be trusted for {test['share_pareto_k_above_limit']:.0%} of the images. Annealing "
             f"{annealed['num_images']:,} of them, drawn at random, finds {annealed['difference']:.2f} ± "
-            f"{annealed['difference_stderr']:.2f} nats more: log p(x) of these images is {annealed['log_marginal_likelihood']:.2f} "
+            f"{annealed['difference_stderr']:.2f} nats more: log p(x) of all images is then {annealed['log_marginal_likelihood']:.2f} "
             f"± {annealed['log_marginal_likelihood_mc_stderr']:.2f}. This is a lower bound on average, too; what annealing "
             f"misses is unknown (examples/bounds.py --run FOLDER anneals longer, and bounds it on simulated data)."
         )

@@ -167,7 +167,7 @@ def _numbers_of(series: Any, name: str) -> np.ndarray:
         example = next((value for value in numbers.tolist() if not isinstance(value, Number)), None)
         raise TypeError(
             f"{name} holds no numbers: found {_kind(numbers)}{'' if example is None else f', for example {example!r}'}. Code "
-            f"it as numbers, or leave it out"
+            f"it as numbers, leave it out, or turn a frame into numbers by pyrovae.data.table"
         )
     return numbers
 

@@ -186,7 +186,7 @@ class Likelihood(Component, ABC):
         """Return `data_mean` in the default dtype on the CPU, or None if it is None.
 
         Args:
-            data_mean: Mean of the training data, of shape `data_shape`.
+            data_mean: Mean of the training data, of shape `data_shape`, or one number for all of them.
             low: Smallest mean allowed.
             high: Largest mean allowed.
 
@@ -195,6 +195,8 @@ class Likelihood(Component, ABC):
         """
         if data_mean is None:
             return None
+        data_mean = torch.as_tensor(data_mean)
+        data_mean = data_mean.expand(self.data_shape) if data_mean.ndim == 0 else data_mean
         if data_mean.shape != self.data_shape or not ((data_mean >= low) & (data_mean <= high)).all():
             raise ValueError(
                 f"data_mean must hold means in [{low:g}, {high:g}] of shape {tuple(self.data_shape)}, "

@@ -139,7 +139,8 @@ class Columns(Likelihood):
     def for_table(cls, table: Table) -> dict[str, Likelihood]:
         """Choose a likelihood for each column of a table: standardised normals for numbers, `Categories` for the rest.
 
-        Change the answer before use: `columns["visits"] = NegativeBinomial(None, 1)`.
+        Change the answer before use: `columns["visits"] = NegativeBinomial(None, 1, data_mean=frame["visits"].mean())`. Give
+        counts and positive numbers their mean, because training from a mean of 1 may take long.
 
         Args:
             table: What `pyrovae.data.table` made of a frame.

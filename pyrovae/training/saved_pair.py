@@ -47,9 +47,14 @@ def save(path: str | os.PathLike, model: nn.Module, guide: nn.Module, **extra: A
         extra: tensors, numbers, strings, and lists and dicts of them.
 
     Raises:
-        TypeError: if an extra value could only be pickled.
+        TypeError: if model or guide is no module, or an extra value could only be pickled.
         OSError: if the file cannot be written.
     """
+    for name, module in (("model", model), ("guide", guide)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"{name} must be a module, found {type(module).__name__}: save(path, model, guide), the path first"
+            )
     write(path, {**pair_content(model, guide), "extra": plain("extra", extra)})
 
 

@@ -23,9 +23,9 @@ def page():
 
 
 def test_the_label_matters_by_as_much_as_the_page_says(page):
-    """The page says "about 4 nats"; the training of another version of torch may give another number near it."""
+    """The page says "about 2.4 nats"; the training of another version of torch may give another number near it."""
     difference = page["right"].log_prob - page["wrong"].log_prob
-    assert 2.5 < difference.mean() < 5.5
+    assert 1.5 < difference.mean() < 3.5
     assert (page["right"].gap >= 0).all()
 
 
