@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyrovae.common.arguments import check_count, checks_values, map_tensors
 from pyrovae.objectives.runs import Run, draw_runs
+from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.inspection import layout_for_training
 from pyrovae.programs.particles import reason_to_loop
 from pyrovae.programs.reach import evaluation_mode
@@ -29,6 +30,8 @@ _CAPACITY = 4  # number of pairs whose layout an objective caches
 
 class Parts(NamedTuple):
     """The two parts of the unweighted ELBO, ELBO = reconstruction - kl, whatever weights the objective uses.
+
+    Both are NaN if sites of the model are summed out: log p(x, z) is then a log of a sum and has no parts.
 
     Attributes:
         reconstruction: E_q log p(x|z), summed over the data, averaged over the particles, times the scale of a
@@ -45,7 +48,8 @@ class Parts(NamedTuple):
 class Objective(ELBO, ABC):
     """Contract of an objective: it turns runs of model and guide into a loss.
 
-    `last` holds the `Parts` of the last step.
+    `last` holds the `Parts` of the last step. Sites that the model marks for enumeration, and the guide does not sample,
+    are summed out exactly; `sums_out` says whether the last pair has such sites.
 
     Args:
         num_particles: S, drawn per datum and step
@@ -71,7 +75,8 @@ class Objective(ELBO, ABC):
         self.vectorize_particles = vectorize_particles
         self.last: Parts | None = None
         self.modules: list[nn.Module] = []  # modules whose buffers the loss depends on
-        self._looked_at: dict[tuple[Program, Program], tuple[Layout, bool]] = {}
+        self.sums_out = False
+        self._looked_at: dict[tuple[Program, Program], tuple[Program, Layout, bool]] = {}
 
     @property
     def bound_name(self) -> str:
@@ -95,7 +100,8 @@ class Objective(ELBO, ABC):
         The first call for a pair inspects its programs (a few runs that do not affect the random state), so it cannot
         be recorded.
         """
-        layout, vectorised = self._look_at(model, guide, args, kwargs)
+        model, layout, vectorised = self._look_at(model, guide, args, kwargs)
+        self.sums_out = isinstance(model, SummedOut)
         runs = draw_runs(model, as_guide(guide), args, kwargs, layout, self.num_particles, vectorised, self.cuts)
         if not self.scores:
             self._refuse_scores(runs[0])
@@ -145,7 +151,14 @@ class Objective(ELBO, ABC):
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple:
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
 
-    def _look_at(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple[Layout, bool]:
+    def refuse_sums(self, names: Sequence[str]) -> None:
+        """Raise ValueError if the objective is not defined with sites of the model summed out.
+
+        Args:
+            names: the sites
+        """
+
+    def _look_at(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple[Program, Layout, bool]:
         key, guide = (model, guide), as_guide(guide)
         if key not in self._looked_at:
             if not checks_values():
@@ -159,9 +172,11 @@ class Objective(ELBO, ABC):
             with evaluation_mode(model, guide) as device:
                 cuda = {device for device in (device, *devices) if device is not None and device.type == "cuda"}
                 with torch.random.fork_rng(list(cuda)):
-                    layout = layout_for_training(model, guide, args, kwargs, self.plate, scales=self.linear)
+                    model, layout = layout_for_training(model, guide, args, kwargs, self.plate, scales=self.linear)
+                    if isinstance(model, SummedOut):
+                        self.refuse_sums(sorted(model.names))
                     vectorised = self._vectorises(model, guide, args, kwargs, layout)
-            self._looked_at[key] = layout, vectorised
+            self._looked_at[key] = model, layout, vectorised
         return self._looked_at[key]
 
     def _vectorises(self, model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout) -> bool:

@@ -22,6 +22,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyrovae.programs.enumeration import SummedOut, holds_sums
+from pyrovae.programs.log_densities import log_density_of, summed_sites
 from pyrovae.programs.masks import align_masks
 from pyrovae.programs.traces import Layout, Program, arrange, place, plate_size, sample_sites, under_particles
 
@@ -71,10 +73,11 @@ def draw_runs(
     size = num_particles if vectorised and num_particles > 1 else None
     if size is not None:
         model, guide = (under_particles(program, layout, size) for program in (model, guide))
+    clean = model.clean if isinstance(model, SummedOut) else lambda trace: trace
     runs: list[Run] = []
     for _ in range(num_particles if size is None else 1):
         if len(runs) == 1:  # once: a thousand wrappers are more than Python can call through
-            pinned = _subsamples(runs[0].model_trace, runs[0].guide_trace)
+            pinned = clean(_subsamples(runs[0].model_trace, runs[0].guide_trace))
             model, guide = (poutine.replay(program, trace=pinned) for program in (model, guide))
         with _Cut(cut) as draws:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -83,7 +86,7 @@ def draw_runs(
             paths = _Paths(draws.drawn, draws.leaves)
             *values, link = _Bridge.apply(paths, *paths.drawn)
             replayed = _with_values(guide_trace, dict(zip(paths.names, values, strict=True)))
-        model_trace = poutine.trace(poutine.replay(model, trace=replayed)).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=clean(replayed))).get_trace(*args, **kwargs)
         aligned = align_masks(dict(sample_sites(model_trace)), dict(sample_sites(guide_trace)))
         for trace, sites in zip((model_trace, guide_trace), aligned, strict=True):
             trace.nodes.update(sites)
@@ -215,11 +218,13 @@ class Terms(NamedTuple):
     """Log densities of all particles, by site. G: number of factors that a site's density is split into.
 
     Attributes:
-        likelihood: (S, N)
-        priors: latent site -> (S, N, G), with fewer than S rows if the density does not depend on the particle
+        likelihood: (S, N); log p(x, z) if sites of the model are summed out, because such a sum has no parts
+        priors: latent site -> (S, N, G), with fewer than S rows if the density does not depend on the particle; empty
+            if sites are summed out
         guides: guide site -> (S, N, G), likewise
         score: (S, N), the guide's log density of draws that are not reparameterised, unscaled; None without such draws
         sizes: latent site -> its latent dimensions per datum
+        has_parts: whether no site is summed out
     """
 
     likelihood: Tensor
@@ -227,6 +232,7 @@ class Terms(NamedTuple):
     guides: dict[str, Tensor]
     score: Tensor | None
     sizes: dict[str, int]
+    has_parts: bool
 
 
 def terms_of(runs: Sequence[Run], *, scaled: bool, by_dimension: bool = False) -> Terms:
@@ -243,8 +249,12 @@ def terms_of(runs: Sequence[Run], *, scaled: bool, by_dimension: bool = False) -
         return torch.cat([arranged(_log_prob(site, by_dimension), site, run, scaled) for run, site in sites])
 
     model, guide = dict(sample_sites(runs[0].model_trace)), dict(sample_sites(runs[0].guide_trace))
-    latents = [name for name, site in model.items() if not site["is_observed"]]
-    likelihoods = [gather("model_trace", name, by_dimension=False).sum(-1) for name in model if name not in latents]
+    has_parts = not holds_sums(runs[0].model_trace)
+    latents = [name for name, site in model.items() if has_parts and not site["is_observed"]]
+    if has_parts:
+        likelihoods = [gather("model_trace", name, by_dimension=False).sum(-1) for name in model if name not in latents]
+    else:
+        likelihoods = [torch.cat([_log_joint(run, scaled) for run in runs])]
     scores = [
         gather("guide_trace", name, False, False).sum(-1) for name, site in guide.items() if not site["fn"].has_rsample
     ]
@@ -257,7 +267,17 @@ def terms_of(runs: Sequence[Run], *, scaled: bool, by_dimension: bool = False) -
         guides,
         reduce(add, scores) if scores else None,
         {name: max(1, guide[name]["value"].numel() // per_run) for name in latents},
+        has_parts,
     )
+
+
+def _log_joint(run: Run, scaled: bool) -> Tensor:
+    """Return log p(x, z), (S, N), of a model with sites that are summed out."""
+    sites = {**dict(sample_sites(run.model_trace)), **summed_sites(run.model_trace)}
+    joint = log_density_of(run.layout, sites, run.num_particles)
+    joint = joint.expand(run.num_particles or 1, run.layout.num_data)
+    # No other scale is accepted for such a model.
+    return run.plate_scale * joint if scaled else joint
 
 
 def _log_prob(site: dict, by_dimension: bool) -> Tensor:

@@ -1,0 +1,328 @@
+"""Objectives on models with sites marked for enumeration: marginalised models, and sums over all values by brute force."""
+
+import functools
+import math
+from itertools import product
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.optim import Adam
+from torch import nn
+
+import pyrovae as pv
+from pyrovae.objectives import (
+    VIMCO,
+    AnalyticKL,
+    DoublyReparameterised,
+    ImportanceWeighted,
+    MonteCarloKL,
+    StickingTheLanding,
+)
+
+K, D, PIXELS = 3, 2, 5
+MAKERS = [
+    lambda **options: ImportanceWeighted(4, **options),
+    lambda **options: DoublyReparameterised(4, **options),
+    lambda **options: VIMCO(4, **options),
+    lambda **options: MonteCarloKL(4, **options),
+    lambda **options: MonteCarloKL(**options),
+    lambda **options: StickingTheLanding(4, **options),
+]
+NAMES = ["ImportanceWeighted", "DoublyReparameterised", "VIMCO", "MonteCarloKL", "one particle", "StickingTheLanding"]
+
+
+def mixture():
+    """(MixtureVAE, the same model with y summed out by its prior, a guide)."""
+    prior = pv.priors.MixtureOfNormals(D, K)
+    with torch.no_grad():
+        prior.logits.copy_(torch.tensor([0.4, -0.7, 0.1]))
+        prior.log_scales += 0.3 * torch.randn(K, D)
+    likelihood = pv.likelihoods.Bernoulli(pv.nets.MLP(D, [6], PIXELS), (PIXELS,))
+    guide = pv.guides.MeanFieldNormal(pv.nets.MLP(PIXELS, [6]), D)
+    return pv.models.MixtureVAE(prior, likelihood), pv.GenerativeModel(prior, likelihood), guide
+
+
+def binary(num_data=4):
+    return torch.rand(num_data, PIXELS).round()
+
+
+def loss_and_gradients(objective, model, guide, parameters, *args):
+    pyro.set_rng_seed(3)
+    loss, parts = objective.surrogate(model, guide, *args)
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)], parts
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+@pytest.mark.parametrize("make", MAKERS, ids=NAMES)
+def test_mixture_vae_is_the_model_of_the_mixture_prior(make, vectorised, double):
+    model, same, guide = mixture()
+    x, parameters = binary(), [*model.parameters(), *guide.parameters()]
+    found, parts = loss_and_gradients(make(vectorize_particles=vectorised), model, guide, parameters, x)
+    expected, known = loss_and_gradients(make(vectorize_particles=vectorised), same, guide, parameters, x)
+    assert_same(found, expected)
+    assert all(gradient.abs().max() > 1e-3 for gradient in found[1:])
+    assert parts.reconstruction.isnan()
+    assert parts.kl.isnan()
+    assert known.reconstruction.isfinite()
+
+
+class Classes(nn.Module):
+    """Two classes, the second drawn given the first, both behind a latent and the data; a subsample if asked for."""
+
+    def __init__(self, subsample_size=None):
+        super().__init__()
+        self.subsample_size = subsample_size
+        self.first, self.second = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(2, 3))
+        self.locs, self.shift = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(3))
+        self.slope, self.log_scale = nn.Parameter(torch.tensor(0.4)), nn.Parameter(torch.tensor(-0.2))
+
+    def plate(self, x):
+        return pyro.plate("data", len(x), subsample_size=self.subsample_size)
+
+    def model(self, x):
+        with self.plate(x) as index:
+            a = pyro.sample("a", dist.Categorical(logits=self.first), infer={"enumerate": "parallel"})
+            b = pyro.sample("b", dist.Categorical(logits=self.second[a]), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(self.locs[a], 0.8))
+            pyro.sample("x", dist.Normal(z * (1.0 + a) + self.shift[b], 0.6), obs=x[index])
+
+    def guide(self, x):
+        with self.plate(x) as index:
+            pyro.sample("z", dist.Normal(self.slope * x[index], self.log_scale.exp()))
+
+    def log_joint(self, x, z):
+        """log p(x, z), by a sum over the pairs of classes."""
+        terms = []
+        for a, b in product(range(2), range(3)):
+            prior = self.first.log_softmax(-1)[a] + self.second.log_softmax(-1)[a, b]
+            latent = dist.Normal(self.locs[a], 0.8).log_prob(z)
+            terms.append(prior + latent + dist.Normal(z * (1 + a) + self.shift[b], 0.6).log_prob(x))
+        return torch.stack(terms).logsumexp(0)
+
+
+class Marginal(Classes):
+    """The classes summed out by hand, as a factor."""
+
+    def model(self, x):
+        with self.plate(x) as index:
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            # The factor holds everything but the prior of z, which objectives count.
+            own = dist.Normal(torch.zeros(()), 1.0).log_prob(z)
+            pyro.sample("x", dist.Unit(self.log_joint(x[index], z) - own), obs=torch.empty(0))
+
+
+@pytest.mark.parametrize("subsample_size", [None, 3])
+@pytest.mark.parametrize("vectorised", [True, False])
+@pytest.mark.parametrize("make", MAKERS, ids=NAMES)
+def test_coupled_classes_against_the_sum_over_all_pairs(make, vectorised, subsample_size, double):
+    classes, marginal = Classes(subsample_size), Marginal(subsample_size)
+    marginal.load_state_dict(classes.state_dict())
+    x = torch.randn(7)
+    results = []
+    for pair in (classes, marginal):
+        objective = make(vectorize_particles=vectorised)
+        results.append(loss_and_gradients(objective, pair.model, pair.guide, [*pair.parameters()], x)[0])
+    assert_same(*results)
+    assert all(gradient.abs().max() > 1e-4 for gradient in results[0][1:])
+
+
+def test_value_by_hand(double):
+    """The bound from the guide's own draws, and the sum over all pairs of classes."""
+    classes, x = Classes(), torch.randn(6)
+    draws = []
+
+    def noted(x):
+        with poutine.trace() as tracer:
+            classes.guide(x)
+        draws.append(tracer.trace.nodes["z"])
+
+    loss = ImportanceWeighted(5).loss(classes.model, noted, x)
+    z, q = draws[-1]["value"], draws[-1]["fn"]
+    assert z.shape == (5, 6)
+    expected = (classes.log_joint(x, z) - q.log_prob(z)).logsumexp(0) - math.log(5)
+    assert loss == pytest.approx(-expected.sum().item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=NAMES)
+def test_without_other_latents_the_loss_is_log_p(make, double):
+    logits, locs = torch.randn(K, requires_grad=True), torch.randn(K, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(locs[y], 0.7), obs=x)
+
+    x = torch.randn(8)
+    exact = (logits.log_softmax(-1) + dist.Normal(locs, 0.7).log_prob(x.unsqueeze(-1))).logsumexp(-1).sum()
+    found, _ = loss_and_gradients(make(), model, lambda x: None, [logits, locs], x)
+    assert_same(found, [-exact.detach(), *torch.autograd.grad(-exact, [logits, locs])])
+
+
+def test_masked_data(double):
+    """Elements of the data that are masked out do not count."""
+    model, same, guide = mixture()
+    x, mask, parameters = binary(), torch.rand(4, PIXELS) > 0.4, [*model.parameters(), *guide.parameters()]
+    results = []
+    for program in (model, same):
+        masked = functools.partial(program, observed=mask)
+        results.append(loss_and_gradients(ImportanceWeighted(3), masked, guide, parameters, x)[0])
+    assert_same(*results)
+    assert not torch.allclose(
+        results[0][0], loss_and_gradients(ImportanceWeighted(3), same, guide, parameters, x)[0][0]
+    )
+
+
+def options(**more):
+    return {"batch_size": 10, "learning_rate": 1e-2, "progress": False, **more}
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_fit_trains_as_the_marginalised_model(compile, double):
+    """Parameters and history at the same seed, of the two models; recorded too."""
+    x, held_out, results = binary(40), binary(12), []
+    for which in (0, 1):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(5)
+        programs = mixture()
+        model, guide = programs[which], programs[2]
+        pyro.set_rng_seed(6)
+        run = pv.fit(
+            *(model, guide, x),
+            **options(epochs=3, validation=held_out, loss=ImportanceWeighted(5), compile=compile),
+        )
+        results.append((run.history, [*model.parameters(), *guide.parameters()]))
+    (history, found), (expected_history, expected) = results
+    for row, other in zip(history, expected_history, strict=True):
+        for name in ("objective", "validation_bound"):
+            assert math.isfinite(row[name])
+            assert row[name] == pytest.approx(other[name], abs=1e-8)
+        for name in ("elbo", "reconstruction", "kl", "validation_elbo", "validation_reconstruction", "validation_kl"):
+            assert math.isnan(row[name]), name
+    assert history[-1]["objective"] > history[0]["objective"]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_particles", [1, 5])
+def test_history_is_that_of_the_log_weights(num_particles, double):
+    """At the seed of validation, which is one block here."""
+    model, _, guide = mixture()
+    x, held_out = binary(40), binary(12)
+    more = {"epochs": 2, "validation": held_out, "batch_size": 20, "learning_rate": 1e-12}
+    history = pv.fit(model, guide, x, **options(loss=ImportanceWeighted(num_particles), **more)).history
+    torch.manual_seed(20260101)
+    log_weights = pv.log_weights(model, guide, held_out, num_particles=num_particles, data_batch_size=None)
+    exact = (log_weights.logsumexp(0) - math.log(num_particles)).mean().item()
+    for row in history:
+        assert row["validation_bound"] == pytest.approx(exact, abs=1e-8)
+        elbos = [row["elbo"], row["validation_elbo"]]
+        if num_particles == 1:
+            assert elbos == [row["objective"], row["validation_bound"]]
+        else:
+            assert all(map(math.isnan, elbos))
+
+
+def test_the_elbo_of_sums_is_measured_by_the_objective(double):
+    """Trace_ELBO would draw y from its prior."""
+    model, same, guide = mixture()
+    x, held_out = binary(40), binary(12)
+    rows = []
+    for program, loss in ((model, MonteCarloKL()), (same, Trace_ELBO())):
+        pyro.set_rng_seed(6)
+        more = {"epochs": 1, "validation": held_out, "loss": loss, "learning_rate": 1e-9, "batch_size": 20}
+        rows.append(pv.fit(program, guide, x, **options(**more)).history[0])
+    for name in ("objective", "elbo", "validation_bound", "validation_elbo"):
+        assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-6), name
+
+
+def test_an_objective_serves_pairs_with_and_without_sums(double):
+    model, same, guide = mixture()
+    objective, x = MonteCarloKL(2), binary()
+    for program, sums in ((model, True), (same, False), (model, True)):
+        objective.loss(program, guide, x)
+        assert objective.sums_out is sums
+
+
+def test_svi(double):
+    model, _, guide = mixture()
+    svi = pyro.infer.SVI(model, guide, Adam({"lr": 1e-2}), ImportanceWeighted(3))
+    x = binary(20)
+    losses = [svi.step(x) for _ in range(30)]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        (AnalyticKL(), "AnalyticKL takes the KL of each site"),
+        (MonteCarloKL(beta=2.0), "beta=2.* weighs the KL"),
+        (MonteCarloKL(kl_warmup_steps=3), "kl_warmup_steps=3.* weighs the KL"),
+        (StickingTheLanding(free_bits=0.1), "free_bits=0.1.* weighs the KL"),
+    ],
+)
+def test_objectives_that_need_a_kl_of_its_own_are_refused(objective, said):
+    model, _, guide = mixture()
+    with pytest.raises(ValueError, match=rf"{said}.*site\(s\) \['y'\].*no KL apart from its reconstruction"):
+        objective.loss(model, guide, binary())
+
+
+def test_sums_of_the_guide_are_refused():
+    classes = Classes()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            pyro.sample("z", dist.Normal(1.0 * a, 1.0))
+
+    with pytest.raises(ValueError, match=r"site 'a' of the guide is marked for enumeration.*TraceEnum_ELBO"):
+        VIMCO(2).loss(classes.model, guide, torch.randn(4))
+
+
+def test_a_marked_site_that_the_guide_draws_is_a_latent_like_others(double):
+    """As in an evaluation: VIMCO has its score, and the importance-weighted bound with path gradients refuses it."""
+    classes, x = Classes(), torch.randn(5)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(classes.slope * x, 0.8))
+            pyro.sample("a", dist.Categorical(logits=torch.zeros(2)))
+
+    objective = VIMCO(3)
+    assert math.isfinite(objective.loss(classes.model, guide, x))
+    assert objective.sums_out
+    with pytest.raises(ValueError, match="site 'a' .Categorical. is not reparameterised"):
+        ImportanceWeighted(3).loss(classes.model, guide, x)
+
+
+def test_what_cannot_be_summed_is_refused(double):
+    def mixing(x):
+        """The density of a datum depends on the classes of the others."""
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z + y.roll(1, -1), 1.0), obs=x)
+
+    def scaled(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            with poutine.scale(scale=0.5):
+                pyro.sample("x", dist.Normal(z + y, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.raises(ValueError, match="has another log density with all values of site"):
+        MonteCarloKL().loss(mixing, guide, torch.randn(6))
+    with pytest.raises(ValueError, match=r"site 'x' carries a scale of 0\.5"):
+        MonteCarloKL().loss(scaled, guide, torch.randn(6))
