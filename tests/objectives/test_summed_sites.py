@@ -214,13 +214,20 @@ def test_fit_trains_as_the_marginalised_model(compile, double):
 
 @pytest.mark.parametrize("num_particles", [1, 5])
 def test_history_is_that_of_the_log_weights(num_particles, double):
-    """At the seed of validation, which is one block here."""
+    """At the draws of validation, which is one block here."""
     model, _, guide = mixture()
     x, held_out = binary(40), binary(12)
     more = {"epochs": 2, "validation": held_out, "batch_size": 20, "learning_rate": 1e-12}
     history = pv.fit(model, guide, x, **options(loss=ImportanceWeighted(num_particles), **more)).history
     torch.manual_seed(20260101)
-    log_weights = pv.log_weights(model, guide, held_out, num_particles=num_particles, data_batch_size=None)
+    draws = guide.posterior(held_out).sample((num_particles,))
+    log_weights = []
+    for z in draws:
+        drawn = poutine.trace(guide).get_trace(held_out)
+        drawn.nodes["z"]["value"] = z
+        at_z = poutine.replay(guide, trace=drawn)
+        log_weights.append(pv.log_weights(model, at_z, held_out, num_particles=1, vectorize_particles=False))
+    log_weights = torch.cat(log_weights)
     exact = (log_weights.logsumexp(0) - math.log(num_particles)).mean().item()
     for row in history:
         assert row["validation_bound"] == pytest.approx(exact, abs=1e-8)
