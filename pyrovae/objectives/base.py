@@ -76,7 +76,7 @@ class Objective(ELBO, ABC):
         self.last: Parts | None = None
         self.modules: list[nn.Module] = []  # modules whose buffers the loss depends on
         self.sums_out = False
-        self._looked_at: dict[tuple[Program, Program], tuple[Program, Layout, bool]] = {}
+        self._looked_at: dict[tuple[Program, Program], tuple[Layout, bool, Program]] = {}
 
     @property
     def bound_name(self) -> str:
@@ -100,7 +100,7 @@ class Objective(ELBO, ABC):
         The first call for a pair inspects its programs (a few runs that do not affect the random state), so it cannot
         be recorded.
         """
-        model, layout, vectorised = self._look_at(model, guide, args, kwargs)
+        layout, vectorised, model = self._look_at(model, guide, args, kwargs)
         self.sums_out = isinstance(model, SummedOut)
         runs = draw_runs(model, as_guide(guide), args, kwargs, layout, self.num_particles, vectorised, self.cuts)
         if not self.scores:
@@ -158,7 +158,7 @@ class Objective(ELBO, ABC):
             names: the sites
         """
 
-    def _look_at(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple[Program, Layout, bool]:
+    def _look_at(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple[Layout, bool, Program]:
         key, guide = (model, guide), as_guide(guide)
         if key not in self._looked_at:
             if not checks_values():
@@ -176,7 +176,7 @@ class Objective(ELBO, ABC):
                     if isinstance(model, SummedOut):
                         self.refuse_sums(sorted(model.names))
                     vectorised = self._vectorises(model, guide, args, kwargs, layout)
-            self._looked_at[key] = model, layout, vectorised
+            self._looked_at[key] = layout, vectorised, model
         return self._looked_at[key]
 
     def _vectorises(self, model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout) -> bool:
