@@ -248,7 +248,7 @@ class StickingTheLanding(KLObjective):
 
 def _refuse_sums(found: str, names: Sequence[str]) -> NoReturn:
     raise ValueError(
-        f"{found}, and with site(s) {list(names)} of the model, marked for enumeration, summed out, log p(x, z) is a log of "
+        f"{found}, and with site(s) {list(names)}, marked for enumeration, summed out, log p(x, z) is a log of "
         f"a sum that has no KL apart from its reconstruction: take MonteCarloKL or StickingTheLanding with beta=1 and "
         f"neither warm-up nor free bits, or sample the site(s) in both programs without the mark"
     )

@@ -282,16 +282,139 @@ def test_objectives_that_need_a_kl_of_its_own_are_refused(objective, said):
         objective.loss(model, guide, binary())
 
 
-def test_sums_of_the_guide_are_refused():
-    classes = Classes()
+class Proposal(Classes):
+    """A guide that marks class a too: q(z|x) = sum_a q(a|x) q(z|a, x)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.spread = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(2))
+
+    def guide(self, x):
+        with self.plate(x):
+            logits = self.weight * x.unsqueeze(-1)
+            a = pyro.sample("a", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+            pyro.sample("z", dist.Normal(self.slope * x + self.spread[a], self.log_scale.exp()))
+
+    def components(self, x):
+        return dist.Normal((self.slope * x).unsqueeze(-1) + self.spread, self.log_scale.exp())
+
+    def log_proposal(self, x, z):
+        """log q(a|x) + log q(z|a, x), with a in the last dimension."""
+        prior = (self.weight * x.unsqueeze(-1)).log_softmax(-1)
+        return prior + self.components(x).log_prob(z.unsqueeze(-1))
+
+    def log_weight(self, x, z):
+        return self.log_joint(x, z) - self.log_proposal(x, z).logsumexp(-1)
+
+
+def mean_gradient(objective, pair, x, parameters, number):
+    """(mean, standard error of the mean) of the loss and its gradients per datum."""
+    found = []
+    for _ in range(number):
+        loss, _ = objective.surrogate(pair.model, pair.guide, x)
+        gradients = torch.autograd.grad(loss, parameters)
+        found.append(torch.cat([loss.detach().reshape(1), *(gradient.flatten() for gradient in gradients)]) / len(x))
+    found = torch.stack(found)
+    return found.mean(0), found.std(0) / number**0.5
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+@pytest.mark.parametrize("num_particles", [1, 2])
+def test_a_guide_with_sums_against_quadrature(num_particles, vectorised, double):
+    """The ELBO of q(z|x), and its gradient, which has the score of the class that the guide draws."""
+    pair, x = Proposal(), torch.tensor([0.7])
+    parameters = [*pair.parameters()]
+    nodes = torch.linspace(-12, 12, 4001)
+    terms = pair.log_proposal(x.expand(4001), nodes).logsumexp(-1).exp() * pair.log_weight(x.expand(4001), nodes)
+    exact = -torch.trapezoid(terms, nodes)
+    expected = torch.cat([exact.reshape(1), *(g.flatten() for g in torch.autograd.grad(exact, parameters))]).detach()
+    objective = MonteCarloKL(num_particles, vectorize_particles=vectorised)
+    mean, error = mean_gradient(objective, pair, x.expand(300), parameters, 60)
+    assert objective.sums_out
+    assert ((mean - expected).abs() <= 4.5 * error + 1e-9).all()
+    assert (expected[1:].abs() > 5 * error[1:]).sum() > 8  # the test sees most gradients
+
+
+def test_vimco_of_a_guide_with_sums_at_its_own_draws(double):
+    pair, x = Proposal(), torch.randn(6)
+    parameters = [*pair.parameters()]
+    draws = []
+
+    def noted(x):
+        with poutine.trace() as tracer:
+            pair.guide(x)
+        draws.append(tracer.trace)
+
+    loss, parts = VIMCO(4).surrogate(pair.model, noted, x)
+    found = [loss.detach(), *torch.autograd.grad(loss, parameters)]
+    classes, noise = next(
+        (t.nodes["a"]["value"], t.nodes["z"]) for t in draws[::-1] if t.nodes["a"]["value"].shape == (4, 6)
+    )
+    fixed = ((noise["value"] - noise["fn"].loc) / noise["fn"].scale).detach()
+    z = pair.slope * x + pair.spread[classes] + pair.log_scale.exp() * fixed
+    log_w = pair.log_weight(x, z)
+    bound = log_w.logsumexp(0) - math.log(4)
+    signal = []
+    for s in range(4):
+        others = torch.cat([log_w[:s], log_w[s + 1 :]])
+        without = torch.cat([others, others.mean(0, keepdim=True)]).logsumexp(0) - math.log(4)
+        signal.append((bound - without).detach())
+    score = dist.Categorical(logits=pair.weight * x.unsqueeze(-1)).log_prob(classes)
+    surrogate = -(bound.sum() + (torch.stack(signal) * (score - score.detach())).sum())
+    assert_same(found, [surrogate.detach(), *torch.autograd.grad(surrogate, parameters)])
+    assert parts.kl.isnan()
+
+
+@pytest.mark.parametrize("objective", [ImportanceWeighted(3), DoublyReparameterised(3), StickingTheLanding()])
+def test_a_summed_class_of_the_guide_has_no_path(objective, double):
+    pair = Proposal()
+    with pytest.raises(ValueError, match=r"site 'a' .Categorical. is not reparameterised.*VIMCO"):
+        objective.loss(pair.model, pair.guide, torch.randn(4))
+
+
+def test_a_guide_with_sums_is_trained_and_validated(double):
+    pair, x, held_out = Proposal(), torch.randn(40), torch.randn(12)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = pair
+
+    both = Both()
+
+    def model(x):
+        pyro.module("both", both)
+        pair.model(x)
 
     def guide(x):
-        with pyro.plate("data", len(x)):
-            a = pyro.sample("a", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
-            pyro.sample("z", dist.Normal(1.0 * a, 1.0))
+        pyro.module("both", both)
+        pair.guide(x)
 
-    with pytest.raises(ValueError, match=r"site 'a' of the guide is marked for enumeration.*TraceEnum_ELBO"):
-        VIMCO(2).loss(classes.model, guide, torch.randn(4))
+    more = {"epochs": 30, "validation": held_out, "batch_size": 20, "learning_rate": 2e-2}
+    history = pv.fit(model, guide, x, **options(loss=VIMCO(5), **more)).history
+    assert history[-1]["validation_bound"] > history[0]["validation_bound"] + 0.1
+    with torch.no_grad():
+        nodes = torch.linspace(-12, 12, 4001).unsqueeze(-1)
+        evidence = torch.trapezoid(pair.log_joint(held_out, nodes).exp(), nodes, dim=0).log().mean().item()
+    assert evidence - 0.5 < max(row["validation_bound"] for row in history) < evidence + 0.3
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(4)])
+def test_a_guide_with_sums_and_other_runs_in_training_is_refused(layer, double):
+    pair, net = Proposal(), nn.Sequential(nn.Linear(1, 4), layer(), nn.Linear(4, 2)).double()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def guide(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Categorical(logits=net(x.unsqueeze(-1))), infer={"enumerate": "parallel"})
+            pyro.sample("z", dist.Normal(pair.spread[a], 1.0))
+
+    with pytest.raises(ValueError, match=r"site\(s\) \['a'\] of the guide .*in training mode the two runs differ"):
+        VIMCO(2).loss(pair.model, guide, torch.randn(6))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    net.eval()
+    assert math.isfinite(VIMCO(2).loss(pair.model, guide, torch.randn(6)))
 
 
 def test_a_marked_site_that_the_guide_draws_is_a_latent_like_others(double):
