@@ -135,6 +135,73 @@ def test_coupled_classes_against_the_sum_over_all_pairs(make, vectorised, subsam
     assert all(gradient.abs().max() > 1e-4 for gradient in results[0][1:])
 
 
+@pytest.mark.parametrize("make", MAKERS, ids=NAMES)
+def test_plates_inside_a_datum_and_a_chain(make, double):
+    """Two elements with a class each, and a chain of three states, for each datum; sums over all 4 * 8 assignments."""
+    logits, locs, x = torch.randn(2, requires_grad=True), torch.randn(2, requires_grad=True), torch.randn(4, 2)
+    steps = torch.randn(2, 2, requires_grad=True)
+    width = torch.tensor(0.1, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0))
+            with pyro.plate("elements", 2, dim=-1):
+                y = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+                pyro.sample("x", dist.Normal(z + locs[y], 0.6), obs=x)
+            state = torch.zeros((), dtype=torch.long)
+            for t in pyro.markov(range(3)):
+                state = pyro.sample(f"s{t}", dist.Categorical(logits=steps[state]), infer={"enumerate": "parallel"})
+                pyro.sample(f"o{t}", dist.Normal(z * state, 0.9), obs=x[:, :1])
+
+    def by_hand(x):
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0))
+            classes = logits.log_softmax(-1) + dist.Normal(z.unsqueeze(-1) + locs, 0.6).log_prob(x.unsqueeze(-1))
+            paths = []
+            for states in product(range(2), repeat=3):
+                path = torch.zeros(())
+                for before, now in zip((0, *states), states, strict=False):
+                    path = path + steps.log_softmax(-1)[before, now] + dist.Normal(z * now, 0.9).log_prob(x[:, :1])
+                paths.append(path)
+            total = classes.logsumexp(-1).sum(-1, keepdim=True) + torch.stack(paths).logsumexp(0)
+            pyro.sample("x", dist.Unit(total), obs=torch.empty(0))
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x.mean(-1, keepdim=True), width.exp()))
+
+    parameters = [logits, locs, steps, width]
+    results = [loss_and_gradients(make(plate="data"), program, guide, parameters, x)[0] for program in (model, by_hand)]
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=NAMES)
+def test_a_sequential_plate(make, double):
+    """The sites of each datum are summed apart; the same numbers as brute force."""
+    classes, x = Classes(), torch.randn(3)
+
+    def guide(x):
+        for i in pyro.plate("data", len(x)):
+            pyro.sample(f"z{i}", dist.Normal(classes.slope * x[i], classes.log_scale.exp()))
+
+    def model(x):
+        for i in pyro.plate("data", len(x)):
+            a = pyro.sample(f"a{i}", dist.Categorical(logits=classes.first), infer={"enumerate": "parallel"})
+            b = pyro.sample(f"b{i}", dist.Categorical(logits=classes.second[a]), infer={"enumerate": "parallel"})
+            z = pyro.sample(f"z{i}", dist.Normal(classes.locs[a], 0.8))
+            pyro.sample(f"x{i}", dist.Normal(z * (1.0 + a) + classes.shift[b], 0.6), obs=x[i])
+
+    def by_hand(x):
+        for i in pyro.plate("data", len(x)):
+            z = pyro.sample(f"z{i}", dist.Normal(torch.zeros(()), 1.0))
+            own = dist.Normal(torch.zeros(()), 1.0).log_prob(z)
+            pyro.sample(f"x{i}", dist.Unit(classes.log_joint(x[i], z) - own), obs=torch.empty(0))
+
+    parameters = [*classes.parameters()]
+    results = [loss_and_gradients(make(), program, guide, parameters, x)[0] for program in (model, by_hand)]
+    assert_same(*results)
+
+
 def test_value_by_hand(double):
     """The bound from the guide's own draws, and the sum over all pairs of classes."""
     classes, x = Classes(), torch.randn(6)
@@ -259,6 +326,28 @@ def test_an_objective_serves_pairs_with_and_without_sums(double):
         assert objective.sums_out is sums
 
 
+def test_a_resumed_run_validates_by_the_objective(tmp_path, double):
+    """A resumed run validates with a new objective, which learns from its first look that it sums."""
+    x, held_out, rows = binary(40), binary(12), []
+    for resumed in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(5)
+        model, _, guide = mixture()
+        path = tmp_path / f"{resumed}.pt"
+        more = {"epochs": 3, "validation": held_out, "checkpoint": path, "checkpoint_every": 0.0}
+        if resumed:
+
+            def stop(progress):
+                raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                pv.fit(model, guide, x, **options(loss=MonteCarloKL(2), callback=stop, **more))
+            pyro.clear_param_store()
+        found = pv.fit(model, guide, x, **options(loss=MonteCarloKL(2), resume=resumed, **more))
+        rows.append([(row["objective"], row["validation_bound"]) for row in found.history])
+    assert rows[0] == rows[1]
+
+
 def test_svi(double):
     model, _, guide = mixture()
     svi = pyro.infer.SVI(model, guide, Adam({"lr": 1e-2}), ImportanceWeighted(3))
@@ -372,26 +461,20 @@ def test_a_summed_class_of_the_guide_has_no_path(objective, double):
         objective.loss(pair.model, pair.guide, torch.randn(4))
 
 
-def test_a_guide_with_sums_is_trained_and_validated(double):
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_guide_with_sums_is_trained_and_validated(compile, double):
     pair, x, held_out = Proposal(), torch.randn(40), torch.randn(12)
 
-    class Both(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.pair = pair
-
-    both = Both()
-
     def model(x):
-        pyro.module("both", both)
+        pyro.module("pair", pair)
         pair.model(x)
 
     def guide(x):
-        pyro.module("both", both)
+        pyro.module("pair", pair)
         pair.guide(x)
 
     more = {"epochs": 30, "validation": held_out, "batch_size": 20, "learning_rate": 2e-2}
-    history = pv.fit(model, guide, x, **options(loss=VIMCO(5), **more)).history
+    history = pv.fit(model, guide, x, **options(loss=VIMCO(5), compile=compile, **more)).history
     assert history[-1]["validation_bound"] > history[0]["validation_bound"] + 0.1
     with torch.no_grad():
         nodes = torch.linspace(-12, 12, 4001).unsqueeze(-1)
