@@ -531,6 +531,13 @@ def test_what_cannot_be_summed_is_refused(double):
             with poutine.scale(scale=0.5):
                 pyro.sample("x", dist.Normal(z + y, 1.0), obs=x)
 
+    def masked(x):
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=torch.arange(len(x)) > 1):
+                y = pyro.sample("y", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z + y, 1.0), obs=x)
+
     def guide(x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x, 1.0))
@@ -539,3 +546,5 @@ def test_what_cannot_be_summed_is_refused(double):
         MonteCarloKL().loss(mixing, guide, torch.randn(6))
     with pytest.raises(ValueError, match=r"site 'x' carries a scale of 0\.5"):
         MonteCarloKL().loss(scaled, guide, torch.randn(6))
+    with pytest.raises(ValueError, match="the model masks latent site 'y'"):
+        MonteCarloKL().loss(masked, guide, torch.randn(6))
