@@ -315,6 +315,27 @@ TRAINING = [
         in_file("objectives/test_objectives.py", "monte_carlo_kl_is_trace_elbo"),
     ),
     Mutation(
+        "sums: the scale of a subsample left out",
+        "objectives/runs.py",
+        "return run.plate_scale * total if scaled else total",
+        "return total",
+        in_file("objectives/test_summed_sites.py", "coupled_classes_against_the_sum_over_all_pairs"),
+    ),
+    Mutation(
+        "sums: the score of the guide's summed class left out",
+        "objectives/runs.py",
+        "in sample_sites(runs[0].drawn_trace)",
+        "in sample_sites(runs[0].guide_trace)",
+        in_file("objectives/test_summed_sites.py", "a_guide_with_sums_against_quadrature"),
+    ),
+    Mutation(
+        "sums: validation by Trace_ELBO, which draws the class from its prior",
+        "training/losses.py",
+        "return loss.sums_out if isinstance(loss, Objective) else",
+        "return False if isinstance(loss, Objective) else",
+        in_file("objectives/test_summed_sites.py", "the_elbo_of_sums_is_measured_by_the_objective"),
+    ),
+    Mutation(
         "warm-up: beta left out",
         "objectives/kl.py",
         "(self.beta * (self.num_steps",

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from pyrovae.common.arguments import check_count, checks_values, map_tensors
 from pyrovae.objectives.runs import Run, draw_runs
+from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.inspection import layout_for_training
 from pyrovae.programs.particles import reason_to_loop
 from pyrovae.programs.reach import evaluation_mode
+from pyrovae.programs.reruns import refuse_other_tables_in_training
 from pyrovae.programs.traces import Layout, Program, as_guide, sample_sites
 
 __all__ = ["Objective", "Parts"]
@@ -29,6 +31,8 @@ _CAPACITY = 4  # number of pairs whose layout an objective caches
 
 class Parts(NamedTuple):
     """The two parts of the unweighted ELBO, ELBO = reconstruction - kl, whatever weights the objective uses.
+
+    Both are NaN if sites are summed out: log p(x, z) is then a log of a sum and has no parts.
 
     Attributes:
         reconstruction: E_q log p(x|z), summed over the data, averaged over the particles, times the scale of a
@@ -45,7 +49,9 @@ class Parts(NamedTuple):
 class Objective(ELBO, ABC):
     """Contract of an objective: it turns runs of model and guide into a loss.
 
-    `last` holds the `Parts` of the last step.
+    `last` holds the `Parts` of the last step. Sites that the guide marks for enumeration, and those of the model that
+    are marked and that the guide does not sample, are summed out exactly in both densities; `sums_out` says whether the
+    last pair has such sites. The guide still draws the sites that it marks, with score-function gradients.
 
     Args:
         num_particles: S, drawn per datum and step
@@ -71,7 +77,8 @@ class Objective(ELBO, ABC):
         self.vectorize_particles = vectorize_particles
         self.last: Parts | None = None
         self.modules: list[nn.Module] = []  # modules whose buffers the loss depends on
-        self._looked_at: dict[tuple[Program, Program], tuple[Layout, bool]] = {}
+        self.sums_out = False
+        self._looked_at: dict[tuple[Program, Program], tuple[Layout, bool, Program, Program]] = {}
 
     @property
     def bound_name(self) -> str:
@@ -95,8 +102,9 @@ class Objective(ELBO, ABC):
         The first call for a pair inspects its programs (a few runs that do not affect the random state), so it cannot
         be recorded.
         """
-        layout, vectorised = self._look_at(model, guide, args, kwargs)
-        runs = draw_runs(model, as_guide(guide), args, kwargs, layout, self.num_particles, vectorised, self.cuts)
+        layout, vectorised, model, guide = self._look_at(model, guide, args, kwargs)
+        self.sums_out = isinstance(model, SummedOut) or isinstance(guide, SummedOut)
+        runs = draw_runs(model, guide, args, kwargs, layout, self.num_particles, vectorised, self.cuts)
         if not self.scores:
             self._refuse_scores(runs[0])
         return self.estimate(runs)
@@ -145,7 +153,16 @@ class Objective(ELBO, ABC):
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple:
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
 
-    def _look_at(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple[Layout, bool]:
+    def refuse_sums(self, names: Sequence[str]) -> None:
+        """Raise ValueError if the objective is not defined with sites summed out.
+
+        Args:
+            names: the sites
+        """
+
+    def _look_at(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict
+    ) -> tuple[Layout, bool, Program, Program]:
         key, guide = (model, guide), as_guide(guide)
         if key not in self._looked_at:
             if not checks_values():
@@ -159,9 +176,17 @@ class Objective(ELBO, ABC):
             with evaluation_mode(model, guide) as device:
                 cuda = {device for device in (device, *devices) if device is not None and device.type == "cuda"}
                 with torch.random.fork_rng(list(cuda)):
-                    layout = layout_for_training(model, guide, args, kwargs, self.plate, scales=self.linear)
+                    model, guide, layout = layout_for_training(
+                        model, guide, args, kwargs, self.plate, scales=self.linear
+                    )
+                    sums = [program.names for program in (model, guide) if isinstance(program, SummedOut)]
+                    if sums:
+                        self.refuse_sums(sorted(frozenset().union(*sums)))
                     vectorised = self._vectorises(model, guide, args, kwargs, layout)
-            self._looked_at[key] = layout, vectorised
+            if isinstance(guide, SummedOut):
+                with torch.random.fork_rng(list(cuda)):
+                    refuse_other_tables_in_training(guide, layout, args, kwargs)
+            self._looked_at[key] = layout, vectorised, model, guide
         return self._looked_at[key]
 
     def _vectorises(self, model: Program, guide: Program, args: tuple, kwargs: dict, layout: Layout) -> bool:
@@ -176,7 +201,7 @@ class Objective(ELBO, ABC):
         return not reason
 
     def _refuse_scores(self, run: Run) -> None:
-        for name, site in sample_sites(run.guide_trace):
+        for name, site in sample_sites(run.drawn_trace):
             if not site["fn"].has_rsample:
                 raise ValueError(
                     f"{type(self).__name__} differentiates through the guide's draws, and site '{name}' "

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,15 @@ class KLObjective(Objective):
             loss = loss - _score_function(integrand, terms.score)
         if self.cuts:
             loss = loss + pull_back(runs, guide_term)
-        return loss, Parts(terms.likelihood.detach().mean(0).sum(), kl, runs[0].full_size)
+        reconstruction = terms.likelihood.detach().mean(0).sum()
+        if not terms.has_parts:
+            reconstruction, kl = math.nan * reconstruction, math.nan * kl
+        return loss, Parts(reconstruction, kl, runs[0].full_size)
+
+    def refuse_sums(self, names: Sequence[str]) -> None:
+        weight = self.kl_weight
+        if weight.beta != 1 or weight.warmup_steps or self.free_bits:
+            _refuse_sums(f"{self!r} weighs the KL", names)
 
     def _free(self, total: Tensor, piece: Piece, run: Run) -> tuple[Tensor, float]:
         """Return 1 for groups whose KL counts and 0 for those with free bits left, and the free bits per group."""
@@ -199,6 +207,9 @@ class AnalyticKL(KLObjective):
 
     scores = True
 
+    def refuse_sums(self, names: Sequence[str]) -> None:
+        _refuse_sums("AnalyticKL takes the KL of each site", names)
+
     def pieces(self, runs: Sequence[Run], terms: Terms) -> list[Piece]:
         by_dimension = self.free_bits > 0
         analytic = {
@@ -233,6 +244,14 @@ class StickingTheLanding(KLObjective):
     def pieces(self, runs: Sequence[Run], terms: Terms) -> list[Piece]:
         held = {name: guide.detach() for name, guide in terms.guides.items()}
         return _sampled(terms, held, list(terms.priors))
+
+
+def _refuse_sums(found: str, names: Sequence[str]) -> NoReturn:
+    raise ValueError(
+        f"{found}, and with site(s) {list(names)}, marked for enumeration, summed out, log p(x, z) is a log of "
+        f"a sum that has no KL apart from its reconstruction: take MonteCarloKL or StickingTheLanding with beta=1 and "
+        f"neither warm-up nor free bits, or sample the site(s) in both programs without the mark"
+    )
 
 
 def _sampled(terms: Terms, guides: dict[str, Tensor], latents: Sequence[str]) -> list[Piece]:

@@ -22,10 +22,14 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyrovae.programs.enumeration import SummedOut, holds_sums
+from pyrovae.programs.log_densities import log_density_of, summed_sites
 from pyrovae.programs.masks import align_masks
 from pyrovae.programs.traces import Layout, Program, arrange, place, plate_size, sample_sites, under_particles
 
 __all__ = ["Run", "Terms", "arranged", "draw_runs", "factors", "pull_back", "terms_of"]
+
+_ALL = "all sites"  # name of the item of a guide whose sites are summed out
 
 
 class Run(NamedTuple):
@@ -37,6 +41,7 @@ class Run(NamedTuple):
         full_size: size of the data if the plate is subsampled; None otherwise
         model_trace: trace of the model
         guide_trace: trace of the guide
+        drawn_trace: the same, unless the guide's sites are summed out: then the run that drew one value of each
         paths: how gradients get from cut draws to the guide; None if nothing was cut
         link: a zero that carries the gradient of `pull_back`; None if nothing was cut
     """
@@ -46,6 +51,7 @@ class Run(NamedTuple):
     full_size: int | None
     model_trace: poutine.Trace
     guide_trace: poutine.Trace
+    drawn_trace: poutine.Trace
     paths: "_Paths | None"
     link: Tensor | None
 
@@ -71,24 +77,29 @@ def draw_runs(
     size = num_particles if vectorised and num_particles > 1 else None
     if size is not None:
         model, guide = (under_particles(program, layout, size) for program in (model, guide))
+    clean = model.clean if isinstance(model, SummedOut) else lambda trace: trace
+    sums, drawing = (guide, guide.drawn) if isinstance(guide, SummedOut) else (None, guide)
     runs: list[Run] = []
     for _ in range(num_particles if size is None else 1):
         if len(runs) == 1:  # once: a thousand wrappers are more than Python can call through
-            pinned = _subsamples(runs[0].model_trace, runs[0].guide_trace)
-            model, guide = (poutine.replay(program, trace=pinned) for program in (model, guide))
+            pinned = clean(_subsamples(runs[0].model_trace, runs[0].guide_trace))
+            model, drawing = (poutine.replay(program, trace=pinned) for program in (model, drawing))
         with _Cut(cut) as draws:
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        paths, link, replayed = None, None, guide_trace
+            guide_trace = drawn_trace = poutine.trace(drawing).get_trace(*args, **kwargs)
+        if sums is not None:
+            density = poutine.replay(sums, trace=sums.clean(drawn_trace))
+            guide_trace = poutine.trace(density).get_trace(*args, **kwargs)
+        paths, link, replayed = None, None, drawn_trace if sums is None else sums.clean(drawn_trace)
         if draws.drawn:
             paths = _Paths(draws.drawn, draws.leaves)
             *values, link = _Bridge.apply(paths, *paths.drawn)
-            replayed = _with_values(guide_trace, dict(zip(paths.names, values, strict=True)))
-        model_trace = poutine.trace(poutine.replay(model, trace=replayed)).get_trace(*args, **kwargs)
+            replayed = _with_values(replayed, dict(zip(paths.names, values, strict=True)))
+        model_trace = poutine.trace(poutine.replay(model, trace=clean(replayed))).get_trace(*args, **kwargs)
         aligned = align_masks(dict(sample_sites(model_trace)), dict(sample_sites(guide_trace)))
         for trace, sites in zip((model_trace, guide_trace), aligned, strict=True):
             trace.nodes.update(sites)
         present, full_size = _present_layout(layout, model_trace)
-        runs.append(Run(present, size, full_size, model_trace, guide_trace, paths, link))
+        runs.append(Run(present, size, full_size, model_trace, guide_trace, drawn_trace, paths, link))
     return runs
 
 
@@ -215,11 +226,13 @@ class Terms(NamedTuple):
     """Log densities of all particles, by site. G: number of factors that a site's density is split into.
 
     Attributes:
-        likelihood: (S, N)
-        priors: latent site -> (S, N, G), with fewer than S rows if the density does not depend on the particle
-        guides: guide site -> (S, N, G), likewise
+        likelihood: (S, N); log p(x, z) if sites are summed out, because such a sum has no parts
+        priors: latent site -> (S, N, G), with fewer than S rows if the density does not depend on the particle; empty
+            if sites are summed out
+        guides: guide site -> (S, N, G), likewise; one item for all of a guide with sites that are summed out
         score: (S, N), the guide's log density of draws that are not reparameterised, unscaled; None without such draws
         sizes: latent site -> its latent dimensions per datum
+        has_parts: whether no site is summed out
     """
 
     likelihood: Tensor
@@ -227,6 +240,7 @@ class Terms(NamedTuple):
     guides: dict[str, Tensor]
     score: Tensor | None
     sizes: dict[str, int]
+    has_parts: bool
 
 
 def terms_of(runs: Sequence[Run], *, scaled: bool, by_dimension: bool = False) -> Terms:
@@ -243,21 +257,41 @@ def terms_of(runs: Sequence[Run], *, scaled: bool, by_dimension: bool = False) -
         return torch.cat([arranged(_log_prob(site, by_dimension), site, run, scaled) for run, site in sites])
 
     model, guide = dict(sample_sites(runs[0].model_trace)), dict(sample_sites(runs[0].guide_trace))
-    latents = [name for name, site in model.items() if not site["is_observed"]]
-    likelihoods = [gather("model_trace", name, by_dimension=False).sum(-1) for name in model if name not in latents]
+    guide_sums = holds_sums(runs[0].guide_trace)
+    has_parts = not guide_sums and not holds_sums(runs[0].model_trace)
+    latents = [name for name, site in model.items() if has_parts and not site["is_observed"]]
+    if has_parts:
+        likelihoods = [gather("model_trace", name, by_dimension=False).sum(-1) for name in model if name not in latents]
+    else:
+        likelihoods = [torch.cat([_log_density(run, run.model_trace, scaled) for run in runs])]
     scores = [
-        gather("guide_trace", name, False, False).sum(-1) for name, site in guide.items() if not site["fn"].has_rsample
+        gather("drawn_trace", name, False, False).sum(-1)
+        for name, site in sample_sites(runs[0].drawn_trace)
+        if not site["fn"].has_rsample
     ]
     per_run = (runs[0].num_particles or 1) * runs[0].layout.num_data
     priors = {name: gather("model_trace", name) for name in latents}
-    guides = {name: gather("guide_trace", name) for name in guide}
+    if guide_sums:
+        guides = {_ALL: torch.cat([_log_density(run, run.guide_trace, scaled) for run in runs]).unsqueeze(-1)}
+    else:
+        guides = {name: gather("guide_trace", name) for name in guide}
     return Terms(
         reduce(add, likelihoods) if likelihoods else torch.zeros_like(next(iter(priors.values()))[..., 0]),
         priors,
         guides,
         reduce(add, scores) if scores else None,
         {name: max(1, guide[name]["value"].numel() // per_run) for name in latents},
+        has_parts,
     )
+
+
+def _log_density(run: Run, trace: poutine.Trace, scaled: bool) -> Tensor:
+    """Return log p(x, z) or log q(z|x), (S, N), with all values of the summed sites added up."""
+    sites = {**dict(sample_sites(trace)), **summed_sites(trace)}
+    total = log_density_of(run.layout, sites, run.num_particles)
+    total = total.expand(run.num_particles or 1, run.layout.num_data)
+    # No other scale is accepted for programs with sums.
+    return run.plate_scale * total if scaled else total
 
 
 def _log_prob(site: dict, by_dimension: bool) -> Tensor:

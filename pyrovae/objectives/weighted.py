@@ -58,9 +58,13 @@ class WeightObjective(Objective):
 
     def estimate(self, runs: Sequence[Run]) -> tuple[Tensor, Parts]:
         terms = terms_of(runs, scaled=False)
-        prior, guide = (reduce(add, (term.sum(-1) for term in of.values())) for of in (terms.priors, terms.guides))
+        nothing = torch.zeros_like(terms.likelihood)  # without priors if sites are summed out
+        prior, guide = (
+            reduce(add, (term.sum(-1) for term in of.values()), nothing) for of in (terms.priors, terms.guides)
+        )
         scale = runs[0].plate_scale
         loss = -scale * self.bound(runs, terms, terms.likelihood + prior, guide)
+        scale = scale if terms.has_parts else math.nan
         reconstruction, kl = (scale * term.detach().mean(0).sum() for term in (terms.likelihood, guide - prior))
         return loss, Parts(reconstruction, kl, runs[0].full_size)
 

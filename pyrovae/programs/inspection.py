@@ -114,7 +114,7 @@ def _prior_trace(model: Program, args: tuple, kwargs: dict, model_trace: poutine
 
 def layout_for_training(
     model: Program, guide: Program, args: tuple, kwargs: dict, plate: str | None = None, *, scales: bool
-) -> Layout:
+) -> tuple[Program, Program, Layout]:
     """Find the layout of a pair for training, with fewer checks than for an evaluation.
 
     Args:
@@ -123,30 +123,44 @@ def layout_for_training(
         args: The arguments of both.
         kwargs: The keyword arguments of both.
         plate: Name of the plate that indexes the data; found from the programs by default.
-        scales: Allow any scale, for objectives that are linear in log densities.
+        scales: Allow any scale, for objectives that are linear in log densities; programs with summed sites are not.
 
     Returns:
-        The layout.
+        Model and guide, each as a `SummedOut` if it has sites to sum out, and the layout.
 
     Raises:
-        ValueError: If there are no latent sites, latent sites that only one program has, enumerated sites, observed
-            sites in the guide, a mass in one program and a density in the other, no single datum axis, or, without
-            scales, data whose latents the model couples.
+        ValueError: If there are no latent sites, latent sites that only one program has, sites marked for enumeration
+            that cannot be summed out, observed sites in the guide, a mass in one program and a density in the other, no
+            single datum axis, or, without scales, data whose latents the model couples.
     """
     model_trace, guide_trace = run_pair(model, guide, args, kwargs)
     if all(site["is_observed"] for _, site in sample_sites(model_trace)):
         raise ValueError("the model has no latent sites, so there is nothing for a guide to learn")
     prior_trace = _prior_trace(model, args, kwargs, model_trace)
-    _refuse_enumeration(prior_trace, guide_trace)
+    in_model, in_guide = _marked_sites(prior_trace, guide_trace)
+    layout, sums = None, in_model or in_guide
+    if sums:
+        layout = find_layout(model_trace, guide_trace, plate)
+        refuse_scales(layout, model_trace, guide_trace)
+        model_trace, guide_trace = _without(in_model, model_trace), _without(in_guide, guide_trace)
     _refuse_mismatched_sites(model_trace, guide_trace, prior_trace)
     refuse_mass_against_density(model_trace, guide_trace)
     refuse_turns(model_trace, guide_trace)
     refuse_other_dimensions(model_trace, guide_trace)
-    layout = find_layout(model_trace, guide_trace, plate)
-    if not scales:
+    if layout is None:
+        layout = find_layout(model_trace, guide_trace, plate)
+    depth = layout.max_plate_nesting
+    model = SummedOut(model, in_model, depth) if in_model else model
+    guide = SummedOut(guide, in_guide, depth) if in_guide else guide
+    pair = InspectedPair(model, guide, args, kwargs, layout, model_trace, guide_trace)
+    if sums:
+        refuse_wrong_tables(pair)
+        refuse_influence_of_masked(pair)
+    elif not scales:
         refuse_scales(layout, model_trace, guide_trace)
-        refuse_coupled_data(InspectedPair(model, guide, args, kwargs, layout, model_trace, guide_trace), [prior_trace])
-    return layout
+    if sums or not scales:
+        refuse_coupled_data(pair, [prior_trace])
+    return model, guide, layout
 
 
 def _marked_sites(prior_trace: poutine.Trace, guide_trace: poutine.Trace) -> tuple[frozenset[str], frozenset[str]]:
@@ -173,17 +187,6 @@ def _without(names: frozenset[str], trace: poutine.Trace) -> poutine.Trace:
         if name not in names:
             rest.add_node(name, **site)
     return rest
-
-
-def _refuse_enumeration(prior_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    for program, trace in (("model", prior_trace), ("guide", guide_trace)):
-        for name, site in sample_sites(trace):
-            if site["infer"].get("enumerate"):
-                raise ValueError(
-                    f"site '{name}' of the {program} is marked for enumeration, which pyro.infer.TraceEnum_ELBO sums out "
-                    f"in training, and these objectives do not: take that loss, or sample the site in both programs "
-                    f"without the mark"
-                )
 
 
 def _refuse_mismatched_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace, alone: poutine.Trace) -> None:

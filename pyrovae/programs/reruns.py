@@ -20,10 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrovae.programs.enumeration import SummedOut, summed_dims
 from pyrovae.programs.log_densities import InspectedPair, log_weights_of, site_log_prob, summed_sites, values_of_sum
-from pyrovae.programs.reach import changed_buffers
-from pyrovae.programs.traces import run_pair, sample_sites, trace_program
+from pyrovae.programs.reach import changed_buffers, modules_behind
+from pyrovae.programs.traces import Layout, run_pair, sample_sites, trace_program
 
-__all__ = ["equivalent", "in_float64", "refuse_other_reruns", "refuse_wrong_tables", "same_random_numbers"]
+__all__ = [
+    "equivalent",
+    "in_float64",
+    "refuse_other_reruns",
+    "refuse_other_tables_in_training",
+    "refuse_wrong_tables",
+    "same_random_numbers",
+]
 
 _LOW = {torch.float32, torch.float16, torch.bfloat16}
 _SEED = 20261126
@@ -138,6 +145,32 @@ def refuse_wrong_tables(pair: InspectedPair) -> None:
             draws += [trace_program(program.drawn, *run, _any_values(drawn, tables)) for drawn in draws]
         for drawn in draws:
             _refuse_wrong_tables_of(words, drawn, tables)
+
+
+def refuse_other_tables_in_training(guide: SummedOut, layout: Layout, args: tuple, kwargs: dict) -> None:
+    """Raise ValueError if the guide's density of its draws, from a second run, is not that of the run that drew them.
+
+    Evaluation mode must be off, so that dropout and batch statistics are those of training. Buffers are restored.
+    """
+    buffers = [buffer for module in modules_behind(guide.drawn) for buffer in module.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        for _ in range(_LOOKS):
+            drawn = trace_program(guide.drawn, args, kwargs, layout.pinned)
+            tables = trace_program(guide, args, kwargs, layout.pinned, drawn)
+            _refuse_wrong_tables_of("guide", drawn, tables)
+        if not all(map(torch.equal, buffers, before)):
+            raise ValueError("running the guide changes its buffers")
+    except ValueError as error:
+        raise ValueError(
+            f"site(s) {sorted(guide.names)} of the guide are marked for enumeration, so that each step runs the guide once "
+            f"to draw and once more for its density, and in training mode the two runs differ ({error}): take dropout and "
+            f"BatchNorm out of the guide, or leave the site(s) out of the guide and mark them in the model"
+        ) from error
+    finally:
+        with torch.no_grad():
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(kept)
 
 
 def _refuse_too_many_dimensions(words: str, program: SummedOut, drawn: poutine.Trace) -> None:

@@ -173,7 +173,7 @@ class FirstStep(Messenger):
             raise ValueError(
                 f"site '{drawn[0]}' of the model is marked for enumeration, the guide does not sample it, and "
                 f"{type(loss).__name__} would draw it from the prior, which gives no bound: use "
-                f"loss=TraceEnum_ELBO(max_plate_nesting=...)"
+                f"loss=TraceEnum_ELBO(max_plate_nesting=...), or an objective of pyrovae.objectives, which sum it out"
             )
 
     def _not_trained(self, left_out: list[Tensor]) -> str:

@@ -40,8 +40,9 @@ class FitResult:
             (E_q log p(x|z)) and kl (E_q log q(z|x) - log p(z)) of the training data, validation_bound, validation_elbo,
             validation_reconstruction, validation_kl, learning_rate, skipped_steps, seconds (since the start) and
             data_per_second. Bounds and their parts are in nats per datum, and NaN if unavailable. elbo is
-            reconstruction minus kl for every objective, except for losses that sum latents out (`TraceEnum_ELBO`):
-            these have no parts, and their elbo is the objective. skipped_steps counts the steps of the epoch that were
+            reconstruction minus kl for every objective, except for losses that sum latents out (`TraceEnum_ELBO`, objectives
+            of `pyrovae.objectives` on sites marked for enumeration): these have no parts, and their elbo is the
+            objective, or NaN if another bound is trained. skipped_steps counts the steps of the epoch that were
             not finite (`max_skipped_steps`); their data do not enter the means.
         best_epoch: epoch whose state the model and guide now have: the best on the validation data, or the last epoch
             without validation data.

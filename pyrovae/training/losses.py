@@ -94,7 +94,12 @@ def bound_name(loss: ELBO) -> str:
 
 def elbo_of(loss: ELBO, elbo: float, objective: float) -> float:
     """The ELBO from its parts; from the loss if it sums latents out and so has no parts."""
-    return objective if math.isnan(elbo) and isinstance(loss, TraceEnum_ELBO) else elbo
+    return objective if math.isnan(elbo) and _sums_out(loss) and bound_name(loss) == "ELBO" else elbo
+
+
+def _sums_out(loss: ELBO) -> bool:
+    """Whether the loss sums latents out; an objective knows after its first step."""
+    return loss.sums_out if isinstance(loss, Objective) else isinstance(loss, TraceEnum_ELBO)
 
 
 class ReportingLoss:
@@ -228,7 +233,7 @@ def validate(
     Returns:
         Columns of the history, in nats per datum; NaN without data. validation_bound chooses the best epoch. It is the
         importance-weighted bound, with as many particles, if that is trained (`bound_name`); the loss itself for
-        Pyro's losses that sum latents out; otherwise the ELBO, however the objective weighs its parts. validation_elbo,
+        losses that sum latents out; otherwise the ELBO, however the objective weighs its parts. validation_elbo,
         validation_reconstruction and validation_kl use the same particles; the last two are NaN if latents are summed
         out.
     """
@@ -288,7 +293,7 @@ def _measured(
 
 def _is_measured_by_loss(loss: ELBO) -> bool:
     # Latents that the loss sums out are not in the guide: drawing them would take them from the prior.
-    return bound_name(loss) != "ELBO" or isinstance(loss, TraceEnum_ELBO)
+    return bound_name(loss) != "ELBO" or _sums_out(loss)
 
 
 def _rows(loss: ELBO, batch_size: int) -> int:

@@ -582,12 +582,6 @@ def test_a_masked_class_that_others_depend_on_is_refused():
     refused("masks .*site.* 'y'", model, nothing, torch.randn(5))
 
 
-def test_objectives_refuse_marked_sites():
-    vae, x = MixtureVAE(), torch.randn(5, 4)
-    with pytest.raises(ValueError, match="'y' of the model is marked for enumeration.*TraceEnum_ELBO"):
-        pv.objectives.ImportanceWeighted(3).loss(vae.model, vae.guide, x)
-
-
 def test_nothing_to_anneal():
     chain = Chain(2)
     refused(
