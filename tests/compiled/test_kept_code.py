@@ -112,7 +112,9 @@ OTHER = [
 
 
 @pytest.mark.parametrize(
-    ("change", "options"), SAME + OTHER, ids=lambda value: getattr(value, "__name__", "-".join(value))
+    ("change", "options"),
+    SAME + OTHER,
+    ids=lambda value: value.__name__ if callable(value) else "-".join(value) or "as it is",
 )
 def test_a_second_fit_gives_the_numbers_of_a_fresh_recording(compilations, change, options):
     fit(make())

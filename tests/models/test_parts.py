@@ -71,8 +71,12 @@ def test_pair(prior, guide, likelihood, decoder, encoder, tmp_path):
     assert model.generate(6, mean=True).shape == (6, *shape)
     assert model.decode(torch.zeros(3, 4, 2)).shape == (3, 4, *shape)
 
-    history = pv.fit(model, guide, x, epochs=60, batch_size=5, learning_rate=0.02, progress=False).history
-    assert history[-1]["elbo"] > history[0]["elbo"]
+    # The draws from the prior in a defensive mixture make its bound noisy: it is a guide for evaluation.
+    epochs = 400 if names[1] == "DefensiveMixture" else 60
+    history = pv.fit(model, guide, x, epochs=epochs, batch_size=5, learning_rate=0.02, progress=False).history
+    # Means, because one draw for each of five data says little.
+    first, last = ([row["elbo"] for row in rows] for rows in (history[:20], history[-20:]))
+    assert sum(last) > sum(first)
 
     pv.save(tmp_path / "pair.pt", model, guide, note="kept")
     other_model, other_guide = build(*names)
