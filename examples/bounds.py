@@ -23,8 +23,8 @@ matplotlib.use("Agg")  # write figures to files, without a display
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from support import parts
-from support.script import command, parser_of, positive, read_json, versions, write_json
+from support.run_folder import trained_pair
+from support.script import command, parser_of, positive, versions, write_json
 
 import pyrovae as pv
 
@@ -33,13 +33,7 @@ def main() -> None:
     options = parse_options()
     run = Path(options.run)
     try:
-        if not (run / "metrics.json").exists():
-            raise ValueError(f"{run} holds no metrics.json: --run takes the folder of a finished run of mnist_svi.py")
-        needed = ("dataset", "likelihood", "binarization", "data_seed", "command", "git_revision", "epochs", "seed")
-        trained = read_json(run / "metrics.json", "mnist_svi.py --resume on that folder makes it again", *needed)
-        saved = pv.load(run / "checkpoint.pt")
-        grey = pv.data.load(trained["dataset"], options.data_dir, binarization=None)
-        data = parts.LIKELIHOODS[trained["likelihood"]].prepare(grey, trained["binarization"], trained["data_seed"])
+        trained, saved, data = trained_pair(run, options.data_dir, "git_revision", "epochs", "seed")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     model, guide = saved["model"], saved["guide"]

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pyro
 import torch
-from support import parts
-from support.script import command, parser_of, positive, processor, read_json, versions, write_json
+from support.run_folder import trained_pair
+from support.script import command, parser_of, positive, processor, versions, write_json
 
 import pyrovae as pv
 
@@ -30,11 +30,7 @@ def main() -> None:
     rows = []
     for folder in map(Path, options.run):
         try:
-            needed = ("dataset", "likelihood", "binarization", "data_seed", "prior", "guide", "command")
-            trained = read_json(folder / "metrics.json", "mnist_svi.py --resume on that folder makes it again", *needed)
-            saved = pv.load(folder / "checkpoint.pt")
-            grey = pv.data.load(trained["dataset"], options.data_dir, binarization=None)
-            data = parts.LIKELIHOODS[trained["likelihood"]].prepare(grey, trained["binarization"], trained["data_seed"])
+            trained, saved, data = trained_pair(folder, options.data_dir, "prior")
         except (ValueError, RuntimeError, OSError) as error:
             sys.exit(f"error: {error}")
         images = data.test[: options.num_images]

@@ -153,7 +153,7 @@ WALKS: dict[str, Callable[[nn.Module, nn.Module, Tensor], Any]] = {
     "fit": lambda model, guide, x: pv.fit(model, guide, x, epochs=1, device="cpu", progress=False),
 }
 
-# At most so many functions, and returns to a folder left before.
+# The largest allowed numbers of functions, and of returns to a folder that was left before.
 BOUNDS = {"log_marginal_likelihood": (10, 4), "annealed_importance_sampling": (11, 6)}
 
 if __name__ == "__main__":

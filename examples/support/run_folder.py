@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from support import parts
 from support.report import report
 from support.script import command, read_json, write_json
 
@@ -23,6 +24,28 @@ def claim(options, dataset: str, held) -> Path:
     held.enter_context(locked(out, "wait until it has ended, or give another --out"))
     write_json(out / OPTIONS, training_options(options))
     return out
+
+
+def trained_pair(folder, data_dir, *needed: str):
+    """Return (metrics, what `pv.load` gives, data) of a finished run.
+
+    Args:
+        folder: of the run.
+        data_dir: data folder, or None for the default.
+        needed: names that the metrics must hold.
+
+    Raises:
+        ValueError, RuntimeError, OSError: if the folder holds no finished run, or the data are not there.
+    """
+    folder = Path(folder)
+    if not (folder / METRICS).exists():
+        raise ValueError(f"{folder} holds no {METRICS}: --run takes the folder of a finished run of mnist_svi.py")
+    needed = ("dataset", "likelihood", "binarization", "data_seed", "command", *needed)
+    metrics = read_json(folder / METRICS, "mnist_svi.py --resume on that folder makes it again", *needed)
+    saved = pv.load(folder / "checkpoint.pt")
+    grey = pv.data.load(metrics["dataset"], data_dir, binarization=None)
+    likelihood = parts.LIKELIHOODS[metrics["likelihood"]]
+    return metrics, saved, likelihood.prepare(grey, metrics["binarization"], metrics["data_seed"])
 
 
 def locked(folder: Path, remedy: str):

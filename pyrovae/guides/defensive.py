@@ -39,10 +39,10 @@ class DefensiveMixture(Guide):
     The prior finds a mode that q misses only in a few dimensions. Two more opinions look for it; all then share
     `weight` equally:
 
-        widen   q(z|x) about its mean, so many times as wide: finds what lies beside q. 2 or 3 in a few dimensions, nearer
-                1 in many, where draws of a much wider normal all lie outside the narrow one
-        codes   q(z|x_j) of other data x_j, widened too: finds what lies far from q. Those `num_codes` count whose means
-                have the largest log p(x, z) of all given. Scoring costs as much as one particle for each code
+        widen   q(z|x) stretched about its mean by this factor: finds modes close to q. Take 2 or 3 in a few dimensions,
+                nearer 1 in many, where draws of a much wider normal all lie outside the narrow one
+        codes   q(z|x_j) of other data x_j, widened too: finds modes far from q. The `num_codes` whose means have the
+                largest log p(x, z) are used. Scoring costs as much as one particle for each code given
 
         codes = guide.encode(x_train[:500])
         q = DefensiveMixture(guide, model.prior, 0.3, widen=2, codes=codes, model=model)

@@ -83,10 +83,9 @@ def inspect_pair(
     num_draws = max(1, min(32, 256 // layout.num_data))
     prior_traces = [trace_program(model, args, kwargs, layout.pinned) for _ in range(num_draws)]
     refuse_impossible_data(model_trace, prior_traces)
-    depth = layout.max_plate_nesting
     pair = InspectedPair(
-        SummedOut(model, in_model, depth) if in_model else model,
-        SummedOut(guide, in_guide, depth) if in_guide else guide,
+        _summed_out(model, in_model, layout),
+        _summed_out(guide, in_guide, layout),
         *(args, kwargs, layout, model_trace, guide_trace),
     )
     refuse_wrong_tables(pair)
@@ -149,9 +148,7 @@ def layout_for_training(
     refuse_other_dimensions(model_trace, guide_trace)
     if layout is None:
         layout = find_layout(model_trace, guide_trace, plate)
-    depth = layout.max_plate_nesting
-    model = SummedOut(model, in_model, depth) if in_model else model
-    guide = SummedOut(guide, in_guide, depth) if in_guide else guide
+    model, guide = _summed_out(model, in_model, layout), _summed_out(guide, in_guide, layout)
     pair = InspectedPair(model, guide, args, kwargs, layout, model_trace, guide_trace)
     if sums:
         refuse_wrong_tables(pair)
@@ -178,6 +175,11 @@ def _marked_sites(prior_trace: poutine.Trace, guide_trace: poutine.Trace) -> tup
         for name in sorted(names):
             check_enumerable(sites[name], program)
     return frozenset(in_model), frozenset(in_guide)
+
+
+def _summed_out(program: Program, names: frozenset[str], layout: Layout) -> Program:
+    """The program with some sites summed out, or itself if there are none."""
+    return SummedOut(program, names, layout.max_plate_nesting) if names else program
 
 
 def _without(names: frozenset[str], trace: poutine.Trace) -> poutine.Trace:

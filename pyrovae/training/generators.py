@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,7 +11,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Subset
 
-__all__ = ["Generator", "generators_of", "samplers_of", "set_state", "start_at", "state_of"]
+__all__ = [
+    "Generator",
+    "generators_of",
+    "restored_after",
+    "samplers_of",
+    "set_state",
+    "start_at",
+    "state_of",
+    "with_arrays",
+    "with_tensors",
+]
 
 Generator: TypeAlias = "torch.Generator | np.random.Generator | np.random.RandomState | random.Random"
 
@@ -47,7 +58,7 @@ def state_of(generator: Generator) -> Any:
     state: Any = (
         generator.get_state() if isinstance(generator, np.random.RandomState) else generator.bit_generator.state
     )
-    return tree_map(lambda leaf: torch.as_tensor(leaf.astype("int64")) if isinstance(leaf, np.ndarray) else leaf, state)
+    return with_tensors(state)
 
 
 def set_state(generator: Generator, state: Any) -> None:
@@ -57,11 +68,32 @@ def set_state(generator: Generator, state: Any) -> None:
     elif isinstance(generator, random.Random):
         generator.setstate(state)
     else:
-        state = tree_map(lambda leaf: leaf.numpy().astype("uint64") if isinstance(leaf, Tensor) else leaf, state)
+        state = with_arrays(state)
         if isinstance(generator, np.random.RandomState):
             generator.set_state(state)
         else:
             generator.bit_generator.state = state
+
+
+def with_tensors(state: Any) -> Any:
+    """A state of NumPy's with tensors in place of arrays, as a checkpoint holds it."""
+    return tree_map(lambda leaf: torch.as_tensor(leaf.astype("int64")) if isinstance(leaf, np.ndarray) else leaf, state)
+
+
+def with_arrays(state: Any) -> Any:
+    """What `with_tensors` was given."""
+    return tree_map(lambda leaf: leaf.numpy().astype("uint64") if isinstance(leaf, Tensor) else leaf, state)
+
+
+@contextmanager
+def restored_after(data: DataLoader | Dataset) -> Iterator[list[Generator]]:
+    """Yield the generators of data, and restore their states afterwards."""
+    before = [(generator, state_of(generator)) for generator in generators_of(data)]
+    try:
+        yield [generator for generator, _ in before]
+    finally:
+        for generator, state in before:
+            set_state(generator, state)
 
 
 def start_at(generator: Generator, seed: int) -> None:

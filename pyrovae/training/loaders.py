@@ -10,7 +10,7 @@ import torch
 from pyro.util import get_rng_state, set_rng_state
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from pyrovae.training.generators import generators_of, samplers_of, set_state, start_at, state_of
+from pyrovae.training.generators import restored_after, samplers_of, start_at
 
 __all__ = ["draws_one_order", "in_one_order", "length_of", "num_drawn", "set_epoch"]
 
@@ -42,8 +42,7 @@ def draws_one_order(loader: DataLoader) -> bool:
     """Whether the sampler yields the same batches every time; generators are left as they were."""
     if loader.batch_sampler is None:
         return False
-    states = [(generator, state_of(generator)) for generator in generators_of(loader)]
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng([]), restored_after(loader):
         set_epoch(loader, 1)
         first = list(loader.batch_sampler)
         tries = 1 if sum(map(len, first)) > _FEW else 40  # few data may repeat an order by chance
@@ -51,8 +50,6 @@ def draws_one_order(loader: DataLoader) -> bool:
         for number in range(1, tries + 1):
             set_epoch(loader, number + 1)
             is_one &= list(loader.batch_sampler) == first
-    for generator, state in states:
-        set_state(generator, state)
     return is_one
 
 
@@ -69,15 +66,14 @@ def num_drawn(loader: DataLoader) -> int:
 
 def in_one_order(loader: DataLoader) -> Iterator[Any]:
     """The items of a loader, in the same order whenever it is begun; it takes no numbers from the measurement's noise."""
-    own = [(generator, state_of(generator)) for generator in generators_of(loader)]
-    for generator, _ in own:
-        start_at(generator, _SEED)
     state = {
         "torch": torch.Generator().manual_seed(_SEED).get_state(),
         "random": random.Random(_SEED).getstate(),
         "numpy": np.random.RandomState(_SEED).get_state(),
     }
-    try:
+    with restored_after(loader) as own:
+        for generator in own:
+            start_at(generator, _SEED)
         with _apart(state):
             items = iter(loader)
         while True:
@@ -87,9 +83,6 @@ def in_one_order(loader: DataLoader) -> Iterator[Any]:
                 except StopIteration:
                     return
             yield item
-    finally:
-        for generator, before in own:
-            set_state(generator, before)
 
 
 @contextmanager

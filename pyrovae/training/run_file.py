@@ -21,7 +21,7 @@ from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 from pyrovae.training.attributes import constants_of
 from pyrovae.training.checkpoint_file import earlier, locked, path_of, read, target_of, write
-from pyrovae.training.generators import generators_of, set_state, state_of
+from pyrovae.training.generators import restored_after
 from pyrovae.training.preparation import Options, Run
 from pyrovae.training.saved_pair import describe_module, described_in, difference, pair_content, versions
 from pyrovae.training.state import TrainingState
@@ -236,17 +236,16 @@ def _of_loader(loader: DataLoader) -> dict[str, str | None]:
 
 def _items(dataset: Any) -> list:
     """The first, middle and last item of a data set; none if a second read gives others."""
-    kept, own = get_rng_state(), [(generator, state_of(generator)) for generator in generators_of(dataset)]
-    try:
-        places = sorted({0, len(dataset) // 2, len(dataset) - 1})
-        once, again = ([dataset[place] for place in places] for _ in range(2))
-        return once if _checksum_of(once) == _checksum_of(again) else []
-    except Exception:  # its items may have other keys
-        return []
-    finally:
-        set_rng_state(kept)
-        for generator, state in own:
-            set_state(generator, state)
+    kept = get_rng_state()
+    with restored_after(dataset):
+        try:
+            places = sorted({0, len(dataset) // 2, len(dataset) - 1})
+            once, again = ([dataset[place] for place in places] for _ in range(2))
+            return once if _checksum_of(once) == _checksum_of(again) else []
+        except Exception:  # its items may have other keys
+            return []
+        finally:
+            set_rng_state(kept)
 
 
 def _checksum_of(thing: Any) -> str | None:

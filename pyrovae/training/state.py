@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyrovae.common import distributed
 from pyrovae.common.arguments import map_tensors
-from pyrovae.training.generators import Generator, set_state, state_of
+from pyrovae.training.generators import Generator, set_state, state_of, with_arrays, with_tensors
 from pyrovae.training.losses import bound_name
 from pyrovae.training.optimization import OneOptimizer
 
@@ -220,20 +220,19 @@ def _of_store(names: Iterable[str]) -> dict[str, Tensor]:
 
 def random_state(device: torch.device, generators: Sequence[Generator] = ()) -> dict[str, Any]:
     state = pyro.util.get_rng_state()
-    algorithm, keys, *rest = state["numpy"]
     return {
         "torch": state["torch"],
         "python": state["random"],
-        "numpy": (algorithm, torch.as_tensor(keys.astype("int64")), *rest),
+        "numpy": with_tensors(state["numpy"]),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "loader": [state_of(generator) for generator in generators],
     }
 
 
 def set_random_state(state: dict[str, Any], device: torch.device, generators: Sequence[Generator] = ()) -> None:
-    algorithm, keys, *rest = state["numpy"]
-    numpy_state = (algorithm, keys.numpy().astype("uint32"), *rest)
-    pyro.util.set_rng_state({"torch": state["torch"], "random": state["python"], "numpy": numpy_state})
+    pyro.util.set_rng_state(
+        {"torch": state["torch"], "random": state["python"], "numpy": with_arrays(tuple(state["numpy"]))}
+    )
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
     # Files of earlier versions lack these.
