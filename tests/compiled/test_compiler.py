@@ -21,6 +21,21 @@ def test_a_recording_has_the_values_and_gradients_of_the_program():
         assert torch.allclose(found, exact, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [F.softplus, F.logsigmoid, lambda u: u.exp().log1p()])
+def test_differences_in_which_logarithms_round_otherwise_are_recorded(function):
+    """What is left of two logarithms of nearly the same number is mostly rounding: no sign of a constant."""
+    layer, x = nn.Linear(5, 7), torch.randn(300, 5)
+
+    def difference(x):
+        u = layer(x)
+        return ((function(u) - function(u + 1e-3)).sum(),)
+
+    recorded = record(difference, [layer], (x,), gradients=True)
+    assert recorded is not None
+    assert recorded(x)[0][0].item() == pytest.approx(difference(x)[0].item(), abs=300 * 7 * 1e-6)
+
+
 def test_products_are_float32_unless_medium_is_asked_for():
     """On every processor: numbers with 13 bits keep them, and sums are as exact as MKL's."""
     numbers = torch.full((256, 256), 1 + 2.0**-12, dtype=torch.float32)
