@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from density_models import hierarchy, images, mlp, two_layers
-from published_recipe import SETTINGS, published, published_vamp
+from published_recipe import SETTINGS, NormalisedAdam, published, published_vamp
 from torch import nn
 
 import pyrovae as pv
@@ -42,6 +42,7 @@ class Row:
         optimizer: class to use instead of Adam, at a constant learning rate, so that epochs may be added later.
         patience: epochs without a better validation bound after which training stops.
         draw: published draw of the validation and test images, instead of `--data-seed`.
+        average: decay of the moving average of the weights that is evaluated.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Row:
     optimizer: type[torch.optim.Optimizer] | None = None
     patience: int | None = None
     draw: str | None = None
+    average: float | None = None
 
 
 # Burda's networks, as published: 784 - 200 - 200 - 50, tanh. We train for far fewer than the paper's 3280 epochs, so with
@@ -84,6 +86,9 @@ OnwardRow = partial(Row, objective="iwae", particles=10, epochs=25, learning_rat
 GpuRow = partial(Row, device="cuda", epochs=400, batch_size=200, learning_rate=1e-3, clip_norm=100.0, kl_warmup=20)
 
 Variant = partial(Row, variant_of="short-mlp300", epochs=60)
+
+# From the VampPrior paper's recipe to ours, one change at a time, on the paper's test images.
+Paper60 = partial(Row, epochs=60, learning_rate=5e-4, optimizer=NormalisedAdam, draw="seed-777", variant_of="paper60")
 
 TOMCZAK, BAUER = "Tomczak & Welling 2018", "Bauer & Mnih 2019"
 PublishedRow = partial(Row, source=TOMCZAK, **SETTINGS)
@@ -256,6 +261,31 @@ ROWS = {
             learning_rate=1e-3,
         ),
         Variant("short-mlp300-rate", "rate 1e-3", silu300, learning_rate=1e-3),
+        Paper60("paper60", "paper's recipe, without its KL warm-up", published),
+        Paper60("paper60-warmup", "the KL's weight grows over 20 epochs", published, kl_warmup=20),
+        Paper60("paper60-adam", "Adam on gradients as they are", published, optimizer=torch.optim.Adam),
+        Paper60("paper60-decay", "Adam, the rate decays as a cosine", published, optimizer=None),
+        Paper60("paper60-rate", "Adam, cosine from 2e-3", published, optimizer=None, learning_rate=2e-3),
+        Paper60("paper60-batch", "batches of 200", published, batch_size=200),
+        Paper60("paper60-init", "torch's initial weights", partial(published, he=False)),
+        Paper60("paper60-norm", "LayerNorm", partial(published, layer_norm=True)),
+        Paper60("paper60-silu", "SiLU instead of gates", partial(published, gated=False)),
+        Paper60("paper60-average", "moving average of the weights, decay 0.999", published, average=0.999),
+        Paper60(
+            "paper60-ours",
+            "ours: LayerNorm, torch's initial weights, Adam, cosine from 2e-3",
+            mlp300,
+            optimizer=None,
+            learning_rate=2e-3,
+        ),
+        Paper60(
+            "paper60-ours-average",
+            "ours, and a moving average of the weights, decay 0.999",
+            mlp300,
+            optimizer=None,
+            learning_rate=2e-3,
+            average=0.999,
+        ),
         BurdaRow(
             "burda1-vae-rate",
             "1 layer (Burda), rate 1e-3, half the epochs",

@@ -142,7 +142,7 @@ def training_of(row: Row, options: argparse.Namespace) -> dict:
     settings = {name: value for name, value in vars(row).items() if name in TRAINING}
     settings["epochs"] = options.epochs or row.epochs
     # Only what is given, because earlier runs were stored without these names.
-    more = {"after": row.after, "patience": row.patience, "draw": row.draw}
+    more = {"after": row.after, "patience": row.patience, "draw": row.draw, "average": row.average}
     if row.optimizer is not None:
         more |= {"optimizer": row.optimizer.__name__, "schedule": "constant"}
     return settings | {name: value for name, value in more.items() if value is not None}
@@ -188,8 +188,6 @@ def train(row, options, folder, data, device, clock):
     how = {"learning_rate": settings["learning_rate"]}
     if row.optimizer is not None:
         how = {"optimizer": partial(row.optimizer, lr=settings["learning_rate"], fused=True), "schedule": None}
-        # "auto" never records parts defined outside the library, such as these.
-        how["compile"] = True if settings["epochs"] >= 50 else "auto"
     with clock("training"):
         result = pv.fit(
             model,
@@ -201,6 +199,9 @@ def train(row, options, folder, data, device, clock):
             **{name: settings[name] for name in ("epochs", "batch_size", "clip_norm")},
             **how,
             patience=row.patience,
+            average=row.average,
+            # "auto" never records parts defined outside the library, such as those of the published recipe.
+            compile=True if settings["epochs"] >= 50 else "auto",
             checkpoint=checkpoint,
             checkpoint_every=30.0,
             resume=True,

@@ -10,6 +10,7 @@ References:
 """
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pyro.distributions as dist
@@ -60,9 +61,9 @@ class GatedLayer(nn.Module):
 class PublishedGuide(pv.guides.Guide):
     """Mean-field normal guide whose log-variance is clamped to [-6, 2]."""
 
-    def __init__(self, num_pixels, latent_dim=LATENT_DIM):
+    def __init__(self, num_pixels, latent_dim=LATENT_DIM, *, hidden_layers):
         super().__init__(latent_dim)
-        self.encoder_net = nn.Sequential(nn.Flatten(), *gated(num_pixels))
+        self.encoder_net = nn.Sequential(nn.Flatten(), *hidden_layers(num_pixels))
         self.mean = linear(HIDDEN[-1], latent_dim)
         self.log_variance = linear(HIDDEN[-1], latent_dim)
 
@@ -105,9 +106,9 @@ class ClampedVampPrior(pv.priors.VampPrior):
         return self.unconstrained.clamp(0, 1)
 
 
-def published(data):
-    """Model and guide with a standard normal prior."""
-    return pair_of(data, lambda guide: pv.priors.StandardNormal(LATENT_DIM))
+def published(data, **change):
+    """Model and guide with a standard normal prior; `change` is passed to `hidden_layers`."""
+    return pair_of(data, lambda guide: pv.priors.StandardNormal(LATENT_DIM), **change)
 
 
 def published_vamp(data):
@@ -115,15 +116,31 @@ def published_vamp(data):
     return pair_of(data, lambda guide: ClampedVampPrior(guide, data.data_shape))
 
 
-def pair_of(data, prior_of):
+def pair_of(data, prior_of, **change):
     pixels = data.data_shape.numel()
-    guide = PublishedGuide(pixels)
-    decoder = nn.Sequential(*gated(LATENT_DIM), linear(HIDDEN[-1], pixels))
+    guide = PublishedGuide(pixels, hidden_layers=partial(hidden_layers, **change))
+    decoder = nn.Sequential(*hidden_layers(LATENT_DIM, **change), linear(HIDDEN[-1], pixels))
     return pv.GenerativeModel(prior_of(guide), ClampedBernoulli(decoder, data.data_shape)), guide
 
 
-def gated(in_features):
-    return [GatedLayer(*widths) for widths in pairwise([in_features, *HIDDEN])]
+def hidden_layers(in_features, *, gated=True, he=True, layer_norm=False):
+    """Two hidden layers of 300: as published, or with one change.
+
+    Args:
+        in_features: size of the input.
+        gated: if False, SiLU(W x + b) instead of (W x + b) * sigmoid(V x + c).
+        he: if False, torch's own initial weights.
+        layer_norm: normalise what each layer gives.
+    """
+    layers = []
+    for widths in pairwise([in_features, *HIDDEN]):
+        layers += [GatedLayer(*widths)] if gated else [linear(*widths), nn.SiLU()]
+        layers += [nn.LayerNorm(widths[1])] if layer_norm else []
+    if not he:
+        for layer in nn.ModuleList(layers).modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+    return layers
 
 
 def linear(in_features, out_features):
