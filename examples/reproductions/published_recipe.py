@@ -58,6 +58,34 @@ class GatedLayer(nn.Module):
         return self.value(x) * self.gate(x).sigmoid()
 
 
+class Joined(nn.Module):
+    """A layer for each of two inputs that lie side by side, and a gated one over what both give."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+        self.joint = GatedLayer(2 * HIDDEN[0], HIDDEN[-1])
+
+    def forward(self, x):
+        first, second = x[..., :LATENT_DIM], x[..., LATENT_DIM:]
+        return self.joint(torch.cat([self.first(first), self.second(second)], -1))
+
+
+class ClampedNormal(nn.Module):
+    """Normal given other tensors, whose log-variance is clamped to [-6, 2]."""
+
+    def __init__(self, net, latent_dim=LATENT_DIM):
+        super().__init__()
+        self.net, self.latent_dim = net, latent_dim
+        self.mean = linear(HIDDEN[-1], latent_dim)
+        self.log_variance = linear(HIDDEN[-1], latent_dim)
+
+    def forward(self, *given):
+        batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in given))
+        features = self.net(torch.cat([part.expand(*batch_shape, -1) for part in given], -1))
+        return dist.Normal(self.mean(features), (self.log_variance(features).clamp(-6, 2) / 2).exp()).to_event(1)
+
+
 class PublishedGuide(pv.guides.Guide):
     """Mean-field normal guide whose log-variance is clamped to [-6, 2]."""
 
@@ -114,6 +142,20 @@ def published(data, **change):
 def published_vamp(data):
     """Model and guide with a VampPrior."""
     return pair_of(data, lambda guide: ClampedVampPrior(guide, data.data_shape))
+
+
+def published_hierarchy(data, *, vamp=False):
+    """Two levels: p(z2) p(z1|z2) p(x|z1, z2) and q(z2|x) q(z1|x, z2), with layers of their own for each input."""
+    pixels = data.data_shape.numel()
+    top = PublishedGuide(pixels, hidden_layers=hidden_layers)
+    encoder = nn.Sequential(nn.Flatten(), GatedLayer(pixels, HIDDEN[0]))
+    of_latent = partial(GatedLayer, LATENT_DIM, HIDDEN[0])
+    below = ClampedNormal(Joined(of_latent(), nn.Identity()))  # of z2 and of what the encoder gives
+    guide = pv.TopDownGuide(top, [below], encoder, num_features=HIDDEN[0])
+    prior = ClampedVampPrior(top, data.data_shape) if vamp else pv.priors.StandardNormal(LATENT_DIM)
+    decoder = nn.Sequential(Joined(of_latent(), of_latent()), linear(HIDDEN[-1], pixels))
+    layers = [ClampedNormal(nn.Sequential(*hidden_layers(LATENT_DIM)))]
+    return pv.HierarchicalModel(prior, layers, ClampedBernoulli(decoder, data.data_shape), skip=True), guide
 
 
 def pair_of(data, prior_of, **change):

@@ -87,14 +87,24 @@ def test_a_closure_is_run_with_gradients(recipe):
     assert parameter.item() == pytest.approx(1.9)
 
 
-@pytest.mark.parametrize("pair", ["published", "published_vamp"])
-def test_initial_weights_and_split_into_tensors(recipe, data, pair):
+ONE_LEVEL = [*2 * [(64, 300), (300, 300), (40, 300), (300, 300)], (300, 40), (300, 40), (300, 64)]
+TWO_LEVELS = [
+    *2 * [(64, 300), (300, 300), (64, 300), (40, 300), (600, 300)],  # q(z2|x) and q(z1|x, z2)
+    *2 * [(40, 300), (300, 300), (40, 300), (40, 300), (600, 300)],  # p(z1|z2) and p(x|z1, z2)
+    *6 * [(300, 40)],
+    (300, 64),
+]
+
+
+@pytest.mark.parametrize(
+    ("pair", "expected"), [("published", ONE_LEVEL), ("published_vamp", ONE_LEVEL), ("published_hierarchy", TWO_LEVELS)]
+)
+def test_initial_weights_and_split_into_tensors(recipe, data, pair, expected):
     model, guide = getattr(recipe, pair)(data)
     layers = [part for part in itertools.chain(model.modules(), guide.modules()) if isinstance(part, nn.Linear)]
     layers = list(dict.fromkeys(layers))
     widths = sorted((layer.in_features, layer.out_features) for layer in layers)
-    gates = [(64, 300), (300, 300), (40, 300), (300, 300)]
-    assert widths == sorted([*gates, *gates, (300, 40), (300, 40), (300, 64)])
+    assert widths == sorted(expected)
     for layer in layers:
         squares = layer.weight.detach().square() * layer.in_features / 2
         within(squares.mean().item(), 1.0, (2 / squares.numel()) ** 0.5)
@@ -110,6 +120,27 @@ def test_log_variance_is_clamped(recipe, data):
     scale = guide.posterior(data.test[:3]).base_dist.scale
     assert scale[:, 0].tolist() == pytest.approx([math.exp(1)] * 3)
     assert scale[:, 1].tolist() == pytest.approx([math.exp(-3)] * 3)
+
+
+def test_two_levels_see_what_the_paper_says(recipe, data):
+    """z2 from x; z1 from x and z2 by layers of their own, joined; all log-variances clamped; the top may be a VampPrior."""
+    model, guide = recipe.published_hierarchy(data, vamp=True)
+    below, x, z2 = guide.layers[0], data.test[:3], torch.randn(3, 40)
+    joined = torch.cat([below.net.first(z2), guide.encoder_net(x)], -1)
+    features = below.net.joint(joined)
+    with torch.no_grad():
+        below.log_variance.bias[:2] = torch.tensor([100.0, -100.0])
+    found = below(z2, guide.encoder_net(x))
+    torch.testing.assert_close(found.mean, below.mean(features))
+    assert found.base_dist.scale[0, :2].tolist() == pytest.approx([math.exp(1), math.exp(-3)])
+    joint = guide.posterior(x)
+    z = torch.cat([torch.randn(3, 40), z2], -1)  # z1 first
+    expected = guide.top.posterior(x).log_prob(z2) + found.log_prob(z[:, :40])
+    torch.testing.assert_close(joint.log_prob(z), expected)
+    decoder = model.likelihood.decoder_net[0]
+    both = torch.cat([decoder.first(z[:, :40]), decoder.second(z2)], -1)
+    torch.testing.assert_close(decoder(z), decoder.joint(both))
+    assert model.prior.pseudo_inputs.shape == (500, 1, 8, 8)
 
 
 def test_layer_is_gated(recipe):
