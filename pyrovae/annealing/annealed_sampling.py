@@ -104,7 +104,7 @@ def anneal_parts(
                 for block in tuned_blocks(pair, options, guide is None, passes=1):
                     found = run(block)
                     result = LogMarginalLikelihood.from_annealed(
-                        found.log_weights, found.acceptance, resampled=resampled
+                        block.own(found.log_weights), block.own(found.acceptance), resampled=resampled
                     )
                     yield result, part.before + block.stop, part.num_data or pair.num_data
 

@@ -186,7 +186,7 @@ def _sandwiched(
             estimators.importance_weighted_bound_stderr(-back.log_weights),
             (forward.acceptance + back.acceptance).double() / 2,
         )
-        yield sandwich, block.stop, pair.num_data
+        yield _Sandwich._make(map(block.own, sandwich)), block.stop, pair.num_data
 
 
 def _exact_draws(pair: Pair, trace: poutine.Trace, guide: Program | None, num_chains: int) -> Tensor:

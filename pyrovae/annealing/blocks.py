@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
+from torch import Tensor
 
 from pyrovae.annealing.chains import Kernels, num_pilot_kernels, tune
 from pyrovae.annealing.potential import Potential, block_potential, prior_of
@@ -51,13 +52,21 @@ def with_prior(model: Program, guide: Program | None = None) -> Prepare:
 
 
 class TunedBlock(NamedTuple):
-    """A range of data with what its chains need; call `tick` after each kernel."""
+    """A range of data with what its chains need; call `tick` after each kernel.
+
+    The first `num_repeated` data belong to the block before, too: leave out their results by `own`.
+    """
 
     start: int
     stop: int
+    num_repeated: int
     potential: Potential
     kernels: Kernels
     tick: Callable[[], object]
+
+    def own(self, results: Tensor) -> Tensor:
+        """The results (..., data) of the data that belong to this block alone."""
+        return results[..., self.num_repeated :]
 
 
 def tuned_blocks(pair: Pair, options: AnnealingOptions, from_prior: bool, passes: int) -> Iterator[TunedBlock]:
@@ -95,7 +104,7 @@ def tuned_blocks(pair: Pair, options: AnnealingOptions, from_prior: bool, passes
     def potential_of(start: int, stop: int, num_chains: int) -> Potential:
         potential = block_potential(pair, start, stop, num_chains, from_prior=from_prior, vectorised=not reason)
         sizes = (stop - start, num_chains)
-        if not record or reason or stop - start != size:  # a last block of another size is not worth a compilation
+        if not record or reason or stop - start != size:
             return potential
         if sizes not in recorded:
             recorded[sizes] = potential.record(modules, inductor=inductor).recorded
@@ -104,10 +113,12 @@ def tuned_blocks(pair: Pair, options: AnnealingOptions, from_prior: bool, passes
     total = len(blocks) * (num_pilot_kernels(num_temperatures) + passes * num_temperatures)
     with progress_bar("annealing", total, "kernels", options.progress) as bar:
         for start, stop in blocks:
-            potential = potential_of(start, stop, num_chains)
+            # A shorter last block runs with data of the block before it, so that it has the recorded size.
+            first = min(start, stop - size) if record and not reason else start
+            potential = potential_of(first, stop, num_chains)
             pilot = potential
             if num_chains < _FEWEST_PILOT_CHAINS:
-                pilot = potential_of(start, stop, _FEWEST_PILOT_CHAINS)
+                pilot = potential_of(first, stop, _FEWEST_PILOT_CHAINS)
             # Tune with separate random numbers, so that the kernels are independent of the chains whose weights count.
             seed = int(torch.randint(2**62, ()))
             with torch.random.fork_rng([potential.device] if potential.device.type == "cuda" else []):
@@ -119,4 +130,4 @@ def tuned_blocks(pair: Pair, options: AnnealingOptions, from_prior: bool, passes
                     adaptive=options.schedule == "adaptive",
                     tick=bar.update,
                 )
-            yield TunedBlock(start, stop, potential, kernels, bar.update)
+            yield TunedBlock(first, stop, start - first, potential, kernels, bar.update)

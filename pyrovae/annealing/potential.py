@@ -24,6 +24,7 @@ from pyrovae.annealing.coordinates import (
     unconstrained,
 )
 from pyrovae.common.arguments import checks_values, map_tensors
+from pyrovae.compiled.compiler import float32_products
 from pyrovae.compiled.record import Recording, record
 from pyrovae.programs.enumeration import SummedOut, holds_sums
 from pyrovae.programs.log_densities import log_density_of, log_weights_of, site_log_prob, summed_sites
@@ -98,7 +99,8 @@ class Potential:
             if not checks_values() or (torch.maximum(energy.log_start, energy.log_weight) < torch.inf).all():
                 return energy
         # If a recorded density is NaN or +inf, evaluate it eagerly: the error then names the site.
-        return self._energy(u, beta, self.block)
+        with float32_products():
+            return self._energy(u, beta, self.block)
 
     def record(self, modules: list[nn.Module], *, inductor: bool) -> "Potential":
         """Return this potential with `energy` recorded (and compiled) if possible; it serves blocks of the same size."""

@@ -243,4 +243,4 @@ def _curves_of(block: TunedBlock) -> _Curves:
 
     annealed = anneal(block.potential, block.kernels, block.tick, look)
     rows = (torch.stack(values) for values in zip(*points, strict=True))
-    return _Curves._make((beta, *rows, annealed.acceptance.double()))
+    return _Curves._make((beta, *map(block.own, (*rows, annealed.acceptance.double()))))
