@@ -42,7 +42,7 @@ def replayed(code: _Code, graph: torch.fx.GraphModule, tensors: Sequence[Tensor]
     devices = {tensor.device for tensor in (*tensors, *_kept(graph))}
     # Before torch 2.14, a capture that fails can leave torch's allocator and generators as if it still went on. On ROCm,
     # a capture may ignore what it cannot capture.
-    can_fail_safely = torch.__version__ >= (2, 14) and torch.version.hip is None
+    can_fail_safely = torch.__version__ >= "2.14" and torch.version.hip is None
     if can_fail_safely and len(devices) == 1 and all(tensor.layout == torch.strided for tensor in tensors):
         device = devices.pop()
         if device.type == "cuda":
