@@ -20,7 +20,9 @@ from pyrovae.compiled import record as record_module
 from pyrovae.compiled.cuda_graph import CudaGraph, replayed
 from pyrovae.compiled.record import record
 
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.__version__ < "2.14", reason="needs a GPU and torch 2.14 or later"
+)
 
 
 class StandIn:
@@ -622,7 +624,7 @@ def steps_on_gpu(inductor=False, **options):
 def test_steps_on_a_gpu(real_graphs, caplog, inductor, medium):
     for expected, found in zip(*steps_on_gpu(inductor, medium=medium), strict=True):
         assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
-    assert not caplog.records
+    assert "CUDA graph" not in caplog.text
     assert [graph.num_captures for graph in real_graphs] == [2]
 
 
