@@ -10,7 +10,7 @@ neither parameters, buffers nor arguments (the same tensor, whose values may cha
 if the shape, dtype or device of an argument, parameter or buffer changes, or the train/eval mode of a module. Each call
 draws new noise from torch's generator in the order of the eager program, so both give the same numbers up to rounding;
 `self_check.py` compares them. Checks of values are left out: run a program eagerly before you record it. Compiled code
-is used again for the same graph: `kept_code.py`.
+is used again for the same graph: `kept_code.py`. On a GPU its calls are replayed as a CUDA graph: `cuda_graph.py`.
 
 What is recorded: a step (`training/acceleration.py`), a chunk of draws (`evaluation/recorded_draw.py`), a gradient of
 annealing (`annealing/potential.py`) and of refinement (`guides/refinement.py`). When: `policy.py`.
@@ -39,16 +39,16 @@ from pyrovae.compiled.compiler import (
     import_compiler,
     remove_damaged_library,
 )
+from pyrovae.compiled.cuda_graph import replayed
 from pyrovae.compiled.hidden_state import ReadsByPython, check_gradient_hooks, check_graph
 from pyrovae.compiled.kept_code import compiled_once, keep
-from pyrovae.compiled.self_check import Inputs, SelfCheck
+from pyrovae.compiled.self_check import Inputs, Results, SelfCheck
 from pyrovae.compiled.signature import Last, Snapshot, kinds
 
 __all__ = ["Recording", "Results", "record"]
 
 _logger = logging.getLogger("pyrovae")
 
-Results = tuple[list[Tensor], list[Tensor | None]]  # outputs, gradients
 Finish = Callable[[list[Tensor], list[Tensor | None]], Results]
 
 
@@ -191,10 +191,12 @@ class Recording:
                 check.check_compiled(graph, compiled, elsewhere)  # compiles now, so that a failure shows here
                 keep(key, compiled)
         self.num_recordings += 1
+        # Without `self`, so that the memory of a CUDA graph is freed as soon as the recording goes.
+        code, medium = replayed(compiled, graph, (*tensors, *state.values())), self.medium
 
         def run(tensors: Sequence[Tensor], values: list[Tensor]) -> Results:
-            with torch.no_grad(), float32_products(self.medium):
-                return compiled(list(tensors), values)
+            with torch.no_grad(), float32_products(medium):
+                return code(list(tensors), values)
 
         return run
 

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from pyrovae.compiled.hidden_state import HiddenState
 from pyrovae.compiled.signature import Snapshot
 
-__all__ = ["Inputs", "SelfCheck", "turned"]
+__all__ = ["Inputs", "Results", "Run", "SelfCheck", "difference", "turned"]
+
+Results = tuple[list[Tensor], list[Tensor | None]]  # outputs, gradients
 
 _CPU_ROUNDING, _GPU_ROUNDING = 16.0, 1024.0  # in units of eps times the largest number
 
@@ -36,7 +38,7 @@ class Inputs(NamedTuple):
     noise: int
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """The results of a run: outputs, gradients, and the parameters and buffers after it."""
 
     outputs: list[Tensor]
@@ -44,11 +46,17 @@ class _Run(NamedTuple):
     state: list[Tensor]
 
 
-def _pairs(found: _Run, expected: _Run) -> Iterator[tuple[str, int, Tensor | None, Tensor | None]]:
+def _pairs(found: Run, expected: Run) -> Iterator[tuple[str, int, Tensor | None, Tensor | None]]:
     """(part, position in it, found, expected) of all outputs, gradients, parameters and buffers."""
-    for part in _Run._fields:
+    for part in Run._fields:
         for position, pair in enumerate(zip(getattr(found, part), getattr(expected, part), strict=True)):
             yield part, position, *pair
+
+
+def difference(found: Run, expected: Run) -> tuple[str, int] | None:
+    """The first (part, position) at which two runs differ by more than rounding; None if there is none."""
+    pairs = _pairs(found, expected)
+    return next(((part, position) for part, position, left, right in pairs if _differ(left, right)), None)
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,13 @@ class SelfCheck:
         devices: The GPUs on which the program may draw random numbers.
     """
 
-    program: Callable[..., tuple[list[Tensor], list[Tensor | None]]]
+    program: Callable[..., Results]
     modules: nn.ModuleList
     names: list[str]
     before: Snapshot
     devices: list[torch.device]
 
-    def check_program(self, function: Callable, given: Inputs) -> _Run:
+    def check_program(self, function: Callable, given: Inputs) -> Run:
         """Return the program's results for what the modules hold now.
 
         Raises:
@@ -84,7 +92,7 @@ class SelfCheck:
                     f"every run changes the attribute '{name}' of a module, and a recording cannot do that: keep it in "
                     f"a buffer (register_buffer) and change the buffer in place"
                 )
-        if any(_differ(left, right) for _, _, left, right in _pairs(again, expected)):
+        if difference(again, expected) is not None:
             raise ValueError(
                 "run twice with the same data, parameters and torch seed, the program gives different numbers: it "
                 "draws from another generator than torch's, or changes something that it reads later (a counter, an "
@@ -98,7 +106,7 @@ class SelfCheck:
             )
         return expected
 
-    def check_recording(self, graph: Callable, given: Inputs, expected: _Run) -> Inputs:
+    def check_recording(self, graph: Callable, given: Inputs, expected: Run) -> Inputs:
         """Raise ValueError if the recording gives other outputs, gradients or buffers than the program.
 
         Compared on the data given and on two variants: all rows equal, and all values changed and reordered. Both are
@@ -150,20 +158,20 @@ class SelfCheck:
                     f"compiled, the recording gives other numbers than the program ({self._name(part, position)})"
                 )
 
-    def _check_same(self, found: _Run, expected: _Run) -> None:
-        for part, position, left, right in _pairs(found, expected):
-            if not _differ(left, right):
-                continue
-            name = self._name(part, position)
-            if part == "state":
-                raise ValueError(
-                    f"the program changes {name}, and the recording does not: change it in place "
-                    f"(self.{self.names[position].rpartition('.')[2]}.copy_(...)) instead of assigning another tensor to it"
-                )
+    def _check_same(self, found: Run, expected: Run) -> None:
+        if (place := difference(found, expected)) is None:
+            return
+        part, position = place
+        name = self._name(part, position)
+        if part == "state":
             raise ValueError(
-                f"the recording gives other numbers than the program ({name}): some values pass through NumPy or Python "
-                f"and became constants"
+                f"the program changes {name}, and the recording does not: change it in place "
+                f"(self.{self.names[position].rpartition('.')[2]}.copy_(...)) instead of assigning another tensor to it"
             )
+        raise ValueError(
+            f"the recording gives other numbers than the program ({name}): some values pass through NumPy or Python "
+            f"and became constants"
+        )
 
     def _name(self, part: str, position: int) -> str:
         if part == "outputs":
@@ -173,7 +181,7 @@ class SelfCheck:
         trained = [name for name, parameter in self.modules.named_parameters() if parameter.requires_grad]
         return f"gradient of '{trained[position]}'"
 
-    def _run_program(self, inputs: Inputs) -> _Run:
+    def _run_program(self, inputs: Inputs) -> Run:
         """Run the program on the modules themselves, so that assignments to attributes are seen too."""
         named = dict(self.modules.named_parameters()) | dict(self.modules.named_buffers())
         try:
@@ -184,7 +192,7 @@ class SelfCheck:
                 outputs, gradients = self.program(inputs.tensors, [])
             after = dict(self.modules.named_parameters()) | dict(self.modules.named_buffers())
             # Clone, because an output may be a buffer.
-            return _Run(
+            return Run(
                 [output.clone() for output in outputs],
                 gradients,
                 [after[name].detach().clone() for name in self.names],
@@ -192,11 +200,11 @@ class SelfCheck:
         finally:
             self.before.put_back_state()
 
-    def _run_recording(self, program: Callable, inputs: Inputs) -> _Run:
+    def _run_recording(self, program: Callable, inputs: Inputs) -> Run:
         state = [value.clone() for value in inputs.state]
         with self.noise(inputs.noise):
             outputs, gradients = program(list(inputs.tensors), state)
-        return _Run(outputs, gradients, state)
+        return Run(outputs, gradients, state)
 
     @contextmanager
     def noise(self, number: int) -> Iterator[None]:
