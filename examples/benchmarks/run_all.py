@@ -17,9 +17,10 @@ from support.script import parser_of
 FOLDER = Path(__file__).parent
 # name -> script and options, as on the page
 COMMANDS = {
-    "training": "training.py --batch-sizes 64 256 1024 4096 --rounds 3",
+    "training": "training.py --batch-sizes 64 256 1024 --rounds 3 --medium",
     "training-models": "training.py --model vamp nsf-prior iaf --batch-sizes 256 --rounds 5",
     "training-conv": "training.py --model conv --batch-sizes 64 --quick --rounds 3",
+    "precision": "precision.py --rounds 1",
     "ranks": "ranks.py --rounds 3",
     "evaluation": "evaluation.py --rounds 3 --tables rates",
     "evaluation-conv": "evaluation.py --model conv --quick --rounds 3 --tables rates",

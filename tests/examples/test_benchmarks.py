@@ -14,6 +14,7 @@ SCRIPTS = {
     "training.py": ("--batch-sizes", 64),
     "evaluation.py": ("--num-particles", 300),
     "annealing.py": ("--model", "mlp", "--rows", 16),
+    "precision.py": ("--precisions", "float32", "bf16"),
     "ranks.py": ("--batch-sizes", 256, "--threads", 2),
 }
 
