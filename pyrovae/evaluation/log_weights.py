@@ -34,8 +34,8 @@ _OTHERS = 8  # further runs, all of which must find data impossible before they 
 _EAGER_CHUNKS = 2  # chunks of a recording that are drawn at once eagerly, because Pyro's handlers take time for each
 
 # Rounding is measured with as many weights as 1 % of the evaluation, or one chunk if that is more. Each is drawn
-# eagerly in both precisions, so that this takes about 4 % of the time.
-_MEASURED_DATA, _MEASURED_PART = 32, 100
+# eagerly in both precisions, so that this takes about 4 % of the time. All are kept at once.
+_MEASURED_DATA, _MEASURED_PART, _MOST_MEASURED = 32, 100, 2**19
 
 _Part = TypeVar("_Part")
 
@@ -59,7 +59,7 @@ def log_weights(
         log w[s, n] = log p(x_n, z_sn) - log q(z_sn | x_n),   z_sn ~ q(. | x_n)
 
     The arguments and errors are those of `log_marginal_likelihood`, which suits results that do not fit in memory as
-    one array. It also measures the error of a `precision` other than "float32", which this function does not.
+    one array, and measures the error that another `precision` than "float32" makes. Here it is not measured.
 
     Returns:
         The whole array (S, N) in nats, S = num_particles, N the size of the datum plate.
@@ -257,7 +257,7 @@ def _measured_rounding(exact: Pair, rounded: Pair, num_particles: int, vectorise
     """
     positions, block = _some_data(exact)
     count = len(positions)
-    total = max(exact.num_data * num_particles // _MEASURED_PART, exact.rows)
+    total = max(min(exact.num_data * num_particles // _MEASURED_PART, _MOST_MEASURED), exact.rows)
     size = max(1, min(num_particles, total // count))
     if not vectorised:  # a particle takes a run of its own, in which the number of data matters little
         size = min(size, max(1, num_particles // _MEASURED_PART))
