@@ -105,6 +105,13 @@ ESTIMATORS = [
         in_file("evaluation/test_files.py", "result_over_data"),
     ),
     Mutation(
+        "precision: the error measured between float32 and float32",
+        "evaluation/log_weights.py",
+        "torch.cat([without, draw(rounded, block, size).log_weights], 1)",
+        "torch.cat([without, draw(exact, block, size).log_weights], 1)",
+        in_file("evaluation/test_evaluation_precision.py", "the_error_is_that_computed_by_hand_for_the_same_draws"),
+    ),
+    Mutation(
         "log weights: log q added",
         "programs/log_densities.py",
         'term if program == "model" else -term for',

@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--memory-of", type=int, nargs=2, metavar=("DATA", "PARTICLES"), help=argparse.SUPPRESS)
     parser.add_argument("--tables", nargs="+", choices=TABLES, help="tables to measure (default: all)")
     parser.add_argument("--model", default="mlp", choices=FLOORS, help="model of the rates (default: mlp)")
+    parser.add_argument("--bf16", action="store_true", help="also measure pyrovae with the model's layers in bfloat16")
     options = parser.parse_args()
     turns.prepare(options)
     if options.memory_of:
@@ -55,7 +56,7 @@ def main() -> None:
     few = data[: 2 if options.quick else 10]
     tables, rows = {}, []
     measures = {
-        "rates": lambda: rates(options.model, data, few, particles, options.rounds),
+        "rates": lambda: rates(options.model, data, few, particles, options.rounds, options.bf16),
         "growth": lambda: growth(data, options),
         "memory": lambda: memory(options),
     }
@@ -66,12 +67,16 @@ def main() -> None:
     turns.write(options, "Evaluation", tables, rows, data=source, num_data=num_data)
 
 
-def rates(model: str, data, few, particles: int, rounds: int) -> tuple[list[turns.Row], str, str]:
+def rates(model: str, data, few, particles: int, rounds: int, bf16: bool) -> tuple[list[turns.Row], str, str]:
     competitors = {
         "pyrovae, compiled": pyrovae(data, particles, compile=True, model=model),
         "pyrovae, eager": pyrovae(data, particles, compile=False, model=model),
         "Pyro traces, datum by datum": pyro_traces(model, few, particles),
     }
+    if bf16:
+        competitors["pyrovae, compiled, bf16 layers"] = pyrovae(
+            data, particles, compile=True, model=model, precision="bf16"
+        )
     if model == "mlp":
         competitors["Pythae get_nll, batch_size=100"] = pythae(few, particles, batch_size=100)
         competitors["Pythae get_nll, batch_size=1000"] = pythae(few, particles, batch_size=1000)
@@ -126,8 +131,8 @@ class Timed:
         fixed: seconds before the first block, in the latest call.
     """
 
-    def __init__(self, model: str, data, num_particles: int, compile: bool, latent_dim: int):
-        self.data, self.num_particles, self.compile = data, num_particles, compile
+    def __init__(self, model: str, data, latent_dim: int, **options):
+        self.data, self.num_particles, self.options = data, options["num_particles"], options
         self.model, self.guide = programs.ours(model, data, latent_dim)
         self.stamps: list[tuple[float, int]] = []
         self.guide.encoder_net.register_forward_pre_hook(self._stamp)
@@ -144,9 +149,7 @@ class Timed:
 
         self.stamps.clear()
         start = time.perf_counter()
-        pv.log_marginal_likelihood(
-            self.model, self.guide, self.data, num_particles=self.num_particles, compile=self.compile
-        )
+        pv.log_marginal_likelihood(self.model, self.guide, self.data, **self.options)
         end = time.perf_counter()
         # The last encoder calls that together cover all data are the blocks; earlier calls are preparation.
         blocks, left = [], len(self.data)
@@ -159,9 +162,15 @@ class Timed:
 
 
 def pyrovae(
-    data, num_particles: int, *, compile: bool, latent_dim: int = programs.LATENT_DIM, model: str = "mlp"
+    data,
+    num_particles: int,
+    *,
+    compile: bool,
+    latent_dim: int = programs.LATENT_DIM,
+    model: str = "mlp",
+    precision: str = "float32",
 ) -> Callable[[], float]:
-    return Timed(model, data, num_particles, compile, latent_dim)
+    return Timed(model, data, latent_dim, num_particles=num_particles, compile=compile, precision=precision)
 
 
 def pyro_traces(model: str, data, num_particles: int) -> Callable[[], float]:

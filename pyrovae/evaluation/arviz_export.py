@@ -94,6 +94,7 @@ def to_inference_data(
             torch_version=str(torch.__version__),
             arviz_version=arviz.__version__,
             num_particles=result.num_particles,
+            precision=result.precision,
             log_marginal_likelihood=result.mean,
         )
         for dimension in group.sizes:

@@ -21,6 +21,7 @@ __all__ = [
     "of_gap",
     "of_jackknife",
     "of_log_prob",
+    "of_precision",
     "of_tails",
 ]
 
@@ -111,6 +112,25 @@ def of_tails(result: "LogMarginalLikelihood") -> str | None:
     if doubtful > 0:
         lines.append(f"  {round(doubtful * count):,} have k > 0.5: their standard errors may be too small")
     return "\n".join(lines)
+
+
+_ROUNDED = {"medium": "medium products of float32 matrices", "bf16": "layers of the model in bfloat16"}
+
+
+def of_precision(result: "LogMarginalLikelihood") -> str | None:
+    if result.precision_error is None:
+        return None
+    errors = result.precision_error[~result.precision_error.isnan()]
+    if not len(errors):
+        found = "error not measured on these data"
+    elif not errors.any():
+        found = f"changed nothing in log p(x) of {num_data(len(errors))}"
+    else:
+        found = (
+            f"log p(x) of {num_data(len(errors))} is off by {errors.mean():.2g} on average, "
+            f"{errors.abs().max():.2g} at most"
+        )
+    return f"{result.precision:>10}   {_ROUNDED[result.precision]}: {found}"
 
 
 def num_data(count: int) -> str:

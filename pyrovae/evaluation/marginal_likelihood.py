@@ -43,6 +43,9 @@ class LogMarginalLikelihood:
         curve: the bound at these numbers of particles, (len(curve_particles), N)
         acceptance: acceptance rate of annealed importance sampling; None for importance sampling
         resampled: whether the weights are those of populations (sequential Monte Carlo)
+        precision: in which the model was computed, see `log_marginal_likelihood`
+        precision_error: how much that changed log_prob, measured on some data with the same draws in float32, perhaps
+            fewer of them, which makes it rather too large; NaN for the other data. None in float32
     """
 
     num_particles: int
@@ -58,9 +61,11 @@ class LogMarginalLikelihood:
     acceptance: Tensor | None = field(default=None, metadata=estimate(None, "acceptance", declared.of_acceptance))
     ess: Tensor = field(metadata=estimate(estimators.effective_sample_size, "ESS", declared.of_ess))
     pareto_k: Tensor = field(metadata=estimate(estimators.pareto_k, "Pareto k", declared.of_tails))
+    precision_error: Tensor | None = field(default=None, metadata=estimate(None, "precision", declared.of_precision))
     curve_particles: list[int]
     curve: Tensor
     resampled: bool = False
+    precision: str = "float32"
 
     @classmethod
     def from_log_weights(cls, log_weights: Tensor) -> "LogMarginalLikelihood":
@@ -117,18 +122,20 @@ class LogMarginalLikelihood:
             parts: results in the order of their data
 
         Raises:
-            ValueError: for results of different methods or numbers of particles, or an empty list.
+            ValueError: for results of different methods, numbers of particles or precisions, or an empty list.
         """
-        kinds = sorted({(part.method, part.num_particles) for part in parts})
+        kinds = sorted({(part.method, part.num_particles, part.precision) for part in parts})
         if len(kinds) != 1:
-            raise ValueError(f"only results of one method and one number of particles can be joined, found {kinds}")
+            raise ValueError(
+                f"only results of one method and one number of particles, in one precision, can be joined; found {kinds}"
+            )
         joined: dict[str, Any] = {
             name: torch.cat([part.per_datum()[name] for part in parts]) for name in parts[0].per_datum()
         }
         return replace(parts[0], **joined, curve=torch.cat([part.curve for part in parts], dim=1))
 
     def per_datum(self) -> dict[str, Tensor]:
-        """Return the estimates (N,) by name; `acceptance` is there for annealed importance sampling only."""
+        """Return the estimates (N,) by name: `acceptance` only of annealing, `precision_error` only if not in float32."""
         return {name: getattr(self, name) for name in self._declared() if getattr(self, name) is not None}
 
     def __len__(self) -> int:

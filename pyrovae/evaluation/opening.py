@@ -19,6 +19,7 @@ from pyrovae.data.forms import as_arguments, as_batch, by_position, is_stream, t
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.parameters import check_arguments, numbers_of
 from pyrovae.programs.particles import check_memory
+from pyrovae.programs.precision import check_precision
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.splitting import inspect
 from pyrovae.programs.traces import Program
@@ -60,11 +61,13 @@ class SamplingOptions(Options):
     num_particles: int
     vectorize_particles: bool | Literal["auto"] = "auto"
     particle_batch_size: int | Literal["auto"] = "auto"
+    precision: Literal["float32", "medium", "bf16"] = "float32"
 
     counts: ClassVar[tuple[str, ...]] = ("num_particles",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_precision(self.precision)
         if self.particle_batch_size != "auto":
             self._check_count("particle_batch_size")
         if self.vectorize_particles not in (True, False, "auto"):

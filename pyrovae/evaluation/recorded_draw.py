@@ -15,16 +15,19 @@ Draw = Callable[[Tensor | None, tuple, dict], Tensor]
 
 
 def record_draw(
-    draw: Draw, modules: Sequence[nn.Module], encoded: Tensor | None, args: tuple, kwargs: dict
+    draw: Draw, modules: Sequence[nn.Module], encoded: Tensor | None, args: tuple, kwargs: dict, medium: bool = False
 ) -> "RecordedDraw | None":
-    """Record draw(encoded, args, kwargs) -> log weights (S, N); return None and log the reason if that fails."""
+    """Record draw(encoded, args, kwargs) -> log weights (S, N); return None and log the reason if that fails.
+
+    `medium` allows bfloat16 inside the products of float32 matrices: see `float32_products`.
+    """
 
     def flat(*tensors: Tensor) -> tuple[Tensor]:
         rest = iter(tensors)
         given = None if encoded is None else next(rest)
         return (draw(given, *map_tensors(lambda _: next(rest), (args, kwargs))),)
 
-    recording = record(flat, modules, _flatten(encoded, args, kwargs))
+    recording = record(flat, modules, _flatten(encoded, args, kwargs), medium=medium)
     return None if recording is None else RecordedDraw(draw, recording)
 
 

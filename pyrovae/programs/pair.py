@@ -107,8 +107,8 @@ class Pair:
         """N."""
         return self.layout.num_data
 
-    def cut(self, rows: slice) -> tuple[tuple, dict]:
-        """The arguments for a range of data."""
+    def cut(self, rows: slice | Tensor) -> tuple[tuple, dict]:
+        """The arguments for a range of data, or for the data at some positions."""
         if self.split_size is None:
             return self.args, self.kwargs
         return map_tensors(choose_rows(self.split_size, rows), (self.args, self.kwargs))

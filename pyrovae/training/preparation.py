@@ -14,9 +14,10 @@ from torch.nn.parameter import is_lazy
 from pyrovae.common import distributed
 from pyrovae.common.arguments import check_count, check_positive
 from pyrovae.programs.parameters import check_program, numbers_of
+from pyrovae.programs.precision import check_precision, in_precision
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
-from pyrovae.training.acceleration import PRECISIONS, in_precision, step_pays_off
+from pyrovae.training.acceleration import step_pays_off
 from pyrovae.training.batches import Batches, batches_of
 from pyrovae.training.callbacks import Callback
 from pyrovae.training.losses import check_loss, default_loss
@@ -74,8 +75,7 @@ class Options:
         self._check_checkpoint()
         if self.compile not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto', found {self.compile!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {list(PRECISIONS)}, found {self.precision!r}")
+        check_precision(self.precision)
         return replace(
             self,
             epochs=int(self.epochs),
@@ -137,7 +137,7 @@ class Run:
         schedule: factor of the learning rates as a function of the fraction of training done.
         epochs: passes over the data.
         compiles: whether to record the step after the first epoch.
-        precision: of the training, a key of `PRECISIONS`.
+        precision: of the training, see `in_precision`.
         device: device of the training.
     """
 

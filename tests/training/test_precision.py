@@ -10,7 +10,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.compiled import record
-from pyrovae.training.acceleration import in_precision
+from pyrovae.programs.precision import in_precision
 
 
 def rounded(tensor):
