@@ -78,7 +78,7 @@ def check_graph(graph: torch.fx.GraphModule) -> None:
     masks = {torch.bool, torch.uint8}
 
     def is_mask(index: torch.fx.Node) -> bool:
-        held = getattr(graph, index.target) if index.op == "get_attr" else index.meta["tensor_meta"]
+        held = getattr(graph, str(index.target)) if index.op == "get_attr" else index.meta["tensor_meta"]
         return held.dtype in masks
 
     for node in graph.graph.nodes:
