@@ -50,7 +50,8 @@ def annealed_importance_sampling(
         num_chains: S
         num_temperatures: T
         num_leapfrog_steps: maximum number of steps per trajectory; each temperature draws its number from 1 to this.
-            The model is evaluated with its gradient about 0.8 S T num_leapfrog_steps times per datum, pilots included
+            By default the model is evaluated with its gradient about 1.2 S T num_leapfrog_steps times per datum, pilots
+            included
         schedule: "adaptive" spends half of the temperatures where log w varies most in the pilot, the other half as
             "sigmoidal" does
         plate: as in `log_marginal_likelihood`

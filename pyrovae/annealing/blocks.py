@@ -18,9 +18,9 @@ from pyrovae.programs.pair import Pair
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 
-__all__ = ["AnnealingOptions", "TunedBlock", "tuned_blocks", "with_prior"]
+__all__ = ["FEWEST_PILOT_CHAINS", "AnnealingOptions", "TunedBlock", "tuned_blocks", "with_prior"]
 
-_FEWEST_PILOT_CHAINS = 4
+FEWEST_PILOT_CHAINS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +117,8 @@ def tuned_blocks(pair: Pair, options: AnnealingOptions, from_prior: bool, passes
             first = min(start, stop - size) if record and not reason else start
             potential = potential_of(first, stop, num_chains)
             pilot = potential
-            if num_chains < _FEWEST_PILOT_CHAINS:
-                pilot = potential_of(first, stop, _FEWEST_PILOT_CHAINS)
+            if num_chains < FEWEST_PILOT_CHAINS:
+                pilot = potential_of(first, stop, FEWEST_PILOT_CHAINS)
             # Tune with separate random numbers, so that the kernels are independent of the chains whose weights count.
             seed = int(torch.randint(2**62, ()))
             with torch.random.fork_rng([potential.device] if potential.device.type == "cuda" else []):

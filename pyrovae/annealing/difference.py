@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.annealing.annealed_sampling import annealed_importance_sampling
+from pyrovae.annealing.blocks import FEWEST_PILOT_CHAINS
 from pyrovae.annealing.chains import num_pilot_kernels
 from pyrovae.annealing.potential import prior_of
 from pyrovae.common.arguments import check_count
@@ -124,9 +125,10 @@ def size_of_slice(
         >>> size_of_slice(10_000, 1_000, 8, 200, 5, 1 / 3)
         113
     """
-    num_kernels = num_temperatures + num_pilot_kernels(num_temperatures)
+    num_pilots = max(num_chains, FEWEST_PILOT_CHAINS)
+    num_kernels = num_chains * num_temperatures + num_pilots * num_pilot_kernels(num_temperatures)
     gradients_per_kernel = 1 + (1 + num_leapfrog_steps) / 2  # the start, and 1 to `num_leapfrog_steps` steps
-    per_datum = _GRADIENT * num_chains * num_kernels * gradients_per_kernel
+    per_datum = _GRADIENT * num_kernels * gradients_per_kernel
     return min(num_data, max(_FEWEST, int(share * num_data * num_particles / per_datum)))
 
 

@@ -76,13 +76,18 @@ def check_graph(graph: torch.fx.GraphModule) -> None:
     have been read by Python.
     """
     masks = {torch.bool, torch.uint8}
+
+    def is_mask(index: torch.fx.Node) -> bool:
+        held = getattr(graph, str(index.target)) if index.op == "get_attr" else index.meta["tensor_meta"]
+        return held.dtype in masks
+
     for node in graph.graph.nodes:
         if node.op == "get_attr" and getattr(getattr(graph, node.target, None), "requires_grad", False):
             raise ValueError("the program uses a parameter that belongs to none of its modules")
         if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
             continue
         indices = node.args[1] if node.target is torch.ops.aten.index.Tensor else ()
-        if not indices or any(i is not None and i.meta["tensor_meta"].dtype in masks for i in indices):
+        if not indices or any(i is not None and is_mask(i) for i in indices):
             raise ValueError(
                 f"the size of a tensor depends on values ({node.target}), and would be a constant in the recording"
             )

@@ -178,15 +178,14 @@ class Recording:
         with _unseen(devices), Snapshot(self.modules) as before:
             check = SelfCheck(self._run_eagerly, self.modules, list(state), before, devices)
             expected = check.check_program(self.function, given)
-            values = [value.clone() for value in state.values()]
             with check.noise(0), ReadsByPython():
-                graph = make_fx(partial(self._run_on, list(state)))(given.tensors, values)
+                graph = make_fx(partial(self._run_on, list(state)))(given.tensors, [*map(torch.clone, given.state)])
             check_graph(graph)
             elsewhere = check.check_recording(graph, given, expected)
             compiled: Callable = graph
             if self.inductor:
                 with check.noise(0):  # after the check, because other logarithms round otherwise
-                    lowered = make_fx(graph, fast_logarithms())(given.tensors, values)
+                    lowered = make_fx(graph, fast_logarithms())(given.tensors, [*map(torch.clone, given.state)])
                 key, compiled = compiled_once(lowered, self.compiler, (*given[:2], *expected[:2]))
                 check.check_compiled(graph, compiled, elsewhere)  # compiles now, so that a failure shows here
                 keep(key, compiled)

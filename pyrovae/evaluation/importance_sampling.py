@@ -76,11 +76,12 @@ def log_marginal_likelihood(
         precision: "bf16" computes the linear and convolutional layers inside the model in bfloat16, which is faster on
             hardware that supports it: those of the decoder, of a network of a hierarchical model, and of an encoder
             that a VampPrior calls. The guide, densities (also of flow priors), sums and latents stay float32, and so do
-            layers in float64. "medium", torch's own word, lets all products of float32 matrices round their factors,
-            those of guide and densities too: bfloat16 on processors with AMX, TensorFloat32 on a GPU; on other hardware
-            it is "float32". Rounding makes it log p(x) of a slightly different model, by an amount that is measured:
-            up to 32 data (of each batch of a loader) are drawn in both precisions from the same random numbers. The
-            result holds the differences (`precision_error`), and the summary states them
+            layers in float64, products by `@`, and the insides of `nn.MultiheadAttention` and of recurrent networks.
+            "medium", torch's own word, lets all products of float32 matrices round their factors, those of guide and
+            densities too: bfloat16 on processors with AMX, TensorFloat32 on a GPU; on other hardware it is "float32".
+            Rounding makes it log p(x) of a slightly different model, by an amount that is measured: up to 32 data (of
+            each batch of a loader; all, if they are not cut into blocks) are drawn in both precisions from the same
+            random numbers. The result holds the differences (`precision_error`), and the summary states them
         progress: show a progress bar
         transform: maps the one argument, or each batch of a loader, to the data that the programs are called with, for
             example `lambda batch: batch[0]` to leave labels out

@@ -72,7 +72,8 @@ def in_precision(precision: str, *programs: Program) -> list[Program]:
 
     "bf16" rounds input and weights of linear and convolutional layers to bfloat16 (3 significant digits) and
     accumulates in float32 or better; outputs and weight gradients are rounded to bfloat16 too. Parameters, updates and
-    everything else stay float32. Layers in float64 are unchanged.
+    everything else stay float32. Layers in float64 are unchanged, and so is what is no layer to torch: products by `@`,
+    and the insides of `nn.MultiheadAttention`, of recurrent networks and of scripted ones.
 
     Args:
         precision: "float32" or "medium" (no change here; see `float32_products`), or "bf16".

@@ -92,7 +92,8 @@ def inspect(
         run_pair(model, programs.guide, args, kwargs)
     # A program that was refused on a few data is refused here on all of them, with the reason.
     split_size, pair = found or (None, _inspect_whole(programs))
-    if split_size is None and data_batch_size not in (None, "auto"):
+    is_one = pair.layout.plate is not None and pair.layout.num_data == 1  # the last batch of a loader may be one datum
+    if split_size is None and data_batch_size not in (None, "auto") and not is_one:
         raise ValueError(
             f"data_batch_size={data_batch_size}, but the program cannot be fed its data in blocks: either its "
             f"plate does not take its size from the tensors passed, or data influence each other; pass "

@@ -57,10 +57,12 @@ def test_a_shorter_last_block(linear_gaussian, energies, way, compile):
     assert {num_data for *_, num_data in energies} == ({3} if compile else {3, 2})
 
 
-@pytest.mark.parametrize(("num_temperatures", "num_leapfrog_steps"), [(50, 3), (240, 6)])
-def test_the_slice_costs_what_it_should(linear_gaussian, energies, num_temperatures, num_leapfrog_steps):
+@pytest.mark.parametrize(
+    ("num_chains", "num_temperatures", "num_leapfrog_steps"), [(4, 50, 3), (4, 240, 6), (1, 50, 3), (2, 240, 6)]
+)
+def test_the_slice_costs_what_it_should(linear_gaussian, energies, num_chains, num_temperatures, num_leapfrog_steps):
     """Two evaluations for each gradient that annealing makes, with its pilots: a third of importance sampling's."""
-    how = {"num_chains": 4, "num_temperatures": num_temperatures, "num_leapfrog_steps": num_leapfrog_steps}
+    how = {"num_chains": num_chains, "num_temperatures": num_temperatures, "num_leapfrog_steps": num_leapfrog_steps}
     pv.annealed_importance_sampling(linear_gaussian.model, linear_gaussian.data(2), compile=False, **how)
     per_datum = sum(num_chains for _, num_chains, _ in energies)
     size = size_of_slice(1_000_000, 1_000, *how.values(), 1 / 3)

@@ -36,6 +36,27 @@ def test_differences_in_which_logarithms_round_otherwise_are_recorded(function):
     assert recorded(x)[0][0].item() == pytest.approx(difference(x)[0].item(), abs=300 * 7 * 1e-6)
 
 
+def test_the_second_trace_starts_from_the_same_buffers(uncompiled):
+    """The step takes the last entry of a table and moves on: another step from there would fail."""
+
+    class Table(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.register_buffer("weights", torch.arange(1.0, 5.0))
+            self.register_buffer("position", torch.tensor([3]))
+
+        def forward(self, x):
+            weight = self.weights[self.position]
+            self.position.add_(1)
+            return super().forward(x) * weight
+
+    net, x = Table(), torch.randn(4, 3)
+    recorded = record(lambda x: (net(x).sum(),), [net], (x,))
+    assert recorded is not None
+    assert recorded(x)[0][0].item() == pytest.approx(4 * nn.Linear.forward(net, x).sum().item(), rel=1e-5)
+    assert net.position.item() == 4
+
+
 def test_products_are_float32_unless_medium_is_asked_for():
     """On every processor: numbers with 13 bits keep them, and sums are as exact as MKL's."""
     numbers = torch.full((256, 256), 1 + 2.0**-12, dtype=torch.float32)

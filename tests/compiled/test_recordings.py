@@ -526,6 +526,11 @@ def size_by_mask():
     return lambda x: 5.0 if len(x[x[:, 0] > 20]) else 1.0
 
 
+def size_by_held_mask():
+    mask = torch.tensor([True, False, True])
+    return lambda x: x[:, mask].mean()
+
+
 def size_by_masked_select():
     return lambda x: 5.0 if x.masked_select(x > 20).numel() else 1.0
 
@@ -541,7 +546,7 @@ def size_by_repetition():
 FREEZES = [
     *(closure_counter, nonlocal_counter, Held, Slotted, of_a_class, in_a_dict, iterator, generator, history),
     *(tensor_in_a_dict, python_seldom, numpy_seldom, own_numpy_generator, own_python_generator),
-    *(size_by_nonzero, size_by_mask, size_by_masked_select, size_by_unique, size_by_repetition),
+    *(size_by_nonzero, size_by_mask, size_by_held_mask, size_by_masked_select, size_by_unique, size_by_repetition),
 ]
 
 
@@ -595,7 +600,16 @@ def index_by_numbers(x):
     return x[:, torch.tensor([0, 2])].sum() + x[torch.arange(len(x)).flip(0)].mean()
 
 
-@pytest.mark.parametrize("scale", [kept_list, cached, index_by_numbers, lambda x: next(iter([2.0, 3.0]))])
+HELD_INDEX = torch.tensor([2, 0])
+
+
+def index_that_is_held(x):
+    return x[:, HELD_INDEX].sum()
+
+
+@pytest.mark.parametrize(
+    "scale", [kept_list, cached, index_by_numbers, index_that_is_held, lambda x: next(iter([2.0, 3.0]))]
+)
 def test_what_stays_as_it_is_does_not_stand_in_the_way(scale):
     layer, held = nn.Linear(3, 2), Held()
     layer.note, layer.names = {"of": held}, ["a", "b"]

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import within
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
 from pyrovae.compiled import compiler
@@ -121,6 +122,25 @@ def test_data_that_influence_each_other_are_not_cut(double):
     assert torch.allclose(lml.log_prob, dist.Normal(x.mean(), 2**0.5).log_prob(x), atol=1e-10)
     with pytest.raises(ValueError, match="cannot be fed its data in blocks"):
         pv.log_marginal_likelihood(model, guide, x, num_particles=30, data_batch_size=10)
+
+
+@pytest.mark.parametrize("data_batch_size", [1, 2])
+def test_a_single_datum_needs_no_cutting(linear_gaussian, data_batch_size):
+    """The last batch of a loader may be one datum; one run without a plate is still refused."""
+    x = linear_gaussian.data(5)
+    loader = DataLoader(TensorDataset(x), batch_size=4)
+    lml = pv.log_marginal_likelihood(
+        linear_gaussian.model, linear_gaussian.guide, loader, num_particles=5, data_batch_size=data_batch_size
+    )
+    assert torch.allclose(lml.log_prob, linear_gaussian.log_prob(x))
+
+    def without_plate(x):
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0).expand(x.shape).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="cannot be fed its data in blocks"):
+        pv.log_marginal_likelihood(
+            without_plate, lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), torch.randn(5), data_batch_size=2
+        )
 
 
 def test_a_plate_of_fixed_size_is_not_cut(double):
