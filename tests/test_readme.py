@@ -33,6 +33,7 @@ RUN_BY = {
     "examples/benchmarks/evaluation.py": "test_benchmarks.py::test_benchmark_runs",
     "examples/benchmarks/annealing.py": "test_benchmarks.py::test_benchmark_runs",
     "examples/benchmarks/ranks.py": "test_benchmarks.py::test_benchmark_runs",
+    "examples/benchmarks/precision.py": "test_benchmarks.py::test_benchmark_runs",
     "examples/benchmarks/run_all.py": "test_benchmarks.py::test_one_command_runs_all",
     "examples/reproductions/density_table.py": "test_density_table.py::test_a_row_and_its_table",
     "examples/reproductions/time_to_quality.py": "test_time_to_quality.py::test_all_of_it",

@@ -22,7 +22,7 @@ COMMANDS = {
     "training-conv": "training.py --model conv --batch-sizes 64 --quick --rounds 3",
     "precision": "precision.py --rounds 1",
     "ranks": "ranks.py --rounds 3",
-    "evaluation": "evaluation.py --rounds 3 --tables rates",
+    "evaluation": "evaluation.py --rounds 3 --tables rates --bf16",
     "evaluation-conv": "evaluation.py --model conv --quick --rounds 3 --tables rates",
     "evaluation-growth": "evaluation.py --rounds 3 --tables growth",
     "evaluation-memory": "evaluation.py --tables memory",
