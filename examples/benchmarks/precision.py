@@ -26,6 +26,8 @@ def main() -> None:
     turns.prepare(options)
     settings = SETTINGS["quick" if options.quick else "full"]
     epochs = options.epochs or settings["epochs"]
+    if epochs < 3:
+        parser.error(f"--epochs must be 3 or more, found {epochs}: the first is eager, and the second compiles")
     images, source = programs.images(settings["images"] * 6 // 5, options.data_dir, options.device)
     train, validation = images.tensor_split([settings["images"]])
     rows = []

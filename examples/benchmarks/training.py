@@ -77,7 +77,6 @@ def make_competitors(
     if model == "mlp":
         competitors["NumPyro, epoch jitted"] = numpyro(data, batch_size)
         competitors["Pythae"] = pythae(data, batch_size)
-    if model == "mlp":
         # "medium" chooses oneDNN on a CPU: float32 as well, if the CPU has no bfloat16 products that oneDNN uses.
         competitors["matrix products alone"] = floor(data, batch_size, "highest")
         competitors["matrix products alone, medium"] = floor(data, batch_size, "medium")

@@ -114,6 +114,15 @@ def assert_same_bits(found, expected):
             assert torch.equal(*pair), (step, number)
 
 
+def assert_replays(run, captures, caplog, num_captures):
+    """Assert that replays give the same bits without a message, in a recording of each number of captures."""
+    expected = run()
+    made = captures()
+    assert_same_bits(run(), expected)
+    assert [graph.num_captures for graph in made] == num_captures
+    assert not caplog.records
+
+
 def test_many_replays_of_one_capture_give_the_same_bits(captures, caplog):
     """Outputs and gradients of all steps are compared at the end: none is overwritten by a later replay."""
     expected = run_steps()
@@ -392,11 +401,7 @@ def test_arguments_of_any_memory_layout_are_copied(captures, caplog, layout):
             seen.append(recording(x, torch.ones(0, 2), x)[0])
         return seen
 
-    expected = run()
-    made = captures()
-    assert_same_bits(run(), expected)
-    assert made[0].num_captures == 1
-    assert not caplog.records
+    assert_replays(run, captures, caplog, [1])
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -415,11 +420,7 @@ def test_calls_in_inference_mode_and_outside(captures, caplog, first):
             seen.append([output])
         return seen
 
-    expected = run()
-    made = captures()
-    assert_same_bits(run(), expected)
-    assert made[0].num_captures == 1
-    assert not caplog.records
+    assert_replays(run, captures, caplog, [1])
 
 
 def test_the_result_of_at_is_called_many_times(captures, caplog):
@@ -435,11 +436,7 @@ def test_the_result_of_at_is_called_many_times(captures, caplog):
             x += 1
         return seen
 
-    expected = run()
-    made = captures()
-    assert_same_bits(run(), expected)
-    assert made[0].num_captures == 1
-    assert not caplog.records
+    assert_replays(run, captures, caplog, [1])
 
 
 def test_several_recordings_and_shapes_are_replayed_side_by_side(captures, caplog):
@@ -451,11 +448,7 @@ def test_several_recordings_and_shapes_are_replayed_side_by_side(captures, caplo
         torch.manual_seed(2)
         return [recording(torch.randn(size, 3))[0] for _ in range(6) for size in (4, 5) for recording in recordings]
 
-    expected = run()
-    made = captures()
-    assert_same_bits(run(), expected)
-    assert [graph.num_captures for graph in made] == [1] * 4
-    assert not caplog.records
+    assert_replays(run, captures, caplog, [1] * 4)
 
 
 def test_a_capture_goes_with_its_recording(captures):
