@@ -143,6 +143,8 @@ def training_of(row: Row, options: argparse.Namespace) -> dict:
     settings["epochs"] = options.epochs or row.epochs
     # Only what is given, because earlier runs were stored without these names.
     more = {"after": row.after, "patience": row.patience, "draw": row.draw, "average": row.average}
+    if row.precision != "float32":
+        more["precision"] = row.precision
     if row.optimizer is not None:
         more |= {"optimizer": row.optimizer.__name__, "schedule": "constant"}
     return settings | {name: value for name, value in more.items() if value is not None}
@@ -200,6 +202,7 @@ def train(row, options, folder, data, device, clock):
             **how,
             patience=row.patience,
             average=row.average,
+            precision=row.precision,
             # "auto" never records parts defined outside the library, such as those of the published recipe.
             compile=True if settings["epochs"] >= 50 else "auto",
             checkpoint=checkpoint,

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import pyro.distributions as dist
 import torch
+from support import parts
 from torch import nn
 
 import pyrovae as pv
@@ -134,17 +135,20 @@ class ClampedVampPrior(pv.priors.VampPrior):
         return self.unconstrained.clamp(0, 1)
 
 
-def published(data, **change):
-    """Model and guide with a standard normal prior; `change` is passed to `hidden_layers`."""
-    return pair_of(data, lambda guide: pv.priors.StandardNormal(LATENT_DIM), **change)
+def published(data, prior="standard-normal", **change):
+    """Model and guide with one layer of latents; `change` is passed to `hidden_layers`.
+
+    Args:
+        data: images, of which the model takes the shape and a VampPrior its first pseudo-inputs.
+        prior: a name in `parts.PRIORS`, or "published-vamp" for the paper's own VampPrior.
+    """
+    pixels = data.data_shape.numel()
+    guide = PublishedGuide(pixels, hidden_layers=partial(hidden_layers, **change))
+    decoder = nn.Sequential(*hidden_layers(LATENT_DIM, **change), linear(HIDDEN[-1], pixels))
+    return pv.GenerativeModel(prior_of(prior, guide, data), ClampedBernoulli(decoder, data.data_shape)), guide
 
 
-def published_vamp(data):
-    """Model and guide with a VampPrior."""
-    return pair_of(data, lambda guide: ClampedVampPrior(guide, data.data_shape))
-
-
-def published_hierarchy(data, *, vamp=False):
+def published_hierarchy(data, prior="standard-normal"):
     """Two levels: p(z2) p(z1|z2) p(x|z1, z2) and q(z2|x) q(z1|x, z2), with layers of their own for each input."""
     pixels = data.data_shape.numel()
     top = PublishedGuide(pixels, hidden_layers=hidden_layers)
@@ -152,17 +156,16 @@ def published_hierarchy(data, *, vamp=False):
     of_latent = partial(GatedLayer, LATENT_DIM, HIDDEN[0])
     below = ClampedNormal(Joined(of_latent(), nn.Identity()))  # of z2 and of what the encoder gives
     guide = pv.TopDownGuide(top, [below], encoder, num_features=HIDDEN[0])
-    prior = ClampedVampPrior(top, data.data_shape) if vamp else pv.priors.StandardNormal(LATENT_DIM)
     decoder = nn.Sequential(Joined(of_latent(), of_latent()), linear(HIDDEN[-1], pixels))
     layers = [ClampedNormal(nn.Sequential(*hidden_layers(LATENT_DIM)))]
-    return pv.HierarchicalModel(prior, layers, ClampedBernoulli(decoder, data.data_shape), skip=True), guide
+    likelihood = ClampedBernoulli(decoder, data.data_shape)
+    return pv.HierarchicalModel(prior_of(prior, top, data), layers, likelihood, skip=True), guide
 
 
-def pair_of(data, prior_of, **change):
-    pixels = data.data_shape.numel()
-    guide = PublishedGuide(pixels, hidden_layers=partial(hidden_layers, **change))
-    decoder = nn.Sequential(*hidden_layers(LATENT_DIM, **change), linear(HIDDEN[-1], pixels))
-    return pv.GenerativeModel(prior_of(guide), ClampedBernoulli(decoder, data.data_shape)), guide
+def prior_of(name, guide, data):
+    if name == "published-vamp":
+        return ClampedVampPrior(guide, data.data_shape)
+    return parts.PRIORS[name](LATENT_DIM, guide, data.train)
 
 
 def hidden_layers(in_features, *, gated=True, he=True, layer_norm=False):

@@ -97,10 +97,15 @@ TWO_LEVELS = [
 
 
 @pytest.mark.parametrize(
-    ("pair", "expected"), [("published", ONE_LEVEL), ("published_vamp", ONE_LEVEL), ("published_hierarchy", TWO_LEVELS)]
+    ("pair", "prior", "expected"),
+    [
+        ("published", "standard-normal", ONE_LEVEL),
+        ("published", "published-vamp", ONE_LEVEL),
+        ("published_hierarchy", "standard-normal", TWO_LEVELS),
+    ],
 )
-def test_initial_weights_and_split_into_tensors(recipe, data, pair, expected):
-    model, guide = getattr(recipe, pair)(data)
+def test_initial_weights_and_split_into_tensors(recipe, data, pair, prior, expected):
+    model, guide = getattr(recipe, pair)(data, prior)
     layers = [part for part in itertools.chain(model.modules(), guide.modules()) if isinstance(part, nn.Linear)]
     layers = list(dict.fromkeys(layers))
     widths = sorted((layer.in_features, layer.out_features) for layer in layers)
@@ -110,7 +115,7 @@ def test_initial_weights_and_split_into_tensors(recipe, data, pair, expected):
         within(squares.mean().item(), 1.0, (2 / squares.numel()) ** 0.5)
         assert layer.bias.abs().max() <= layer.in_features**-0.5
     tensors = {*model.parameters(), *guide.parameters()}
-    assert len(tensors) == 2 * len(layers) + (pair == "published_vamp")  # pseudo-inputs, and nothing else
+    assert len(tensors) == 2 * len(layers) + (prior == "published-vamp")  # pseudo-inputs, and nothing else
 
 
 def test_log_variance_is_clamped(recipe, data):
@@ -124,7 +129,7 @@ def test_log_variance_is_clamped(recipe, data):
 
 def test_two_levels_see_what_the_paper_says(recipe, data):
     """z2 from x; z1 from x and z2 by layers of their own, joined; all log-variances clamped; the top may be a VampPrior."""
-    model, guide = recipe.published_hierarchy(data, vamp=True)
+    model, guide = recipe.published_hierarchy(data, prior="published-vamp")
     below, x, z2 = guide.layers[0], data.test[:3], torch.randn(3, 40)
     joined = torch.cat([below.net.first(z2), guide.encoder_net(x)], -1)
     features = below.net.joint(joined)
@@ -167,7 +172,7 @@ def test_mass_of_the_likelihood(recipe):
 
 
 def test_pseudo_inputs_start_near_black_and_are_clamped(recipe, data):
-    model, guide = recipe.published_vamp(data)
+    model, guide = recipe.published(data, "published-vamp")
     start = model.prior.pseudo_inputs.detach()
     assert start.shape == (500, 1, 8, 8)
     within(start.mean().item(), 0.05, 0.01 / start.numel() ** 0.5)
