@@ -19,7 +19,8 @@ FOLDER = Path(__file__).parents[2] / "examples/reproductions"
 
 @pytest.fixture
 def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
+    for folder in (FOLDER, FOLDER.parent):
+        monkeypatch.syspath_prepend(folder)
     import published_recipe
 
     return published_recipe
