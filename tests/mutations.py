@@ -400,7 +400,7 @@ TRAINING = [
     ),
     Mutation(
         "skipped steps: one more than allowed",
-        "training/optimization.py",
+        "training/guarded_step.py",
         "self.num_skipped <= self.max_skipped",
         "self.num_skipped <= self.max_skipped + 1",
         in_file(
@@ -446,7 +446,7 @@ TRAINING = [
     ),
     Mutation(
         "optimizers: a step that is not finite is made by those that do not skip it themselves",
-        "training/optimization.py",
+        "training/guarded_step.py",
         "elif is_made:",
         "else:",
         in_file(

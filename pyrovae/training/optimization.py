@@ -1,4 +1,4 @@
-"""The optimizer of a run, its learning rate, and which steps it skips because their numbers are not finite."""
+"""The optimizer of a run and its learning rate."""
 
 import math
 from collections.abc import Callable
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from pyrovae.common import distributed
 from pyrovae.compiled.compiler import import_compiler
 from pyrovae.training.averaging import Average
+from pyrovae.training.guarded_step import StepGuard, step_unless_skipped
 from pyrovae.training.optimizer_factory import OptimizerFactory, fused_adam
 
-__all__ = ["OneOptimizer", "Schedule", "StepGuard", "cosine_schedule", "schedule_message"]
+__all__ = ["OneOptimizer", "Schedule", "cosine_schedule", "schedule_message"]
 
 
 def cosine_schedule(fraction: float) -> float:
@@ -67,59 +68,6 @@ def schedule_message(schedule: Any, problem: str) -> str:
         f"schedule must be a function from the fraction of training done, 0 to 1, to a factor of the learning rate (by "
         f"default pyrovae.training.optimization.cosine_schedule), or None for a constant rate; {schedule!r} {problem}"
     )
-
-
-class StepGuard(nn.Module):
-    """Decide which steps are made, on the device, without waiting for the host at every step.
-
-    A step whose loss or gradient is not finite is skipped: it changes no parameter and no moment. Up to `max_skipped`
-    steps are skipped; after one more, no step is made until `restart`.
-
-    All four attributes are buffers and change in place, so that a recording may hold them.
-
-    Args:
-        max_skipped: number of steps that may be skipped.
-        device: device of the buffers.
-
-    Attributes:
-        was_made: whether the last step was made.
-        is_running: whether steps are still made: False after one step too many that is not finite.
-        num_steps: steps made or skipped while `is_running` was True.
-        num_skipped: steps that were not finite, including the one that ended the run.
-
-    Example:
-        >>> guard = StepGuard(max_skipped=1)
-        >>> for finite in (True, False, True, False, True):
-        ...     guard(torch.tensor(finite))
-        >>> guard.is_running.item(), guard.num_steps.item(), guard.num_skipped.item()
-        (False, 3, 2)
-    """
-
-    was_made: Tensor
-    is_running: Tensor
-    num_steps: Tensor
-    num_skipped: Tensor
-
-    def __init__(self, max_skipped: int = 0, device: torch.device | None = None):
-        super().__init__()
-        self.max_skipped = max_skipped
-        for name in ("was_made", "is_running"):
-            self.register_buffer(name, torch.ones((), dtype=torch.bool, device=device))
-        for name in ("num_steps", "num_skipped"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.long, device=device))
-
-    def forward(self, is_finite: Tensor) -> None:
-        """Decide on a step, given whether its loss and gradient are finite."""
-        self.num_skipped.add_(self.is_running & ~is_finite)
-        self.is_running.copy_(self.num_skipped <= self.max_skipped)
-        self.num_steps.add_(self.is_running)
-        self.was_made.copy_(self.is_running & is_finite)
-
-    def restart(self, num_skipped: int = 0) -> None:
-        """Start again, counting `num_skipped` steps as skipped already."""
-        self.was_made.fill_(True)
-        self.is_running.fill_(True)
-        self.num_skipped.fill_(num_skipped)
 
 
 class OneOptimizer(pyro.optim.PyroOptim):
@@ -312,22 +260,10 @@ class OneOptimizer(pyro.optim.PyroOptim):
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad = _laid_out(parameter.grad, parameter)
-        if _skips_on_device(inner):
-            inner.found_inf = (~is_made).float()  # set by torch's scaler, too, in mixed precision
-            inner.step()
-        elif is_made:
-            inner.step()
-        inner.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros
+        step_unless_skipped(inner, is_made)
         self._moved |= is_made
         if self.average is not None:
             self.average.update(is_made)
-
-
-def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's step changes nothing at all if its `found_inf` is 1."""
-    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(
-        group.get("fused") for group in optimizer.param_groups
-    )
 
 
 def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
