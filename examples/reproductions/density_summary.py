@@ -1,7 +1,8 @@
-"""Write the table of `density_table.py` in Markdown from the JSON files of the results."""
+"""Write the table and the figure of `density_table.py` from the JSON files of the results."""
 
 from pathlib import Path
 
+from density_figure import draw_figure
 from density_rows import ROWS
 from support.script import read_json
 
@@ -50,7 +51,7 @@ with 1,000 particles use 1,000 images.
 
 
 def write_table(results: Path) -> Path:
-    """Write density.md in the folder of the results and return its path."""
+    """Write density.md and density.png in the folder of the results; return the path of the former."""
     remedy = "delete it and run its row again"
     found = [read_json(path, remedy) for path in sorted(results.glob("*.json"))]
     found = [result for result in found if result.get("row") in ROWS]
@@ -65,6 +66,7 @@ def write_table(results: Path) -> Path:
     parts.append(
         "\n".join(["## Not run\n", "| row | target | published | why |", "|---|---|---|---|", *map(absent, missing)])
     )
+    draw_figure(found, results / "density.png")
     path = results / "density.md"
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
     return path

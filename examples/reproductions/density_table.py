@@ -8,7 +8,7 @@
 Each row is trained, evaluated and stored as JSON. log p(x) of the test images, which are drawn once with a separate
 seed, is estimated by importance sampling and, on some of them, by annealing, to see how loose importance sampling is.
 If a run was stopped, the same command resumes it: training from the checkpoint, evaluation from the finished images.
-`--table` writes density.md beside the results. Rows with a constant learning rate (`published-*`) also go on from a
+`--table` writes density.md and density.png beside the results. Rows with a constant learning rate (`published-*`) also go on from a
 finished training if `--epochs` is raised; what was stored is of the best epoch until then.
 
 Times are recorded as wall time and as CPU time, because other work on the machine slows down only the former.
@@ -246,7 +246,7 @@ def parse_options() -> argparse.Namespace:
     add("--all", action="store_true", help="run every row; rows for a GPU only if there is one")
     add("--ablations", action="store_true", help="run every row that shows the effect of one change")
     add("--list", action="store_true", help="list the names of the rows")
-    add("--table", action="store_true", help="write density.md in --results from the results there")
+    add("--table", action="store_true", help="write density.md and density.png in --results from the results there")
     add(
         "--dataset", default="mnist", choices=pv.data.NAMES, help="data set (default: mnist); others are for trying out"
     )

@@ -73,6 +73,7 @@ def test_a_row_and_its_table(run, short_pilots, table, tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(result)  # no machine's paths
     run("mlp300-standard", "--seed", "1", "--ais-images", "0", "--table")
     written = (tmp_path / "results/density.md").read_text()
+    assert (tmp_path / "results/density.png").exists()
     row = "| MLP 300-300, standard normal prior (digits, 40 images, 30 particles, 1 epochs) |"
     assert f"{row} {result['nll']:.2f} ± {result['nll_stderr']:.2f} ± " in written
     assert "(seed 1, digits, 40 images, 30 particles, 1 epochs)" in written
