@@ -73,7 +73,6 @@ def test_a_row_and_its_table(run, short_pilots, table, tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(result)  # no machine's paths
     run("mlp300-standard", "--seed", "1", "--ais-images", "0", "--table")
     written = (tmp_path / "results/density.md").read_text()
-    assert (tmp_path / "results/density.png").exists()
     row = "| MLP 300-300, standard normal prior (digits, 40 images, 30 particles, 1 epochs) |"
     assert f"{row} {result['nll']:.2f} ± {result['nll_stderr']:.2f} ± " in written
     assert "(seed 1, digits, 40 images, 30 particles, 1 epochs)" in written
@@ -287,3 +286,18 @@ def test_a_variant_is_compared_with_what_was_measured_alike(table):
     lines = ablations(results)
     assert len(lines) == 3
     assert "| gated units (60 epochs, 1,000 particles) | 89.00 ± 0.05 | +1.00 |" in lines[2]
+
+
+def test_the_table_and_the_figure_are_those_of_the_results(table, tmp_path):
+    """The committed page is what the script writes of the committed numbers; the figure shows rows of MNIST only."""
+    folder = FOLDER.parent / "results"
+    for path in folder.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert table.write_table(tmp_path).read_text() == (folder / "density.md").read_text()
+    assert (tmp_path / "density.png").stat().st_size > 10_000
+    import density_figure
+
+    result = json.loads((folder / "gated300-standard.json").read_text())
+    assert density_figure.draw_figure([result | {"dataset": "digits"}], tmp_path / "none.png") is None
+    assert not (tmp_path / "none.png").exists()
+    assert set(density_figure.LABELS) <= set(table.ROWS)
