@@ -4,8 +4,8 @@
 
 The unit is data per second of optimisation steps, with data in memory, float32, one particle and Adam. "Pyro as in its
 example" is `SVI` with `pyro.optim.Adam`, `Trace_ELBO`, a VAE class as users write it, and Pyro's default validation.
-pyrovae is `pv.fit` itself, after its eager epoch; the seconds of recording, which every `fit` needs, stand beside it, with
-compiled code in the cache. The floor is the time of the forward and backward matrix products alone or, for models other
+pyrovae is `pv.fit` itself, after its eager epoch and the recording. How long a compiled `fit` takes to record, with compiled
+code in the cache, stands in the last column. The floor is the time of the forward and backward matrix products alone or, for models other
 than the MLP, of the networks alone. With `--device cuda` there is also a step by hand, with Adam, captured whole as a
 CUDA graph.
 """
@@ -52,7 +52,7 @@ def main() -> None:
             setting = f"{model}, batch {batch_size}"
             found = turns.in_turns(setting, competitors, options.rounds, base="Pyro as in its example")
             for row in found:
-                if row.rate and (recording := getattr(competitors[row.name], "recording", 0.0)):
+                if row.rate and not row.note and (recording := getattr(competitors[row.name], "recording", 0.0)):
                     row.note = f"recording {recording:.1f} s"
             rows += found
     tables["Images per second"] = turns.show(rows, "images/s", "x Pyro")

@@ -45,8 +45,10 @@ def draw_figure(found: list[dict], path: Path) -> Path | None:
         axes.annotate(label, (minutes, nll), (6, 3), textcoords="offset points", fontsize=7.5)
     axes.legend(
         handles=[
-            Line2D([], [], color="0.5", marker="o", linewidth=0, label="published networks and test images"),
-            Line2D([], [], color="0.5", marker="s", linewidth=0, label="our networks, test images drawn anew"),
+            Line2D([], [], color="0.5", marker="o", linewidth=0, label="the paper's binary test images"),
+            Line2D([], [], color="0.5", marker="s", linewidth=0, label="test images drawn anew"),
+            Line2D([], [], color="C3", label="worse than published"),
+            Line2D([], [], color="C0", label="as good or better"),
             Line2D([], [], color="0.3", marker="_", markersize=14, markeredgewidth=1.5, linewidth=0, label="published"),
         ],
         fontsize=8,

@@ -1,4 +1,4 @@
-"""Which steps of an optimizer are made: not those whose numbers are not finite. Decided without waiting for the device."""
+"""Make the step of an optimizer unless its loss or gradient is not finite, without waiting for the device."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class StepGuard(nn.Module):
     Attributes:
         was_made: whether the last step was made.
         is_running: whether steps are still made: False after one step too many that is not finite.
-        num_steps: steps made or skipped while `is_running` was True.
+        num_steps: steps made or skipped, without the one that ended the run and those after it.
         num_skipped: steps that were not finite, including the one that ended the run.
 
     Example:
@@ -70,14 +70,19 @@ def step_unless_skipped(optimizer: torch.optim.Optimizer, is_made: Tensor) -> No
     """
     if _skips_on_device(optimizer):
         found_inf = (~is_made).float()
-        if not _run_kernels(optimizer, found_inf):
-            optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's scaler sets it, in mixed precision
+        if _run_kernels(optimizer, found_inf):
+            for group in optimizer.param_groups:  # as `zero_grad` does, which also records itself for a profiler
+                for parameter in group["params"]:
+                    parameter.grad = None
+            return
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # as torch's scaler does in mixed precision
+        try:
             optimizer.step()
+        finally:
+            del optimizer.found_inf  # type: ignore[attr-defined]
     elif is_made:
         optimizer.step()
-    for group in optimizer.param_groups:  # `zero_grad` does the same, and records it for a profiler
-        for parameter in group["params"]:
-            parameter.grad = None
+    optimizer.zero_grad(set_to_none=True)  # SVI would allocate and fill zeros
 
 
 def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
@@ -89,18 +94,17 @@ def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 @torch.no_grad()
 def _run_kernels(optimizer: Any, found_inf: Tensor) -> bool:
-    """Call the kernels that `step` of a fused Adam would call; return False, and do nothing, if it does more than that.
+    """Make the step of a fused Adam by its kernels; return False, and change nothing, if `step` would do more than that.
 
-    `step` looks for hooks, initialises states, sorts tensors by device and dtype, and records itself for a profiler,
-    which takes as long as a tenth of the step of a small network.
+    `step` also looks for hooks, initialises states, sorts tensors by device and dtype, and records itself for a profiler,
+    which takes a noticeable part of the step of a small network (`docs/benchmarks.md`).
     """
+    # Take a hook list that a later version of torch may have renamed for one with hooks.
     hooks = (
-        optimizer._optimizer_step_pre_hooks,
-        optimizer._optimizer_step_post_hooks,
-        torch_optimizer._global_optimizer_pre_hooks,
-        torch_optimizer._global_optimizer_post_hooks,
+        *(getattr(optimizer, f"_optimizer_step_{when}_hooks", True) for when in ("pre", "post")),
+        *(getattr(torch_optimizer, f"_global_optimizer_{when}_hooks", True) for when in ("pre", "post")),
     )
-    if "step" in vars(optimizer) or any(hooks):
+    if any(hooks) or vars(optimizer).keys() & {"step", "grad_scale"}:
         return False
     calls = []
     for group in optimizer.param_groups:
