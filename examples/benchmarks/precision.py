@@ -3,7 +3,7 @@
     python examples/benchmarks/precision.py --out runs/precision
 
 The default network of `mnist_svi.py` (400-400, 40 latents) on binary images of MNIST, batches of 200. For each seed, all
-precisions start from the same weights and see the same data in the same order. The validation ELBO is always computed in
+precisions start from the same weights and see the same data in the same order; `--rounds` is the number of seeds. The validation ELBO is always computed in
 float32. "medium" is float32 on processors without bfloat16 products that torch uses for float32.
 """
 
@@ -14,11 +14,11 @@ import programs
 import turns
 from support.script import positive
 
-SETTINGS = {"full": {"seeds": 3, "epochs": 20, "images": 50_000}, "quick": {"seeds": 2, "epochs": 3, "images": 2_000}}
+SETTINGS = {"full": {"epochs": 20, "images": 50_000}, "quick": {"epochs": 3, "images": 2_000}}
 
 
 def main() -> None:
-    parser = turns.parser_for(__doc__, rounds=1)
+    parser = turns.parser_for(__doc__, rounds=3)
     add = parser.add_argument
     add("--precisions", nargs="+", default=["float32", "medium", "bf16"], help="values of fit(precision=)")
     add("--epochs", type=positive(int), help="epochs of each training (default: 20; 3 with --quick)")
@@ -32,7 +32,7 @@ def main() -> None:
     train, validation = images.tensor_split([settings["images"]])
     rows = []
     histories: dict[str, list[list[dict]]] = {precision: [] for precision in options.precisions}
-    for seed in range(settings["seeds"]):
+    for seed in range(options.rounds):
         for precision in options.precisions:
             histories[precision].append(history_of(train, validation, seed, epochs, precision))
     for precision, found in histories.items():

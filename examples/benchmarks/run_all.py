@@ -20,7 +20,7 @@ COMMANDS = {
     "training": "training.py --batch-sizes 64 256 1024 --rounds 3 --medium",
     "training-models": "training.py --model vamp nsf-prior iaf --batch-sizes 256 --rounds 5",
     "training-conv": "training.py --model conv --batch-sizes 64 --quick --rounds 3",
-    "precision": "precision.py --rounds 1",
+    "precision": "precision.py",
     "ranks": "ranks.py --rounds 3",
     "evaluation": "evaluation.py --rounds 3 --tables rates --bf16",
     "evaluation-conv": "evaluation.py --model conv --quick --rounds 3 --tables rates",

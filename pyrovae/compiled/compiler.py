@@ -40,7 +40,7 @@ def compiled_by_inductor(graph: torch.fx.GraphModule) -> Callable:
 
 @contextmanager
 def float32_products(medium: bool = False) -> Iterator[None]:
-    """Choose the library that multiplies float32 matrices on a CPU inside: oneDNN if that is faster, otherwise MKL.
+    """Multiply float32 matrices on a CPU by the faster library within this context: oneDNN or MKL.
 
     MKL keeps to AVX2 on processors of AMD, and oneDNN uses their AVX-512: twice as fast, with the same float32
     arithmetic. torch has one switch that sends float32 products to oneDNN, and it also allows bfloat16 inside, which
@@ -94,7 +94,7 @@ def fast_logarithms() -> dict[Any, Callable]:
 def _log1p(x: torch.Tensor) -> torch.Tensor:
     if not x.is_floating_point():
         return NotImplemented
-    # The rounding of 1 + x changes the logarithm by the same factor as (1 + x) - 1, which is exact.
+    # With u = 1 + x rounded, log(u) and u - 1, which is exact, are off by nearly the same factor: log(u) x / (u - 1) is right.
     rounded = 1 + x
     corrected = rounded.log() * (x / (rounded - 1))
     return torch.where((rounded == 1) | (x == torch.inf), x, corrected)

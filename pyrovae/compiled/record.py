@@ -71,7 +71,7 @@ def record(
         gradients: Also return d(first output) / d(parameter) for each of `Recording.parameters`.
         inductor: Compile the recording, which takes seconds. If False, run the recorded operations as they are, which
             already saves Pyro's overhead.
-        medium: Allow bfloat16 inside the products of float32 matrices: see `float32_products`. The self-check does not.
+        medium: Allow bfloat16 inside the products of float32 matrices: see `float32_products`. The self-check runs without it.
         finish: Function of outputs and gradients, recorded too; it may change buffers of the modules in place.
 
     Returns:

@@ -1,7 +1,8 @@
 """Log importance weights of any Pyro model/guide pair: programs in, (S, N) arrays out.
 
 The outer loop runs over blocks of data and the inner one over particles. All S weights of a block are then available at
-once, which the reducers of `pyrovae.estimators` require, while memory does not grow with S.
+once, which the reducers of `pyrovae.estimators` require. By default a block has fewer data if S is larger, so that
+memory stays bounded.
 """
 
 import warnings
@@ -33,8 +34,8 @@ _OTHERS = 8  # further runs, all of which must find data impossible before they 
 
 _EAGER_CHUNKS = 2  # chunks of a recording that are drawn at once eagerly, because Pyro's handlers take time for each
 
-# Rounding is measured with as many weights as 1 % of the evaluation, or one chunk if that is more. Each is drawn
-# eagerly in both precisions, so that this takes about 4 % of the time. All are kept at once.
+# Rounding is measured with 1 % as many weights as the evaluation has, at least one chunk and at most _MOST_MEASURED,
+# because all are kept at once. Each is drawn eagerly in both precisions, which takes about 4 % of the time.
 _MEASURED_DATA, _MEASURED_PART, _MOST_MEASURED = 32, 100, 2**19
 
 _Part = TypeVar("_Part")
@@ -249,8 +250,9 @@ def _draw_checked(pair: Pair, block: Block, size: int | None) -> Tensor:
 def _measured_rounding(exact: Pair, rounded: Pair, num_particles: int, vectorised: bool, medium: bool) -> Tensor:
     """How much rounding changes log p(x): the estimate with rounding minus the one without, from the same draws.
 
-    Measured on some data, evenly spaced. They have fewer particles than the evaluation if that would take too long;
-    rounding then averages out over fewer, and the differences are rather too large. torch's generators keep their state.
+    Measured on some data, evenly spaced, with fewer particles than the evaluation if all would take too long. The
+    differences are then larger than those of the evaluation, because rounding averages out over fewer particles. torch's
+    generators keep their state.
 
     Returns:
         (N,) in nats; NaN for data on which it is not measured.

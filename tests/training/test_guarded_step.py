@@ -149,3 +149,39 @@ def test_state_restored_from_a_file():
         optimizer.load_state_dict(first.state_dict())
         ends.append(train(parameters, optimizer, step))
     same(*ends)
+
+
+def test_nothing_is_left_on_the_optimizer():
+    """After a skipped first step, the owner's own call of `step` is a step again."""
+    parameters, optimizer = make(Adam)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    step_unless_skipped(optimizer, torch.tensor(False))
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all((parameter != old).all() for parameter, old in zip(parameters, before, strict=True))
+
+
+def test_a_scale_of_gradients_is_applied():
+    """As torch's scaler of mixed precision leaves it on the optimizer."""
+    ends = []
+    for step in (by_torch, step_unless_skipped):
+        parameters, optimizer = make(partial(Adam, eps=1.0))  # so that the size of a gradient matters
+        optimizer.grad_scale = torch.tensor(4.0)
+        ends.append(train(parameters, optimizer, step))
+    same(*ends)
+    assert not torch.equal(ends[0][0], train(*make(partial(Adam, eps=1.0)), by_torch)[0])
+
+
+def test_the_optimizer_s_own_zero_grad_is_called():
+    class Counting(torch.optim.SGD):
+        calls = 0
+
+        def zero_grad(self, set_to_none=True):
+            type(self).calls += 1
+            super().zero_grad(set_to_none)
+
+    train(*make(partial(Counting, lr=0.1)), step_unless_skipped)
+    assert Counting.calls == len(MADE)
