@@ -36,6 +36,7 @@ RUN_BY = {
     "examples/benchmarks/precision.py": "test_benchmarks.py::test_benchmark_runs",
     "examples/benchmarks/run_all.py": "test_benchmarks.py::test_one_command_runs_all",
     "examples/reproductions/density_table.py": "test_density_table.py::test_a_row_and_its_table",
+    "examples/reproductions/small_data.py": "test_small_data.py::test_small_data",
     "examples/reproductions/time_to_quality.py": "test_time_to_quality.py::test_all_of_it",
     "tests/mutations.py": "test_mutations.py::test_it_can_be_planted",
     "ways": "test_pyro_ways.py::test_a_way_of_pyro",

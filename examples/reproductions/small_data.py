@@ -101,7 +101,10 @@ def main() -> None:
     options = parse_options()
     rows = []
     for name in options.tasks:
-        task = TASKS[name](options)
+        try:
+            task = TASKS[name](options)
+        except pv.data.DataUnavailableError as error:
+            sys.exit(f"error: {name}: {error}")
         for prior in options.priors:
             for seed in range(options.seeds):
                 rows.append({"task": name, "prior": prior, "seed": seed, **measure(task, prior, seed, options)})

@@ -39,7 +39,7 @@ def test_every_example_is_tested():
     """Those at the top here; benchmarks and reproductions in files of their own."""
     found = {path for path in (ROOT / "examples").rglob("*.py") if "__main__" in path.read_text()}
     found = {str(path.relative_to(ROOT / "examples")) for path in found if path.parent.name != "benchmarks"}
-    reproductions = {"reproductions/density_table.py", "reproductions/time_to_quality.py"}
+    reproductions = {f"reproductions/{name}.py" for name in ("density_table", "small_data", "time_to_quality")}
     tops = {"bounds", "compare_estimates", "compare_parts", "deep_markov", "imputation", "mnist_svi", "semi_supervised"}
     assert found == {f"{name}.py" for name in tops} | reproductions
 
