@@ -8,6 +8,7 @@ multivariate normal of the training rows shows what a model without latents reac
 """
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1]))  # examples/
 
 from support import parts
-from support.script import command, git_revision, parser_of, positive, processor, versions, write_json
+from support.script import git_revision, parser_of, positive, processor, versions, write_json
 
 import pyrovae as pv
 
@@ -111,7 +112,7 @@ def main() -> None:
                 print(line(rows[-1]), flush=True)
     if options.out:
         about = {"versions": versions(), "processor": processor(), "threads": torch.get_num_threads()}
-        write_json(options.out, {"rows": rows, "command": command(), "git_revision": git_revision(), **about})
+        write_json(options.out, {"rows": rows, "command": shlex.join(["python", *sys.argv]), "git_revision": git_revision(), **about})
 
 
 def measure(task: Task, prior: str, seed: int, options) -> dict:
