@@ -14,7 +14,7 @@ from pyrovae.compiled.compiler import import_compiler
 from pyrovae.programs.reach import modules_behind
 from pyrovae.programs.traces import Program
 
-__all__ = ["has_known_parts", "mark_compiled", "pays_off"]
+__all__ = ["mark_compiled", "pays_off"]
 
 # Seconds that compiled arithmetic saves per product on two cores, and the seconds that compiling must save. These are
 # constants, not timings, so that the same call with the same cache takes the same path every time.
@@ -53,7 +53,7 @@ def pays_off(
         True if it pays off. False for third-party parts, because recording them may turn values into constants.
     """
     modules = modules_behind(*repeated, *once)
-    if not (modules and known and has_known_parts(*repeated, *once)):
+    if not (modules and known and _has_known_parts(*repeated, *once)):
         return False
     num_parameters = sum(parameter.numel() for module in modules_behind(*repeated) for parameter in module.parameters())
     saved = num_runs * (saved_per_run + _SAVED_PER_PRODUCT * rows_per_run * num_parameters)
@@ -84,7 +84,7 @@ def _mark(described: tuple) -> Path:
     return Path(cache_dir()) / f"pyrovae-{sha256(text.encode()).hexdigest()}"
 
 
-def has_known_parts(*programs: Any) -> bool:
+def _has_known_parts(*programs: Any) -> bool:
     """Whether programs are modules of pyrovae, torch and zuko only."""
     parts = {type(part) for module in modules_behind(*programs) for part in module.modules()}
     return all(map(_is_known, programs)) and all(part.__module__.partition(".")[0] in _KNOWN_PACKAGES for part in parts)
