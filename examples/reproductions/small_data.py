@@ -112,7 +112,10 @@ def main() -> None:
                 print(line(rows[-1]), flush=True)
     if options.out:
         about = {"versions": versions(), "processor": processor(), "threads": torch.get_num_threads()}
-        write_json(options.out, {"rows": rows, "command": shlex.join(["python", *sys.argv]), "git_revision": git_revision(), **about})
+        write_json(
+            options.out,
+            {"rows": rows, "command": shlex.join(["python", *sys.argv]), "git_revision": git_revision(), **about},
+        )
 
 
 def measure(task: Task, prior: str, seed: int, options) -> dict:

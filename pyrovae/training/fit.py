@@ -365,6 +365,8 @@ def _end(stop: BaseException, file: RunFile | None, state: TrainingState, good: 
     if file is not None:
         file.save(state, good)
         kept += f" and is in {file.path}; fit(..., checkpoint={str(file.path)!r}, resume=True) resumes from it"
+        if 0 < state.best_epoch < len(state.history):
+            kept += f"; pyrovae.load gives the pair after epoch {state.best_epoch}, the best so far"
     said = str(stop) or "training was interrupted"
     stop.args = (f"{said}; {kept}",)
 

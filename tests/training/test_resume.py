@@ -176,6 +176,34 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
     assert str(caught.value) == ""
 
 
+def test_a_stopped_run_names_its_best_epoch(tmp_path, monkeypatch):
+    """A run that overfits, stopped long after its best epoch."""
+    path = tmp_path / "run.pt"
+    original, calls = pyro.infer.SVI.step, []
+
+    def step(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2 * 50 + 1:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(pyro.infer.SVI, "step", step)
+    with pytest.raises(KeyboardInterrupt, match="after epoch 50 was restored") as caught:
+        pv.fit(
+            *make(), binary(10), epochs=60, batch_size=5, learning_rate=0.05, validation=binary(200, 2), checkpoint=path,
+            progress=False,
+        )  # fmt: skip
+    best = read(path)["training"]["state"]["best"]["epoch"]
+    assert 0 < best < 50
+    assert str(caught.value).endswith(f"pyrovae.load gives the pair after epoch {best}, the best so far")
+    content = pv.load(path)
+    found = read(path)["training"]["state"]["best"]["tensors"]
+    assert all(
+        any(torch.equal(parameter, tensor) for tensor in found.values())
+        for parameter in (*content["model"].parameters(), *content["guide"].parameters())
+    )
+
+
 def test_what_is_not_the_same_run_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     options = {"epochs": 2, "batch_size": 20, "checkpoint": path, "progress": False}
