@@ -432,7 +432,7 @@ TRAINING = [
     ),
     Mutation(
         "log1p of compiled code: without the digits that rounding 1 + x lost",
-        "compiled/compiler.py",
+        "compiled/logarithms.py",
         "corrected = rounded.log() * (x / (rounded - 1))",
         "corrected = rounded.log()",
         in_file("compiled/test_fast_logarithms.py", "values_are_those_of_float64_and_gradients_those_of_torch"),

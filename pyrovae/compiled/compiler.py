@@ -16,7 +16,6 @@ import torch
 __all__ = [
     "check_cache_is_writable",
     "compiled_by_inductor",
-    "fast_logarithms",
     "float32_products",
     "import_compiler",
     "remove_damaged_library",
@@ -76,34 +75,6 @@ def _prefers_onednn() -> bool:
     numbers = torch.full((256, 256), 1 + 2.0**-12, dtype=torch.float32, device="cpu")  # bfloat16 would round them to 1
     with float32_products(medium=True):
         return bool(((numbers @ torch.eye(256, dtype=torch.float32, device="cpu")) == numbers).all())
-
-
-def fast_logarithms() -> dict[Any, Callable]:
-    """Decompositions for `make_fx` that compute log(1 + x) by the logarithm, which Inductor's loops run much faster.
-
-    On a CPU the compiled `log1p` takes longer than all else beside the products of a softplus network.
-    """
-    aten = torch.ops.aten
-    return {
-        **torch._decomp.get_decompositions([aten.binary_cross_entropy_with_logits, aten.log_sigmoid_forward]),
-        aten.log1p.default: _log1p,
-        aten.softplus.default: _softplus,
-    }
-
-
-def _log1p(x: torch.Tensor) -> torch.Tensor:
-    if not x.is_floating_point():
-        return NotImplemented
-    # With u = 1 + x rounded, log(u) and u - 1, which is exact, are off by nearly the same factor: log(u) x / (u - 1) is right.
-    rounded = 1 + x
-    corrected = rounded.log() * (x / (rounded - 1))
-    return torch.where((rounded == 1) | (x == torch.inf), x, corrected)
-
-
-def _softplus(x: torch.Tensor, beta: float = 1, threshold: float = 20) -> torch.Tensor:
-    scaled = x * beta
-    exact = (scaled.clamp_min(0) + _log1p((-scaled.abs()).exp())) / beta
-    return torch.where(scaled > threshold, x, exact)
 
 
 def import_compiler() -> None:

@@ -34,7 +34,6 @@ from pyrovae.common.arguments import without_checks
 from pyrovae.compiled.compiler import (
     check_cache_is_writable,
     compiled_by_inductor,
-    fast_logarithms,
     float32_products,
     import_compiler,
     remove_damaged_library,
@@ -42,6 +41,7 @@ from pyrovae.compiled.compiler import (
 from pyrovae.compiled.cuda_graph import replayed
 from pyrovae.compiled.hidden_state import ReadsByPython, check_gradient_hooks, check_graph
 from pyrovae.compiled.kept_code import compiled_once, keep
+from pyrovae.compiled.logarithms import with_fast_logarithms
 from pyrovae.compiled.self_check import Inputs, Results, SelfCheck
 from pyrovae.compiled.signature import Last, Snapshot, kinds
 
@@ -184,8 +184,7 @@ class Recording:
             elsewhere = check.check_recording(graph, given, expected)
             compiled: Callable = graph
             if self.inductor:
-                with check.noise(0):  # after the check, because other logarithms round otherwise
-                    lowered = make_fx(graph, fast_logarithms())(given.tensors, [*map(torch.clone, given.state)])
+                lowered = with_fast_logarithms(graph)  # after the check, because other logarithms round otherwise
                 key, compiled = compiled_once(lowered, self.compiler, (*given[:2], *expected[:2]))
                 check.check_compiled(graph, compiled, elsewhere)  # compiles now, so that a failure shows here
                 keep(key, compiled)
