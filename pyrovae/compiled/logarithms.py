@@ -17,7 +17,7 @@ __all__ = ["with_fast_logarithms"]
 def with_fast_logarithms(recording: GraphModule) -> GraphModule:
     """Return the recording with log(1 + x), softplus and what contains them computed by the logarithm, right to rounding.
 
-    Only these operations are traced again, on tensors without values. Tensors that the recording holds are shared.
+    Only these operations are traced again, on tensors of any values. Tensors that the recording holds are shared.
 
     Args:
         recording: What `make_fx` returned.
@@ -55,7 +55,7 @@ def _traced(graph: Graph, node: Node, copies: dict[Node, Any], table: dict[Any, 
 
     values = (tensor.meta["val"] for tensor in inputs)
     examples = [torch.empty_strided(of.shape, of.stride(), dtype=of.dtype, device=of.device) for of in values]
-    inner = make_fx(run, table, tracing_mode="fake")(*examples)
+    inner = make_fx(run, table)(*examples)
     found = dict(zip(inner.graph.find_nodes(op="placeholder"), (copies[tensor] for tensor in inputs), strict=True))
     return graph.graph_copy(inner.graph, found)
 
