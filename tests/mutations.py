@@ -521,6 +521,27 @@ ANNEALING = [
         "estimators.importance_weighted_bound(back.log_weights)",
         in_file("annealing/test_annealing.py", "both_bounds_of_known_weights_by_hand"),
     ),
+    Mutation(
+        "second opinions: the codes of the lowest scores",
+        "guides/defensive.py",
+        ".topk(self.num_codes, 0)",
+        ".topk(self.num_codes, 0, largest=False)",
+        in_file("guides/test_defensive.py", "the_codes_that_count_are_the_models_best"),
+    ),
+    Mutation(
+        "second opinion: shares of the draws for those of the weights",
+        "evaluation/second_opinion.py",
+        "weights + parts - parts.logsumexp(0)",
+        "parts - parts.logsumexp(0)",
+        in_file("guides/test_defensive.py", "shares_are_those_of_the_posterior"),
+    ),
+    Mutation(
+        "gaps of a hand-written guide: values of a plate left of the data in the wrong place",
+        "guides/program_guide.py",
+        "return value.movedim(0, axis)",
+        "return value",
+        in_file("evaluation/test_gaps_of_programs.py", "several_sites_and_a_plate_within_a_datum"),
+    ),
 ]
 
 MUTATIONS = [*ESTIMATORS, *PARTS, *TRAINING, *ANNEALING]
@@ -554,6 +575,9 @@ def planted(text: str, mutation: Mutation) -> str:
 
 def main(words: list[str]) -> int:
     chosen = [mutation for mutation in MUTATIONS if all(word in mutation.what for word in words)]
+    if not chosen:
+        print(f"no planted error has {' and '.join(words)} in its name")
+        return 2
     survived = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -584,30 +608,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        main(
-            sys.argv[
-                1 : Mutation(
-                    "second opinions: the codes of the lowest scores",
-                    "guides/defensive.py",
-                    ".topk(self.num_codes, 0)",
-                    ".topk(self.num_codes, 0, largest=False)",
-                    in_file("guides/test_defensive.py", "the_codes_that_count"),
-                ),
-                Mutation(
-                    "second opinion: shares of the draws for those of the weights",
-                    "evaluation/second_opinion.py",
-                    "weights + parts - parts.logsumexp(0)",
-                    "parts - parts.logsumexp(0)",
-                    in_file("guides/test_defensive.py", "shares_are_those_of_the_posterior"),
-                ),
-                Mutation(
-                    "gaps of a hand-written guide: values of a plate left of the data in the wrong place",
-                    "guides/program_guide.py",
-                    "return value.movedim(0, axis)",
-                    "return value",
-                    in_file("evaluation/test_gaps_of_programs.py", "several_sites_and_a_plate"),
-                ),
-            ]
-        )
-    )
+    sys.exit(main(sys.argv[1:]))

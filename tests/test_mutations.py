@@ -1,5 +1,7 @@
 """The list of deliberate errors (`python tests/mutations.py` plants them) still fits the code and the tests."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,3 +21,10 @@ def test_it_can_be_planted(mutation):
 
 def test_their_names_differ():
     assert len({mutation.what for mutation in MUTATIONS}) == len(MUTATIONS) >= 12
+
+
+def test_the_command_itself_runs():
+    done = subprocess.run([sys.executable, ROOT / "tests/mutations.py", "no", "such"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == "no planted error has no and such in its name\n"
+    assert done.stderr == ""
