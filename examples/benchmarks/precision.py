@@ -3,8 +3,8 @@
     python examples/benchmarks/precision.py --out runs/precision
 
 The default network of `mnist_svi.py` (400-400, 40 latents) on binary images of MNIST, batches of 200. For each seed, all
-precisions start from the same weights and see the same data in the same order; `--rounds` is the number of seeds. The validation ELBO is always computed in
-float32. "medium" is float32 on processors without bfloat16 products that torch uses for float32.
+precisions start from the same weights and see the same data in the same order; `--rounds` is the number of seeds. The
+validation ELBO is always computed in float32. "medium" is float32 on processors without bfloat16 products that torch uses for float32.
 """
 
 import logging

@@ -5,9 +5,9 @@
 The unit is data per second of optimisation steps, with data in memory, float32, one particle and Adam. "Pyro as in its
 example" is `SVI` with `pyro.optim.Adam`, `Trace_ELBO`, a VAE class as users write it, and Pyro's default validation.
 pyrovae is `pv.fit` itself, after its eager epoch and the recording. How long a compiled `fit` takes to record, with compiled
-code in the cache, stands in the last column. The floor is the time of the forward and backward matrix products alone or, for models other
-than the MLP, of the networks alone. With `--device cuda` there is also a step by hand, with Adam, captured whole as a
-CUDA graph.
+code in the cache, stands in the last column. The floor is the time of the forward and backward matrix products alone or,
+for models other than the MLP, of the networks alone. With `--device cuda` there is also a step by hand, with Adam,
+captured whole as a CUDA graph.
 """
 
 import contextlib

@@ -205,7 +205,8 @@ def test_every_row_is_a_pair_for_mnist(table):
     data = pv.data.Splits("mnist", grey, None, grey[:5], None, None, None).binarized("dynamic")
     for row in table.ROWS.values():
         model, guide = row.pair(data)
-        assert abs(Trace_ELBO().loss(model, guide, data.test)) < 5 * 2 * 784, row.name  # 2 nats per pixel
+        nats_per_pixel = 2 if row.draw else 1  # the paper's initial weights are larger
+        assert abs(Trace_ELBO().loss(model, guide, data.test)) < 5 * nats_per_pixel * 784, row.name
         assert (row.target is None) == (row.variant_of is not None)
         assert row.variant_of in {None, *table.ROWS}
         if row.after is not None:  # whose pair is trained on the data of this row
