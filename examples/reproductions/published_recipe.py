@@ -62,14 +62,15 @@ class GatedLayer(nn.Module):
 class Joined(nn.Module):
     """A layer for each of two inputs that lie side by side, and a gated one over what both give."""
 
-    def __init__(self, first, second):
+    def __init__(self, first, second, *, layer_norm=False):
         super().__init__()
         self.first, self.second = first, second
         self.joint = GatedLayer(2 * HIDDEN[0], HIDDEN[-1])
+        self.norm = nn.LayerNorm(HIDDEN[-1]) if layer_norm else nn.Identity()
 
     def forward(self, x):
         first, second = x[..., :LATENT_DIM], x[..., LATENT_DIM:]
-        return self.joint(torch.cat([self.first(first), self.second(second)], -1))
+        return self.norm(self.joint(torch.cat([self.first(first), self.second(second)], -1)))
 
 
 class ClampedNormal(nn.Module):
@@ -148,16 +149,23 @@ def published(data, prior="standard-normal", **change):
     return pv.GenerativeModel(prior_of(prior, guide, data), ClampedBernoulli(decoder, data.data_shape)), guide
 
 
-def published_hierarchy(data, prior="standard-normal"):
-    """Two levels: p(z2) p(z1|z2) p(x|z1, z2) and q(z2|x) q(z1|x, z2), with layers of their own for each input."""
+def published_hierarchy(data, prior="standard-normal", *, layer_norm=False):
+    """Two levels: p(z2) p(z1|z2) p(x|z1, z2) and q(z2|x) q(z1|x, z2), with layers of their own for each input.
+
+    Args:
+        data, prior: as in `published`.
+        layer_norm: normalise what the layers before each distribution give.
+    """
     pixels = data.data_shape.numel()
-    top = PublishedGuide(pixels, hidden_layers=hidden_layers)
+    layers_of = partial(hidden_layers, layer_norm=layer_norm)
+    joined = partial(Joined, layer_norm=layer_norm)
+    top = PublishedGuide(pixels, hidden_layers=layers_of)
     encoder = nn.Sequential(nn.Flatten(), GatedLayer(pixels, HIDDEN[0]))
     of_latent = partial(GatedLayer, LATENT_DIM, HIDDEN[0])
-    below = ClampedNormal(Joined(of_latent(), nn.Identity()))  # of z2 and of what the encoder gives
+    below = ClampedNormal(joined(of_latent(), nn.Identity()))  # of z2 and of what the encoder gives
     guide = pv.TopDownGuide(top, [below], encoder, num_features=HIDDEN[0])
-    decoder = nn.Sequential(Joined(of_latent(), of_latent()), linear(HIDDEN[-1], pixels))
-    layers = [ClampedNormal(nn.Sequential(*hidden_layers(LATENT_DIM)))]
+    decoder = nn.Sequential(joined(of_latent(), of_latent()), linear(HIDDEN[-1], pixels))
+    layers = [ClampedNormal(nn.Sequential(*layers_of(LATENT_DIM)))]
     likelihood = ClampedBernoulli(decoder, data.data_shape)
     return pv.HierarchicalModel(prior_of(prior, top, data), layers, likelihood, skip=True), guide
 
