@@ -106,7 +106,7 @@ ESTIMATORS = [
     ),
     Mutation(
         "precision: the error measured between float32 and float32",
-        "evaluation/log_weights.py",
+        "evaluation/rounding.py",
         "torch.cat([without, draw(rounded, block, size).log_weights], 1)",
         "torch.cat([without, draw(exact, block, size).log_weights], 1)",
         in_file("evaluation/test_evaluation_precision.py", "the_error_is_that_computed_by_hand_for_the_same_draws"),

@@ -30,10 +30,12 @@ import turns
 NUM_DATA, NUM_PARTICLES = 10_000, 5_000
 TABLES = {
     "rates": "Log weights per second",
+    "rows": "How the rate depends on the rows, particles times data, that are drawn at once",
     "growth": "How the rate changes (with it the cost of one log weight)",
     "memory": "Peak memory above model, data and what the process held, in MB",
 }
 FLOOR_ROWS = 1_000  # rows at once, so that activations stay in the cache
+ROWS, ROWS_DATA = (340, 660, 1_340, 2_680, 5_360), 20  # rows at once, of so many data
 
 
 def main() -> None:
@@ -57,6 +59,7 @@ def main() -> None:
     tables, rows = {}, []
     measures = {
         "rates": lambda: rates(options.model, data, few, particles, options.rounds, options.bf16),
+        "rows": lambda: by_rows(data[:100], particles, options),
         "growth": lambda: growth(data, options),
         "memory": lambda: memory(options),
     }
@@ -90,6 +93,16 @@ def rates(model: str, data, few, particles: int, rounds: int, bf16: bool) -> tup
                 f", {fixed:.0f} of them before the first weight" if fixed else ""
             )
     return rows, "log weights/s", "x floor"
+
+
+def by_rows(data, particles: int, options) -> tuple[list[turns.Row], str, str]:
+    """A compiled evaluation by the number of rows drawn at once, beside the size that the library chooses."""
+    competitors = {"the library's choice": pyrovae(data, particles, compile=True), **products(data, particles)}
+    for rows in ROWS[:1] if options.quick else ROWS:
+        sizes = {"data_batch_size": ROWS_DATA, "particle_batch_size": rows // ROWS_DATA}
+        competitors[f"{rows:,}"] = pyrovae(data, particles, compile=True, **sizes)
+    found = turns.in_turns("rows at once", competitors, options.rounds, base="floor")
+    return found, "log weights/s", "x floor"
 
 
 def growth(data, options) -> tuple[list[turns.Row], str, str]:
@@ -168,9 +181,9 @@ def pyrovae(
     compile: bool,
     latent_dim: int = programs.LATENT_DIM,
     model: str = "mlp",
-    precision: str = "float32",
+    **options,
 ) -> Callable[[], float]:
-    return Timed(model, data, latent_dim, num_particles=num_particles, compile=compile, precision=precision)
+    return Timed(model, data, latent_dim, num_particles=num_particles, compile=compile, **options)
 
 
 def pyro_traces(model: str, data, num_particles: int) -> Callable[[], float]:

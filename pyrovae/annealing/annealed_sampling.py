@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pyrovae.annealing.blocks import AnnealingOptions, TunedBlock, tuned_blocks, with_prior
 from pyrovae.annealing.chains import Annealed, anneal
-from pyrovae.evaluation.log_weights import until_interrupted
+from pyrovae.evaluation.drawing import until_interrupted
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.evaluation.opening import Part, opened, parts_of
 from pyrovae.programs.traces import Program

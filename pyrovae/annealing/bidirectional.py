@@ -13,7 +13,7 @@ from pyrovae.annealing.blocks import AnnealingOptions, tuned_blocks, with_prior
 from pyrovae.annealing.chains import anneal, anneal_back
 from pyrovae.annealing.coordinates import unconstrained
 from pyrovae.estimators.reducers import standard_error
-from pyrovae.evaluation.log_weights import until_interrupted
+from pyrovae.evaluation.drawing import until_interrupted
 from pyrovae.evaluation.opening import opened
 from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.pair import Pair

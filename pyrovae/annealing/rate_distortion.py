@@ -13,7 +13,7 @@ from pyrovae.annealing.blocks import AnnealingOptions, TunedBlock, tuned_blocks,
 from pyrovae.annealing.chains import anneal
 from pyrovae.estimators.compression import rate_and_distortion
 from pyrovae.estimators.reducers import standard_error
-from pyrovae.evaluation.log_weights import until_interrupted
+from pyrovae.evaluation.drawing import until_interrupted
 from pyrovae.evaluation.opening import opened
 from pyrovae.programs.pair import Pair
 from pyrovae.programs.traces import Program

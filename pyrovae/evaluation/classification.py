@@ -1,13 +1,13 @@
 """p(y | x) of a class that is summed out of the model, by importance weights."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pyrovae.common.reporting import progress_bar
-from pyrovae.evaluation.log_weights import can_vectorise, draw
+from pyrovae.evaluation.drawing import draw, draw_blocks
 from pyrovae.evaluation.opening import SamplingOptions, opened
 from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.log_densities import summed_posterior, values_of_sum
@@ -117,14 +117,9 @@ def classify(
         values = values_of_sum(first.model_trace.nodes[name])
         # Each weight brings one probability for each value.
         rows = replace(pair, row_size=pair.row_size * len(values))
-        block_size, chunk_size = rows.sizes(options.num_particles, options.data_batch_size, options.particle_batch_size)
-        size = chunk_size if pair.draws and can_vectorise(pair, block_size, options.vectorize_particles) else None
-        parts = []
-        with progress_bar("classes", pair.num_data, "data", options.progress) as bar:
-            for start, stop in pair.blocks(block_size):
-                part, size = _of_block(pair, pair.block(start, stop), name, options.num_particles, size)
-                parts.append(part)
-                bar.update(stop - start)
+        if not pair.draws:
+            options = replace(options, vectorize_particles=False)
+        parts = list(draw_blocks(rows, options, partial(_of_block, rows, name, options.num_particles), "classes"))
     probs, stderr, ess = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     if not pair.draws:
         ess = ess * options.num_particles
@@ -153,7 +148,7 @@ def _site_of(pair: Pair, site: str | None) -> str:
 
 
 def _of_block(
-    pair: Pair, block: Block, site: str, num_particles: int, chunk_size: int | None
+    pair: Pair, site: str, num_particles: int, block: Block, _: int, chunk_size: int | None
 ) -> tuple[tuple[Tensor, ...], int | None]:
     """(probs, stderr, ess) of a block of data, and the chunk size that memory allows; None draws one by one."""
     num_particles = num_particles if pair.draws else 1  # every particle is the same

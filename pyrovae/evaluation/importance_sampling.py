@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.reporting import progress_bar
-from pyrovae.evaluation.log_weights import WeightedBlock, log_weight_blocks, until_interrupted
+from pyrovae.evaluation.drawing import until_interrupted
+from pyrovae.evaluation.log_weights import WeightedBlock, log_weight_blocks
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.evaluation.opening import SamplingOptions, parts_of
 from pyrovae.guides.base import Guide

@@ -1,8 +1,8 @@
 """Missing values filled in by importance weights: posterior means and draws of what is missing, given what is observed."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.networks import check_mask, given
-from pyrovae.common.reporting import progress_bar
 from pyrovae.evaluation.cells import Cells, ChosenLatents, WeightedSums, cells_of, check_site, drawn_cells
-from pyrovae.evaluation.log_weights import Drawn, can_vectorise, draw
+from pyrovae.evaluation.drawing import Drawn, draw, draw_blocks
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.evaluation.opening import SamplingOptions, opened
 from pyrovae.programs.pair import Block, Pair
@@ -151,7 +150,8 @@ def impute(
         _check_layout(pair, len(pair.args[0]))
         # Moments of all cells pass through at once, beside the latents.
         pair = replace(pair, row_size=max(pair.row_size, pair.args[0][0].numel()))
-        blocks = list(_impute_blocks(pair, options, num_draws, site))
+        of_block = partial(_impute_block, pair, options.num_particles, num_draws, site)
+        blocks = list(draw_blocks(pair, options, of_block, "imputation"))
     first = blocks[0]
     joined: dict[str, Any] = {
         name: torch.cat([getattr(block, name) for block in blocks]) for name in ("mean", "std", "stderr", "observed")
@@ -179,20 +179,9 @@ def _check_layout(pair: Pair, num_data: int) -> None:
         )
 
 
-def _impute_blocks(pair: Pair, options: SamplingOptions, num_draws: int, site: str) -> Iterator[Imputation]:
-    block_size, size = pair.sizes(options.num_particles, options.data_batch_size, options.particle_batch_size)
-    chunk_size = size if can_vectorise(pair, block_size, options.vectorize_particles) else None
-    with progress_bar("imputation", pair.num_data, "data", options.progress) as bar:
-        for start, stop in pair.blocks(block_size):
-            block = pair.block(start, stop)
-            done, chunk_size = _impute_block(pair, block, start, options.num_particles, chunk_size, num_draws, site)
-            yield done
-            bar.update(stop - start)
-
-
 @torch.no_grad()
 def _impute_block(
-    pair: Pair, block: Block, start: int, num_particles: int, chunk_size: int | None, num_draws: int, site: str
+    pair: Pair, num_particles: int, num_draws: int, site: str, block: Block, start: int, chunk_size: int | None
 ) -> tuple[Imputation, int | None]:
     """The imputation of a block of data, and the chunk size that memory allows."""
     x, observed, layout = block.args[0], block.kwargs["observed"], block.layout

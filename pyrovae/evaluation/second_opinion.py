@@ -1,13 +1,13 @@
 """Which component of a defensive mixture carries the weights of each datum: does the guide miss a mode?"""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pyrovae.common.reporting import progress_bar
-from pyrovae.evaluation.log_weights import Drawn, can_vectorise, draw
+from pyrovae.evaluation.drawing import Drawn, draw, draw_blocks
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.evaluation.opening import SamplingOptions, opened
 from pyrovae.guides.defensive import DefensiveMixture, MixtureOfOpinions
@@ -111,27 +111,15 @@ def second_opinion(
         progress=progress,
     )
     with opened(model, guide, args, kwargs, options) as pair:
-        block_size, size = pair.sizes(options.num_particles, options.data_batch_size, options.particle_batch_size)
-        count = size if can_vectorise(pair, block_size, options.vectorize_particles) else None
-        names: tuple[str, ...] = ()
-        results, shares = [], []
-        with progress_bar("second opinion", pair.num_data, "data", options.progress) as bar:
-            for start, stop in pair.blocks(block_size):
-                block = pair.block(start, stop)
-                result, names, share, count = _of_block(pair, block, options.num_particles, count)
-                results.append(result)
-                shares.append(share.cpu())
-                bar.update(stop - start)
-    return SecondOpinion(LogMarginalLikelihood.concatenate(results), names, torch.cat(shares))
+        of_block = partial(_of_block, pair, options.num_particles)
+        results, names, shares = zip(*draw_blocks(pair, options, of_block, "second opinion"), strict=True)
+    return SecondOpinion(LogMarginalLikelihood.concatenate(list(results)), names[0], torch.cat(shares))
 
 
 def _of_block(
-    pair: Pair, block: Block, num_particles: int, chunk_size: int | None
-) -> tuple[LogMarginalLikelihood, tuple[str, ...], Tensor, int | None]:
-    """Return (result, names, shares (B, K), chunk size that memory allows) for a block of data.
-
-    A chunk size of None draws the particles one by one.
-    """
+    pair: Pair, num_particles: int, block: Block, _: int, chunk_size: int | None
+) -> tuple[tuple[LogMarginalLikelihood, tuple[str, ...], Tensor], int | None]:
+    """Return (result, names, shares (B, K)) of a block of data, and the chunk size that memory allows."""
     carried: dict[str, Tensor] = {}
 
     def use(found: Drawn) -> Tensor:
@@ -148,4 +136,4 @@ def _of_block(
         lambda size, _: draw(pair, block, size), use, num_particles, chunk_size, block.layout.num_data
     )
     shares = torch.stack(list(carried.values()), 1).softmax(1)
-    return LogMarginalLikelihood.from_log_weights(log_weights), tuple(carried), shares, chunk_size
+    return (LogMarginalLikelihood.from_log_weights(log_weights), tuple(carried), shares.cpu()), chunk_size

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
 from pyrovae.compiled import record
-from pyrovae.evaluation import log_weights as drawing
+from pyrovae.evaluation import log_weights, rounding
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 
 
@@ -137,7 +137,7 @@ def test_the_error_is_that_computed_by_hand_for_the_same_draws():
 
 @pytest.mark.parametrize(("most", "particles"), [(2**19, 6400 * 64 // 100 // 32), (3200, 100)])
 def test_it_takes_a_few_percent_of_the_draws_and_little_memory(monkeypatch, most, particles):
-    monkeypatch.setattr(drawing, "_MOST_MEASURED", most)
+    monkeypatch.setattr(rounding, "_MOST_MEASURED", most)
     rows = {}
     for precision in ("float32", "bf16"):
         watched = Watched()
@@ -281,18 +281,18 @@ def test_compiled_is_eager_up_to_its_rounding(chunks):
 def test_medium_products_around_the_draws(uncompiled, monkeypatch):
     """Eager and recorded; never in the float32 half of the measurement."""
     asked, original = {}, record.float32_products
-    for module in (drawing, record):
+    for module in (log_weights, record, rounding):
         told = asked.setdefault(module.__name__.rpartition(".")[2], [])
         monkeypatch.setattr(
             module, "float32_products", lambda medium=False, told=told: told.append(medium) or original(medium)
         )
     options = {"num_particles": 90, "particle_batch_size": 30, "compile": True}
     estimate(*make(), binary()[:20], **options, precision="medium")
-    assert asked == {"log_weights": [False, True, True], "record": [True, True]}
+    assert asked == {"rounding": [False, True], "log_weights": [True], "record": [True, True]}
     for told in asked.values():
         told.clear()
     estimate(*make(), binary()[:20], **options)
-    assert asked == {"log_weights": [False], "record": [False, False]}
+    assert asked == {"rounding": [], "log_weights": [False], "record": [False, False]}
 
 
 def test_batches_of_a_loader():

@@ -10,7 +10,7 @@ from shared.runs import binary, make
 
 import pyrovae as pv
 from pyrovae.compiled.record import Recording
-from pyrovae.evaluation import log_weights
+from pyrovae.evaluation import drawing
 
 NUM_DATA, NUM_PARTICLES = 6, 50
 
@@ -31,7 +31,7 @@ def posterior(x):
 def room(monkeypatch):
     """A device that has room for so many rows (particles times data); what was asked of it is kept."""
     asked = []
-    original = log_weights.run_particles
+    original = drawing.run_particles
 
     def room_for(rows):
         def run(model, guide, args, kwargs, layout, num_particles):
@@ -40,7 +40,7 @@ def room(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return original(model, guide, args, kwargs, layout, num_particles)
 
-        monkeypatch.setattr(log_weights, "run_particles", run)
+        monkeypatch.setattr(drawing, "run_particles", run)
         return asked
 
     return room_for
