@@ -53,6 +53,20 @@ def test_own_likelihood_has_its_mean_and_refuses(own_parts):
         model(torch.full((4, 3), 0.5))
 
 
+def test_the_error_of_heavy_weights_is_as_the_page_on_bounds_says():
+    page = (PAGES / "bounds.md").read_text(encoding="utf-8")
+    (code,) = (part.split("```")[0] for part in page.split("```python\n")[1:] if "torch.manual_seed(0)" in part)
+    namespace: dict = {}
+    exec(compile(code, "bounds.md", "exec"), namespace)
+    lml, covered = namespace["lml"], namespace["covered"]
+    assert lml.log_prob.mean().item() == pytest.approx(-0.36, abs=0.04)
+    assert lml.log_prob.std().item() == pytest.approx(0.65, abs=0.04)
+    assert lml.stderr.mean().item() == pytest.approx(0.36, abs=0.04)
+    assert covered.double().mean().item() == pytest.approx(0.56, abs=0.04)
+    assert lml.bias_estimate == pytest.approx(0.14, abs=0.03)
+    assert lml.pareto_k.median().item() == pytest.approx(1.3, abs=0.1)
+
+
 def test_every_page_is_in_the_reference():
     assert sorted(docs.PAGES) == sorted(page.name for page in PAGES.glob("*.md"))
 
