@@ -29,7 +29,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # examples/
 
 from clock import Clock
-from density_estimates import anneal, compared, estimate, of_all_images
+from density_estimates import anneal, compared, estimate, of_all_images, sliced
 from density_rows import ROWS, Row
 from density_summary import write_table
 from support import parts
@@ -99,11 +99,12 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
     test = data.test[torch.randperm(len(data.test), generator=torch.Generator().manual_seed(ORDER_SEED))]
     lml = estimate(options, folder, model, guide, test[: options.images], clock)
     annealed = anneal(options, folder, model, test[: options.ais_images], clock)
+    numbers = of_all_images(options, folder, model, guide, test, lml, clock)
     active = pv.active_units(guide, data.test)
     return {
         "row": row.name,
         "title": row.title,
-        **of_all_images(options, folder, model, guide, test, lml, clock),
+        **numbers,
         "bias_estimate": lml.bias_estimate,
         "active_units": int(active.sum()),
         "latent_dim": len(active),
@@ -114,6 +115,7 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
         "test_images": len(lml),
         "of_test_images": len(data.test),
         "ais": None if annealed is None else compared(annealed, lml),
+        "slice": sliced(options, folder, model, guide, test, lml, numbers["nll"], clock),
         "units": "nats per image; stderr over images; gap and bias estimate are lower bounds, NLL is an upper bound",
         "published": row.published,
         "source": row.source,
@@ -233,7 +235,7 @@ def train(row, options, folder, data, device, clock):
 def command(row: Row, options: argparse.Namespace) -> str:
     """The command that reproduces these numbers, without the paths of this machine."""
     words = ["python", "examples/reproductions/density_table.py", row.name]
-    for name in ("dataset", "data_seed", "seed", "epochs", "particles", "images", "ais_images"):
+    for name in ("dataset", "data_seed", "seed", "epochs", "particles", "images", "ais_images", "slice"):
         if (value := getattr(options, name)) is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return f"OMP_NUM_THREADS={torch.get_num_threads()} {shlex.join(words)}"
@@ -261,6 +263,7 @@ def parse_options() -> argparse.Namespace:
     add("--particles", type=positive(int), default=5000, help="particles per test image (default: 5000)")
     add("--images", type=positive(int), help="use a random sample of this many test images (default: all)")
     add("--ais-images", type=int, default=100, help="number of these images to anneal as well (default: 100; 0: none)")
+    add("--slice", type=int, default=0, help="number of these images to anneal from the guide, to correct the NLL")
     add("--epochs", type=positive(int), help="epochs, instead of those of the row")
     add("--seed", type=int, default=0, help="seed of initialisation, training and estimates (default: 0)")
     add("--quiet", action="store_true", help="show no progress bars")

@@ -123,6 +123,29 @@ def test_all_images_from_a_sample_of_them(table, monkeypatch, tmp_path):
     assert result["sample_stderr"] == 0
 
 
+def test_error_of_the_corrected_nll(table, monkeypatch, tmp_path):
+    """The error that `sliced` gives is the spread of its estimates around the mean over all images."""
+    density_estimates = sys.modules["density_estimates"]
+    options = SimpleNamespace(seed=0, slice=20, quiet=True)
+    generator = torch.Generator().manual_seed(0)
+    errors, said = [], []
+    for _ in range(500):
+        gap = 3 + torch.rand(400, generator=generator)
+        more = 0.2 * gap + 0.3 * torch.rand(400, generator=generator)
+        annealed = SimpleNamespace(log_prob=more[:20], acceptance=torch.ones(20))
+        monkeypatch.setattr(density_estimates, "kept", lambda *_, annealed=annealed: annealed)
+        sampled = type("Sampled", (), {"log_prob": torch.zeros(100), "gap": gap[:100], "__len__": lambda _: 100})()
+        nll = -gap[:100].mean().item()  # with an ELBO of 0
+        found = density_estimates.sliced(
+            options, tmp_path, None, None, torch.zeros(400, 1), sampled, nll, lambda _: None
+        )
+        errors.append(-found["nll"] - (gap + more).mean().item())
+        said.append(found["sample_stderr"])
+    errors, said = torch.tensor(errors), torch.tensor(said)
+    assert errors.mean().item() == pytest.approx(0, abs=4 * errors.std().item() / 500**0.5)
+    assert errors.std().item() == pytest.approx(said.square().mean().sqrt().item(), rel=0.12)
+
+
 def test_a_stopped_run_goes_on(run, table, monkeypatch):
     """Stopped in training, in the evaluation and before the annealing: the numbers of a run that was not."""
     words = ("mlp300-vamp", "--epochs", "3", "--ais-images", "0")
