@@ -206,7 +206,7 @@ def train(row, options, folder, data, device, clock):
             average=row.average,
             precision=row.precision,
             # "auto" never records parts defined outside the library, such as those of the published recipe.
-            compile=True if settings["epochs"] >= 50 else "auto",
+            compile=True if settings["epochs"] * settings["particles"] >= 50 else "auto",
             checkpoint=checkpoint,
             checkpoint_every=30.0,
             resume=True,
