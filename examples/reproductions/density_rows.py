@@ -412,16 +412,6 @@ ROWS = {
             after="mlp300-vamp",
         ),
         OnwardRow(
-            "gated300-hierarchy-maf-iwae",
-            "paper's networks with LayerNorm, 2 levels, MAF prior, then IWAE, k=10",
-            hierarchy_maf,
-            epochs=15,
-            draw="seed-777",
-            clip_norm=5000.0,
-            target=81.3,
-            after="gated300-hierarchy-maf",
-        ),
-        OnwardRow(
             "gated300-maf-iwae",
             "paper's networks with LayerNorm, MAF prior, then IWAE, k=10",
             maf300,

@@ -78,7 +78,8 @@ def num_ranks() -> int:
 
 def share(index: Tensor) -> Tensor:
     """This rank's part of a batch: every `num_ranks()`-th index. Shares differ in length by at most one."""
-    return index[rank() :: num_ranks()]
+    ranks = num_ranks()
+    return index if ranks == 1 else index[rank() :: ranks]
 
 
 def check_shares(num_data: int, batch_size: int) -> None:
