@@ -73,37 +73,51 @@ class Joined(nn.Module):
         return self.norm(self.joint(torch.cat([self.first(first), self.second(second)], -1)))
 
 
-class ClampedNormal(nn.Module):
-    """Normal given other tensors, whose log-variance is clamped to [-6, 2]."""
+class Heads(nn.Module):
+    """Mean and log-variance, side by side, from the features of a network; the log-variance is clamped to [-6, 2]."""
 
-    def __init__(self, net, latent_dim=LATENT_DIM):
+    def __init__(self):
         super().__init__()
-        self.net, self.latent_dim = net, latent_dim
-        self.mean = linear(HIDDEN[-1], latent_dim)
-        self.log_variance = linear(HIDDEN[-1], latent_dim)
+        self.mean = linear(HIDDEN[-1], LATENT_DIM)
+        self.log_variance = linear(HIDDEN[-1], LATENT_DIM)
+
+    def forward(self, features):
+        return torch.cat([self.mean(features), self.log_variance(features).clamp(-6, 2)], -1)
+
+
+def normal_of(parameters):
+    """The normal with the mean and log-variance that `Heads` gives."""
+    loc, log_variance = parameters.chunk(2, -1)
+    return dist.Normal(loc, (log_variance / 2).exp()).to_event(1)
+
+
+class ClampedNormal(nn.Module):
+    """Normal given other tensors, whose log-variance is clamped."""
+
+    latent_dim = LATENT_DIM
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.heads = net, Heads()
 
     def forward(self, *given):
         batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in given))
-        features = self.net(torch.cat([part.expand(*batch_shape, -1) for part in given], -1))
-        return dist.Normal(self.mean(features), (self.log_variance(features).clamp(-6, 2) / 2).exp()).to_event(1)
+        return normal_of(self.heads(self.net(torch.cat([part.expand(*batch_shape, -1) for part in given], -1))))
 
 
 class PublishedGuide(pv.guides.Guide):
-    """Mean-field normal guide whose log-variance is clamped to [-6, 2]."""
+    """Mean-field normal guide whose log-variance is clamped."""
 
-    def __init__(self, num_pixels, latent_dim=LATENT_DIM, *, hidden_layers):
-        super().__init__(latent_dim)
+    def __init__(self, num_pixels, *, hidden_layers):
+        super().__init__(LATENT_DIM)
         self.encoder_net = nn.Sequential(nn.Flatten(), *hidden_layers(num_pixels))
-        self.mean = linear(HIDDEN[-1], latent_dim)
-        self.log_variance = linear(HIDDEN[-1], latent_dim)
+        self.heads = Heads()
 
     def encode(self, x):
-        features = self.encoder_net(x)
-        return torch.cat([self.mean(features), self.log_variance(features).clamp(-6, 2)], -1)
+        return self.heads(self.encoder_net(x))
 
     def distribution(self, parameters):
-        loc, log_variance = parameters.chunk(2, -1)
-        return dist.Normal(loc, (log_variance / 2).exp()).to_event(1)
+        return normal_of(parameters)
 
 
 class ClampedBernoulli(pv.likelihoods.Bernoulli):

@@ -122,7 +122,7 @@ def test_initial_weights_and_split_into_tensors(recipe, data, pair, prior, expec
 def test_log_variance_is_clamped(recipe, data):
     _, guide = recipe.published(data)
     with torch.no_grad():
-        guide.log_variance.bias[:2] = torch.tensor([100.0, -100.0])
+        guide.heads.log_variance.bias[:2] = torch.tensor([100.0, -100.0])
     scale = guide.posterior(data.test[:3]).base_dist.scale
     assert scale[:, 0].tolist() == pytest.approx([math.exp(1)] * 3)
     assert scale[:, 1].tolist() == pytest.approx([math.exp(-3)] * 3)
@@ -135,9 +135,9 @@ def test_two_levels_see_what_the_paper_says(recipe, data):
     joined = torch.cat([below.net.first(z2), guide.encoder_net(x)], -1)
     features = below.net.joint(joined)
     with torch.no_grad():
-        below.log_variance.bias[:2] = torch.tensor([100.0, -100.0])
+        below.heads.log_variance.bias[:2] = torch.tensor([100.0, -100.0])
     found = below(z2, guide.encoder_net(x))
-    torch.testing.assert_close(found.mean, below.mean(features))
+    torch.testing.assert_close(found.mean, below.heads.mean(features))
     assert found.base_dist.scale[0, :2].tolist() == pytest.approx([math.exp(1), math.exp(-3)])
     joint = guide.posterior(x)
     z = torch.cat([torch.randn(3, 40), z2], -1)  # z1 first
