@@ -35,7 +35,7 @@ TABLES = {
     "memory": "Peak memory above model, data and what the process held, in MB",
 }
 FLOOR_ROWS = 1_000  # rows at once, so that activations stay in the cache
-ROWS, ROWS_DATA = (340, 660, 1_340, 2_680, 5_360), 20  # rows at once, of so many data
+ROWS, ROWS_DATA = (340, 660, 1_340, 2_680, 5_360), 20  # rows drawn at once, and the data that share them
 
 
 def main() -> None:

@@ -96,7 +96,6 @@ Gated = partial(Row, draw="seed-777", source=TOMCZAK)
 vamp300 = partial(published, prior="vamp")
 # Without LayerNorm and a largest norm, this training diverged at epoch 205: the density of a few codes overflowed.
 maf300 = partial(published, prior="maf", layer_norm=True)
-hierarchy_maf = partial(published_hierarchy, prior="maf", layer_norm=True)
 
 # From the VampPrior paper's recipe to ours, one change at a time, on the paper's test images.
 Paper60 = partial(Row, epochs=60, learning_rate=5e-4, optimizer=NormalisedAdam, draw="seed-777", variant_of="paper60")
@@ -250,7 +249,7 @@ ROWS = {
         Gated(
             "gated300-hierarchy-maf",
             "paper's networks with LayerNorm, 2 levels, MAF prior, Adam, cosine from 2e-3",
-            hierarchy_maf,
+            partial(published_hierarchy, prior="maf", layer_norm=True),
             200,
             batch_size=200,
             clip_norm=5000.0,
