@@ -411,6 +411,15 @@ ROWS = {
             after="mlp300-vamp",
         ),
         OnwardRow(
+            "gated300-vamp-iwae",
+            "paper's networks, VampPrior, then IWAE, k=10",
+            vamp300,
+            draw="seed-777",
+            clip_norm=5000.0,
+            target=82.6,
+            after="gated300-vamp",
+        ),
+        OnwardRow(
             "gated300-maf-iwae",
             "paper's networks with LayerNorm, MAF prior, then IWAE, k=10",
             maf300,
