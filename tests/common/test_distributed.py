@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared.processes import Program
 
 import pyrovae as pv
 
@@ -103,14 +104,10 @@ def start(code, num_ranks, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
-    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": num_ranks, "GLOO_SOCKET_IFNAME": "lo"}
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM + code, *map(str, arguments)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
+        Program(
+            f"import torch; torch.set_num_threads(1)\n{PROGRAM}{code}", *arguments, RANK=rank, LOCAL_RANK=rank, **common
         )
         for rank in range(num_ranks)
     ]
@@ -345,7 +342,7 @@ class Squares(torch.utils.data.Dataset):  # read item by item, as data that memo
 def model(x):
     with pyro.plate("data", len(x), dim=-1):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand(x.shape).to_event(1), obs=x)
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand([*z.shape, 2]).to_event(1), obs=x)
 
 def guide(x):  # the posterior
     with pyro.plate("data", len(x), dim=-1):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from shared.parts import build, combinations, draw
+from shared.processes import run
 from shared.recorded import assert_same_step, eager_step, recorded_step
 from shared.runs import binary, make, parameters
 from torch import nn
@@ -96,18 +97,17 @@ layer = torch.nn.Linear(3, 2)
 found = record(lambda x: (layer(x).sin().exp().sum(),), [layer], (torch.ones(5, 3),))
 print("compiled" if found is not None else "eager")
 """
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
 
-    def run():
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    def compiled():
+        done = run(program, TORCHINDUCTOR_CACHE_DIR=tmp_path)
         return done.stdout.strip(), done.stderr
 
-    assert run()[0] == "compiled"
+    assert compiled()[0] == "compiled"
     libraries = [path for path in tmp_path.rglob("*.so") if path.stat().st_size]
     assert libraries
     for path in libraries:
         path.write_bytes(b"")
-    assert run() == ("compiled", "")
+    assert compiled() == ("compiled", "")
 
 
 def test_what_stays_alive_in_a_recording(uncompiled):

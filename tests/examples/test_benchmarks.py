@@ -3,12 +3,12 @@
 import json
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from shared.processes import run
 
 FOLDER = Path(__file__).parents[2] / "examples/benchmarks"
 # script -> the smallest run of it
@@ -129,12 +129,9 @@ def test_tables_name_the_instruction_sets(turns, monkeypatch, cpuinfo, expected)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_benchmark_runs(script, tmp_path):
     options = ("--quick", "--rounds", 1, "--threads", 1, "--data-dir", tmp_path, "--out", tmp_path / "table")
-    command = [sys.executable, FOLDER / script, *options, *SCRIPTS[script]]
     # One script compiles; the others run their recordings as they are, which shows the same tables in half of the time.
-    environment = os.environ | ({} if script == "training.py" else {"TORCHDYNAMO_DISABLE": "1"})
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=1200, env=environment
-    )
+    environment = {} if script == "training.py" else {"TORCHDYNAMO_DISABLE": "1"}
+    done = run(FOLDER / script, *options, *SCRIPTS[script], timeout=1200, **environment)
     assert done.returncode == 0, done.stderr
     check_tables(tmp_path / "table", done.stdout)
 

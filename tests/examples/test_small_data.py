@@ -2,26 +2,20 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from shared.processes import run
 
 import pyrovae as pv
 
 SCRIPT = Path(__file__).parents[2] / "examples/reproductions/small_data.py"
 
 
-def run(*options):
-    command = [sys.executable, "-W", "error", str(SCRIPT), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-
 def test_small_data(tmp_path):
     options = ("--seeds", 1, "--epochs", 2, "--num-particles", 30, "--priors", "standard-normal", "vamp")
-    done = run("--tasks", "digits", "wine", *options, "--out", tmp_path / "found.json")
+    done = run(SCRIPT, "--tasks", "digits", "wine", *options, "--out", tmp_path / "found.json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     found = json.loads((tmp_path / "found.json").read_text())
@@ -40,7 +34,7 @@ def test_small_data(tmp_path):
 
 
 def test_missing_data_are_named(tmp_path):
-    done = run("--tasks", "freyfaces", "--data-dir", tmp_path)
+    done = run(SCRIPT, "--tasks", "freyfaces", "--data-dir", tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: freyfaces: ")
     assert "Traceback" not in done.stderr

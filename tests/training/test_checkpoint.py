@@ -5,13 +5,12 @@ import errno
 import hashlib
 import os
 import pickle
-import subprocess
-import sys
 
 import pyro
 import pytest
 import torch
 from shared.parts import build, combinations, draw
+from shared.processes import Program, run
 from shared.runs import binary, make
 from torch import nn
 
@@ -388,16 +387,15 @@ while done < 100:
         pass
 """
     path = str(tmp_path / "run.pt")
-    racing = [subprocess.Popen([sys.executable, "-c", code, path]) for _ in range(3)]
-    assert [process.wait() for process in racing] == [0, 0, 0]
+    racing = [Program(code, path) for _ in range(3)]
+    assert [(process.communicate(), process.returncode) for process in racing] == [(("", ""), 0)] * 3
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX locks")
 def test_a_killed_process_leaves_no_lock(tmp_path):
     code = "import os, sys; from pyrovae.training.checkpoint_file import locked\nwith locked(sys.argv[1]): os.kill(os.getpid(), 9)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt")], check=False)
-    assert done.returncode == -9
+    assert run(code, tmp_path / "a.pt").returncode == -9
     assert (tmp_path / ".a.pt.lock").exists()
     with locked(tmp_path / "a.pt"):
         pass

@@ -6,12 +6,11 @@ PYROVAE_KILLS=20 python -m pytest tests/training/test_killed.py -s
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from shared.processes import Program
 
 from pyrovae.training.checkpoint_file import earlier, read
 
@@ -42,9 +41,8 @@ def _own_compilations(tmp_path_factory, monkeypatch):
 
 
 def start(path, epochs, compiled):
-    command = [sys.executable, "-c", RUN, str(path), str(epochs), str(compiled)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    process = Program(RUN, path, epochs, compiled)
+    process.wait_for("ready")
     return process
 
 
