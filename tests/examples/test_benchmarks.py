@@ -144,9 +144,9 @@ def test_benchmark_of_annealing_runs(tmp_path, monkeypatch, capsys):
     options = ("--quick", "--rounds", 1, "--threads", 1, "--data-dir", tmp_path, "--out", tmp_path / "table")
     monkeypatch.setattr(sys, "argv", ["annealing.py", *map(str, options), "--model", "mlp", "--rows", "64"])
     monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
-    filters = list(logging.getLogger("pyrovae").filters)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(logging.getLogger("pyrovae"), "filters", [])
     annealing.main()
-    logging.getLogger("pyrovae").filters[:] = filters
     check_tables(tmp_path / "table", capsys.readouterr().out)
 
 

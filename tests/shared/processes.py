@@ -15,23 +15,18 @@ import sys
 import tempfile
 import time
 import types
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
-_IMPORTED = (
-    "pyrovae",
-    "torch.fx.experimental.proxy_tensor",
-    "torch._inductor.compile_fx",
-    "matplotlib.pyplot",
-    "arviz",
-)
-_SERVER = {
-    "PYTHONWARNINGS": "error",
-    "TORCHINDUCTOR_COMPILE_THREADS": "1",
-}  # no pool of compilers, which cannot be forked
+# In place of ArviZ, whose first import on a day warns, the packages that it takes long to import.
+_IMPORTED = ["pyrovae", "matplotlib.pyplot", "scipy.stats", "sklearn.datasets", "xarray"]
+_IMPORTED += ["torch._inductor.compile_fx", "torch.fx.experimental.proxy_tensor"]
+# The environment as it is before any test changes it, and no pool of compilers, because it cannot be forked.
+_SERVER = {**os.environ, "PYTHONWARNINGS": "error", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+_ROOT = Path(__file__).parents[2]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(list(_IMPORTED))
-_OUTPUTS = tempfile.mkdtemp()
-atexit.register(shutil.rmtree, _OUTPUTS, ignore_errors=True)
+_context.set_forkserver_preload(_IMPORTED)
 
 
 class Program:
@@ -50,12 +45,11 @@ class Program:
         given = (program, [*map(str, arguments)], cwd or os.getcwd(), environment, self._outputs)
         self._process = _context.Process(target=_run, args=given)
         before = dict(os.environ)
-        os.environ.update(_SERVER)  # the first start starts the process that all are forked from
+        _replace_environment(_SERVER)  # the first start also starts the process that all are forked from
         try:
             self._process.start()
         finally:
-            os.environ.clear()
-            os.environ.update(before)
+            _replace_environment(before)
         self.pid = self._process.pid
 
     @property
@@ -67,9 +61,11 @@ class Program:
 
     def wait_for(self, line):
         """Wait until the program has printed this line."""
+        has_ended = False
         while line not in self._outputs[0].read_text().splitlines():
-            assert self.poll() is None, self.communicate()[1]
+            assert not has_ended, self.communicate()[1]
             time.sleep(0.01)
+            has_ended = self.poll() is not None
 
     def communicate(self, timeout=None):
         """Wait for the end, and return (stdout, stderr)."""
@@ -79,10 +75,12 @@ class Program:
         return tuple(path.read_text() for path in self._outputs)
 
     def kill(self):
-        self._process.kill()
+        self.send_signal(signal.SIGKILL)
 
     def send_signal(self, number):
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, number)
 
 
 def run(program, *arguments, cwd=None, timeout=600, **environment):
@@ -95,22 +93,21 @@ def run(program, *arguments, cwd=None, timeout=600, **environment):
     return subprocess.CompletedProcess([program, *arguments], running.returncode, stdout, stderr)
 
 
-def _new_file():
-    number, path = tempfile.mkstemp(dir=_OUTPUTS)
-    os.close(number)
-    return Path(path)
-
-
 def _run(program, arguments, cwd, environment, outputs):
+    """Become the program: leave nothing of the process that it was forked from but imported modules."""
     import numpy
 
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    os.environ.clear()
-    os.environ.update(environment)
+    _replace_environment(environment)
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    numpy.random.seed()  # noqa: NPY002  # it would be that of all others forked
+    numpy.random.seed()  # noqa: NPY002
+    multiprocessing.set_start_method(None, force=True)
+    ours = (_ROOT / "tests", _ROOT / "examples")
+    sys.path[:] = [
+        path for path in sys.path if not any(Path(path).absolute().is_relative_to(folder) for folder in ours)
+    ]
     is_script = isinstance(program, Path)
     sys.argv = [str(program) if is_script else "-c", *arguments]
     sys.path.insert(0, str(program.parent) if is_script else "")
@@ -119,3 +116,27 @@ def _run(program, arguments, cwd, environment, outputs):
     else:
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(program, "<string>", "exec"), vars(main))
+
+
+def _replace_environment(environment):
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _new_file():
+    number, path = tempfile.mkstemp(dir=_folder())
+    os.close(number)
+    return Path(path)
+
+
+@cache
+def _folder():
+    folder = tempfile.mkdtemp()
+    atexit.register(_clean_up, folder)
+    return folder
+
+
+def _clean_up(folder):
+    for process in multiprocessing.active_children():  # of tests that failed: Python would wait for them
+        process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
