@@ -23,7 +23,8 @@ from pyrovae.training.acceleration import record_step, step_pays_off
 from pyrovae.training.optimization import OneOptimizer
 
 
-@pytest.mark.parametrize(("dtype", "rtol", "num_particles"), [(torch.float64, 1e-12, 3), (torch.float32, 1e-4, 1)])
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_compiled_step_is_pyros_step(dtype, rtol, num_particles):
     model, guide = (module.to(dtype) for module in make())
     batch, loss = binary().to(dtype), Trace_ELBO(num_particles=num_particles)

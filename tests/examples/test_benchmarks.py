@@ -128,12 +128,11 @@ def test_tables_name_the_instruction_sets(turns, monkeypatch, cpuinfo, expected)
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_benchmark_runs(script, tmp_path):
-    options = ("--quick", "--rounds", 1, "--threads", 1, "--data-dir", tmp_path, "--out", tmp_path / "table")
     # One script compiles; the others run their recordings as they are, which shows the same tables in half of the time.
     environment = {} if script == "training.py" else {"TORCHDYNAMO_DISABLE": "1"}
-    done = run(FOLDER / script, *options, *SCRIPTS[script], timeout=1200, **environment)
+    done = run(FOLDER / script, *smallest(tmp_path), *SCRIPTS[script], timeout=1200, **environment)
     assert done.returncode == 0, done.stderr
-    check_tables(tmp_path / "table", done.stdout)
+    check_tables(tmp_path, done.stdout)
 
 
 @pytest.mark.usefixtures("turns", "uncompiled", "short_pilots")
@@ -141,19 +140,23 @@ def test_benchmark_of_annealing_runs(tmp_path, monkeypatch, capsys):
     """In this process, where its pilot chains can be short."""
     import annealing
 
-    options = ("--quick", "--rounds", 1, "--threads", 1, "--data-dir", tmp_path, "--out", tmp_path / "table")
-    monkeypatch.setattr(sys, "argv", ["annealing.py", *map(str, options), "--model", "mlp", "--rows", "64"])
+    monkeypatch.setattr(sys, "argv", ["annealing.py", *smallest(tmp_path), "--model", "mlp", "--rows", "64"])
     monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(logging.getLogger("pyrovae"), "filters", [])
     annealing.main()
-    check_tables(tmp_path / "table", capsys.readouterr().out)
+    check_tables(tmp_path, capsys.readouterr().out)
 
 
-def check_tables(path, printed):
-    found = json.loads(path.with_suffix(".json").read_text())
+def smallest(folder):
+    """Options of a run that is as small as can be and writes its tables to the folder."""
+    return ["--quick", "--rounds", "1", "--threads", "1", "--data-dir", str(folder), "--out", str(folder / "table")]
+
+
+def check_tables(folder, printed):
+    found = json.loads((folder / "table.json").read_text())
     assert {"machine", "instructions", "cores", "versions", "command", "rounds", "data"} <= found.keys()
     assert found["rows"]
     for row in found["rows"]:
         assert row["note"] in ("not installed", "needs 2 cores, found 1") or row["rate"] > 0, row
-    assert path.with_suffix(".md").read_text() in printed
+    assert (folder / "table.md").read_text() in printed

@@ -18,6 +18,7 @@ import types
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 # In place of ArviZ, whose first import on a day warns, the packages that it takes long to import.
 _IMPORTED = ["pyrovae", "matplotlib.pyplot", "scipy.stats", "sklearn.datasets", "xarray"]
@@ -44,12 +45,10 @@ class Program:
         environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
         given = (program, [*map(str, arguments)], cwd or os.getcwd(), environment, self._outputs)
         self._process = _context.Process(target=_run, args=given)
-        before = dict(os.environ)
-        _replace_environment(_SERVER)  # the first start also starts the process that all are forked from
-        try:
+        with patch.dict(
+            os.environ, _SERVER, clear=True
+        ):  # the first start also starts the process that all are forked from
             self._process.start()
-        finally:
-            _replace_environment(before)
         self.pid = self._process.pid
 
     @property
@@ -99,7 +98,8 @@ def _run(program, arguments, cwd, environment, outputs):
 
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    _replace_environment(environment)
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     numpy.random.seed()  # noqa: NPY002
@@ -116,11 +116,6 @@ def _run(program, arguments, cwd, environment, outputs):
     else:
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(program, "<string>", "exec"), vars(main))
-
-
-def _replace_environment(environment):
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def _new_file():
