@@ -49,8 +49,8 @@ def record_step(
     """Record the step of `SVI(model, guide, optimizer, loss)` on these data; None if that is impossible.
 
     The recording chooses the rows, transforms them, and computes the loss, its gradients, whether they are finite, and
-    the clipped gradients. torch's optimizer follows it with a kernel of its own: a recorded Adam is no faster than the
-    fused one, and takes the compiler several seconds more.
+    the clipped gradients. torch's optimizer follows it with a kernel of its own: a recorded Adam is hardly faster than
+    the fused one, and takes the compiler several seconds more (measured in `docs/benchmarks.md`).
     """
     tensors, kind = _apart(train)
 

@@ -1,6 +1,7 @@
 """`callback=`, `patience=`, more `epochs=` for a run that has ended, and the history as a frame."""
 
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +231,51 @@ def test_tensorboard_in_five_lines(tmp_path, monkeypatch):
         found = events.Scalars(name)
         assert [event.step for event in found] == [row["epoch"] for row in history]
         assert [event.value for event in found] == pytest.approx([row[name] for row in history], rel=1e-6)
+
+
+def change_betas(progress):
+    progress.optimizer.param_groups[0]["betas"] = (0.1, 0.2)
+
+
+def change_decay(progress):
+    progress.optimizer.param_groups[0]["weight_decay"] = 0.5
+
+
+def change_rate(progress):
+    progress.optimizer.param_groups[0]["initial_lr"] = 0.3
+
+
+def clear_moments(progress):
+    state = progress.optimizer.state
+    for parameter in state:
+        state[parameter] = {name: torch.zeros_like(value) for name, value in state[parameter].items()}
+
+
+def double_gradients(progress):
+    progress.optimizer.register_step_pre_hook(_double)
+
+
+def _double(optimizer, *_):
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad.mul_(2)
+
+
+@pytest.mark.parametrize("change", [change_betas, change_decay, change_rate, clear_moments, double_gradients])
+def test_what_a_callback_changes_in_the_optimizer_holds_recorded_too(uncompiled, caplog, change):
+    def callback(progress):
+        if progress.epoch == 3:
+            change(progress)
+
+    # With a small eps, Adam would hardly notice that gradients are doubled.
+    options = {"optimizer": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, eps=1.0, fused=True)}
+    options["learning_rate"] = None
+    ends = [
+        run(compile=compile, callback=how, **options)[2]
+        for compile, how in ((False, None), (False, callback), (True, callback))
+    ]
+    assert "runs eagerly" not in caplog.text
+    unchanged, expected, found = ends
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert not all(map(torch.allclose, expected, unchanged))
