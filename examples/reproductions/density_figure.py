@@ -42,8 +42,7 @@ def draw_figure(found: list[dict], path: Path) -> Path | None:
         )
         axes.plot(minutes, published, color="0.3", marker="_", markersize=14, markeredgewidth=1.5, zorder=3)
         label = LABELS[name] + (f", seed {result['seed']}" if result["seed"] else "")
-        place = (6, -10) if name == "gated300-maf" else (6, 3)  # beside another label
-        axes.annotate(label, (minutes, nll), place, textcoords="offset points", fontsize=7.5)
+        axes.annotate(label, (minutes, nll), (6, 3), textcoords="offset points", fontsize=7.5)
     axes.legend(
         handles=[
             Line2D([], [], color="0.5", marker="o", linewidth=0, label="the paper's binary test images"),
