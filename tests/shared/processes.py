@@ -45,9 +45,8 @@ class Program:
         environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
         given = (program, [*map(str, arguments)], cwd or os.getcwd(), environment, self._outputs)
         self._process = _context.Process(target=_run, args=given)
-        with patch.dict(
-            os.environ, _SERVER, clear=True
-        ):  # the first start also starts the process that all are forked from
+        # The first start also starts the process that all are forked from.
+        with patch.dict(os.environ, _SERVER, clear=True):
             self._process.start()
         self.pid = self._process.pid
 

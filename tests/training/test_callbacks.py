@@ -268,14 +268,12 @@ def test_what_a_callback_changes_in_the_optimizer_holds_recorded_too(uncompiled,
             change(progress)
 
     # With a small eps, Adam would hardly notice that gradients are doubled.
-    options = {"optimizer": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, eps=1.0, fused=True)}
-    options["learning_rate"] = None
-    ends = [
-        run(compile=compile, callback=how, **options)[2]
+    optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, eps=1.0, fused=True)
+    unchanged, expected, found = (
+        run(optimizer=optimizer, learning_rate=None, compile=compile, callback=how)[2]
         for compile, how in ((False, None), (False, callback), (True, callback))
-    ]
+    )
     assert "runs eagerly" not in caplog.text
-    unchanged, expected, found = ends
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert not all(map(torch.allclose, expected, unchanged))
