@@ -429,6 +429,17 @@ ROWS = {
             after="gated300-maf",
         ),
         OnwardRow(
+            "gated300-maf-iwae-all",
+            "paper's networks with LayerNorm, MAF prior, then IWAE, k=10, on all images",
+            maf300,
+            epochs=50,
+            train_on_all=True,
+            draw="seed-777",
+            clip_norm=5000.0,
+            target=81.3,
+            after="gated300-maf",
+        ),
+        OnwardRow(
             "mlp300-maf-iwae",
             "MLP 300-300, SiLU, MAF prior, then IWAE, k=10",
             partial(silu300, prior="maf"),

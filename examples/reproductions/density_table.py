@@ -88,8 +88,7 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
     """Train and evaluate a row, resuming what is unfinished, and return its numbers."""
     revision = git_revision()  # at the start, because it may change during the run
     device = pv.pick_device("auto" if row.device == "cuda" else "cpu")
-    grey = pv.data.load(options.dataset, options.data_dir, binarization=None, train_on_all=row.train_on_all)
-    data = grey.binarized(row.binarization, options.data_seed, row.draw)
+    data = data_of(row, options)
     clock = Clock(folder / "seconds.json")
     model, guide, history = train(row, options, folder, data, device, clock)
     if row.optimizer is not None:  # keep the estimates apart from those of an earlier best epoch
@@ -140,6 +139,11 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
     }
 
 
+def data_of(row: Row, options: argparse.Namespace) -> pv.data.Splits:
+    grey = pv.data.load(options.dataset, options.data_dir, binarization=None, train_on_all=row.train_on_all)
+    return grey.binarized(row.binarization, options.data_seed, row.draw)
+
+
 def training_of(row: Row, options: argparse.Namespace) -> dict:
     settings = {name: value for name, value in vars(row).items() if name in TRAINING}
     settings["epochs"] = options.epochs or row.epochs
@@ -182,8 +186,10 @@ def train(row, options, folder, data, device, clock):
             raise ValueError(f"{folder} holds a run with {found['run']}, not {of_run}: give another --runs")
         done.unlink()  # its history will not be that of the checkpoint
     if row.after is not None:
-        with run_folder(row.after, options) as before:
-            model, guide, _ = train(ROWS[row.after], options, before, data, device, Clock(before / "seconds.json"))
+        first = ROWS[row.after]
+        with run_folder(first.name, options) as before:
+            own = data_of(first, options)  # it may have fewer training images
+            model, guide, _ = train(first, options, before, own, device, Clock(before / "seconds.json"))
         pyro.set_rng_seed(options.seed + AFTER_SEED)
     steps_per_epoch = -(-len(data.train) // settings["batch_size"])
     objective = parts.make_objective(
