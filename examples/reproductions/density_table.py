@@ -20,6 +20,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -140,8 +141,15 @@ def run(row: Row, options: argparse.Namespace, folder: Path) -> dict:
 
 
 def data_of(row: Row, options: argparse.Namespace) -> pv.data.Splits:
-    grey = pv.data.load(options.dataset, options.data_dir, binarization=None, train_on_all=row.train_on_all)
-    return grey.binarized(row.binarization, options.data_seed, row.draw)
+    """The row's images: those to train on are grey, or drawn once (static)."""
+    joined = row.train_on_all and row.draw is not None  # a published draw needs the validation images
+    all_of_it = row.train_on_all and not joined
+    grey = pv.data.load(options.dataset, options.data_dir, binarization=None, train_on_all=all_of_it)
+    data = grey.binarized(row.binarization, options.data_seed, row.draw)
+    if not joined:
+        return data
+    train = torch.cat([grey.train, grey.validation])
+    return replace(data, train=train, train_labels=None, validation=None, validation_labels=None)
 
 
 def training_of(row: Row, options: argparse.Namespace) -> dict:

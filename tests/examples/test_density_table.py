@@ -232,10 +232,10 @@ def test_every_row_is_a_pair_for_mnist(table):
         assert abs(Trace_ELBO().loss(model, guide, data.test)) < 5 * nats_per_pixel * 784, row.name
         assert (row.target is None) == (row.variant_of is not None)
         assert row.variant_of in {None, *table.ROWS}
-        if row.after is not None:  # whose pair is trained on the data of this row
+        if row.after is not None:
             first = table.ROWS[row.after]
             assert repr(first.pair(data)) == repr((model, guide))
-            for name in ("binarization", "train_on_all", "device"):
+            for name in ("binarization", "draw", "device"):
                 assert getattr(first, name) == getattr(row, name)
         assert row.published is None or row.source
 
