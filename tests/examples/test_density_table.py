@@ -213,6 +213,25 @@ def test_a_training_in_two_parts(run, table, tmp_path):
     assert not (tmp_path / "results-runs/burda1-vae").exists()
 
 
+def test_a_row_on_all_images_goes_on_from_one_on_fewer(run, table, monkeypatch):
+    """Each is trained on images of its own; with a published draw, too, whose test images are the same for both."""
+    fit, sizes = pv.fit, []
+
+    def counted(model, guide, data, **settings):
+        sizes.append((len(data), settings["validation"] is None))
+        return fit(model, guide, data, **settings | {"compile": False})
+
+    monkeypatch.setattr(pv, "fit", counted)
+    result = run("gated300-maf-iwae-all", "--ais-images", "0")
+    assert sizes == [(1197, False), (1497, True)]
+    assert (result["training_size"], result["validation_size"], result["draw"]) == (1497, 0, "seed-777")
+    options = SimpleNamespace(dataset="digits", data_dir=None, data_seed=0)
+    fewer, every = (table.data_of(table.ROWS[f"gated300-maf{end}"], options) for end in ("", "-iwae-all"))
+    assert torch.equal(fewer.test, every.test)
+    assert torch.equal(every.train[: len(fewer.train)], fewer.train)
+    assert len(every.train[len(fewer.train) :].unique()) == 17  # still grey
+
+
 def test_names(table, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["density_table.py", "--list"])
     table.main()
