@@ -16,6 +16,7 @@ from tqdm import tqdm
 __all__ = ["import_arviz", "plain_errors", "progress_bar", "warn_once"]
 
 _MANY = 10_000  # from this total on, a progress bar counts in thousands
+_IN_PLACE, _IN_A_LOG = 0.1, 10.0  # seconds between two states of a progress bar
 _PACKAGE = str(Path(__file__).parent.parent)
 
 _NOT_THE_USERS = (_PACKAGE, *(str(Path(str(module.__file__)).parent) for module in (torch, pyro)), contextlib.__file__)
@@ -32,7 +33,8 @@ def import_arviz() -> Any:
 def progress_bar(what: str, total: int, unit: str, shown: bool) -> tqdm:
     """Make a progress bar on standard error that shows the elapsed and the remaining time.
 
-    Use it as a context manager; `update(count)` advances it.
+    Use it as a context manager; `update(count)` advances it. A log file, where each new state is appended, gets one
+    every ten seconds.
 
     Args:
         what: Description at the left of the bar.
@@ -40,7 +42,11 @@ def progress_bar(what: str, total: int, unit: str, shown: bool) -> tqdm:
         unit: Name of a unit.
         shown: False for a bar that prints nothing.
     """
-    return tqdm(total=total, unit=f" {unit}", unit_scale=total >= _MANY, desc=what, disable=not shown)
+    is_terminal = getattr(sys.stderr, "isatty", bool)()
+    in_place = is_terminal or type(sys.stderr).__module__.startswith("ipykernel")  # that of a notebook
+    interval = _IN_PLACE if in_place else _IN_A_LOG
+    many = total >= _MANY
+    return tqdm(total=total, unit=f" {unit}", unit_scale=many, desc=what, disable=not shown, mininterval=interval)
 
 
 _warned: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()

@@ -292,7 +292,7 @@ def _train(run: Run, options: Options, state: TrainingState, file: RunFile | Non
     try:
         while not is_finished():
             state.finish_epoch(_epoch(run, steps, state, len(state.history) + 1, start, bar))
-            bar.set_postfix(_shown(state.history[-1], run))
+            bar.set_postfix(_shown(state.history[-1], run), refresh=False)  # shown by the next update
             good = state.capture()
             if options.callback is not None:
                 _call(options.callback, run, state, file, good)

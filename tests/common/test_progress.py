@@ -1,7 +1,9 @@
 """Long work shows how far it has come and how long it still takes, where it is asked to, and nothing where it is not."""
 
 import inspect
+import io
 import re
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import pyrovae as pv
+from pyrovae.common.reporting import progress_bar
 
 X = torch.ones(6, 5)
 X[::2, :3] = 0
@@ -130,3 +133,31 @@ def test_silent_otherwise(name, pair, capfd):
     assert capfd.readouterr() == ("", "")
     default = inspect.signature(getattr(pv, name)).parameters["progress"].default
     assert default is (name == "fit")
+
+
+class Stream(io.StringIO):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def isatty(self):
+        return self.kind == "terminal"
+
+
+class NotebookStream(Stream):
+    __module__ = "ipykernel.iostream"
+
+
+@pytest.mark.parametrize(("kind", "cls"), [("terminal", Stream), ("notebook", NotebookStream), ("log", Stream)])
+def test_a_log_file_gets_few_lines(kind, cls, monkeypatch):
+    """Each state is appended to a log, so it gets one every ten seconds; elsewhere, a state replaces the one before it."""
+    now = [0.0]
+    monkeypatch.setattr(sys, "stderr", cls(kind))
+    with progress_bar("steps", 400, "steps", True) as bar:
+        bar._time = lambda: now[0]
+        bar.last_print_t = bar.start_t = 0.0
+        for _ in range(400):
+            now[0] += 0.1
+            bar.update(1)
+    states = sys.stderr.getvalue().count("steps:")
+    assert 2 <= states <= 6 if kind == "log" else states > 30
