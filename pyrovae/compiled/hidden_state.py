@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+from zlib import crc32
 
 import numpy
 import torch
@@ -113,7 +114,14 @@ class HiddenState:
         """The name of the first value that has changed; None if none has."""
         if random.getstate() != self._of_python or not _same(_legacy_state(), self._of_numpy, _DEEPEST):
             return "the random numbers of Python or NumPy"
-        return next((name for name, holder, before in self._held if not _same(_look(holder), before, _DEEPEST)), None)
+        return self.changed_value()
+
+    def changed_value(self) -> str | None:
+        """The same, without the global random numbers of Python and NumPy, which others use too."""
+        for name, holder, before in self._held:
+            if not _same(now := _look(holder), before, _DEEPEST):
+                return _name_in(now, before) or name
+        return None
 
     def put_back(self) -> None:
         """Undo what can be undone: items of lists and dicts, attributes, and variables of functions."""
@@ -129,7 +137,10 @@ class HiddenState:
             elif isinstance(holder, types.CellType):
                 holder.cell_contents = before[0]
             elif isinstance(holder, _Globals):
-                holder.function.__globals__.update(before)
+                of_modules = {name for name in before if "." in name}
+                holder.function.__globals__.update({name: before[name] for name in before.keys() - of_modules})
+            elif isinstance(holder, numpy.ndarray) and holder.size <= _LONGEST:
+                holder[...] = before
             elif isinstance(holder, random.Random):
                 holder.setstate(before)
             elif isinstance(holder, torch.Generator):
@@ -163,7 +174,7 @@ class _Globals:
 def _holders(value: Any) -> Iterator[Any]:
     """The parts of a value that can change, or the value itself."""
     is_iterator = isinstance(value, Iterator) and type(value).__module__ in ("itertools", "builtins")
-    if is_iterator or isinstance(value, (Tensor, tuple, frozenset, *_MUTABLE, *_generators())):
+    if is_iterator or isinstance(value, (Tensor, numpy.ndarray, tuple, frozenset, *_MUTABLE, *_generators())):
         yield value
     elif isinstance(value, nn.Module):
         yield from value.modules()
@@ -207,6 +218,8 @@ def _look(holder: Any) -> Any:
     """What something holds now, to be compared later."""
     if isinstance(holder, Tensor):
         return None if holder.is_inference() else holder._version
+    if isinstance(holder, numpy.ndarray):
+        return holder.copy() if holder.size <= _LONGEST else crc32(holder.tobytes())
     if isinstance(holder, dict):
         return dict(holder)
     if isinstance(holder, list | set | deque | tuple | frozenset):
@@ -217,7 +230,15 @@ def _look(holder: Any) -> Any:
         return []
     if isinstance(holder, _Globals):
         found = holder.function.__globals__
-        return {name: found[name] for name in holder.names if name in found and not inspect.ismodule(found[name])}
+        values = {name: found[name] for name in holder.names if name in found}
+        modules = [value for value in values.values() if inspect.ismodule(value)]
+        for module in modules:
+            if not is_installed(module.__name__) and not is_ours(module.__name__):
+                inside = {
+                    f"{module.__name__}.{name}": vars(module)[name] for name in holder.names if name in vars(module)
+                }
+                values |= inside
+        return {name: value for name, value in values.items() if not inspect.ismodule(value)}
     if isinstance(holder, random.Random):
         return holder.getstate()
     if isinstance(holder, numpy.random.Generator):
@@ -235,6 +256,13 @@ def _look(holder: Any) -> Any:
     if isinstance(holder, type):
         return {name: value for name, value in vars(holder).items() if not name.startswith("__")}
     return attributes_of(holder)
+
+
+def _name_in(now: Any, before: Any) -> str | None:
+    """The name of the attribute or variable that differs, if these are named."""
+    if not (isinstance(now, dict) and isinstance(before, dict)):
+        return None
+    return next((str(k) for k in now | before if not (k in now and k in before and _same(now[k], before[k], 1))), None)
 
 
 def _items(before: Any) -> Sequence[Any]:

@@ -33,9 +33,10 @@ class LatentUse:
         num_data: N
         num_draws: S, draws of z per datum
         names: names of the D latent dimensions, made from the site: "z[0]", ...
-        spread: Var_x( E_q(z|x)[ z_d ] ) / Var_p(z)( z_d ) (D,), the share of the prior's variance that the data explain:
-            1 if codes are spread as the prior is and known exactly, 0 if all data have the same code. An estimate from
-            draws, which may lie slightly below 0
+        spread: Var_x( E_q(z|x)[ z_d - E_p[z_d] ] ) / Var_p( z_d ) (D,), the share of the prior's variance that the data
+            explain: 1 if codes are spread as the prior is and known exactly, 0 if all data have the code that the prior
+            expects. Mean and variance of the prior are those given a context, and given the latents that z_d depends on
+            (mean of the variances). An estimate from draws, which may lie slightly below 0
         kl: KL( q(z|x) || p(z) )
         kl_stderr: its standard error over data
         kl_per_dimension: its parts (D,); None if q or p is not a product over dimensions (flows, full covariance)
@@ -198,7 +199,7 @@ def _add_block(sums: "_Sums", pair: Pair, rows: Tensor) -> None:
     sums.given[rows[giver]] += other
     sums.prior[rows] += prior
     sums.kl[rows] += own - log_weights_of(layout, model_trace, guide_trace)[0].double().cpu()
-    sums.add_latents(rows, layout, model_trace, guide_trace, prior_trace)
+    sums.add_latents(rows, layout, model_trace, guide_trace)
 
 
 def _reconstruction(layout: Layout, trace: poutine.Trace) -> Tensor:
@@ -222,32 +223,30 @@ class _Sums:
         self.per_datum = torch.zeros(5, num_data, dtype=torch.float64)
         self.own, self.other, self.given, self.prior, self.kl = self.per_datum
         self.names: list[str] = []
-        self.codes = self.squared_codes = self.priors = self.squared_priors = torch.zeros(0)
+        self.codes = self.squared_codes = self.prior_variances = torch.zeros(0)
         self.kl_parts: Tensor | None = torch.zeros(())
 
-    def add_latents(
-        self, rows: Tensor, layout: Layout, model_trace: poutine.Trace, guide_trace: poutine.Trace, prior: poutine.Trace
-    ) -> None:
+    def add_latents(self, rows: Tensor, layout: Layout, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
         """Add the values of all latents (B, D), and the parts of their KL."""
-        names, codes, priors, parts = [], [], [], []
+        names, codes, variances, parts = [], [], [], []
         for name, site in sample_sites(model_trace):
             if site["is_observed"]:
                 continue
-            codes.append(_by_datum(site["value"], site, layout))
-            priors.append(_by_datum(prior.nodes[name]["value"], site, layout))
+            mean, variance = _moments(site["fn"], site["value"].shape)
+            codes.append(_by_datum(site["value"] - mean, site, layout))
+            variances.append(_by_datum(variance, site, layout))
             width = codes[-1].shape[1]
             names += [name if width == 1 else f"{name}[{index}]" for index in range(width)]
             densities = [_per_element(of) for of in (guide_trace.nodes[name], site)]
             parts += [None if part is None else _by_datum(part, site, layout) for part in densities]
-        own, drawn = torch.cat(codes, 1), torch.cat(priors, 1)
+        own = torch.cat(codes, 1)
         if not self.names:
             self.names = names
             self.codes, self.squared_codes = torch.zeros(2, self.num_data, len(names), dtype=torch.float64)
-            self.priors, self.squared_priors = torch.zeros(2, len(names), dtype=torch.float64)
+            self.prior_variances = torch.zeros(len(names), dtype=torch.float64)
         self.codes[rows] += own
         self.squared_codes[rows] += own.square()
-        self.priors += drawn.sum(0)
-        self.squared_priors += drawn.square().sum(0)
+        self.prior_variances += torch.cat(variances, 1).sum(0)
         known = [part for part in parts if part is not None]
         if self.kl_parts is None or len(known) < len(parts):
             self.kl_parts = None
@@ -265,12 +264,11 @@ class _Sums:
         within = (self.squared_codes - self.codes.square() / num_draws) / (num_draws - 1)
         explained = (self.codes / num_draws).var(0) - within.mean(0) / num_draws
         total = num_data * num_draws
-        prior_variance = (self.squared_priors - self.priors.square() / total) / (total - 1)
         return LatentUse(
             num_data=num_data,
             num_draws=num_draws,
             names=self.names,
-            spread=explained / prior_variance,
+            spread=explained / (self.prior_variances / total),
             kl=kl.mean().item(),
             kl_stderr=standard_error(kl),
             kl_per_dimension=None if self.kl_parts is None else self.kl_parts / total,
@@ -286,6 +284,18 @@ def _by_datum(values: Tensor, site: dict, layout: Layout) -> Tensor:
     """Values of a site (*batch_shape, *event_shape) as (B, numbers per datum), float64 on the CPU."""
     assert layout.dim is not None
     return values.movedim(layout.dim - len(site["fn"].event_shape), 0).reshape(layout.num_data, -1).double().cpu()
+
+
+def _moments(distribution: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each element; unbiased estimates from two draws if they are not known (flows)."""
+    try:
+        mean, variance = distribution.mean, distribution.variance
+        if bool(mean.isfinite().all() and variance.isfinite().all()):
+            return mean.expand(shape), variance.expand(shape)
+    except (NotImplementedError, AttributeError):
+        pass
+    first, second = (distribution.sample().expand(shape).double() for _ in range(2))
+    return (first + second) / 2, (first - second).square() / 2
 
 
 def _per_element(site: dict) -> Tensor | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyrovae.programs.enumeration import SummedOut, holds_sums
+from pyrovae.programs.layout import scaled_up_to
 from pyrovae.programs.log_densities import log_density_of, summed_sites
 from pyrovae.programs.masks import align_masks
 from pyrovae.programs.traces import Layout, Program, arrange, place, plate_size, sample_sites, under_particles
@@ -105,12 +106,13 @@ def draw_runs(
 
 def _present_layout(layout: Layout, trace: poutine.Trace) -> tuple[Layout, int | None]:
     """Return the layout with the datum plate's size in this run (the last batch may be smaller), and the full size."""
+    if layout.plate is None:
+        return layout, scaled_up_to(trace)
     sites = [site for _, site in sample_sites(trace)]
-    frames = [frame for site in sites for frame in site["cond_indep_stack"]]
-    if layout.plate is not None:
-        frames = [next(frame for frame in frames if frame.name == layout.plate)]
-        layout = layout._replace(num_data=plate_size(frames[0], *sites))
-    return layout, next((frame.full_size for frame in frames if frame.full_size not in (None, frame.size)), None)
+    frames = (frame for site in sites for frame in site["cond_indep_stack"])
+    frame = next(frame for frame in frames if frame.name == layout.plate)
+    full_size = frame.full_size if frame.full_size != frame.size else None
+    return layout._replace(num_data=plate_size(frame, *sites)), full_size
 
 
 def _subsamples(*traces: poutine.Trace) -> poutine.Trace:

@@ -8,7 +8,7 @@ from pyro.poutine.util import site_is_subsample
 
 from pyrovae.programs.traces import Layout, plate_size, sample_sites
 
-__all__ = ["find_layout", "refuse_scales"]
+__all__ = ["find_layout", "plate_scale", "refuse_scales", "scaled_up_to"]
 
 
 def find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: str | None) -> Layout:
@@ -104,6 +104,35 @@ def refuse_scales(layout: Layout, *traces: poutine.Trace) -> None:
                     f"log density is not normalised (poutine.scale, or a subsampled plate other than the plate of the "
                     f"data): remove the scale for the evaluation"
                 )
+
+
+def plate_scale(site: dict) -> float:
+    """The scale of a site that its subsampled plates account for."""
+    scale = 1.0
+    for frame in site["cond_indep_stack"]:
+        if frame.full_size not in (None, frame.size):
+            scale *= frame.full_size / frame.size
+    return scale
+
+
+def scaled_up_to(trace: poutine.Trace, num_rows: int | None = None) -> int | None:
+    """The number of data to which a trace's sums are scaled up, by a subsampled plate of the data; None without one.
+
+    The plate of the data holds all sites that are in any plate. Other subsampled plates, of pixels for instance, scale
+    up within a datum.
+
+    Args:
+        trace: Trace of the model.
+        num_rows: Number of data that the model was called with, if that is known.
+    """
+    stacks = [plates for _, site in sample_sites(trace) if (plates := _plates_of(site))]
+    common = [frame for name, frame in stacks[0].items() if all(name in plates for plates in stacks)] if stacks else []
+    scaled = [frame for frame in common if frame.full_size not in (None, frame.size)]
+    if num_rows is not None and (of_rows := [frame for frame in common if frame.size == num_rows]):
+        scaled = [frame for frame in of_rows if frame in scaled]
+    elif num_rows is not None:  # the plate itself draws some of the rows, to which its sums are scaled, or of more data
+        scaled = [frame for frame in scaled if frame.full_size > num_rows]
+    return scaled[0].full_size if scaled else None
 
 
 def _plates_of(site: dict) -> dict[str, Any]:

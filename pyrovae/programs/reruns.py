@@ -13,14 +13,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.enumeration import SummedOut, summed_dims
 from pyrovae.programs.log_densities import InspectedPair, log_weights_of, site_log_prob, summed_sites, values_of_sum
 from pyrovae.programs.reach import changed_buffers, modules_behind
+from pyrovae.programs.supports import innermost, support_of
 from pyrovae.programs.traces import Layout, run_pair, sample_sites, trace_program
 
 __all__ = [
@@ -28,12 +31,15 @@ __all__ = [
     "in_float64",
     "refuse_other_reruns",
     "refuse_other_tables_in_training",
+    "refuse_seeds",
     "refuse_wrong_tables",
     "same_random_numbers",
 ]
 
 _LOW = {torch.float32, torch.float16, torch.bfloat16}
 _SEED = 20261126
+_OTHER_SEED = _SEED + 1
+_RARE = -14.0  # log of a probability at which equal draws are no accident
 _LOOKS = 4  # draws of summed sites that are compared with their tables
 _MOST_DIMENSIONS = 64  # of a tensor
 
@@ -84,13 +90,13 @@ def _cast(value: Any) -> Any:
 
 
 @contextmanager
-def same_random_numbers(*tensors: Tensor) -> Iterator[None]:
+def same_random_numbers(*tensors: Tensor, seed: int = _SEED) -> Iterator[None]:
     """Seed the generators of torch, NumPy and Python with a constant, and restore them afterwards."""
     devices = {tensor.device for tensor in tensors if tensor.is_cuda}
     before = pyro.util.get_rng_state()
     with torch.random.fork_rng(devices):
         try:
-            pyro.util.set_rng_seed(_SEED)
+            pyro.util.set_rng_seed(seed)
             yield
         finally:
             pyro.util.set_rng_state(before)
@@ -118,6 +124,40 @@ def refuse_other_reruns(pair: InspectedPair) -> None:
             "be reproduced: some state in them changes from run to run (a counter, a cache, a generator of their own). "
             "Keep such state out of model and guide, and draw from torch's generator"
         )
+
+
+def refuse_seeds(pair: InspectedPair) -> None:
+    """Raise ValueError if a program seeds the random numbers itself, so that all its particles would be the same draw."""
+
+    def run(seed: int) -> tuple[dict[str, dict], Tensor]:
+        with same_random_numbers(*pair.values(), seed=seed):
+            traces = run_pair(pair.model, pair.guide, pair.args, pair.kwargs, pair.layout.pinned)
+            after = torch.get_rng_state()
+        return {name: site for trace in traces for name, site in sample_sites(trace)}, after
+
+    (sites, after), (others, other_after) = run(_SEED), run(_OTHER_SEED)
+    same = [name for name, site in sites.items() if name in others and _is_same_draw(site, others[name])]
+    if same or torch.equal(after, other_after):
+        found = (
+            f"draw the same values of site(s) {sorted(same)[:3]}"
+            if same
+            else "leave torch's generator in the same state"
+        )
+        raise ValueError(
+            f"the programs {found} under different seeds, so every particle would be the same draw: take "
+            f"pyro.set_rng_seed, torch.manual_seed and poutine.seed out of model and guide, and seed before the call"
+        )
+
+
+def _is_same_draw(site: dict, other: dict) -> bool:
+    """Whether two independent draws of a latent are equal, which is no accident."""
+    if site["is_observed"] or is_delta(site) or not site["value"].numel():
+        return False
+    if site["value"].shape != other["value"].shape or not torch.equal(site["value"], other["value"]):
+        return False
+    support = support_of(site["fn"])
+    has_masses = getattr(support, "is_discrete", False) or isinstance(innermost(site["fn"]), dist.Empirical)
+    return not has_masses or bool(site["fn"].log_prob(site["value"]).sum() < _RARE)
 
 
 def refuse_wrong_tables(pair: InspectedPair) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyrovae import data
 from pyrovae.common.arguments import map_tensors
+from pyrovae.compiled.hidden_state import HiddenState
 from pyrovae.compiled.policy import pays_off
 from pyrovae.compiled.record import Recording, Results, record
 from pyrovae.data.conversion import Numbers
@@ -20,7 +21,7 @@ from pyrovae.training.batches import selected
 from pyrovae.training.losses import has_surrogate, surrogate
 from pyrovae.training.optimization import OneOptimizer
 
-__all__ = ["RecordedStep", "record_step", "step_pays_off"]
+__all__ = ["Constants", "RecordedStep", "record_step", "step_pays_off"]
 
 _SAVED_PER_STEP = 2e-3  # seconds on two cores: Pyro's handlers, constructors of distributions
 
@@ -94,6 +95,39 @@ def _apart(data: Batch) -> tuple[list[Tensor], Any]:
         return Tensor
 
     return tensors, (map_tensors(take, (data.args, data.kwargs)), data.num_data, data.has_rows)
+
+
+class Constants:
+    """The Python values that a recorded step keeps as they were: those behind the programs, and the numbers of the loss.
+
+    Args:
+        model, guide, loss, modules, transform: as for `record_step`.
+        train: the training data, if they are in memory.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        loss: ELBO,
+        modules: Sequence[nn.Module],
+        transform: Callable[[Any], Any] | None,
+        train: Batch | None,
+    ):
+        self.loss, self.numbers = loss, _numbers(loss)
+        held = nn.ModuleList(modules)
+        data = [] if train is None else train.tensors.values()  # arguments of the recording
+        self.hidden = HiddenState([model, guide, transform, *modules], [*held.parameters(), *held.buffers(), *data])
+
+    def changed(self) -> str | None:
+        """The name of the first value that has changed; None if none has."""
+        now = _numbers(self.loss)
+        name = next((name for name in now | self.numbers if now.get(name) != self.numbers.get(name)), None)
+        return name or self.hidden.changed_value()
+
+
+def _numbers(loss: ELBO) -> dict[str, Any]:
+    return {name: value for name, value in vars(loss).items() if isinstance(value, bool | int | float | str)}
 
 
 class RecordedStep:

@@ -47,6 +47,8 @@ class FirstStep(Messenger):
         self.used: list[weakref.ref[Tensor]] = []
         self.observed: set[str] = set()
         self.plate_sizes: set[int] = set()  # of the plates around observed sites
+        self.data_plates: dict[str, Any] = {}  # those plates, by name
+        self.latent_plates: dict[str, set[str]] = {}  # names of the plates around each latent
         self.masked: set[str] = set()  # observed, with every element masked out
         self.observed_first: set[str] = (
             set()
@@ -78,7 +80,9 @@ class FirstStep(Messenger):
             if not self.replayed:
                 self.observed_first.add(name)
             self.plate_sizes.update(frame.size for frame in message["cond_indep_stack"] if frame.size > 0)
+            self.data_plates |= {frame.name: frame for frame in message["cond_indep_stack"]}
         else:
+            self.latent_plates[name] = {frame.name for frame in message["cond_indep_stack"]}
             self.enumerated[name] = bool(infer.get("enumerate"))
             if infer.get("is_auxiliary"):
                 self.auxiliary.add(name)
@@ -152,6 +156,12 @@ class FirstStep(Messenger):
             for name, marked in self.enumerated.items()
             if not marked and name not in self.replayed and name not in self.auxiliary
         }
+
+    def outside_data(self, num_data: int) -> tuple[list[str], str, bool]:
+        """Latents that lie outside the plate of the data, its name, and whether it scales a batch up to all data."""
+        plates = {name: frame for name, frame in self.data_plates.items() if frame.size == num_data}
+        latents = [name for name, around in self.latent_plates.items() if plates and not around & plates.keys()]
+        return latents, next(iter(plates), ""), any(f.full_size not in (None, f.size) for f in plates.values())
 
     def _left_out(self, trained: set[Tensor]) -> list[Tensor]:
         alive = [leaf for reference in self.used if (leaf := reference()) is not None]

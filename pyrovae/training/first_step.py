@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTMC_ELBO
 from torch import Tensor, nn
 
+from pyrovae.common.reporting import warn_once
 from pyrovae.compiled.signature import Snapshot
 from pyrovae.data.forms import Batch, signature_of
 from pyrovae.programs.latents import check_same_sites
@@ -73,6 +74,7 @@ class FirstStepCheck:
                 site = site_by_position(*run.programs, batch, list(look.declared.values()), run.modules)
                 if site is not None:
                     raise ValueError(by_position(site))
+            self._look_at_global_latents(look, batch)
             self._check_validation(batch)
         except (TypeError, ValueError, RuntimeError) as error:
             put_back(buffers)
@@ -95,6 +97,22 @@ class FirstStepCheck:
             model_trace, guide_trace = run_pair(run.model, as_guide(run.guide), batch.args, batch.kwargs)
         put_back(buffers)
         check_same_sites(model_trace, guide_trace)
+
+    def _look_at_global_latents(self, look: FirstStep, batch: Batch) -> None:
+        """Keep validation data together if a latent is shared by all data; warn if a batch counts its KL in full."""
+        run = self.run
+        latents, plate, is_scaled = look.outside_data(batch.num_data)
+        if not latents:
+            return
+        if run.validation is not None:
+            run.validation.is_cut = False
+        if run.batches.per_epoch > 1 and not is_scaled:
+            warn_once(
+                run.model,
+                f"latent(s) {sorted(latents)} lie outside plate '{plate}', so each of the {run.batches.per_epoch} batches of an "
+                f"epoch counts their KL in full, and elbo and training are not those of all data: scale the plate up, "
+                f"pyro.plate({plate!r}, {run.batches.num_data}, subsample_size=len(x)), or use batch_size={run.batches.num_data}",
+            )
 
     def _observes_elsewhere(self) -> bool:
         """Whether some of the data are not masked out, if those of the first step are; not known of a loader."""

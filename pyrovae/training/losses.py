@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import (
     ELBO,
     JitTrace_ELBO,
@@ -23,9 +24,11 @@ from pyro.infer import (
     TraceTMC_ELBO,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyrovae.data.forms import Batch
 from pyrovae.objectives.base import Objective, Parts
+from pyrovae.programs.layout import plate_scale, scaled_up_to
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program, sample_sites
 from pyrovae.training.validation_data import ValidationData
@@ -135,7 +138,7 @@ def _noting(loss: ELBO, note: Callable[[Parts], None]) -> ELBO:
 
     def method(self: ELBO, *args: Any, **kwargs: Any) -> Any:
         result: Any = getattr(kind, name)(self, *args, **kwargs)
-        note(result[1] if is_objective else _parts_of(result[0], result[1], self.num_particles))
+        note(result[1] if is_objective else _parts_of(result[0], result[1], self.num_particles, _num_rows(*args)))
         return result
 
     noting: ELBO = object.__new__(new_class(kind.__name__, (kind,), exec_body=lambda body: body.update({name: method})))
@@ -143,25 +146,53 @@ def _noting(loss: ELBO, note: Callable[[Parts], None]) -> ELBO:
     return noting
 
 
-def _parts_of(model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int) -> Parts:
+def _num_rows(model: Program, guide: Program, args: tuple, kwargs: dict) -> int | None:
+    """The number of data that the programs are called with: the rows of the first tensor."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+    return len(tensors[0]) if tensors else None
+
+
+def _parts_of(
+    model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int, num_rows: int | None
+) -> Parts:
     reconstruction: Any = 0.0
     kl: Any = 0.0
-    full_size = None
     for trace in (model_trace, guide_trace):
         # Enumerated in parallel, densities are tables; in sequence, each trace has another weight. Neither has parts.
         if any(site["infer"].keys() & {"_enumerate_dim", "_enum_total"} for _, site in sample_sites(trace)):
             reconstruction = kl = torch.tensor(math.nan)
+    of_latent = _unweighted if _weighs_latents(model_trace, guide_trace) else _log_prob_sum
     for _, site in sample_sites(model_trace):
         if site["is_observed"]:
             reconstruction = reconstruction + site["log_prob_sum"].detach()
         else:
-            kl = kl - site["log_prob_sum"].detach()
-        for frame in site["cond_indep_stack"]:
-            if frame.full_size not in (None, frame.size):
-                full_size = frame.full_size
+            kl = kl - of_latent(site).detach()
     for _, site in sample_sites(guide_trace):
-        kl = kl + site["log_prob_sum"].detach()
-    return Parts(reconstruction / num_particles, kl / num_particles, full_size)
+        kl = kl + of_latent(site).detach()
+    return Parts(reconstruction / num_particles, kl / num_particles, scaled_up_to(model_trace, num_rows))
+
+
+def _weighs_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> bool:
+    """Whether `poutine.scale` weighs latents and not the observations: a weight of the KL, which the ELBO does not have."""
+    weighted: set[bool] = set()
+    for trace in (model_trace, guide_trace):
+        weighted |= {site["is_observed"] for _, site in sample_sites(trace) if _is_weighted(site)}
+    return weighted == {False}
+
+
+def _is_weighted(site: dict) -> bool:
+    scale, expected = site["scale"], plate_scale(site)
+    # The values of a tensor are not read, because they may change after a recording.
+    return "unscaled_log_prob" in site and (isinstance(scale, Tensor) or abs(scale - expected) > 1e-6 * expected)
+
+
+def _log_prob_sum(site: dict) -> Tensor:
+    total: Tensor = site["log_prob_sum"]
+    return total
+
+
+def _unweighted(site: dict) -> Tensor:
+    return scale_and_mask(site["unscaled_log_prob"], plate_scale(site), site["mask"]).sum()
 
 
 @dataclass
@@ -317,21 +348,25 @@ def surrogate(loss: ELBO, model: Program, guide: Program, *args: Any, **kwargs: 
         return value, parts.reconstruction, parts.kl
     if type(loss) is not Trace_ELBO:
         raise TypeError(f"{type(loss).__name__} has no surrogate to record; Trace_ELBO and pyrovae.objectives have")
-    reconstruction = kl = torch.zeros((), dtype=torch.long)  # takes the dtype and device of what is added
+    # These take the dtype and device of what is added.
+    reconstruction = kl = unweighted = torch.zeros((), dtype=torch.long)
     for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
+        of_latent = _unweighted if _weighs_latents(model_trace, guide_trace) else _log_prob_sum
         for name, site in sample_sites(guide_trace):
             if not site["fn"].has_rsample:
                 raise ValueError(
                     f"guide site '{name}' ({site['fn']}) is not reparameterised: its gradient needs the eager loss"
                 )
             kl = kl + site["log_prob_sum"] / loss.num_particles
+            unweighted = unweighted + of_latent(site) / loss.num_particles
         for _, site in sample_sites(model_trace):
             term = site["log_prob_sum"] / loss.num_particles
             if site["is_observed"]:
                 reconstruction = reconstruction + term
             else:
                 kl = kl - term
-    return kl - reconstruction, reconstruction, kl
+                unweighted = unweighted - of_latent(site) / loss.num_particles
+    return kl - reconstruction, reconstruction, unweighted
 
 
 def differentiable(loss: ELBO) -> Callable[..., Any]:

@@ -1,6 +1,8 @@
 """The steps of an epoch: Pyro's `SVI.step`, or its recording."""
 
+import logging
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain
@@ -16,7 +18,7 @@ from pyrovae.compiled.compiler import float32_products
 from pyrovae.data.forms import Batch
 from pyrovae.objectives.base import Parts
 from pyrovae.programs.traces import Program
-from pyrovae.training.acceleration import RecordedStep, record_step
+from pyrovae.training.acceleration import Constants, RecordedStep, record_step
 from pyrovae.training.first_step import FirstStepCheck
 from pyrovae.training.losses import EpochSums, ReportingLoss, pyro_checks
 from pyrovae.training.non_finite import TriedStep, find_source, stop, warn_skipped
@@ -24,6 +26,7 @@ from pyrovae.training.preparation import Run, put_back
 
 __all__ = ["Steps"]
 
+_logger = logging.getLogger("pyrovae")
 _LOOK_EVERY = 50  # steps on a GPU, because reading a number there waits for the device
 
 
@@ -41,6 +44,7 @@ class Steps:
         self.svi = SVI(*run.programs, run.optimizer, loss=self.loss.loss, loss_and_grads=self._loss_and_grads)
         self.compiles, self.is_medium = run.compiles, run.precision == "medium"
         self.recorded: RecordedStep | None = None
+        self.constants: Constants | None = None
         self.look_every = _LOOK_EVERY if run.device.type == "cuda" else 1
         self._parts: list[Parts] = []
         self._batch: Batch | None = None  # of the step that SVI is making
@@ -88,7 +92,9 @@ class Steps:
                 f"the DataLoader gave no batch in epoch {number}: if its data set is an IterableDataset, each call of its "
                 f"__iter__ must start again from the first item"
             )
+        self._run_eagerly_if_changed(f"before epoch {number}")
         if self.compiles and number > 1 and len(first[1]) == full:
+            self.constants = self.constants or self._constants()
             self.compiles = False
             self.recorded = record_step(
                 *(*run.programs, run.loss, run.optimizer, run.modules, run.batches.transform, run.batches.numbers),
@@ -114,6 +120,8 @@ class Steps:
             else:
                 value, parts = self._eager(unseen[-1], checks=number == 1 and step == 0)
                 row = None
+            if self.compiles and self.constants is None and self.first.is_done:
+                self.constants = self._constants()
             put_back(buffers, unless=guard.was_made)
             if row is not None:
                 rows.add_(row)
@@ -132,11 +140,39 @@ class Steps:
             progress(len(index))
         if self.recorded is not None:
             sums.add_rows(rows, run.batches.num_made(full))
+            if name := self._run_eagerly_if_changed(f"in epoch {number}"):
+                warnings.warn(
+                    f"the programs' '{name}' changed in the middle of epoch {number}, and compiled steps used the value that "
+                    f"it had before: start again with compile=False, or keep the value in a buffer (register_buffer)",
+                    stacklevel=2,
+                )
         run.optimizer.make_step()  # of fewer batches, at a ragged end
         # A single bad step may be an accident, even if it is the only step of the first epoch.
         if guard.num_skipped and not run.optimizer.has_moved and (number == run.epochs or number * per_epoch > 1):
             stop(run, last, none_made=True)
         return _over_processes(sums)
+
+    def _constants(self) -> Constants:
+        run = self.run
+        return Constants(
+            *run.programs, run.loss, run.modules, run.batches.transform, getattr(run.batches, "train", None)
+        )
+
+    def _run_eagerly_if_changed(self, when: str) -> str | None:
+        """Give up the recording if a value has changed that it keeps as a constant; return the name of the value.
+
+        A callback may change an attribute (a scale, a temperature, a weight of the KL), and so may a schedule. The first
+        epoch, which is always eager, shows most of these.
+        """
+        if self.constants is None or (name := self.constants.changed()) is None:
+            return None
+        _logger.warning(
+            "runs eagerly from now on: the programs' '%s' has changed %s, and compiled steps keep such values as they are: keep "
+            "it in a buffer (register_buffer) and change that in place",
+            *(name, when),
+        )
+        self.compiles, self.recorded, self.constants = False, None, None
+        return name
 
     def _eager(self, tried: TriedStep, checks: bool) -> tuple[float, list[Parts]]:
         """Make a step with Pyro's SVI and return (loss, parts of the ELBO)."""

@@ -30,13 +30,14 @@ class ValidationData:
 
     Attributes:
         device: device of the blocks.
+        is_cut: whether data in memory are cut into blocks; not if a latent is shared by all of them.
 
     Raises:
         TypeError, ValueError: if the data cannot be what programs are called with, or there are none.
     """
 
     def __init__(self, data: Any, train: Batches):
-        self.train, self.device = train, train.device
+        self.train, self.device, self.is_cut = train, train.device, True
         self.transform = getattr(train, "of_items", train.transform)
         self.items: Batch | None = None
         self.stream: Any = None
@@ -52,7 +53,7 @@ class ValidationData:
         stream, only the first), if `only_ends`.
         """
         if self.items is not None:
-            for block in self.items.blocks(size, only_ends):
+            for block in self.items.blocks(size if self.is_cut else self.items.num_data, only_ends):
                 yield (block if self.transform is None else self._made(block.form)).by_position()
             return
         loader = self.stream

@@ -231,12 +231,55 @@ def test_two_sites_are_exchanged_together(double):
     within(use.kl, 0.5 * torch.logdet(precision).item(), use.kl_stderr)
     assert use.names == ["b", "a"]
     assert use.kl_per_dimension.sum().item() == pytest.approx(use.kl)
-    # Var_x E[b] / Var(b), and the same of a = b + noise / 2 with its prior variance of 1.25
-    explained = torch.tensor(
-        [1 - covariance[0, 0], 1 - (covariance[0, 0] + covariance[0, 1] + covariance[1, 1] / 4) / 1.25]
-    )
+    # Var_x E[b] / Var(b), and what the data say of a beyond b: Var_x E[a - b] / Var(a | b), a - b being noise / 2
+    explained = 1 - covariance.diagonal()
     for found, truth in zip(use.spread, explained, strict=True):
         within(found.item(), truth.item(), truth.item() * math.sqrt(4 / 3000))
+
+
+def test_a_collapsed_latent_below_another_is_not_active():
+    """b is used, a has its prior given b and the decoder ignores it; alone, a varies with x as b does."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            a = pyro.sample("a", dist.Normal(b, 0.3))
+            pyro.sample("x", dist.Normal(b + 0 * a, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Normal(0.8 * x, 0.2**0.5))
+            pyro.sample("a", dist.Normal(b, 0.3))
+
+    use = pv.latent_use(model, guide, torch.randn(600) * 1.25**0.5)
+    assert use.active.tolist() == [True, False]
+    within(use.spread[0].item(), 0.8, 0.8 * math.sqrt(4 / 600))
+    assert abs(use.spread[1].item()) < 0.02
+    assert use.kl_per_dimension[1].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_a_collapsed_latent_given_a_context_is_not_active(flow):
+    """q(z|x, c) = p(z|c), whose mean varies with c: known, or estimated from draws (a transformed density)."""
+
+    def prior(c):
+        normal = dist.Normal(c, 1.0)
+        return dist.TransformedDistribution(normal, dist.transforms.AffineTransform(0.0, 1.0)) if flow else normal
+
+    def model(x, c):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(c))
+            pyro.sample("x", dist.Normal(c + 0 * z, 1.0), obs=x)
+
+    def guide(x, c):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", prior(c))
+
+    c = torch.linspace(-2, 2, 600)
+    use = pv.latent_use(model, guide, c + torch.randn(600), c)
+    assert use.active.tolist() == [False]
+    assert abs(use.spread.item()) < 0.05
+    assert use.kl == pytest.approx(0, abs=1e-6)
 
 
 def test_latents_in_a_plate_of_their_own(linear_gaussian):

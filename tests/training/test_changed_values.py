@@ -1,0 +1,217 @@
+"""Python values behind the programs that a callback or a schedule changes: compiled steps use the new ones, as eager steps do."""
+
+import sys
+import types
+import warnings
+from functools import partial
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from shared.runs import binary, make
+from torch import nn
+
+import pyrovae as pv
+from pyrovae.training.acceleration import RecordedStep
+
+X = torch.linspace(-2, 2, 60)[:, None]
+WAYS = {}
+
+
+def way(cls):
+    WAYS[cls.__name__] = cls
+    return cls
+
+
+class Scaled(nn.Module):
+    """N(z, scale^2) with a scale that is held in one of several ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def model(self, x):
+        pyro.module("scaled", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + self.shift, self.get()), obs=x[:, 0])
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 0] / 2, 1.0))
+
+
+@way
+class Attribute(Scaled):
+    scale = 1.0
+
+    def get(self):
+        return self.scale
+
+    def set(self, value):
+        self.scale = value
+
+
+@way
+class ClassAttribute(Attribute):
+    def set(self, value):
+        type(self).scale = value
+
+
+@way
+class Item(Scaled):
+    def __init__(self):
+        super().__init__()
+        self.options = {"noise": [1.0]}
+
+    def get(self):
+        return self.options["noise"][0]
+
+    def set(self, value):
+        self.options["noise"][0] = value
+
+
+@way
+class Closure(Scaled):
+    def __init__(self):
+        super().__init__()
+        scale = 1.0
+
+        def get():
+            return scale
+
+        def change(value):
+            nonlocal scale
+            scale = value
+
+        self.get, self.set = get, change
+
+
+ARRAY = np.ones(1)
+OTHER = types.ModuleType("settings_of_a_user")
+SCALE = 1.0
+
+
+@way
+class ArrayInPlace(Scaled):
+    def get(self):
+        return float(ARRAY[0])
+
+    def set(self, value):
+        ARRAY[0] = value
+
+
+@way
+class ModuleVariable(Scaled):
+    def get(self):
+        return OTHER.scale
+
+    def set(self, value):
+        OTHER.scale = value
+
+
+@way
+class Global(Scaled):
+    def get(self):
+        return SCALE
+
+    def set(self, value):
+        global SCALE
+        SCALE = value
+
+
+def run(way, change, compile, **more):
+    """(elbo, validation_elbo) of each epoch of a training that moves nothing."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    program = WAYS[way]()
+    program.set(1.0)
+    try:
+        result = pv.fit(
+            *(program.model, program.guide, X),
+            **{"epochs": 5, "batch_size": 20, "optimizer": partial(torch.optim.SGD, lr=1e-30), "progress": False},
+            **{"callback": lambda progress: change(program, progress.epoch), "validation": X, "compile": compile},
+            **more,
+        )
+    finally:
+        program.set(1.0)
+    return [(row["elbo"], row["validation_elbo"]) for row in result.history]
+
+
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_changed_value_holds_in_compiled_steps(way, after, uncompiled, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, OTHER.__name__, OTHER)
+
+    def change(program, epoch):
+        if epoch == after:
+            program.set(3.0)
+
+    expected = run(way, change, compile=False)
+    found = run(way, change, compile=True)
+    assert abs(expected[-1][0] - expected[0][0]) > 0.1  # the change shows
+    assert np.allclose(found, expected, atol=1e-5)
+    assert f"has changed before epoch {after + 1}" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["Attribute", "Closure"])
+def test_a_value_that_a_schedule_changes_holds_too(way, uncompiled, monkeypatch, caplog):
+    """It changes within the first epoch, which is eager."""
+    programs = []
+    make_way = WAYS[way]
+    monkeypatch.setitem(WAYS, way, lambda: programs.append(make_way()) or programs[-1])
+
+    def schedule(done):
+        programs[-1].set(1.0 + done)
+        return 1.0
+
+    expected = run(way, lambda *_: None, compile=False, schedule=schedule)
+    found = run(way, lambda *_: None, compile=True, schedule=schedule)
+    assert np.allclose(found, expected, atol=1e-5)
+    assert "has changed before epoch 2" in caplog.text
+
+
+def test_a_value_that_changes_within_a_later_epoch_is_told(uncompiled, monkeypatch):
+    programs = []
+    monkeypatch.setitem(WAYS, "Attribute", lambda: programs.append(Attribute()) or programs[-1])
+
+    def schedule(done):
+        programs[-1].set(1.0 + (done > 0.7))
+        return 1.0
+
+    with pytest.warns(UserWarning, match="'scale' changed in the middle of epoch 4"):
+        found = run("Attribute", lambda *_: None, compile=True, schedule=schedule)
+    expected = run("Attribute", lambda *_: None, compile=False, schedule=schedule)
+    assert found[4] == pytest.approx(expected[4], abs=1e-5)  # the next epoch is right
+
+
+OBJECTIVES = {
+    "default": lambda: None,
+    "IWAE": lambda: pv.objectives.ImportanceWeighted(3),
+    "analytic": lambda: pv.objectives.AnalyticKL(kl_warmup_steps=5),
+    "STL": pv.objectives.StickingTheLanding,
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_callbacks_usually_do_keeps_the_recording(name, uncompiled, monkeypatch, tmp_path, caplog):
+    """Evaluations, samples and files leave the programs as they are."""
+    calls, call = [], RecordedStep.__call__
+    monkeypatch.setattr(RecordedStep, "__call__", lambda *args: (calls.append(1), call(*args))[1])
+
+    def look(progress):
+        model, guide = progress.model, progress.guide
+        pv.log_marginal_likelihood(model, guide, binary(10), num_particles=10)
+        pv.latent_use(model, guide, binary(10), num_draws=2)
+        pv.uses.embed(guide, binary(3)), model.generate(2)
+        pv.save(tmp_path / "pair.pt", model, guide)
+
+    pair = make()
+    options = {"epochs": 4, "batch_size": 15, "loss": OBJECTIVES[name](), "average": 0.9, "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pv.fit(*pair, binary(60), callback=look, validation=binary(10), compile=True, **options)
+    assert len(calls) == 3 * 4
+    assert "changed" not in caplog.text
