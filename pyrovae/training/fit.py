@@ -164,7 +164,8 @@ def fit(
             one-particle ELBO; or the importance-weighted bound if an objective of `pyrovae.objectives` trains that; or
             the loss itself if it sums latents out (`TraceEnum_ELBO`). If the training data have several items before
             `transform` and these have as many, `transform` is applied to them too; a single tensor is used as it is. A
-            `DataLoader` that shuffles uses the same order after each epoch.
+            `DataLoader` that shuffles uses the same order after each epoch. Weights of the KL, of an objective or by
+            `poutine.scale` around the latents, do not enter the ELBO.
         optimizer: function that takes a list of parameters and returns a `torch.optim.Optimizer`, for example
             `functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=1e-2)`; or a wrapper such as
             `pyro.optim.RMSprop({"lr": 1e-3})`, which becomes one optimizer over all parameters. A fused Adam by
@@ -197,7 +198,8 @@ def fit(
         compile: record the step (see `pyrovae.compiled.record`) and compile it with Inductor: same noise, same numbers
             up to rounding, a quarter faster on a CPU. "auto" does so if model and guide consist of parts of this
             library and the run is long enough to recover the compilation time. The first epoch always runs eagerly,
-            with every check.
+            with every check. If a Python value behind the programs changes later (an attribute, by a callback), the run
+            continues eagerly: keep such a value in a buffer.
         precision: "bf16" computes linear and convolutional layers in bfloat16 while training, which is faster on
             hardware that supports it. Densities, parameters, updates and the ELBO of the validation data stay float32.
             "medium", torch's own word, lets products of float32 matrices round their factors internally, and keeps
