@@ -82,7 +82,8 @@ class FirstStep(Messenger):
             self.plate_sizes.update(frame.size for frame in message["cond_indep_stack"] if frame.size > 0)
             self.data_plates |= {frame.name: frame for frame in message["cond_indep_stack"]}
         else:
-            self.latent_plates[name] = {frame.name for frame in message["cond_indep_stack"]}
+            if not infer.get("is_auxiliary"):
+                self.latent_plates[name] = {frame.name for frame in message["cond_indep_stack"]}
             self.enumerated[name] = bool(infer.get("enumerate"))
             if infer.get("is_auxiliary"):
                 self.auxiliary.add(name)

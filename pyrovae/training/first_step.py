@@ -1,6 +1,7 @@
 """Check programs and data in the first step of a run, before any parameter changes."""
 
 import inspect
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,6 @@ from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTMC_ELBO
 from torch import Tensor, nn
 
-from pyrovae.common.reporting import warn_once
 from pyrovae.compiled.signature import Snapshot
 from pyrovae.data.forms import Batch, signature_of
 from pyrovae.programs.latents import check_same_sites
@@ -24,6 +24,7 @@ from pyrovae.training.preparation import Run, put_back
 
 __all__ = ["FirstStepCheck"]
 
+_logger = logging.getLogger("pyrovae")
 _SHOWN = 4  # items in a message
 # Other losses have rules of their own.
 _BOUNDS = Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO | TraceTMC_ELBO | RenyiELBO
@@ -107,11 +108,11 @@ class FirstStepCheck:
         if run.validation is not None:
             run.validation.is_cut = False
         if run.batches.per_epoch > 1 and not is_scaled:
-            warn_once(
-                run.model,
-                f"latent(s) {sorted(latents)} lie outside plate '{plate}', so each of the {run.batches.per_epoch} batches of an "
-                f"epoch counts their KL in full, and elbo and training are not those of all data: scale the plate up, "
-                f"pyro.plate({plate!r}, {run.batches.num_data}, subsample_size=len(x)), or use batch_size={run.batches.num_data}",
+            _logger.warning(
+                "latent(s) %s lie outside plate '%s', so each of the %d batches of an epoch counts their KL in full, and elbo and "
+                "training are not those of all data: scale the plate up, pyro.plate('%s', %d, subsample_size=len(x)), or use "
+                "batch_size=%d",
+                *(sorted(latents), plate, run.batches.per_epoch, plate, run.batches.num_data, run.batches.num_data),
             )
 
     def _observes_elsewhere(self) -> bool:
