@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyrovae.programs.enumeration import SummedOut, holds_sums
-from pyrovae.programs.layout import scaled_up_to
+from pyrovae.programs.layout import is_subsampled, scaled_up_to
 from pyrovae.programs.log_densities import log_density_of, summed_sites
 from pyrovae.programs.masks import align_masks
 from pyrovae.programs.traces import Layout, Program, arrange, place, plate_size, sample_sites, under_particles
@@ -111,7 +111,7 @@ def _present_layout(layout: Layout, trace: poutine.Trace) -> tuple[Layout, int |
     sites = [site for _, site in sample_sites(trace)]
     frames = (frame for site in sites for frame in site["cond_indep_stack"])
     frame = next(frame for frame in frames if frame.name == layout.plate)
-    full_size = frame.full_size if frame.full_size != frame.size else None
+    full_size = frame.full_size if is_subsampled(frame) else None
     return layout._replace(num_data=plate_size(frame, *sites)), full_size
 
 

@@ -22,7 +22,7 @@ from pyrovae.programs.latents import check_not_swapped, refuse_mass_against_dens
 from pyrovae.programs.layout import find_layout, refuse_scales
 from pyrovae.programs.log_densities import InspectedPair, site_log_prob
 from pyrovae.programs.reach import find_modules, replaced_parameters
-from pyrovae.programs.reruns import refuse_other_reruns, refuse_seeds, refuse_wrong_tables
+from pyrovae.programs.reruns import refuse_other_reruns, refuse_wrong_tables
 from pyrovae.programs.supports import innermost, num_parts, possible_elements
 from pyrovae.programs.traces import Layout, Program, run_pair, sample_sites, trace_program
 
@@ -90,7 +90,6 @@ def inspect_pair(
     )
     refuse_wrong_tables(pair)
     refuse_other_reruns(pair)
-    refuse_seeds(pair)
     refuse_coupled_data(pair, prior_traces[:2], is_split=is_split)
     refuse_influence_of_masked(pair)
     refuse_uncovered(pair, prior_traces)

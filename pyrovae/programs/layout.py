@@ -8,7 +8,7 @@ from pyro.poutine.util import site_is_subsample
 
 from pyrovae.programs.traces import Layout, plate_size, sample_sites
 
-__all__ = ["find_layout", "plate_scale", "refuse_scales", "scaled_up_to"]
+__all__ = ["find_layout", "is_subsampled", "plate_scale", "refuse_scales", "scaled_up_to"]
 
 
 def find_layout(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: str | None) -> Layout:
@@ -106,11 +106,16 @@ def refuse_scales(layout: Layout, *traces: poutine.Trace) -> None:
                 )
 
 
+def is_subsampled(frame: Any) -> bool:
+    """Whether a plate draws some of its data, so that the sums in it are scaled up to all of them."""
+    return frame.full_size not in (None, frame.size)
+
+
 def plate_scale(site: dict) -> float:
     """The scale of a site that its subsampled plates account for."""
     scale = 1.0
     for frame in site["cond_indep_stack"]:
-        if frame.full_size not in (None, frame.size):
+        if is_subsampled(frame):
             scale *= frame.full_size / frame.size
     return scale
 
@@ -127,9 +132,9 @@ def scaled_up_to(trace: poutine.Trace, num_rows: int | None = None) -> int | Non
     """
     stacks = [plates for _, site in sample_sites(trace) if (plates := _plates_of(site))]
     common = [frame for name, frame in stacks[0].items() if all(name in plates for plates in stacks)] if stacks else []
-    scaled = [frame for frame in common if frame.full_size not in (None, frame.size)]
+    scaled = list(filter(is_subsampled, common))
     if num_rows is not None and (of_rows := [frame for frame in common if frame.size == num_rows]):
-        scaled = [frame for frame in of_rows if frame in scaled]
+        scaled = list(filter(is_subsampled, of_rows))
     elif num_rows is not None:  # the plate itself draws some of the rows, to which its sums are scaled, or of more data
         scaled = [frame for frame in scaled if frame.full_size > num_rows]
     return scaled[0].full_size if scaled else None

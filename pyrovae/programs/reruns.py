@@ -10,7 +10,7 @@ Every comparison uses its own random numbers, so that an evaluation draws the sa
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -31,7 +31,6 @@ __all__ = [
     "in_float64",
     "refuse_other_reruns",
     "refuse_other_tables_in_training",
-    "refuse_seeds",
     "refuse_wrong_tables",
     "same_random_numbers",
 ]
@@ -103,15 +102,19 @@ def same_random_numbers(*tensors: Tensor, seed: int = _SEED) -> Iterator[None]:
 
 
 def refuse_other_reruns(pair: InspectedPair) -> None:
-    """Raise ValueError if a pair changes a buffer in evaluation mode, or gives other numbers under the same seed."""
+    """Raise ValueError for a pair whose runs depend on more than the seed, or not on it.
 
-    def run() -> Tensor:
+    Such a pair changes a buffer in evaluation mode, gives other numbers under the same seed, or seeds itself.
+    """
+
+    def run() -> tuple[Tensor, _Draws]:
         with same_random_numbers(*pair.values()):
-            traces = run_pair(pair.model, pair.guide, pair.args, pair.kwargs, pair.layout.pinned)
-            return log_weights_of(pair.layout, *traces)
+            draws = _draw(pair)
+            return log_weights_of(pair.layout, *draws.traces), draws
 
-    first, second = run(), run()
-    same = torch.equal(first, second) or equivalent(lambda: (run(), run()))  # on a GPU, sums may round differently
+    (first, draws), (second, _) = run(), run()
+    # On a GPU, sums may round differently.
+    same = torch.equal(first, second) or equivalent(lambda: (run()[0], run()[0]))
     if changed := changed_buffers():
         raise ValueError(
             f"running the programs changes buffers in evaluation mode ({', '.join(changed[:3])}), so an evaluation "
@@ -124,20 +127,29 @@ def refuse_other_reruns(pair: InspectedPair) -> None:
             "be reproduced: some state in them changes from run to run (a counter, a cache, a generator of their own). "
             "Keep such state out of model and guide, and draw from torch's generator"
         )
+    _refuse_seeds(pair, draws)
 
 
-def refuse_seeds(pair: InspectedPair) -> None:
+class _Draws(NamedTuple):
+    traces: tuple[poutine.Trace, poutine.Trace]
+    after: Tensor  # the state of torch's generator
+
+    def sites(self) -> dict[str, dict]:
+        return {name: site for trace in self.traces for name, site in sample_sites(trace)}
+
+
+def _draw(pair: InspectedPair) -> _Draws:
+    traces = run_pair(pair.model, pair.guide, pair.args, pair.kwargs, pair.layout.pinned)
+    return _Draws(traces, torch.get_rng_state())
+
+
+def _refuse_seeds(pair: InspectedPair, draws: _Draws) -> None:
     """Raise ValueError if a program seeds the random numbers itself, so that all its particles would be the same draw."""
-
-    def run(seed: int) -> tuple[dict[str, dict], Tensor]:
-        with same_random_numbers(*pair.values(), seed=seed):
-            traces = run_pair(pair.model, pair.guide, pair.args, pair.kwargs, pair.layout.pinned)
-            after = torch.get_rng_state()
-        return {name: site for trace in traces for name, site in sample_sites(trace)}, after
-
-    (sites, after), (others, other_after) = run(_SEED), run(_OTHER_SEED)
-    same = [name for name, site in sites.items() if name in others and _is_same_draw(site, others[name])]
-    if same or torch.equal(after, other_after):
+    with same_random_numbers(*pair.values(), seed=_OTHER_SEED):
+        other = _draw(pair)
+    others = other.sites()
+    same = [name for name, site in draws.sites().items() if name in others and _is_same_draw(site, others[name])]
+    if same or torch.equal(draws.after, other.after):
         found = (
             f"draw the same values of site(s) {sorted(same)[:3]}"
             if same

@@ -20,6 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyrovae.common.arguments import map_tensors
+from pyrovae.programs.layout import is_subsampled
 from pyrovae.programs.masks import counted
 from pyrovae.programs.traces import Program
 from pyrovae.training.non_finite_source import leaves_of
@@ -162,7 +163,7 @@ class FirstStep(Messenger):
         """Latents that lie outside the plate of the data, its name, and whether it scales a batch up to all data."""
         plates = {name: frame for name, frame in self.data_plates.items() if frame.size == num_data}
         latents = [name for name, around in self.latent_plates.items() if plates and not around & plates.keys()]
-        return latents, next(iter(plates), ""), any(f.full_size not in (None, f.size) for f in plates.values())
+        return latents, next(iter(plates), ""), any(map(is_subsampled, plates.values()))
 
     def _left_out(self, trained: set[Tensor]) -> list[Tensor]:
         alive = [leaf for reference in self.used if (leaf := reference()) is not None]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from types import new_class
 from typing import Any
 
@@ -161,7 +162,7 @@ def _parts_of(
         # Enumerated in parallel, densities are tables; in sequence, each trace has another weight. Neither has parts.
         if any(site["infer"].keys() & {"_enumerate_dim", "_enum_total"} for _, site in sample_sites(trace)):
             reconstruction = kl = torch.tensor(math.nan)
-    of_latent = _unweighted if _weighs_latents(model_trace, guide_trace) else _log_prob_sum
+    of_latent = _unweighted if _weighs_latents(model_trace, guide_trace) else itemgetter("log_prob_sum")
     for _, site in sample_sites(model_trace):
         if site["is_observed"]:
             reconstruction = reconstruction + site["log_prob_sum"].detach()
@@ -184,11 +185,6 @@ def _is_weighted(site: dict) -> bool:
     scale, expected = site["scale"], plate_scale(site)
     # The values of a tensor are not read, because they may change after a recording.
     return "unscaled_log_prob" in site and (isinstance(scale, Tensor) or abs(scale - expected) > 1e-6 * expected)
-
-
-def _log_prob_sum(site: dict) -> Tensor:
-    total: Tensor = site["log_prob_sum"]
-    return total
 
 
 def _unweighted(site: dict) -> Tensor:
@@ -351,7 +347,7 @@ def surrogate(loss: ELBO, model: Program, guide: Program, *args: Any, **kwargs: 
     # These take the dtype and device of what is added.
     reconstruction = kl = unweighted = torch.zeros((), dtype=torch.long)
     for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
-        of_latent = _unweighted if _weighs_latents(model_trace, guide_trace) else _log_prob_sum
+        of_latent = _unweighted if _weighs_latents(model_trace, guide_trace) else itemgetter("log_prob_sum")
         for name, site in sample_sites(guide_trace):
             if not site["fn"].has_rsample:
                 raise ValueError(

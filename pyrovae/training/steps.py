@@ -2,7 +2,6 @@
 
 import logging
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain
@@ -14,6 +13,7 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 from pyrovae.common import distributed
+from pyrovae.common.reporting import warn_once
 from pyrovae.compiled.compiler import float32_products
 from pyrovae.data.forms import Batch
 from pyrovae.objectives.base import Parts
@@ -141,10 +141,10 @@ class Steps:
         if self.recorded is not None:
             sums.add_rows(rows, run.batches.num_made(full))
             if name := self._run_eagerly_if_changed(f"in epoch {number}"):
-                warnings.warn(
+                warn_once(
+                    run.model,
                     f"the programs' '{name}' changed in the middle of epoch {number}, and compiled steps used the value that "
                     f"it had before: start again with compile=False, or keep the value in a buffer (register_buffer)",
-                    stacklevel=2,
                 )
         run.optimizer.make_step()  # of fewer batches, at a ragged end
         # A single bad step may be an accident, even if it is the only step of the first epoch.

@@ -22,7 +22,7 @@ from pyrovae.objectives import (
     MonteCarloKL,
     StickingTheLanding,
 )
-from pyrovae.programs import inspection
+from pyrovae.programs import reruns
 
 K, D, PIXELS = 3, 2, 5
 MAKERS = [
@@ -284,7 +284,7 @@ def test_fit_trains_as_the_marginalised_model(compile, double):
 def test_history_is_that_of_the_log_weights(num_particles, double, monkeypatch):
     """At the draws of validation, which is one block here."""
     # A guide with given draws looks like one with a seed, which several particles could not use; here there is one each.
-    monkeypatch.setattr(inspection, "refuse_seeds", lambda pair: None)
+    monkeypatch.setattr(reruns, "_refuse_seeds", lambda pair, draws: None)
     model, _, guide = mixture()
     x, held_out = binary(40), binary(12)
     more = {"epochs": 2, "validation": held_out, "batch_size": 20, "learning_rate": 1e-12}
