@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrovae.annealing.chains import Kernels, num_pilot_kernels, tune
 from pyrovae.annealing.potential import Potential, block_potential, prior_of
+from pyrovae.common.random_numbers import seeded
 from pyrovae.common.reporting import progress_bar, warn_once
 from pyrovae.compiled.policy import pays_off
 from pyrovae.compiled.record import Recording
@@ -121,8 +122,7 @@ def tuned_blocks(pair: Pair, options: AnnealingOptions, from_prior: bool, passes
                 pilot = potential_of(first, stop, FEWEST_PILOT_CHAINS)
             # Tune with separate random numbers, so that the kernels are independent of the chains whose weights count.
             seed = int(torch.randint(2**62, ()))
-            with torch.random.fork_rng([potential.device] if potential.device.type == "cuda" else []):
-                torch.manual_seed(seed)
+            with seeded(seed, potential.device):
                 kernels = tune(
                     pilot,
                     num_temperatures,

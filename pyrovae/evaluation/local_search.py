@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.common.networks import Inputs
+from pyrovae.common.random_numbers import seeded
 from pyrovae.compiled.policy import pays_off
 from pyrovae.evaluation.log_weights import log_weights
 from pyrovae.evaluation.opening import Options
@@ -123,8 +124,7 @@ class Search:
         seed = int(torch.randint(2**62, ()))
         elbos = []
         for parameters in (before, after):
-            with torch.random.fork_rng([before.device] if before.is_cuda else []):
-                torch.manual_seed(seed)
+            with seeded(seed, before.device):
                 alone, encoded = given_encoding(self.model, self.guide)
                 sampling: dict[str, Any] = {"num_particles": _PILOT_PARTICLES, "plate": self.plate, **data.kwargs}
                 drawn = log_weights(alone, encoded, data.x, parameters, *data.args[1:], **sampling)

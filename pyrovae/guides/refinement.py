@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count, checks_values
 from pyrovae.common.networks import Inputs
+from pyrovae.common.random_numbers import seed_generators, seeded
 from pyrovae.compiled.compiler import import_compiler
 from pyrovae.compiled.record import Recording, record
 from pyrovae.guides.base import Guide, check_guide
@@ -125,12 +126,11 @@ class Refined(Guide):
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.random.fork_rng([x.device] if x.is_cuda else []),
+            seeded(_SEED, x.device),
             pyro.validation_enabled(False),
             evaluation_mode(self.guide, self.model),
             apart_from_handlers(),
         ):
-            _seed(_SEED, x.device)
             # clone, because tensors made in inference mode take no part in gradients
             parameters = start.detach().clone().requires_grad_()
             repeated = data.map(lambda part: part.clone().repeat(self.num_particles, *(1 for _ in part.shape[1:])))
@@ -204,7 +204,7 @@ class Refined(Guide):
             seed = int(torch.randint(2**62, ()))
             draws = []
             for row in parameters:
-                _seed(seed, parameters.device)
+                seed_generators(seed, parameters.device)
                 draws.append(draw_one(row))
             latents, log_q = zip(*draws, strict=True)
             return {name: torch.stack([values[name] for values in latents], 1) for name in latents[0]}, torch.stack(
@@ -246,9 +246,3 @@ class Refined(Guide):
 
     def extra_repr(self) -> str:
         return f"num_steps={self.num_steps}, {super().extra_repr()}"
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """Seed the generator of one device only; `torch.manual_seed` seeds all of them."""
-    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-    generator.manual_seed(seed)

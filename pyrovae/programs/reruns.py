@@ -19,6 +19,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyrovae.common.random_numbers import seeded, states_under
 from pyrovae.programs.auxiliary import is_delta
 from pyrovae.programs.enumeration import SummedOut, summed_dims
 from pyrovae.programs.log_densities import InspectedPair, log_weights_of, site_log_prob, summed_sites, values_of_sum
@@ -91,11 +92,10 @@ def _cast(value: Any) -> Any:
 @contextmanager
 def same_random_numbers(*tensors: Tensor, seed: int = _SEED) -> Iterator[None]:
     """Seed the generators of torch, NumPy and Python with a constant, and restore them afterwards."""
-    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
     before = pyro.util.get_rng_state()
-    with torch.random.fork_rng(devices):
+    with seeded(seed, *(tensor.device for tensor in tensors)):
         try:
-            pyro.util.set_rng_seed(seed)
+            pyro.util.set_rng_state(states_under(seed))
             yield
         finally:
             pyro.util.set_rng_state(before)

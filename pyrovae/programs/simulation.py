@@ -10,6 +10,7 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyrovae.common.arguments import map_tensors
+from pyrovae.common.random_numbers import seeded
 from pyrovae.programs.parameters import check_program
 from pyrovae.programs.supports import innermost, masks_of
 from pyrovae.programs.traces import Layout, Program, sample_sites, trace_program
@@ -58,9 +59,9 @@ def simulate(
 
 def _trace_under(seed: int, program: Program, args: tuple, kwargs: dict) -> poutine.Trace:
     """Trace of a run under a seed, on all devices, with the generators restored afterwards."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    devices = [torch.device("cuda", index) for index in range(count)]
+    with seeded(seed, *devices):
         return trace_program(program, args, kwargs)
 
 

@@ -1,15 +1,14 @@
 """The order in which a `DataLoader` gives its data: its length, its epochs, and one order on request."""
 
-import random
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from pyro.util import get_rng_state, set_rng_state
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from pyrovae.common.random_numbers import states_under
 from pyrovae.training.generators import restored_after, samplers_of, start_at
 
 __all__ = ["draws_one_order", "in_one_order", "length_of", "num_drawn", "set_epoch"]
@@ -66,11 +65,7 @@ def num_drawn(loader: DataLoader) -> int:
 
 def in_one_order(loader: DataLoader) -> Iterator[Any]:
     """The items of a loader, in the same order whenever it is begun; it takes no numbers from the measurement's noise."""
-    state = {
-        "torch": torch.Generator().manual_seed(_SEED).get_state(),
-        "random": random.Random(_SEED).getstate(),
-        "numpy": np.random.RandomState(_SEED).get_state(),
-    }
+    state = states_under(_SEED)
     with restored_after(loader) as own:
         for generator in own:
             start_at(generator, _SEED)

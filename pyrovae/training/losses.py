@@ -27,6 +27,7 @@ from pyro.infer import (
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pyrovae.common.random_numbers import seeded
 from pyrovae.data.forms import Batch
 from pyrovae.objectives.base import Objective, Parts
 from pyrovae.programs.layout import plate_scale, scaled_up_to
@@ -296,12 +297,11 @@ def _measured(
     reporting = ReportingLoss(loss if by_loss else Trace_ELBO())
     sums, num_data = torch.zeros(len(_COLUMNS), dtype=torch.float64), 0
     with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        seeded(_SEED, device),
         evaluation_mode(model, guide),
         torch.no_grad(),
         pyro_checks(False),
     ):
-        torch.manual_seed(_SEED)
         for block in blocks:
             try:
                 value, parts = reporting.loss(model, guide, *block.args, **block.kwargs)
