@@ -269,7 +269,7 @@ def fit(
     return FitResult(
         history=state.history,
         best_epoch=state.best_epoch or len(state.history),
-        num_steps=len(state.history) * run.steps_per_epoch,
+        num_steps=state.num_steps,
         seconds=state.seconds,
         device=run.device,
         num_skipped_steps=state.num_skipped_steps,
@@ -285,6 +285,8 @@ def _train(run: Run, options: Options, state: TrainingState, file: RunFile | Non
         if saved["history"]:
             steps.get_ready()
         _restore(options.checkpoint, state, saved)
+        if "num_steps" not in saved:  # a file of an earlier version
+            state.num_steps = len(state.history) * -(-run.batches.per_epoch // run.optimizer.accumulate)
         bar.update(len(state.history) * run.batches.num_data)
     good = state.capture()
     if file is not None and not state.history:
@@ -323,6 +325,7 @@ def _epoch(run: Run, steps: Steps, state: TrainingState, number: int, start: flo
     epoch_start = time.perf_counter()
     sums = steps.epoch(number, state.full_size, bar.update)
     state.full_size = sums.full_size
+    state.num_steps += sums.num_steps
     seconds = time.perf_counter() - epoch_start
     with state.averaged():
         validated = validate(run.model, run.guide, run.validation, run.loss, run.batches.batch_size)

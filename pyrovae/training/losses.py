@@ -203,6 +203,7 @@ class EpochSums:
         kl: of log q(z|x) - log p(z); NaN likewise.
         num_data: data that the sums count.
         num_rows: data that this process received.
+        num_steps: steps of the optimizer, those that were skipped included.
     """
 
     full_size: int | None = None
@@ -211,6 +212,7 @@ class EpochSums:
     kl: Any = math.nan
     num_data: Any = 0
     num_rows: int = 0
+    num_steps: int = 0
 
     def add(self, parts: list[Parts], batch_size: int, was_made: Tensor | None = None) -> None:
         """Add the parts of a step, unless it was skipped."""

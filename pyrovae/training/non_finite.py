@@ -124,7 +124,7 @@ def _advice(run: Run, tried: TriedStep, source: NonFiniteSource | None) -> str:
             f"Look at these data; lower the learning rate ({run.optimizer.learning_rate:g} in that step) or clip gradients "
             f"(clip_norm=)"
         )
-    if numbers.square().mean().sqrt() <= _LARGE:
+    if not len(numbers) or numbers.square().mean().sqrt() <= _LARGE:
         return "No step was made before it, so the learning rate is not the cause: look at these data and at the parameters"
     how = (
         "scale the data, (x - x.mean(0)) / x.std(0) for a table without the columns whose x.std(0) is 0 (with a mask, over "

@@ -155,11 +155,6 @@ class Run:
     precision: str
     device: torch.device
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of the optimizer in an epoch."""
-        return -(-self.batches.per_epoch // self.optimizer.accumulate)
-
     def buffers(self) -> list[tuple[Tensor, Tensor]]:
         """The modules' buffers with copies, for `put_back`."""
         return [(buffer, buffer.clone()) for buffer in nn.ModuleList(self.modules).buffers()]

@@ -35,6 +35,7 @@ class TrainingState:
         history: rows of the finished epochs.
         best_epoch: epoch with the best validation bound; 0 if there is none.
         stopped_of: epochs of the run that a callback stopped; 0 if none did.
+        num_steps: steps of the optimizer, those that were skipped included.
         full_size: size of a subsampled plate, as found in earlier epochs.
     """
 
@@ -49,6 +50,7 @@ class TrainingState:
         self.loss, self.optimizer, self.device, self.generators = loss, optimizer, device, generators
         self.modules = nn.ModuleList(modules)
         self.history: list[dict[str, float]] = []
+        self.num_steps = 0
         self.full_size: int | None = None
         self.best_epoch = self.stopped_of = 0
         self._best: dict[str, Tensor] = {}
@@ -122,6 +124,7 @@ class TrainingState:
             "loss": _copied_tree(self.loss.state_dict()) if hasattr(self.loss, "state_dict") else {},
             "random": distributed.gather_soon(random_state(self.device, self.generators)),
             "history": [dict(row) for row in self.history],
+            "num_steps": self.num_steps,
             "full_size": self.full_size,
             "stopped_of": self.stopped_of,
             "best": {"epoch": self.best_epoch, "tensors": self._best},
@@ -176,6 +179,7 @@ class TrainingState:
             row | {"validation_bound": row["validation_elbo"], "skipped_steps": 0} | row for row in captured["history"]
         ]
         self.optimizer.guard.restart(self.num_skipped_steps)
+        self.num_steps = captured.get("num_steps", 0)
         self.full_size = captured["full_size"]
         self.best_epoch, self.stopped_of = best_epoch, captured.get("stopped_of", 0)
         self._best = {name: tensor.to(here[name].device) for name, tensor in best.items()}

@@ -132,12 +132,12 @@ class Steps:
             if (step + 1) % accumulate == 0:
                 run.optimizer.make_step()
             unseen[-1] = last = unseen[-1]._replace(was_made=guard.was_made.clone())
-            if len(unseen) == self.look_every or step + 1 == per_epoch:
-                if not guard.is_running:
-                    stop(run, unseen[int(guard.num_steps) - num_steps])
-                warn_skipped(run, unseen)
-                unseen, num_steps = [], int(guard.num_steps)
+            if len(unseen) == self.look_every:
+                num_steps = self._look(unseen, num_steps)
+                unseen = []
             progress(len(index))
+        self._look(unseen, num_steps)
+        sums.num_steps = -(-(step + 1) // accumulate)  # a loader may give other numbers of batches than its length says
         if self.recorded is not None:
             sums.add_rows(rows, run.batches.num_made(full))
             if name := self._run_eagerly_if_changed(f"in epoch {number}"):
@@ -151,6 +151,19 @@ class Steps:
         if guard.num_skipped and not run.optimizer.has_moved and (number == run.epochs or number * per_epoch > 1):
             stop(run, last, none_made=True)
         return _over_processes(sums)
+
+    def _look(self, unseen: list[TriedStep], num_steps: int) -> int:
+        """Stop at the first of these steps that ends the run, log those that were skipped, and return the steps so far.
+
+        Args:
+            unseen: the steps since the last look.
+            num_steps: the steps so far at the last look.
+        """
+        guard = self.run.optimizer.guard
+        if not guard.is_running:
+            stop(self.run, unseen[int(guard.num_steps) - num_steps])
+        warn_skipped(self.run, unseen)
+        return int(guard.num_steps)
 
     def _constants(self) -> Constants:
         run = self.run

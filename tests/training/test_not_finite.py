@@ -1,6 +1,7 @@
 """Numbers that stop being finite: the run stops at the step, says where they began, and is put back as it was."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -9,12 +10,23 @@ import torch
 from shared.not_finite import OPTIONS, infinite_features, marked_data, nan_in_features, nan_in_gradient, pair_with
 from shared.runs import binary, make, parameters, same
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import pyrovae as pv
 from pyrovae.compiled.record import Recording
 from pyrovae.training.checkpoint_file import read
 from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.steps import Steps
+
+
+def look_rarely(monkeypatch, look_every):
+    original = Steps.__init__
+
+    def init(self, *arguments):
+        original(self, *arguments)
+        self.look_every = look_every
+
+    monkeypatch.setattr(Steps, "__init__", init)
 
 
 @pytest.mark.parametrize(
@@ -35,14 +47,7 @@ def test_it_stops_at_the_step_and_names_site_and_data(spoil, what, way, look_eve
     """
     monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
     options = {**OPTIONS, "compile": way == "recorded", "clip_norm": clip_norm}
-    if look_every > 1:
-        original = Steps.__init__
-
-        def init(self, *arguments):
-            original(self, *arguments)
-            self.look_every = look_every
-
-        monkeypatch.setattr(Steps, "__init__", init)
+    look_rarely(monkeypatch, look_every)
     good, bad = pair_with(spoil, 10**6), pair_with(spoil, 2 * 3)
     pyro.set_rng_seed(1)
     pv.fit(*good, marked_data(), epochs=2, schedule=None, **options)
@@ -56,6 +61,35 @@ def test_it_stops_at_the_step_and_names_site_and_data(spoil, what, way, look_eve
     assert same(parameters(*good), parameters(*bad))
     assert len(read(path)["training"]["state"]["history"]) == 2
     assert str(path) in str(caught.value)
+
+
+class MoreThanIts(IterableDataset):
+    """A stream that gives fewer or more data than its length says, the last one NaN."""
+
+    def __init__(self, given):
+        self.x = torch.cat([binary(given - 1), torch.full((1, 1, 4, 3), torch.nan)])
+
+    def __len__(self):
+        return 30
+
+    def __iter__(self):
+        return iter(self.x)
+
+
+@pytest.mark.parametrize("given", [20, 30, 40])
+@pytest.mark.parametrize("max_skipped", [0, 1])
+def test_the_last_step_of_an_epoch_is_seen_whatever_the_loaders_length(given, max_skipped, monkeypatch, caplog):
+    """The flag is read at the epoch's end, as on a GPU."""
+    look_rarely(monkeypatch, 50)
+    loader = DataLoader(MoreThanIts(given), batch_size=5)
+    fit = partial(pv.fit, *make(), loader, epochs=1, max_skipped_steps=max_skipped, progress=False)
+    if not max_skipped:
+        with pytest.raises(NotFiniteError, match=f"step {given // 5}: the data"):
+            fit()
+        return
+    result = fit()
+    assert f"step {given // 5} was skipped" in caplog.text
+    assert (result.num_steps, result.num_skipped_steps) == (given // 5, 1)
 
 
 def test_nan_in_the_data_and_in_the_parameters():
