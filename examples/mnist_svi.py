@@ -116,6 +116,9 @@ def main(held: ExitStack) -> None:
     lml = pv.LogMarginalLikelihood.concatenate(pv.distributed.gather(lml))
     if rank > 0:
         return  # only the first process writes
+    if len(lml) < len(test):  # interrupted: the same command with --resume evaluates again
+        print(f"\n{run_folder.how_to_go_on(options, out)}", file=sys.stderr)
+        sys.exit(130)
     annealed = None
     if lml.share_of_bad_k() > 0.05:  # many weights cannot be trusted: anneal as many images as cost a third more
         annealed = pv.anneal_a_slice(model, lml, test, guide=guide, progress=show)

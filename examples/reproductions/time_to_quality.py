@@ -67,7 +67,7 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     data = pv.data.mnist(options.data_dir)
-    test = data.test[:: len(data.test) // options.num_test].flatten(1)
+    test = data.test[:: len(data.test) // options.num_test][: options.num_test].flatten(1)
     curves = {}
     for library in options.libraries:
         for epochs in options.our_epochs if library == "pyrovae" else [options.epochs]:

@@ -61,7 +61,7 @@ def read_json(path, remedy: str, *names: str) -> dict:
 
 def command(*more) -> str:
     """The command line of this program, with `more` arguments added."""
-    return shlex.join([sys.executable, *sys.argv, *more])
+    return shlex.join([Path(sys.executable).name, *sys.argv, *more])
 
 
 def versions() -> dict[str, str]:

@@ -142,6 +142,7 @@ def anneal_a_slice(
     num_chains: int = 8,
     num_temperatures: int = 200,
     num_leapfrog_steps: int = 5,
+    plate: str | None = None,
     progress: bool = False,
     **kwargs: Any,
 ) -> DifferenceEstimate:
@@ -166,13 +167,15 @@ def anneal_a_slice(
         num_chains: as in `annealed_importance_sampling`
         num_temperatures: as in `annealed_importance_sampling`
         num_leapfrog_steps: as in `annealed_importance_sampling`
+        plate: as in `annealed_importance_sampling`
         progress: show a progress bar
         **kwargs: further arguments of the programs
 
     Returns:
-        The estimate with its standard errors.
+        The estimate with its standard errors. If it is interrupted (Ctrl-C), that of the data annealed so far.
 
     Raises:
+        KeyboardInterrupt: it is interrupted before two data were annealed.
         ValueError: no argument has as many rows as `importance` has results; `num_annealed` is below 2 or
             above N; and everything that `annealed_importance_sampling` refuses.
 
@@ -203,13 +206,15 @@ def anneal_a_slice(
             )
         # Running the programs to see whether their data can be cut takes time: only if they are.
         if num_annealed < num_data and (
-            inspect(model, guide or prior_of(model), args, kwargs, None).split_size != num_data
+            inspect(model, guide or prior_of(model), args, kwargs, plate).split_size != num_data
         ):
             raise ValueError(
                 f"a slice of the data cannot be taken: arguments of length {num_data} are not one row for each datum, or "
                 f"data influence each other: anneal all, num_annealed={num_data}"
             )
-    index = torch.randperm(num_data)[:num_annealed].sort().values
+    index = torch.randperm(num_data)[
+        :num_annealed
+    ]  # in random order, so that the finished part of it is random as well
     cut = batch.rows(index)
     annealed = annealed_importance_sampling(
         model,
@@ -218,7 +223,10 @@ def anneal_a_slice(
         num_chains=num_chains,
         num_temperatures=num_temperatures,
         num_leapfrog_steps=num_leapfrog_steps,
+        plate=plate,
         progress=progress,
         **cut.kwargs,
     )
-    return DifferenceEstimate(importance, annealed, index)
+    if len(annealed) < 2:  # interrupted; a standard error needs two
+        raise KeyboardInterrupt
+    return DifferenceEstimate(importance, annealed, index[: len(annealed)])

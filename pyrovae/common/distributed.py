@@ -118,20 +118,30 @@ def random_numbers_apart() -> None:
 def sum_gradients(parameters: Sequence[Tensor], loss: Tensor | None = None) -> None:
     """Replace each parameter's gradient by its sum over ranks; a rank without a gradient adds zeros.
 
+    A parameter without a gradient on any rank keeps none, because the optimizer would decay it.
+
     Args:
         parameters: The parameters, in the same order on all ranks.
         loss: This rank's loss. If it is not finite, the sum is NaN on all ranks, so that they all react alike.
     """
     if not _several() or not parameters:
         return
+    has_none = [p.grad is None for p in parameters]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     if loss is not None:
         flat = torch.where(loss.isfinite(), flat, torch.nan)
+    counts = torch.tensor([not none for none in has_none], dtype=flat.dtype, device=flat.device)
+    flat = torch.cat([flat, counts])
     with _together():
         processes.all_reduce(flat)
-    for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+    *totals, counts = flat.split([*(p.numel() for p in parameters), len(parameters)])
+    for parameter, total in zip(parameters, totals, strict=True):
         parameter.grad = total.view_as(parameter).to(parameter.dtype)
+    if any(has_none):  # only then, because reading numbers on a GPU waits for the device
+        for parameter, count in zip(parameters, counts.tolist(), strict=True):
+            if not count:
+                parameter.grad = None
 
 
 def sums(*numbers: float | Tensor) -> list[float]:

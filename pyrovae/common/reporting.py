@@ -67,11 +67,16 @@ def warn_once(program: Any, message: str, category: type[Warning] = UserWarning)
         said = set()
     if key in said:
         return
+    warn(message, category)
+    said.add(key)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the user's code that led here."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
-    said.add(key)
 
 
 @contextmanager

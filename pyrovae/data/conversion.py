@@ -116,14 +116,14 @@ def _of_array(array: np.ndarray, numbers: Numbers, name: str) -> Tensor:
     if kind not in "biuc":
         raise TypeError(f"{name}: expected numbers, found an array of {_kind(array)}")
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return _of_tensor(torch.tensor(np.ascontiguousarray(array)), numbers, name)
+    return _of_tensor(torch.tensor(np.asarray(array, order="C")), numbers, name)
 
 
 def _rounded(array: np.ndarray, dtype: torch.dtype, name: str) -> Tensor:
     """Round to the dtype; refuse a whole number that changes, a number that overflows, and one that becomes 0."""
     if array.dtype.kind in "iu" and array.size and max(-int(array.min()), int(array.max())) > _LARGEST_WHOLE:
         raise ValueError(f"{name}: found whole numbers beyond 2^53, which floating point does not hold: rescale them")
-    before = torch.tensor(np.ascontiguousarray(array, dtype=np.float64))
+    before = torch.tensor(np.asarray(array, dtype=np.float64, order="C"))
     after = before.to(dtype)
     back = after.double()
     is_whole = (before == before.round()) & (before.abs() <= _LARGEST_WHOLE)

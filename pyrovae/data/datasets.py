@@ -56,6 +56,8 @@ def load(name: str = "auto", root: str | os.PathLike | None = None, **options: A
     """
     if name not in NAMES:
         raise ValueError(f"no data set {name!r}: choose one of {', '.join(NAMES)}")
+    if name in ("digits", "freyfaces") and options.pop("draw", None) is not None:
+        raise ValueError(f"draw= is a published test set of MNIST, and there is none of {name}: leave it out")
     if name == "digits":
         return digits(**options)
     if name == "freyfaces":
@@ -65,7 +67,7 @@ def load(name: str = "auto", root: str | os.PathLike | None = None, **options: A
     try:
         return _mnist_family("mnist", root, **options)
     except DataUnavailableError:
-        if options.get("draw") is not None:  # of MNIST only
+        if options.pop("draw", None) is not None:  # of MNIST only
             raise
         missing = _missing_folder(root)
         _logger.warning(

@@ -1,7 +1,6 @@
 """What a batch is, the programs are called with: tensors, arrays, frames, tuples and mappings as program arguments."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Number
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyrovae.common.arguments import map_tensors
+from pyrovae.common.reporting import warn
 from pyrovae.data.conversion import Numbers, converted, is_table
 
 __all__ = ["Batch", "as_arguments", "as_batch", "by_position", "is_stream", "signature_of", "takes_items"]
@@ -221,12 +221,10 @@ def _warn_of_table_without_mask(args: tuple, kwargs: dict[str, Any]) -> None:
     for tensor in tensors:
         num_missing = getattr(tensor, "num_missing_cells", 0)
         if num_missing and sum(other.shape == tensor.shape for other in tensors) == 1:
-            warnings.warn(
+            warn(
                 f"found the values of a table without its mask: {num_missing:,} missing cells hold 0, and count as data. Pass "
                 f"observed=table.observed, too, to fit as {{'x': table.values, 'observed': table.observed}}; if the zeros are "
-                f"meant, pass table.values.clone()",
-                UserWarning,
-                stacklevel=2,
+                f"meant, pass table.values.clone()"
             )
 
 

@@ -81,8 +81,11 @@ class Table:
             ValueError: A column is absent, or a cell holds a category that this table does not have, or no number; the
                 message names column and value.
         """
+        frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
         if absent := [name for name in self.names if name not in frame.columns]:
             raise ValueError(f"the frame lacks the columns {absent} of this table: found {list(frame.columns)}")
+        if repeated := [name for name in self.names if list(frame.columns).count(name) > 1]:
+            raise ValueError(f"the frame has more than one column of the name(s) {repeated}: rename or drop the others")
         values, observed = zip(*(_coded(frame[column.name], column) for column in self.columns), strict=True)
         table = replace(self, values=torch.stack(values, 1), observed=torch.stack(observed, 1))
         # What `fit` and the evaluations look for, to warn if they get the zeros without the mask.
@@ -214,10 +217,10 @@ def _coded(series: Any, column: Column) -> tuple[Tensor, Tensor]:
         numbers = _numbers(series[is_known], column.name)
         values[observed] = numbers.to(values.dtype)
         lost = (values[observed].double() - numbers).abs()
-        if len(lost) and lost.max() > _LARGEST_LOSS * numbers.std(correction=0).clamp_min(1e-300) and lost.max() > 0:
+        if len(lost) and lost.max() > _LARGEST_LOSS * column.scale:
             raise ValueError(
                 f"column {column.name!r} holds numbers such as {numbers[lost.argmax()].item()!r}, which {values.dtype} rounds by "
-                f"{lost.max():.3g}, too much beside their standard deviation {numbers.std(correction=0):.3g}: subtract a "
+                f"{lost.max():.3g}, too much beside the table's standard deviation {column.scale:.3g}: subtract a "
                 f"constant first, or torch.set_default_dtype(torch.float64)"
             )
         return values, observed

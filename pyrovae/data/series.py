@@ -32,7 +32,7 @@ class Series:
     @property
     def mask(self) -> Tensor:
         """Which steps are part of a series, (N, longest)."""
-        return torch.arange(self.values.shape[1]) < self.lengths.unsqueeze(-1)
+        return torch.arange(self.values.shape[1], device=self.lengths.device) < self.lengths.unsqueeze(-1)
 
 
 def japanese_vowels() -> RowSplits[Series]:

@@ -18,6 +18,11 @@ __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 # From here on the sum of 8 terms of Stirling's series is exact to 1e-15.
 _STIRLING_FROM = 16.0
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360_360, 1 / 156, -3617 / 122_400)
+# Here log(1 + m / r) is m / r to 1e-17. It holds for r that overflow, too.
+_POISSON_BELOW = -40.0
+_LARGEST_LOG_SIZE = (
+    600.0  # from here on nothing distinguishes the distribution from a Poisson; beyond 709 exp overflows
+)
 # torch.poisson returns 64-bit integers. Above this rate, the rounded normal differs by less than 1e-7 of its spread.
 _LARGEST_POISSON = 1e15
 
@@ -120,15 +125,21 @@ class NegativeBinomial(Elementwise):
         log_mean, log_size = self.log_mean.double(), self.log_inverse_dispersion.double()
         log_odds = log_mean - log_size  # of m / (r + m)
         # r log(r / (r + m)) + x log(m / (r + m)) = (r + x) logsigmoid(-log_odds) + x log m - x log r
-        mass = (log_size.exp() + count) * F.logsigmoid(-log_odds) + count * log_mean
+        is_poisson = log_odds < _POISSON_BELOW
+        size = torch.where(is_poisson, 0.0, log_size).exp()
+        none = torch.where(is_poisson, -log_mean.exp(), size * F.logsigmoid(-log_odds))
+        mass = none + count * (F.logsigmoid(-log_odds) + log_mean)
         return mass + _log_rising(count, log_size) - (count + 1).lgamma()
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         with torch.no_grad():
             shape = self._extended_shape(sample_shape)
             log_mean, log_size = (part.double().expand(shape) for part in (self.log_mean, self.log_inverse_dispersion))
-            gamma = torch._standard_gamma(log_size.exp())
-            return _poisson(gamma * (log_mean - log_size).exp()).to(self.log_mean.dtype)
+            log_size = log_size.clamp(max=_LARGEST_LOG_SIZE)
+            size = log_size.exp()
+            # Gamma(r) is Gamma(r + 1) U^(1/r), which no small r rounds to 0.
+            log_gamma = torch._standard_gamma(size + 1).log() + torch.rand_like(size).log() / size
+            return _poisson((log_gamma + log_mean - log_size).exp()).to(self.log_mean.dtype)
 
 
 class ZeroInflatedNegativeBinomial(NegativeBinomial):
@@ -187,11 +198,14 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
 
 def _log_rising(count: Tensor, log_size: Tensor) -> Tensor:
     """log Gamma(x + r) - log Gamma(r) - x log r, in float64, with r = exp(log_size)."""
-    size = log_size.exp()
+    size = log_size.clamp(max=_LARGEST_LOG_SIZE).exp()
     is_small = size < _STIRLING_FROM
     # Both branches get harmless numbers where they are not chosen, because NaN would pass into the gradient.
     small, large = torch.where(is_small, size, 1.0), torch.where(is_small, _STIRLING_FROM, size)
-    exact = (count + small).lgamma() - small.lgamma() - count * torch.where(is_small, log_size, 0.0)
+    # Gamma(r) = Gamma(r + 1) / r, because r may be so small that it is rounded to 0.
+    is_zero = count == 0
+    exact = (torch.where(is_zero, 1.0, count) + small).lgamma() - (small + 1).lgamma()
+    exact = torch.where(is_zero, 0.0, exact + (1 - count) * torch.where(is_small, log_size, 0.0))
     growth = torch.log1p(count / large)
     series = (large - 0.5) * growth + count * (growth - 1) + _stirling(count + large) - _stirling(large)
     return torch.where(is_small, exact, series)

@@ -2,7 +2,7 @@
 
 ``log_weights[s, n] = log p(x_n, z_sn) - log q(z_sn | x_n)`` with ``z_sn ~ q(. | x_n)`` has shape (S, N): S particles
 for each of N data. Every function maps (S, N) -> (N,), computes in float64 and returns float64. The dtype of the array
-only decides which differences count as rounding. The functions need only torch, and ArviZ for the Pareto fit.
+only decides which differences count as rounding. The functions compute with torch, and with ArviZ for the Pareto fit.
 """
 
 from pyrovae.estimators.compression import bits_per_dim

@@ -70,13 +70,11 @@ def roc(inside: Any, outside: Any) -> Detection:
         inside: scores (N,), or a result of `log_marginal_likelihood`, whose `log_prob` is then the score
         outside: scores (M,), or a result likewise
 
-    Raises ValueError for NaN, labels beside scores, other shapes, or fewer than 2 scores; TypeError for what holds no numbers.
-
     Returns:
         The curve and its area, as a `Detection`; both come from scikit-learn.
 
     Raises:
-        ValueError: for NaN, other shapes, or fewer than 2 scores.
+        ValueError: for NaN, labels beside scores, other shapes, or fewer than 2 scores.
         TypeError: if the scores are not numbers.
 
     Example:
@@ -146,7 +144,7 @@ def inverted(x: Tensor) -> Tensor:
         ValueError: for values outside [0, 1].
     """
     check_grey_values("inverted: x", x if x.is_floating_point() else x.float())
-    return 1 - x
+    return ~x if x.dtype == torch.bool else 1 - x
 
 
 def rotated(x: Tensor, quarter_turns: int = 1) -> Tensor:

@@ -182,7 +182,7 @@ class LogMarginalLikelihood:
         return "sequential Monte Carlo" if self.resampled else "annealed importance sampling"
 
     def bits_per_dim(self, num_dims: int, *, bin_width: float = 1.0) -> Tensor:
-        """Return the code length in bits per dimension of the data (N,); see `pyrovae.estimators.compression_per_dim`.
+        """Return the code length in bits per dimension of the data (N,); see `pyrovae.estimators.bits_per_dim`.
 
         Args:
             num_dims: numbers in a datum

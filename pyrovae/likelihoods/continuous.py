@@ -205,7 +205,10 @@ class Scaled(Likelihood):
         return torch.where(observed, x, self.loc + self.scale * inside)
 
     def check(self, x: Tensor) -> None:
-        self.likelihood.check((x - self.loc) / self.scale)
+        try:
+            self.likelihood.check((x - self.loc) / self.scale)
+        except ValueError as error:
+            raise ValueError(f"for data in units of Scaled, (x - loc) / scale: {error}") from error
 
     def _scaled(self, distribution: Any) -> dist.TorchDistribution:
         if distribution.support.is_discrete:

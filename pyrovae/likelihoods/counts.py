@@ -277,7 +277,7 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
             network_dispersion=network_dispersion,
             inverse_dispersion=inverse_dispersion,
             exposure_column=exposure_column,
-            data_mean=None if data_mean is None else data_mean / (1 - _INITIAL_GATE),
+            data_mean=None if data_mean is None else torch.as_tensor(data_mean) / (1 - _INITIAL_GATE),
         )
         with torch.no_grad():
             self._parts(self.bias)[1].fill_(math.log(_INITIAL_GATE / (1 - _INITIAL_GATE)))

@@ -184,8 +184,9 @@ class LatentVariableModel(Component, ABC):
         Raises:
             TypeError: It is no tensor, array, frame, number or list of numbers.
         """
+        device = next((p.device for p in self.parameters()), None)
         if isinstance(context, Tensor):
-            return context.unsqueeze(0) if context.ndim == 0 else context
+            return (context.unsqueeze(0) if context.ndim == 0 else context).to(device)
         if isinstance(context, Number | tuple | list):
             try:
                 context = np.asarray(context)
@@ -193,7 +194,7 @@ class LatentVariableModel(Component, ABC):
                 context = np.asarray(context, dtype=object)
         if not hasattr(context, "__array__"):
             check_context(context, 1)
-        numbers, device = numbers_of(self), next((p.device for p in self.parameters()), None)
+        numbers = numbers_of(self)
         (context,), _ = as_arguments((context,), {}, numbers._replace(is_real=False), "context", is_one=True)
         return self._tensor_of(context.to(device))
 

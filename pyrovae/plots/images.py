@@ -102,8 +102,9 @@ def reconstructions(originals: Any, means: Any, *, columns: int = 16, cmap: str 
     if originals.shape != means.shape:
         raise ValueError(f"originals and reconstructions differ in shape: {originals.shape} and {means.shape}")
     columns = min(columns, len(originals))
-    whole = len(originals) // columns * columns
-    pairs = np.stack([part[:whole].reshape(-1, columns, *part.shape[1:]) for part in (originals, means)], axis=1)
+    empty = np.zeros((-len(originals) % columns, *originals.shape[1:]), originals.dtype)  # the rest of the last row
+    rows = [np.concatenate([part, empty]).reshape(-1, columns, *part.shape[1:]) for part in (originals, means)]
+    pairs = np.stack(rows, axis=1)
     title = "odd rows: data; even rows: reconstructions"
     return image_grid(
         pairs.reshape(-1, *originals.shape[1:]).transpose(0, 3, 1, 2), columns=columns, title=title, cmap=cmap, ax=ax

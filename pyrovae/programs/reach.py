@@ -210,7 +210,7 @@ def _references(value: Any) -> Iterator[Any]:
         yield value()
     elif inspect.isgenerator(value):
         yield from (value.gi_frame.f_locals if value.gi_frame else {}).values()
-    elif type(value).__name__ == "ndarray":  # by name: this package is imported without NumPy
+    elif type(value).__name__ == "ndarray":  # by name, without importing NumPy
         yield from value.ravel()[:_LONGEST] if value.dtype == object else ()
     elif not inspect.ismodule(value) and not is_installed(type(value).__module__):
         yield type(value)  # for attributes of its class
