@@ -157,7 +157,8 @@ def _refuse_seeds(pair: InspectedPair, draws: _Draws) -> None:
         )
         raise ValueError(
             f"the programs {found} under different seeds, so every particle would be the same draw: take "
-            f"pyro.set_rng_seed, torch.manual_seed and poutine.seed out of model and guide, and seed before the call"
+            f"pyro.set_rng_seed, torch.manual_seed and poutine.seed out of model and guide, and seed before the call. Weights at given draws "
+            f"(poutine.replay) are the difference of log_prob_sum() of the traces of model and guide"
         )
 
 

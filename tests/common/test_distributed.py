@@ -398,3 +398,25 @@ def test_torchrun_of_two_agents(tmp_path):
     for rank in range(2):
         for found, wanted in zip(torch.load(tmp_path / f"node{rank}")[1], expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+# One parameter has a gradient on rank 1 alone, another on none: AdamW must leave the latter alone.
+GRADIENTS = """
+with pv.distributed.joined(timeout=20) as rank:
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    parameters[0].grad = torch.tensor([1.0, 2.0])
+    if rank == 1:
+        parameters[1].grad = torch.tensor([5.0, 7.0])
+    from pyrovae.common.distributed import sum_gradients
+    sum_gradients(parameters)
+    torch.save([parameter.grad for parameter in parameters], sys.argv[1] + str(rank))
+"""
+
+
+def test_a_parameter_without_a_gradient_keeps_none(tmp_path):
+    finish(start(GRADIENTS, 2, tmp_path / "of"))
+    for rank in range(2):
+        first, second, third = torch.load(tmp_path / f"of{rank}")
+        assert first.tolist() == [2.0, 4.0]
+        assert second.tolist() == [5.0, 7.0]
+        assert third is None

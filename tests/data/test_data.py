@@ -285,3 +285,15 @@ def test_images_that_stay_grey_are_looked_at(part, change):
     with pytest.raises(ValueError, match=rf"the {part} images of 'digits' must be values in \[0, 1\]"):
         changed.binarized(None)
     assert data.binarized(None) is data
+
+
+@pytest.mark.parametrize("name", ["digits", "auto"])
+def test_a_draw_of_other_data_sets(name, tmp_path, monkeypatch):
+    """None is the default of all of them; the published one is of MNIST."""
+    no_network(monkeypatch)
+    monkeypatch.setenv("PYROVAE_DATA", str(tmp_path))
+    assert len(pv.data.load(name, draw=None).test) == 300
+    with pytest.raises((ValueError, DataUnavailableError)):
+        pv.data.load(name, draw="seed-777")
+    with pytest.raises(ValueError, match="there is none of digits"):
+        pv.data.load("digits", draw="seed-777")

@@ -237,3 +237,20 @@ def test_numbers_that_would_be_rounded_too_much_are_refused():
         pv.data.table(pd.DataFrame({"time": times}))
     table = pv.data.table(pd.DataFrame({"time": times - 1.7e9, "more": times - 1.7e9 + 0.5}))
     assert table.values.shape == (50, 2)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], [0, 1]])
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_any_number_of_new_rows_of_any_names(names, num_rows):
+    """What float32 rounds is measured by the spread of the table, which a single row has not."""
+    frame = pd.DataFrame(np.random.default_rng(0).standard_normal((50, 2)) + 3.3, columns=names)
+    table = pv.data.table(frame)
+    for new in (frame.iloc[:num_rows], frame.iloc[[7] * num_rows]):
+        assert torch.equal(table.encode(new).values.double().float(), torch.tensor(new.to_numpy()).float())
+
+
+def test_new_rows_with_a_column_twice_are_refused():
+    frame = pd.DataFrame({"a": [1.0, 2.0], "b": [3.0, 5.0]})
+    table = pv.data.table(frame)
+    with pytest.raises(ValueError, match=r"more than one column of the name\(s\) \['a'\]"):
+        table.encode(pd.concat([frame, frame[["a"]]], axis=1))

@@ -13,13 +13,28 @@ from pyrovae.distributions.mixed import Categories, Mixed
 from pyrovae.distributions.real_values import Affine, LogNormal, StudentT
 
 LOG_MEANS = [math.log(1e-8), -2.0, 0.3, 5.0, math.log(1e6)]
-LOG_SIZES = [-18.0, -1.0, 0.0, math.log(15.99), math.log(16.01), 7.0, 20.0, 45.0, 80.0]
+LOG_SIZES = [
+    -900.0,
+    -740.0,
+    -18.0,
+    -1.0,
+    0.0,
+    math.log(15.99),
+    math.log(16.01),
+    7.0,
+    20.0,
+    45.0,
+    80.0,
+    600.0,
+    720.0,
+    3000.0,
+]
 COUNTS = [0, 1, 2, 17, 1000, 1_000_000]
 
 
 def negative_binomial(count, log_mean, log_size):
     """Log mass and its gradients by the two parameters, in 50 digits."""
-    with mpmath.workdps(60):
+    with mpmath.workdps(1500 if abs(log_size) > 100 else 60):
         x, m, r = mpmath.mpf(count), mpmath.exp(log_mean), mpmath.exp(log_size)
         log_mass = (
             mpmath.loggamma(x + r) - mpmath.loggamma(r) - mpmath.loggamma(x + 1)
@@ -205,3 +220,16 @@ def test_mixed_rows_are_their_parts(double):
     x[1, 2, 0] = 3.0
     with pytest.raises(ValueError, match="support"):
         rows.log_prob(x)
+
+
+@pytest.mark.parametrize("log_mean", [-3.0, 2.0])
+@pytest.mark.parametrize("log_size", [-900.0, -60.0, -3.0, 1.0, 50.0, 800.0])
+def test_draws_have_the_masses(log_mean, log_size):
+    """The share of zeros and of ones, also where the inverse dispersion under- or overflows."""
+    distribution = NegativeBinomial(torch.tensor(log_mean), torch.tensor(log_size))
+    drawn = distribution.sample(torch.Size([40_000]))
+    assert drawn.isfinite().all()
+    for count in (0.0, 1.0):
+        mass = distribution.log_prob(torch.tensor(count)).exp().item()
+        share = (drawn == count).double().mean().item()
+        assert abs(share - mass) <= 4.5 * math.sqrt(mass * (1 - mass) / 40_000) + 1e-6

@@ -79,7 +79,9 @@ def test_what_holds_no_scores(scores):
 
 def test_sets_from_other_images():
     """1 - x of bytes wraps around, and images without channels would have their columns shuffled alike."""
-    assert torch.equal(detection.inverted(torch.tensor([0, 1])), torch.tensor([1, 0]))
+    for dtype in (torch.long, torch.uint8, torch.bool):
+        zero_one = torch.tensor([0, 1]).to(dtype)
+        assert torch.equal(detection.inverted(zero_one), zero_one.flip(0))
     for x in (torch.arange(256).byte(), torch.rand(9) * 255, torch.rand(50) * 2 - 1, torch.full((3,), torch.nan)):
         with pytest.raises(ValueError, match=r"inverted: x must be values in \[0, 1\]"):
             detection.inverted(x)

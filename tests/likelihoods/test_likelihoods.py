@@ -470,3 +470,9 @@ def test_compiled_as_eager():
     assert torch.allclose(torch.stack(outputs), torch.stack(eager), rtol=1e-5)
     for found, wanted in zip(gradients, torch.autograd.grad(eager[0], compiled.parameters), strict=True):
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_scaled_says_in_which_units_it_found_values():
+    likelihood = likelihoods.Scaled(likelihoods.LogNormal(lambda z: torch.zeros(len(z), 2, 3), (3,)), 0.0, 2.0)
+    with pytest.raises(ValueError, match=r"in units of Scaled, \(x - loc\) / scale: .*-0\.5"):
+        likelihood.check(torch.tensor([[1.0, -1.0, 2.0]]))

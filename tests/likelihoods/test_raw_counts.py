@@ -97,3 +97,13 @@ def test_raw_counts_with_exposures_start(kind):
         )
         result = pv.fit(*pair, (x, exposure), **OPTIONS)
         assert math.isfinite(result.history[-1]["elbo"])
+
+
+@pytest.mark.parametrize("name", ["Poisson", "NegativeBinomial", "ZeroInflatedNegativeBinomial"])
+def test_means_as_a_list(name):
+    kind = getattr(pv.likelihoods, name)
+    lists, tensors = (
+        kind(lambda z: torch.zeros(len(z), *((2,) if "Zero" in name else ()), 3), (3,), data_mean=mean)
+        for mean in ([1.0, 2.0, 4.0], torch.tensor([1.0, 2.0, 4.0]))
+    )
+    assert torch.equal(lists.bias, tensors.bias)

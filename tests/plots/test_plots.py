@@ -210,3 +210,12 @@ def test_report_of_few_particles_and_of_what_it_cannot_show(lml):
         plots.report(annealed)
     with pytest.raises(ValueError, match="come together"):
         plots.report(lml, means=torch.rand(4, 1, 5, 5))
+
+
+def test_reconstructions_show_every_image():
+    """10 images in rows of 8 are two rows, the second with empty places."""
+    greys = np.arange(1, 11) / 16
+    originals = torch.tensor(greys, dtype=torch.float32).reshape(10, 1, 1, 1).expand(10, 1, 4, 4)
+    axes = plots.reconstructions(originals, originals / 16, columns=8)
+    shown = set(np.asarray(axes.images[0].get_array()).ravel().tolist())
+    assert {*greys, *(greys / 16)} <= shown
