@@ -181,12 +181,13 @@ class LogMarginalLikelihood:
             return "importance sampling"
         return "sequential Monte Carlo" if self.resampled else "annealed importance sampling"
 
-    def bits_per_dim(self, num_dims: int, *, bin_width: float = 1.0) -> Tensor:
+    def bits_per_dim(self, num_dims: int, *, bin_width: float | Tensor = 1.0) -> Tensor:
         """Return the code length in bits per dimension of the data (N,); see `pyrovae.estimators.bits_per_dim`.
 
         Args:
             num_dims: numbers in a datum
-            bin_width: width of a bin of discrete values in units of the data, 1/255 for bytes scaled to [0, 1]
+            bin_width: width of a bin of discrete values in units of the data, 1/255 for bytes scaled to [0, 1]; one for
+                all dimensions, or one each
         """
         return estimators.bits_per_dim(self.log_prob, num_dims, bin_width=bin_width)
 

@@ -1,5 +1,8 @@
 """The reference builds without a warning, and the code of its pages runs and is right."""
 
+import functools
+import importlib
+import re
 from pathlib import Path
 
 import pyro
@@ -69,6 +72,46 @@ def test_the_error_of_heavy_weights_is_as_the_page_on_bounds_says():
 
 def test_every_page_is_in_the_reference():
     assert sorted(docs.PAGES) == sorted(page.name for page in PAGES.glob("*.md"))
+
+
+ROOT = Path(pv.__file__).parents[1]
+TEXTS = [*ROOT.glob("README.md"), *(ROOT / "pyrovae").rglob("*.py"), *(ROOT / "pyrovae").rglob("*.md")]
+
+
+def test_every_name_of_the_library_in_a_text_is_there():
+    found = {name for path in TEXTS for name in names_in(path.read_text(encoding="utf-8"))}
+    assert len(found) > 50
+    assert [name for name in sorted(found) if not is_there(name)] == []
+
+
+def test_a_name_that_is_not_there_is_found():
+    assert names_in("see `pyrovae.estimators.bits` and pv.fit(x), in pyrovae/fit.py") == {
+        "pyrovae.estimators.bits",
+        "pyrovae.fit",
+    }
+    assert not is_there("pyrovae.estimators.bits")
+    assert is_there("pyrovae.fit")
+
+
+def names_in(text):
+    names = re.findall(r"\b(?:pyrovae|pv)((?:\.[A-Za-z_]\w*)+)(?!\w)", text)
+    return {f"pyrovae{name}" for name in names}
+
+
+def is_there(name):
+    """Whether it is a module, or an attribute of one."""
+    parts = name.split(".")
+    for number in range(len(parts), 0, -1):
+        try:
+            module = importlib.import_module(".".join(parts[:number]))
+        except ImportError:
+            continue
+        try:
+            functools.reduce(getattr, parts[number:], module)
+        except AttributeError:
+            return False
+        return True
+    return False
 
 
 def test_reference_builds(tmp_path):
