@@ -244,8 +244,8 @@ PARTS = [
     Mutation(
         "negative binomial: the count left out of the power of r / (r + m)",
         "distributions/count_masses.py",
-        "(log_size.exp() + count) * F.logsigmoid(-log_odds)",
-        "log_size.exp() * F.logsigmoid(-log_odds)",
+        "count * (F.logsigmoid(-log_odds) + log_mean)",
+        "count * log_mean",
         in_file("distributions/test_count_masses.py", "negative_binomial_exactly"),
     ),
     Mutation(

@@ -43,7 +43,7 @@ from pyrovae.compiled.hidden_state import ReadsByPython, check_gradient_hooks, c
 from pyrovae.compiled.kept_code import compiled_once, keep
 from pyrovae.compiled.logarithms import with_fast_logarithms
 from pyrovae.compiled.self_check import Inputs, Results, SelfCheck
-from pyrovae.compiled.signature import Last, Snapshot, kinds
+from pyrovae.compiled.signature import LastCall, Snapshot, kinds
 
 __all__ = ["Recording", "Results", "record"]
 
@@ -120,7 +120,7 @@ class Recording:
         self.gradients = gradients
         self.num_recordings = 0
         self._recorded: OrderedDict[Any, Callable[..., Results]] = OrderedDict()
-        self._last: Last | None = None
+        self._last: LastCall | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -140,7 +140,7 @@ class Recording:
             self._last = self._look_up(tensors)
         return partial(self._last.run, tensors, self._last.values)
 
-    def _look_up(self, tensors: Sequence[Tensor]) -> Last:
+    def _look_up(self, tensors: Sequence[Tensor]) -> LastCall:
         parameters = {name: parameter.detach() for name, parameter in self.modules.named_parameters()}
         state = parameters | dict(self.modules.named_buffers())
         signature = self._signature((*tensors, *state.values()))
@@ -157,7 +157,7 @@ class Recording:
             if len(self._recorded) > self.CAPACITY:
                 self._recorded.popitem(last=False)
         self._recorded.move_to_end(signature)
-        return Last(self.modules, tensors, run, list(state.values()))
+        return LastCall(self.modules, tensors, run, list(state.values()))
 
     def _signature(self, tensors: Sequence[Tensor]) -> tuple:
         modes = tuple(module.training for module in self.modules.modules())

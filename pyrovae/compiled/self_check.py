@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pyrovae.compiled.hidden_state import HiddenState
 from pyrovae.compiled.signature import Snapshot
 
-__all__ = ["Inputs", "Results", "Run", "SelfCheck", "difference", "turned"]
+__all__ = ["Inputs", "Results", "Run", "SelfCheck", "difference", "reversed_values"]
 
 Results = tuple[list[Tensor], list[Tensor | None]]  # outputs, gradients
 
@@ -215,7 +215,7 @@ class SelfCheck:
             yield
 
 
-def turned(tensor: Tensor) -> Tensor:
+def reversed_values(tensor: Tensor) -> Tensor:
     """Return the values in reversed order; integers, which may be indices, are reversed by rows only.
 
     The memory layout stays the same, because a compiled recording relies on it.
@@ -225,7 +225,7 @@ def turned(tensor: Tensor) -> Tensor:
 
 def _changed(tensor: Tensor) -> Tensor:
     """Reverse the order and, for floating point, change the values."""
-    return _like(turned(tensor), _smaller)
+    return _like(reversed_values(tensor), _smaller)
 
 
 def _shrunk(tensor: Tensor) -> Tensor:

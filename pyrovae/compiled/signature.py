@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Last", "Snapshot", "kinds"]
+__all__ = ["LastCall", "Snapshot", "kinds"]
 
 
-class Last:
+class LastCall:
     """The previous call: a check, faster than the signature, that modules and arguments have not changed.
 
     A parameter has not changed if its slot holds the same tensor with the same memory; its values may differ.

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyrovae.evaluation.drawing import Drawn, draw, draw_blocks
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.evaluation.opening import SamplingOptions, opened
-from pyrovae.guides.defensive import DefensiveMixture, MixtureOfOpinions
+from pyrovae.guides.defensive import DefensiveMixture, MixtureOfProposals
 from pyrovae.programs.pair import Block, Pair
 from pyrovae.programs.particles import collect_chunks
 from pyrovae.programs.traces import Program
@@ -124,7 +124,7 @@ def _of_block(
 
     def use(found: Drawn) -> Tensor:
         mixture, z = found.guide_trace.nodes["z"]["fn"], found.guide_trace.nodes["z"]["value"]
-        assert isinstance(mixture, MixtureOfOpinions)
+        assert isinstance(mixture, MixtureOfProposals)
         weights = found.log_weights.double()
         parts = mixture.log_parts(z).double().reshape(len(mixture.names), *weights.shape)
         responsibilities = (weights + parts - parts.logsumexp(0)).logsumexp(1)  # (components, B)

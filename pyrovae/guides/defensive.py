@@ -22,7 +22,7 @@ from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.supports import innermost
 from pyrovae.programs.traces import Program, sample_sites, trace_program
 
-__all__ = ["DefensiveMixture", "MixtureOfOpinions"]
+__all__ = ["DefensiveMixture", "MixtureOfProposals"]
 
 _ROWS = 2**14  # data times codes that are scored at once
 
@@ -161,7 +161,7 @@ class DefensiveMixture(Guide):
             pairs = zip(others[::2], others[1::2], strict=True)
             components.append(("codes", [self._widened(self.guide.distribution(own), at) for own, at in pairs]))
         share = self.weight / (len(components) - 1)
-        return MixtureOfOpinions(
+        return MixtureOfProposals(
             [distribution for _, some in components for distribution in some],
             [(1 - self.weight if name == "guide" else share) / len(some) for name, some in components for _ in some],
             [name for name, some in components for _ in some],
@@ -231,7 +231,7 @@ class DefensiveMixture(Guide):
         return f"weight={self.weight:g}, {more}{super().extra_repr()}"
 
 
-class MixtureOfOpinions(dist.TorchDistribution):
+class MixtureOfProposals(dist.TorchDistribution):
     """sum_k w_k q_k of any families; the support of the second component must contain those of all.
 
     Args:
@@ -257,8 +257,8 @@ class MixtureOfOpinions(dist.TorchDistribution):
     def mean(self) -> Tensor:
         return sum(share * component.mean for share, component in zip(self.shares, self.components, strict=True))
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "MixtureOfOpinions":
-        return MixtureOfOpinions([own.expand(batch_shape) for own in self.components], self.shares, self.names)
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "MixtureOfProposals":
+        return MixtureOfProposals([own.expand(batch_shape) for own in self.components], self.shares, self.names)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():

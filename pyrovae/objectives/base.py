@@ -64,9 +64,9 @@ class Objective(ELBO, ABC):
         ValueError: naming the site, for pairs that the objective is not valid for.
     """
 
-    linear: ClassVar[bool]  # in log densities, so that any scale of a site is valid
-    scores: ClassVar[bool]  # accepts draws that are not reparameterised
-    cuts: ClassVar[bool] = False  # needs draws cut from the graph, to separate the gradients of the guide's density
+    is_linear: ClassVar[bool]  # in log densities, so that any scale of a site is valid
+    has_score_terms: ClassVar[bool]  # accepts draws that are not reparameterised
+    detaches_draws: ClassVar[bool] = False  # to separate the gradients of the guide's density
 
     def __init__(self, num_particles: int, plate: str | None, vectorize_particles: bool | Literal["auto"]):
         num_particles = check_count("num_particles", num_particles)
@@ -104,8 +104,8 @@ class Objective(ELBO, ABC):
         """
         layout, vectorised, model, guide = self._look_at(model, guide, args, kwargs)
         self.sums_out = isinstance(model, SummedOut) or isinstance(guide, SummedOut)
-        runs = draw_runs(model, guide, args, kwargs, layout, self.num_particles, vectorised, self.cuts)
-        if not self.scores:
+        runs = draw_runs(model, guide, args, kwargs, layout, self.num_particles, vectorised, self.detaches_draws)
+        if not self.has_score_terms:
             self._refuse_scores(runs[0])
         return self.estimate(runs)
 
@@ -177,7 +177,7 @@ class Objective(ELBO, ABC):
                 cuda = {device for device in (device, *devices) if device is not None and device.type == "cuda"}
                 with torch.random.fork_rng(list(cuda)):
                     model, guide, layout = layout_for_training(
-                        model, guide, args, kwargs, self.plate, scales=self.linear
+                        model, guide, args, kwargs, self.plate, scales=self.is_linear
                     )
                     sums = [program.names for program in (model, guide) if isinstance(program, SummedOut)]
                     if sums:

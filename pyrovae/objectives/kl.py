@@ -80,7 +80,7 @@ class KLObjective(Objective):
         ValueError: for weights below 0 or not finite, and as for `Objective`.
     """
 
-    linear = True
+    is_linear = True
 
     def __init__(
         self,
@@ -122,12 +122,12 @@ class KLObjective(Objective):
             active, floor = self._free(total, piece, runs[0])
             floors = floors + ((1 - active) * floor).sum()
             integrand = integrand - weight * (active * piece.kl).sum(-1)
-            for name in piece.guides if self.cuts else ():
+            for name in piece.guides if self.detaches_draws else ():
                 guide_term = guide_term + weight * (active * terms.guides[name]).sum(-1).mean(0).sum()
         loss = weight * floors - integrand.mean(0).sum()
         if terms.score is not None:
             loss = loss - _score_function(integrand, terms.score)
-        if self.cuts:
+        if self.detaches_draws:
             loss = loss + pull_back(runs, guide_term)
         reconstruction = terms.likelihood.detach().mean(0).sum()
         if not terms.has_parts:
@@ -183,7 +183,7 @@ class MonteCarloKL(KLObjective):
         Kool, van Hoof & Welling, Buy 4 REINFORCE Samples, Get a Baseline for Free! (2019), for the baseline.
     """
 
-    scores = True
+    has_score_terms = True
 
     def pieces(self, runs: Sequence[Run], terms: Terms) -> list[Piece]:
         return _sampled(terms, terms.guides, list(terms.priors))
@@ -205,7 +205,7 @@ class AnalyticKL(KLObjective):
         Kingma & Welling, Auto-Encoding Variational Bayes (2014), appendix B.
     """
 
-    scores = True
+    has_score_terms = True
 
     def refuse_sums(self, names: Sequence[str]) -> None:
         _refuse_sums("AnalyticKL takes the KL of each site", names)
@@ -238,8 +238,8 @@ class StickingTheLanding(KLObjective):
         Inference (2017).
     """
 
-    scores = False
-    cuts = True
+    has_score_terms = False
+    detaches_draws = True
 
     def pieces(self, runs: Sequence[Run], terms: Terms) -> list[Piece]:
         held = {name: guide.detach() for name, guide in terms.guides.items()}

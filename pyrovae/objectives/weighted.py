@@ -30,7 +30,7 @@ class WeightObjective(Objective):
         vectorize_particles: see `Objective`
     """
 
-    linear = False
+    is_linear = False
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class ImportanceWeighted(WeightObjective):
         Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
     """
 
-    scores = False
+    has_score_terms = False
 
     def bound(self, runs: Sequence[Run], terms: Terms, model: Tensor, guide: Tensor) -> Tensor:
         return _bound(model - guide).sum()
@@ -120,8 +120,8 @@ class DoublyReparameterised(WeightObjective):
         Tucker, Lawson, Gu & Maddison, Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (2019).
     """
 
-    scores = False
-    cuts = True
+    has_score_terms = False
+    detaches_draws = True
 
     def bound(self, runs: Sequence[Run], terms: Terms, model: Tensor, guide: Tensor) -> Tensor:
         value = (model - guide).detach()
@@ -151,7 +151,7 @@ class VIMCO(WeightObjective):
         Mnih & Rezende, Variational Inference for Monte Carlo Objectives (2016).
     """
 
-    scores = True
+    has_score_terms = True
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from pyrovae.programs.log_densities import site_log_prob
 from pyrovae.programs.supports import innermost, support_of
 from pyrovae.programs.traces import Layout, Program, sample_sites, spread, trace_program
 
-__all__ = ["is_delta", "refuse_other_dimensions", "refuse_point_masses", "refuse_wrong_stretches"]
+__all__ = ["is_delta", "refuse_other_dimensions", "refuse_point_masses", "refuse_wrong_jacobians"]
 
 _DRAWS = 3  # most must disagree to raise an error, because a saturated transform may lose precision in one
 _LARGEST = 256  # largest dimension per datum for which the Jacobian is computed
@@ -76,7 +76,7 @@ def refuse_other_dimensions(model_trace: poutine.Trace, guide_trace: poutine.Tra
         )
 
 
-def refuse_wrong_stretches(
+def refuse_wrong_jacobians(
     guide: Program, layout: Layout, model_trace: poutine.Trace, guide_trace: poutine.Trace, args: tuple, kwargs: dict
 ) -> None:
     """Raise ValueError if the `log_density` of Delta sites does not fit their change of variables.
@@ -95,10 +95,10 @@ def refuse_wrong_stretches(
         layout = layout._replace(plate=None, num_data=1)
     disagree = []
     for _ in range(_DRAWS):
-        stretches = _stretches(guide, layout, latents, guide_trace, auxiliary, carried, args, kwargs)
-        if stretches is None:
+        densities = _claimed_and_found(guide, layout, latents, guide_trace, auxiliary, carried, args, kwargs)
+        if densities is None:
             return
-        claimed, found = stretches
+        claimed, found = densities
         finite = claimed.isfinite() & found.isfinite()
         claimed, found = claimed[finite], found[finite]
         disagree.append((claimed - found).abs() > 0.01 + 1e-3 * (claimed.abs() + found.abs()))
@@ -112,7 +112,7 @@ def refuse_wrong_stretches(
         )
 
 
-def _stretches(
+def _claimed_and_found(
     guide: Program,
     layout: Layout,
     latents: dict[str, dict],
@@ -124,7 +124,7 @@ def _stretches(
 ) -> tuple[Tensor, Tensor] | None:
     """(log density that the Delta sites claim, the right one), each (N,); None if the Jacobian is too large."""
     replayed, leaves = poutine.Trace(), []
-    stretch: Tensor | float = 0.0
+    log_jacobian: Tensor | float = 0.0
     for name, site in sample_sites(guide_trace):
         if name in auxiliary:
             transform = biject_to(site["fn"].support)
@@ -132,7 +132,7 @@ def _stretches(
             with torch.enable_grad():
                 site = {**site, "value": transform(leaf)}
             leaves.append((leaf, site))
-            stretch = stretch + _log_stretch(leaf, site, layout)
+            log_jacobian = log_jacobian + _log_jacobian(leaf, site, layout)
         if not is_delta(site):  # Delta sites are computed again from the leaves
             replayed.add_node(name, **site)
     program = poutine.replay(poutine.replay(guide, trace=layout.pinned), trace=replayed)
@@ -149,9 +149,9 @@ def _stretches(
         gradients = torch.autograd.grad(total, [leaf for leaf, _ in leaves], retain_graph=True, materialize_grads=True)
         row = [_per_datum(gradient, site, layout) for gradient, (_, site) in zip(gradients, leaves, strict=True)]
         jacobian.append(torch.cat(row, 1))
-    right = stretch - torch.linalg.slogdet(torch.stack(jacobian, 1)).logabsdet
+    right = log_jacobian - torch.linalg.slogdet(torch.stack(jacobian, 1)).logabsdet
     for value, site in zip(free, ends, strict=True):
-        right = right - _log_stretch(value, site, layout)
+        right = right - _log_jacobian(value, site, layout)
     points = (site for _, site in sample_sites(trace) if is_delta(site))
     claimed = reduce(add, (spread(site_log_prob(site), site, layout, None)[0] for site in points))
     return claimed.detach(), right.detach()
@@ -166,11 +166,11 @@ def _per_datum(value: Tensor, site: dict, layout: Layout) -> Tensor:
 
 
 @torch.no_grad()
-def _log_stretch(free: Tensor, site: dict, layout: Layout) -> Tensor:
+def _log_jacobian(free: Tensor, site: dict, layout: Layout) -> Tensor:
     """log |d value / d free|, (N,), with `free` the unconstrained form of a site's value."""
-    stretch = biject_to(site["fn"].support).log_abs_det_jacobian(free, site["value"])
-    extra = stretch.ndim - len(site["fn"].batch_shape)
-    return spread(stretch.flatten(-extra).sum(-1) if extra > 0 else stretch, site, layout, None)[0]
+    log_jacobian = biject_to(site["fn"].support).log_abs_det_jacobian(free, site["value"])
+    extra = log_jacobian.ndim - len(site["fn"].batch_shape)
+    return spread(log_jacobian.flatten(-extra).sum(-1) if extra > 0 else log_jacobian, site, layout, None)[0]
 
 
 def _dimensions(site: dict) -> int:

@@ -47,7 +47,7 @@ def refuse_coupled_data(pair: InspectedPair, priors: Sequence[poutine.Trace], *,
         return
     with same_random_numbers(*pair.values()):
         drawn = _drawn(pair)
-        here, first, second = latents_of(pair.model_trace), _shaken(pair), _shaken(pair)
+        here, first, second = latents_of(pair.model_trace), _far_values(pair), _far_values(pair)
         # (values of all data, their density, values that some of the data get instead)
         density = _density(pair, here)
         swaps = [(here, density, drawn)]
@@ -132,7 +132,7 @@ def _refuse_masked(name: str) -> NoReturn:
     )
 
 
-def _shaken(pair: InspectedPair) -> dict[str, Tensor]:
+def _far_values(pair: InspectedPair) -> dict[str, Tensor]:
     """Random values of the model's latents, whatever their probability: discrete ones uniform, real ones far apart."""
     values = latents_of(pair.model_trace)
     for name, value in values.items():

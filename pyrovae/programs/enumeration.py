@@ -44,7 +44,14 @@ __all__ = [
 
 _SUMMED = "_pyrovae_summed"
 # What the `enum` and `markov` handlers note at a site, which another run must not take over.
-_NOTES = {"_dim_to_id", "_dim_to_symbol", "_enumerate_dim", "_enumerate_symbol", "_markov_scope", "_markov_depth"}
+_KEYS_OF_PYRO = {
+    "_dim_to_id",
+    "_dim_to_symbol",
+    "_enumerate_dim",
+    "_enumerate_symbol",
+    "_markov_scope",
+    "_markov_depth",
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class SummedOut:
         cleaned = poutine.Trace()
         for name, site in trace.nodes.items():
             if site["type"] == "sample" and name not in self.names and not is_summed(site):
-                infer = {key: value for key, value in site["infer"].items() if key not in _NOTES}
+                infer = {key: value for key, value in site["infer"].items() if key not in _KEYS_OF_PYRO}
                 cleaned.add_node(name, **{**site, "infer": infer})
         return cleaned
 

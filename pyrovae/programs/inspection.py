@@ -14,11 +14,11 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyrovae.programs.auxiliary import refuse_other_dimensions, refuse_point_masses, refuse_wrong_stretches
+from pyrovae.programs.auxiliary import refuse_other_dimensions, refuse_point_masses, refuse_wrong_jacobians
 from pyrovae.programs.coupling import refuse_coupled_data, refuse_influence_of_masked
 from pyrovae.programs.coverage import refuse_uncovered
 from pyrovae.programs.enumeration import SummedOut, at_any, check_enumerable
-from pyrovae.programs.latents import check_not_swapped, refuse_mass_against_density, refuse_turns
+from pyrovae.programs.latents import check_not_swapped, refuse_mass_against_density, refuse_repeated_angles
 from pyrovae.programs.layout import find_layout, refuse_scales
 from pyrovae.programs.log_densities import InspectedPair, site_log_prob
 from pyrovae.programs.reach import find_modules, replaced_parameters
@@ -73,12 +73,12 @@ def inspect_pair(
     _refuse_mismatched_sites(model_trace, guide_trace, prior_trace)
     refuse_point_masses(guide, guide_trace, args, kwargs)
     refuse_mass_against_density(model_trace, guide_trace)
-    refuse_turns(model_trace, guide_trace)
+    refuse_repeated_angles(model_trace, guide_trace)
     refuse_other_dimensions(model_trace, guide_trace)
     if layout is None:
         layout = find_layout(model_trace, guide_trace, plate)
         refuse_scales(layout, model_trace, guide_trace)
-    refuse_wrong_stretches(guide, layout, model_trace, guide_trace, args, kwargs)
+    refuse_wrong_jacobians(guide, layout, model_trace, guide_trace, args, kwargs)
     # About 256 draws from the prior in total, for many data or a single one.
     num_draws = max(1, min(32, 256 // layout.num_data))
     prior_traces = [trace_program(model, args, kwargs, layout.pinned) for _ in range(num_draws)]
@@ -144,7 +144,7 @@ def layout_for_training(
         model_trace, guide_trace = _without(in_model, model_trace), _without(in_guide, guide_trace)
     _refuse_mismatched_sites(model_trace, guide_trace, prior_trace)
     refuse_mass_against_density(model_trace, guide_trace)
-    refuse_turns(model_trace, guide_trace)
+    refuse_repeated_angles(model_trace, guide_trace)
     refuse_other_dimensions(model_trace, guide_trace)
     if layout is None:
         layout = find_layout(model_trace, guide_trace, plate)

@@ -23,7 +23,7 @@ __all__ = [
     "check_same_sites",
     "is_discrete",
     "refuse_mass_against_density",
-    "refuse_turns",
+    "refuse_repeated_angles",
     "repeats",
 ]
 
@@ -129,7 +129,7 @@ def _carries_another(value: Tensor) -> bool:
     return any(other.shape == value.shape and not torch.equal(other, value) for other in held)
 
 
-def refuse_turns(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+def refuse_repeated_angles(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     """Raise ValueError if the guide draws an angle from more than one turn, over which the model's density repeats."""
     for name, site in sample_sites(model_trace):
         known = is_angle_or_direction(site["fn"])

@@ -33,7 +33,7 @@ def check_arguments(programs: Sequence[Any], args: tuple, kwargs: dict[str, Any]
     """Raise TypeError for arguments of an evaluation that are not data: a guide in their place, or a loader."""
     if len(programs) == 1 and args and callable(args[0]) and not hasattr(args[0], "__array__"):
         raise TypeError(
-            f"found {type(args[0]).__name__}, which is no data, as the first argument of the model: if it is the guide, pass "
+            f"expected data as the first argument of the model, found {type(args[0]).__name__}: if it is the guide, pass "
             f"it by name, guide=guide; a program that takes a function is given by functools.partial(model, function)"
         )
     if streams := [value for value in (*args, *kwargs.values()) if is_stream(value)]:

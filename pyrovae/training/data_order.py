@@ -52,7 +52,7 @@ def site_by_position(
     if batch.num_data < 2:
         return None
     devices = [batch.device] if batch.device.type == "cuda" else []
-    with evaluation_mode(*modules), torch.random.fork_rng(devices), _turned(parameters, modules):
+    with evaluation_mode(*modules), torch.random.fork_rng(devices), _perturbed(parameters, modules):
         for rows in dict.fromkeys((min(batch.num_data, _FEW), batch.num_data)):
             found = []
             # What NumPy rounds to float32 differs in float64, so a site must be found in both precisions.
@@ -173,7 +173,7 @@ def _carried(trace: poutine.Trace, plate: str, order: Tensor, left_out: set[str]
 
 @contextmanager
 @torch.no_grad()
-def _turned(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
+def _perturbed(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
     """Perturb the parameters inside, each number by at most a tenth of itself, so that it keeps its sign.
 
     Afterwards parameters, buffers and attributes of the modules are restored, with what was assigned to them meanwhile.

@@ -18,7 +18,7 @@ import pyrovae as pv
 from pyrovae.annealing.potential import prior_of
 from pyrovae.compiled.policy import pays_off
 from pyrovae.compiled.record import Recording, record
-from pyrovae.compiled.self_check import turned
+from pyrovae.compiled.self_check import reversed_values
 
 
 @pytest.fixture(autouse=True)
@@ -342,11 +342,11 @@ def test_other_values_lie_in_memory_alike():
         torch.tensor(2.0),
         whole[0].expand(3, 6),
     ):
-        other = turned(tensor)
+        other = reversed_values(tensor)
         assert (other.shape, other.stride(), other.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
         assert torch.equal(other.flatten().sort()[0], tensor.flatten().sort()[0])
-    assert torch.equal(turned(whole), whole.flip(0, 1))
-    assert turned(torch.tensor([[0, 5], [1, 7]])).tolist() == [[1, 7], [0, 5]]  # each index in its column
+    assert torch.equal(reversed_values(whole), whole.flip(0, 1))
+    assert reversed_values(torch.tensor([[0, 5], [1, 7]])).tolist() == [[1, 7], [0, 5]]  # each index in its column
 
 
 def test_auto_is_for_programs_of_this_library_alone():

@@ -136,8 +136,8 @@ AUTOMATIC = {
 @pytest.mark.parametrize("name", AUTOMATIC)
 def test_automatic_guides_are_taken_as_they_are(name, dtype, monkeypatch):
     """The stretch of space that Pyro's guides claim is the one that autograd finds, and nothing is refused."""
-    seen, original = [], auxiliary._stretches
-    monkeypatch.setattr(auxiliary, "_stretches", lambda *args: seen.append(original(*args)) or seen[-1])
+    seen, original = [], auxiliary._claimed_and_found
+    monkeypatch.setattr(auxiliary, "_claimed_and_found", lambda *args: seen.append(original(*args)) or seen[-1])
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
