@@ -34,7 +34,7 @@ COUNTS = [0, 1, 2, 17, 1000, 1_000_000]
 
 def negative_binomial(count, log_mean, log_size):
     """Log mass and its gradients by the two parameters, in 50 digits."""
-    with mpmath.workdps(1500 if abs(log_size) > 100 else 60):
+    with mpmath.workdps(60 + max(0, int(log_size / 2.3))):  # of r log r, with r = exp(log_size)
         x, m, r = mpmath.mpf(count), mpmath.exp(log_mean), mpmath.exp(log_size)
         log_mass = (
             mpmath.loggamma(x + r) - mpmath.loggamma(r) - mpmath.loggamma(x + 1)
