@@ -13,7 +13,6 @@ This splits each batch and the evaluation among several processes, for example o
 import argparse
 import csv
 import logging
-import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -58,7 +57,7 @@ def main(held: ExitStack) -> None:
             raise ValueError(too_long)
         out = run_folder.claim(options, data.name, held)
     except (ValueError, RuntimeError, OSError) as error:  # a missing, damaged or locked file
-        sys.exit(f"error: {error}")
+        raise SystemExit(f"error: {error}") from error
     # Last, because a resumed run is compared by the options as typed.
     for name, value in DEFAULTS.get(data.name, DEFAULTS["image28"]).items():
         setattr(options, name, getattr(options, name, None) or value)
@@ -106,8 +105,7 @@ def main(held: ExitStack) -> None:
             progress=show,
         )
     except KeyboardInterrupt:
-        print(f"\n{run_folder.how_to_go_on(options, out)}", file=sys.stderr)
-        sys.exit(130)
+        run_folder.stop(options, out)
 
     # Evaluation: log p(x) of each test image, and so the gap between the ELBO and log p(x).
     evaluation_started = time.perf_counter()
@@ -116,9 +114,8 @@ def main(held: ExitStack) -> None:
     lml = pv.LogMarginalLikelihood.concatenate(pv.distributed.gather(lml))
     if rank > 0:
         return  # only the first process writes
-    if len(lml) < len(test):  # interrupted: the same command with --resume evaluates again
-        print(f"\n{run_folder.how_to_go_on(options, out)}", file=sys.stderr)
-        sys.exit(130)
+    if len(lml) < len(test):
+        run_folder.stop(options, out)
     annealed = None
     if lml.share_of_bad_k() > 0.05:  # many weights cannot be trusted: anneal as many images as cost a third more
         annealed = pv.anneal_a_slice(model, lml, test, guide=guide, progress=show)

@@ -132,6 +132,12 @@ def show_finished_run(options) -> None:
     sys.exit(0)
 
 
+def stop(options, out) -> None:
+    """End a run that was interrupted, and say where its state is, and how to go on."""
+    print(f"\n{how_to_go_on(options, out)}", file=sys.stderr)
+    sys.exit(130)
+
+
 def how_to_go_on(options, out) -> str:
     """The message of a stopped run: where its state is, and the command that resumes it."""
     more = [] if options.out else ["--out", str(out)]

@@ -208,7 +208,7 @@ class Scaled(Likelihood):
         try:
             self.likelihood.check((x - self.loc) / self.scale)
         except ValueError as error:
-            raise ValueError(f"for data in units of Scaled, (x - loc) / scale: {error}") from error
+            raise ValueError(f"{error} (values in the units of Scaled, (x - loc) / scale)") from error
 
     def _scaled(self, distribution: Any) -> dist.TorchDistribution:
         if distribution.support.is_discrete:

@@ -78,7 +78,7 @@ def test_numbers_that_would_change_are_refused(x):
 @pytest.mark.parametrize("as_method", [False, True])
 def test_a_guide_in_place_of_the_data(estimate, as_method):
     model, guide = pair()
-    with pytest.raises(TypeError, match=r"no data.*guide=guide"):
+    with pytest.raises(TypeError, match=r"expected data.*guide=guide"):
         estimate(model, guide.forward if as_method else guide, COUNTS.float(), **CHAINS)
 
 

@@ -561,7 +561,7 @@ def test_json_is_written_through_a_link(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     command = [
-        sys.executable,
+        Path(sys.executable).name,
         str(ROOT / "examples/mnist_svi.py"),
         "--dataset",
         "digits",
