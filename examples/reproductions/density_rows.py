@@ -83,6 +83,7 @@ silu300 = partial(mlp300, gated=False)
 
 # Further training on the importance-weighted bound, which penalises the guide less for draws of low weight.
 OnwardRow = partial(Row, objective="iwae", particles=10, epochs=25, learning_rate=1e-3)
+GatedOnward = partial(OnwardRow, draw="seed-777", clip_norm=5000.0)
 
 # Residual and convolutional networks, which need a GPU. These settings are a first guess: they were never run.
 GpuRow = partial(Row, device="cuda", epochs=400, batch_size=200, learning_rate=1e-3, clip_norm=100.0, kl_warmup=20)
@@ -411,44 +412,36 @@ ROWS = {
             variant_of="mlp300-vamp",
             after="mlp300-vamp",
         ),
-        OnwardRow(
+        GatedOnward(
             "gated300-vamp-iwae",
             "paper's networks, VampPrior, then IWAE, k=10",
             vamp300,
-            draw="seed-777",
-            clip_norm=5000.0,
             target=82.6,
             after="gated300-vamp",
         ),
-        OnwardRow(
+        GatedOnward(
             "gated300-maf-iwae",
             "paper's networks with LayerNorm, MAF prior, then IWAE, k=10",
             maf300,
-            draw="seed-777",
-            clip_norm=5000.0,
             target=81.3,
             after="gated300-maf",
         ),
-        OnwardRow(
+        GatedOnward(
             "gated300-maf-iwae-all",
             "paper's networks with LayerNorm, MAF prior, then IWAE, k=10, on all images",
             maf300,
             epochs=50,
             train_on_all=True,
-            draw="seed-777",
-            clip_norm=5000.0,
             target=81.3,
             after="gated300-maf",
         ),
-        OnwardRow(
+        GatedOnward(
             "gated300-maf-iwae25-all",
             "paper's networks with LayerNorm, MAF prior, then IWAE, k=10 and k=25, on all images",
             maf300,
             epochs=25,
             particles=25,
             train_on_all=True,
-            draw="seed-777",
-            clip_norm=5000.0,
             target=81.3,
             after="gated300-maf-iwae-all",
         ),

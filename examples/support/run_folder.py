@@ -3,6 +3,7 @@
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 from support import parts
@@ -132,7 +133,7 @@ def show_finished_run(options) -> None:
     sys.exit(0)
 
 
-def stop(options, out) -> None:
+def stop(options, out) -> NoReturn:
     """End a run that was interrupted, and say where its state is, and how to go on."""
     print(f"\n{how_to_go_on(options, out)}", file=sys.stderr)
     sys.exit(130)

@@ -212,9 +212,7 @@ def anneal_a_slice(
                 f"a slice of the data cannot be taken: arguments of length {num_data} are not one row for each datum, or "
                 f"data influence each other: anneal all, num_annealed={num_data}"
             )
-    index = torch.randperm(num_data)[
-        :num_annealed
-    ]  # in random order, so that the finished part of it is random as well
+    index = torch.randperm(num_data)[:num_annealed]  # not sorted: the part that is finished must be random, too
     cut = batch.rows(index)
     annealed = annealed_importance_sampling(
         model,

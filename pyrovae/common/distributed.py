@@ -126,19 +126,19 @@ def sum_gradients(parameters: Sequence[Tensor], loss: Tensor | None = None) -> N
     """
     if not _several() or not parameters:
         return
-    has_none = [p.grad is None for p in parameters]
+    is_there = [p.grad is not None for p in parameters]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     if loss is not None:
         flat = torch.where(loss.isfinite(), flat, torch.nan)
-    counts = torch.tensor([not none for none in has_none], dtype=flat.dtype, device=flat.device)
+    counts = torch.tensor(is_there, dtype=flat.dtype, device=flat.device)
     flat = torch.cat([flat, counts])
     with _together():
         processes.all_reduce(flat)
     *totals, counts = flat.split([*(p.numel() for p in parameters), len(parameters)])
     for parameter, total in zip(parameters, totals, strict=True):
         parameter.grad = total.view_as(parameter).to(parameter.dtype)
-    if any(has_none):  # only then, because reading numbers on a GPU waits for the device
+    if not all(is_there):  # only then, because reading numbers on a GPU waits for the device
         for parameter, count in zip(parameters, counts.tolist(), strict=True):
             if not count:
                 parameter.grad = None

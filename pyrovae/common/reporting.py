@@ -13,7 +13,7 @@ import pyro
 import torch
 from tqdm import tqdm
 
-__all__ = ["import_arviz", "plain_errors", "progress_bar", "warn_once"]
+__all__ = ["import_arviz", "plain_errors", "progress_bar", "warn", "warn_once"]
 
 _MANY = 10_000  # from this total on, a progress bar counts in thousands
 _IN_PLACE, _IN_A_LOG = 0.1, 10.0  # seconds between two states of a progress bar

@@ -5,6 +5,7 @@ from shared.runs import binary
 from torch import nn
 
 import pyrovae as pv
+from pyrovae.training.steps import Steps
 
 
 class Trap(nn.Module):
@@ -52,3 +53,14 @@ def marked_data():
 
 
 OPTIONS = {"batch_size": 10, "learning_rate": 0.01, "progress": False}
+
+
+def look_rarely(monkeypatch, look_every):
+    """Read the guard after as many steps, and at the epoch's end, as on a GPU."""
+    original = Steps.__init__
+
+    def init(self, *arguments):
+        original(self, *arguments)
+        self.look_every = look_every
+
+    monkeypatch.setattr(Steps, "__init__", init)

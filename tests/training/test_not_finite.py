@@ -7,7 +7,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from shared.not_finite import OPTIONS, infinite_features, marked_data, nan_in_features, nan_in_gradient, pair_with
+from shared.not_finite import (
+    OPTIONS,
+    infinite_features,
+    look_rarely,
+    marked_data,
+    nan_in_features,
+    nan_in_gradient,
+    pair_with,
+)
 from shared.runs import binary, make, parameters, same
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -16,17 +24,6 @@ import pyrovae as pv
 from pyrovae.compiled.record import Recording
 from pyrovae.training.checkpoint_file import read
 from pyrovae.training.non_finite import NotFiniteError
-from pyrovae.training.steps import Steps
-
-
-def look_rarely(monkeypatch, look_every):
-    original = Steps.__init__
-
-    def init(self, *arguments):
-        original(self, *arguments)
-        self.look_every = look_every
-
-    monkeypatch.setattr(Steps, "__init__", init)
 
 
 @pytest.mark.parametrize(

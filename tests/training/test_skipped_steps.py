@@ -8,7 +8,15 @@ import pyro
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from shared.not_finite import OPTIONS, infinite_features, marked_data, nan_in_features, nan_in_gradient, pair_with
+from shared.not_finite import (
+    OPTIONS,
+    infinite_features,
+    look_rarely,
+    marked_data,
+    nan_in_features,
+    nan_in_gradient,
+    pair_with,
+)
 from shared.runs import binary, make, parameters, same
 from torch import nn
 
@@ -27,13 +35,7 @@ def way(request, monkeypatch):
     """Options of `fit`; with 50 the guard is read at the epoch's end, as on a GPU."""
     kind, look_every = request.param
     monkeypatch.setattr(Recording, "compiler", staticmethod(lambda graph: graph))
-    original = Steps.__init__
-
-    def init(self, *arguments):
-        original(self, *arguments)
-        self.look_every = look_every
-
-    monkeypatch.setattr(Steps, "__init__", init)
+    look_rarely(monkeypatch, look_every)
     return {**OPTIONS, "compile": kind == "recorded"}
 
 
