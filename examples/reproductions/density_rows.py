@@ -420,6 +420,17 @@ ROWS = {
             after="gated300-vamp",
         ),
         GatedOnward(
+            "gated300-vamp-all",
+            "paper's networks, VampPrior, then more of the ELBO on all images",
+            vamp300,
+            objective="elbo",
+            particles=1,
+            epochs=50,
+            train_on_all=True,
+            target=82.6,
+            after="gated300-vamp",
+        ),
+        GatedOnward(
             "gated300-maf-iwae",
             "paper's networks with LayerNorm, MAF prior, then IWAE, k=10",
             maf300,
