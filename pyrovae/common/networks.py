@@ -1,4 +1,4 @@
-"""What a network is called with: data, a context if it takes one, and the mask of what is known if it asks for it."""
+"""Call a network: with data, with a context if it takes one, and with the mask of known values if it asks for it."""
 
 import inspect
 from collections.abc import Callable, Iterable

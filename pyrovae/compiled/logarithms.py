@@ -15,7 +15,7 @@ __all__ = ["with_fast_logarithms"]
 
 
 def with_fast_logarithms(recording: GraphModule) -> GraphModule:
-    """Return the recording with log(1 + x), softplus and what contains them computed by the logarithm, right to rounding.
+    """Return the recording with log(1 + x) and softplus, also inside other operations, computed by log; equal up to rounding.
 
     Only these operations are traced again, on tensors of any values. Tensors that the recording holds are shared.
 

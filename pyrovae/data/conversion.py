@@ -1,4 +1,4 @@
-"""What numbers become on their way to the programs: tensors, arrays and frames as tensors of the programs' dtype."""
+"""Convert arrays, frames and tensors to tensors that the programs can take, of their dtype."""
 
 from collections.abc import Mapping
 from numbers import Number

@@ -1,4 +1,4 @@
-"""What a batch is, the programs are called with: tensors, arrays, frames, tuples and mappings as program arguments."""
+"""Turn a batch of any form (tensor, array, frame, tuple, mapping) into the arguments of the programs."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence

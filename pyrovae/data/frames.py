@@ -1,4 +1,4 @@
-"""Tables with numbers, categories and missing cells: a pandas frame in, one tensor and the meaning of its columns out."""
+"""Tables with numbers, categories and missing cells: make one tensor of a pandas frame, and a frame of a tensor."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -81,7 +81,7 @@ class Table:
             ValueError: A column is absent, or a cell holds a category that this table does not have, or no number; the
                 message names column and value.
         """
-        frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
+        frame = _with_text_names(frame)
         if absent := [name for name in self.names if name not in frame.columns]:
             raise ValueError(f"the frame lacks the columns {absent} of this table: found {list(frame.columns)}")
         if repeated := [name for name in self.names if list(frame.columns).count(name) > 1]:
@@ -166,14 +166,19 @@ def table(frame: Any, *, categories: Sequence[str] = ()) -> Table:
         raise TypeError(f"table takes a pandas frame, found {type(frame).__name__}: pandas.DataFrame(data)")
     if not frame.size:
         raise ValueError(f"a table needs a row and a column or more, found shape {frame.shape}")
-    names = [str(name) for name in frame.columns]
+    frame = _with_text_names(frame)
+    names = list(frame.columns)
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"columns must have different names, found {repeated} more than once: rename them")
     if unknown := sorted(set(categories) - set(names)):
         raise ValueError(f"categories={list(categories)} names columns that are not there: {unknown}; found {names}")
-    frame = frame.set_axis(names, axis=1)
     columns = tuple(_described(frame[name], name, name in categories) for name in names)
     return Table(torch.empty(0), torch.empty(0), columns).encode(frame)
+
+
+def _with_text_names(frame: Any) -> Any:
+    """The frame with its columns named by text, because whole numbers may name columns, too."""
+    return frame.set_axis([str(name) for name in frame.columns], axis=1)
 
 
 def _described(series: Any, name: str, is_category: bool) -> Column:

@@ -127,17 +127,22 @@ def check_grey_values(what: str, images: Tensor) -> None:
 
 def check_levels(what: str, levels: Tensor, num_levels: int) -> None:
     """Raise ValueError unless `levels`, images times L - 1, are whole numbers up to rounding."""
-    tolerance = max(_ROUNDING, (num_levels - 1) * torch.finfo(levels.dtype).eps)
     if not checks_values() or levels.numel() == 0:
         return
-    off = (levels.detach() - levels.detach().round()).abs()
-    if off.max().item() > tolerance:
-        found = levels.detach().flatten()[off.flatten().argmax()].item()
+    levels = levels.detach()
+    if not are_levels(levels, num_levels).all():
+        found = levels.flatten()[(levels - levels.round()).abs().flatten().argmax()].item()
         raise ValueError(
             f"{what} must be grey levels k / {num_levels - 1}, found {found / (num_levels - 1):g} = {found:g} / "
             f"{num_levels - 1}: set num_levels= to the number of levels of these data (bytes are divided by 255, not 256); do "
             f"not dequantise data that are already continuous"
         )
+
+
+def are_levels(levels: Tensor, num_levels: int) -> Tensor:
+    """Whether each of `levels`, images times L - 1, is one of 0 ... L - 1 up to the rounding of its dtype."""
+    tolerance = max(_ROUNDING, (num_levels - 1) * torch.finfo(levels.dtype).eps)
+    return (levels - levels.round().clamp(0, num_levels - 1)).abs() <= tolerance
 
 
 def _not_finite(images: Tensor) -> str:

@@ -32,9 +32,7 @@ def check_files(raw: Path) -> dict[Path, tuple[int, ...]]:
     Raises:
         ValueError: A file is damaged or holds another array, or two files do not match.
     """
-    sizes = {
-        path: _check_idx(path, 4 + 4 * axes) for part in _PARTS for path, axes in _files(raw, part) if path.is_file()
-    }
+    sizes = {path: _check_idx(path, axes) for part in _PARTS for path, axes in _files(raw, part) if path.is_file()}
     for part in _PARTS:
         images, labels = (path for path, _ in _files(raw, part))
         if images in sizes and 0 in sizes[images]:
@@ -91,9 +89,9 @@ def _files(raw: Path, part: str) -> Iterator[tuple[Path, int]]:
         yield raw / f"{part}-{kind}-idx{axes}-ubyte", axes
 
 
-def _check_idx(path: Path, header_size: int) -> tuple[int, ...]:
+def _check_idx(path: Path, num_axes: int) -> tuple[int, ...]:
     """The shape in the header of an IDX file of bytes; raises ValueError if the file's length does not match it."""
-    num_axes = header_size // 4 - 1
+    header_size = 4 + 4 * num_axes
     with path.open("rb") as file:
         header = file.read(header_size)
     magic = 0x0800 + num_axes

@@ -12,6 +12,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyrovae.data.grey_values import are_levels
+
 __all__ = ["CategoricalLevels", "ContinuousBernoulli", "GreyLevels", "LogisticLevels"]
 
 # log(sinh(l/2) / (l/2)) = sum_k B_2k l^2k / (2k (2k)!). Five terms are exact in float64 within the radius.
@@ -109,9 +111,7 @@ class GreyLevels(constraints.Constraint):
         self.num_levels = num_levels
 
     def check(self, value: Tensor) -> Tensor:
-        level = value * (self.num_levels - 1)
-        nearest = level.round().clamp(0, self.num_levels - 1)
-        return (level - nearest).abs() < 1e-3
+        return are_levels(value * (self.num_levels - 1), self.num_levels)
 
     def __repr__(self) -> str:
         return f"GreyLevels({self.num_levels})"

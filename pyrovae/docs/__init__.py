@@ -1,4 +1,4 @@
-"""Pages on training, conditional models, missing values, own parts, bounds, reproducibility, benchmarks and what stands where."""
+"""The documentation pages; `python -m pyrovae.docs` builds them, and the reference."""
 
 from pathlib import Path
 

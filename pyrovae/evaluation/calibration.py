@@ -10,9 +10,9 @@ from torch import Tensor
 from pyrovae.common.arguments import check_count
 from pyrovae.common.reporting import progress_bar
 from pyrovae.evaluation.opening import evaluation_of
-from pyrovae.guides.base import Guide
 from pyrovae.programs.enumeration import SummedOut
 from pyrovae.programs.inspection import inspect_pair
+from pyrovae.programs.pair import encode_once, guide_given
 from pyrovae.programs.simulation import simulate
 from pyrovae.programs.traces import Program, as_guide, sample_sites, trace_program
 
@@ -178,9 +178,8 @@ def simulation_based_calibration(
             # A site that is summed out and that the guide does not draw has no rank.
             if not isinstance(pair.model, SummedOut) or name not in pair.model.names
         }
-        if isinstance(guide, Guide) and type(guide).forward is Guide.forward:
-            with torch.no_grad():
-                guide = guide.given(guide.encode(*args, **kwargs))
+        with torch.no_grad():
+            guide = guide_given(guide, encode_once(guide, args, kwargs))
         below = {name: torch.zeros_like(value, dtype=torch.long) for name, value in exact.items()}
         ties = {name: torch.zeros_like(count) for name, count in below.items()}
         with progress_bar("calibration", num_draws, "draws", progress) as bar:

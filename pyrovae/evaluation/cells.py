@@ -1,4 +1,4 @@
-"""The cells of data, the elements of x: what p(x|z) says of each, summed over weighted particles, and draws of them."""
+"""The elements of x, called cells: moments of each under p(x|z), summed over weighted particles, and draws of them."""
 
 import math
 from collections.abc import Iterator

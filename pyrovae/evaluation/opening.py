@@ -1,4 +1,4 @@
-"""How every evaluation begins: options, programs and data, as the user passed them, become an inspected pair.
+"""Begin an evaluation: check its options, and inspect the programs with the data that the user passed.
 
 `opened` does all of it. The data are arguments of the programs, or a `DataLoader` or `Dataset` that memory does not hold,
 whose batches `parts_of` gives one by one.

@@ -1,4 +1,4 @@
-"""Which attributes of an object are its constants: all that it holds, but for what changes as it is used."""
+"""Find the constants among the attributes of an object: all that do not change as it is used."""
 
 import argparse
 import dis

@@ -51,9 +51,7 @@ class FirstStep(Messenger):
         self.data_plates: dict[str, Any] = {}  # those plates, by name
         self.latent_plates: dict[str, set[str]] = {}  # names of the plates around each latent
         self.masked: set[str] = set()  # observed, with every element masked out
-        self.observed_first: set[str] = (
-            set()
-        )  # observed before the model's latents are replayed: by the guide, if it has any
+        self.observed_first: set[str] = set()  # before the model's latents are replayed: by the guide, if it has any
         self.replayed: set[str] = set()
         self.auxiliary: set[str] = set()
         self.enumerated: dict[str, bool] = {}
@@ -102,9 +100,8 @@ class FirstStep(Messenger):
     ) -> tuple[float, Any]:
         """Run the first step and return its result. Gradients from before fit are dropped; those of the step stay."""
         self.drop_gradients()
-        map_tensors(
-            lambda tensor: leaves_of(tensor, self._seen), (args, kwargs)
-        )  # data may have gradients of their own
+        # Data may have gradients of their own.
+        map_tensors(lambda tensor: leaves_of(tensor, self._seen), (args, kwargs))
         try:
             with self:
                 return step(model, guide, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What `fit` asks of a loss: its value with the two parts of the ELBO, the bound that it trains, and a form to record."""
+"""What `fit` needs of a loss: its value, the two parts of the ELBO, the bound that it trains, a form to record."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -163,7 +163,7 @@ def _parts_of(
         # Enumerated in parallel, densities are tables; in sequence, each trace has another weight. Neither has parts.
         if any(site["infer"].keys() & {"_enumerate_dim", "_enum_total"} for _, site in sample_sites(trace)):
             reconstruction = kl = torch.tensor(math.nan)
-    of_latent = _unweighted if _weighs_latents(model_trace, guide_trace) else itemgetter("log_prob_sum")
+    of_latent = _of_latent(model_trace, guide_trace)
     for _, site in sample_sites(model_trace):
         if site["is_observed"]:
             reconstruction = reconstruction + site["log_prob_sum"].detach()
@@ -172,6 +172,11 @@ def _parts_of(
     for _, site in sample_sites(guide_trace):
         kl = kl + of_latent(site).detach()
     return Parts(reconstruction / num_particles, kl / num_particles, scaled_up_to(model_trace, num_rows))
+
+
+def _of_latent(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Callable[[dict], Tensor]:
+    """Function from a latent site to its term in the ELBO's KL, which a weight of the KL leaves as it is."""
+    return _unweighted if _weighs_latents(model_trace, guide_trace) else itemgetter("log_prob_sum")
 
 
 def _weighs_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> bool:
@@ -199,8 +204,9 @@ class EpochSums:
     Attributes:
         full_size: size of a subsampled plate, to which the sums are scaled; None without one.
         objective: minus the loss.
-        reconstruction: of log p(x|z); NaN if the loss has no parts.
-        kl: of log q(z|x) - log p(z); NaN likewise.
+        reconstruction: of log p(x|z).
+        kl: of log q(z|x) - log p(z).
+        has_parts: whether the loss has these two.
         num_data: data that the sums count.
         num_rows: data that this process received.
         num_steps: steps of the optimizer, those that were skipped included.
@@ -208,8 +214,9 @@ class EpochSums:
 
     full_size: int | None = None
     objective: Any = 0.0
-    reconstruction: Any = math.nan
-    kl: Any = math.nan
+    reconstruction: Any = 0.0
+    kl: Any = 0.0
+    has_parts: bool = False
     num_data: Any = 0
     num_rows: int = 0
     num_steps: int = 0
@@ -221,7 +228,6 @@ class EpochSums:
         size: Any = self.full_size or batch_size
         self.num_data = self.num_data + (size if was_made is None else was_made * size)
         for part in parts:
-            started = self.reconstruction is not math.nan
             reconstruction: Any = part.reconstruction
             kl: Any = part.kl
             if was_made is not None:
@@ -229,21 +235,23 @@ class EpochSums:
                     torch.where(was_made, torch.as_tensor(term, device=was_made.device), 0.0)
                     for term in (reconstruction, kl)
                 )
-            self.reconstruction = (self.reconstruction if started else 0.0) + reconstruction
-            self.kl = (self.kl if started else 0.0) + kl
+            self._add_parts(reconstruction, kl)
 
     def add_rows(self, rows: Tensor, batch_size: int) -> None:
         """Add the sums over recorded steps: (loss, reconstruction, KL, number of steps made)."""
         value, reconstruction, kl, num_steps = rows.unbind()
         self.num_data = self.num_data + num_steps * (self.full_size or batch_size)
         self.objective = self.objective - value
-        started = self.reconstruction is not math.nan
-        self.reconstruction = (self.reconstruction if started else 0.0) + reconstruction
-        self.kl = (self.kl if started else 0.0) + kl
+        self._add_parts(reconstruction, kl)
+
+    def _add_parts(self, reconstruction: Any, kl: Any) -> None:
+        self.reconstruction = self.reconstruction + reconstruction
+        self.kl = self.kl + kl
+        self.has_parts = True
 
     def means(self) -> tuple[float, float, float]:
-        """(elbo, reconstruction, kl) per datum; NaN without data."""
-        if not self.num_data:
+        """(elbo, reconstruction, kl) per datum; NaN without data or parts."""
+        if not self.num_data or not self.has_parts:
             return math.nan, math.nan, math.nan
         reconstruction, kl = float(self.reconstruction) / self.num_data, float(self.kl) / self.num_data
         return reconstruction - kl, reconstruction, kl
@@ -349,7 +357,7 @@ def surrogate(loss: ELBO, model: Program, guide: Program, *args: Any, **kwargs: 
     # These take the dtype and device of what is added.
     reconstruction = kl = unweighted = torch.zeros((), dtype=torch.long)
     for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
-        of_latent = _unweighted if _weighs_latents(model_trace, guide_trace) else itemgetter("log_prob_sum")
+        of_latent = _of_latent(model_trace, guide_trace)
         for name, site in sample_sites(guide_trace):
             if not site["fn"].has_rsample:
                 raise ValueError(
