@@ -93,14 +93,28 @@ class KLObjective(Objective):
         vectorize_particles: bool | Literal["auto"] = "auto",
     ):
         super().__init__(num_particles, plate, vectorize_particles)
-        for name, value in (("beta", beta), ("free_bits", free_bits)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be 0 or more, found {value}")
+        _check_weight("beta", beta)
+        _check_weight("free_bits", free_bits)
         if kl_warmup_steps:
             kl_warmup_steps = check_count("kl_warmup_steps", kl_warmup_steps)
         self.free_bits = float(free_bits)
         self.kl_weight = KLWeight(float(beta), kl_warmup_steps)
         self.modules = [self.kl_weight]
+
+    @property
+    def beta(self) -> float:
+        """Weight of the KL after its warm-up. A callback may set it: it holds from the next step on, recorded or not."""
+        return self.kl_weight.beta.item()
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        _check_weight("beta", value)
+        self.kl_weight.beta.fill_(value)
+
+    @property
+    def kl_warmup_steps(self) -> int:
+        """Steps over which the weight grows from 0 to beta. It cannot be set: make another objective."""
+        return self.kl_weight.warmup_steps
 
     @abstractmethod
     def pieces(self, runs: Sequence[Run], terms: Terms) -> list[Piece]:
@@ -135,8 +149,7 @@ class KLObjective(Objective):
         return loss, Parts(reconstruction, kl, runs[0].full_size)
 
     def refuse_sums(self, names: Sequence[str]) -> None:
-        weight = self.kl_weight
-        if weight.beta != 1 or weight.warmup_steps or self.free_bits:
+        if self.beta != 1 or self.kl_warmup_steps or self.free_bits:
             _refuse_sums(f"{self!r} weighs the KL", names)
 
     def _free(self, total: Tensor, piece: Piece, run: Run) -> tuple[Tensor, float]:
@@ -152,18 +165,26 @@ class KLObjective(Objective):
         self.kl_weight.num_steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_steps": int(self.kl_weight.num_steps)}
+        return {"num_steps": int(self.kl_weight.num_steps), "beta": self.beta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if set(state) != {"num_steps"}:
-            raise ValueError(f"the state of {type(self).__name__} is {{'num_steps': t}}, found {sorted(state)}")
+        if not {"num_steps"} <= set(state) <= {"num_steps", "beta"}:  # earlier files have no beta
+            raise ValueError(
+                f"the state of {type(self).__name__} is {{'num_steps': t, 'beta': b}}, found {sorted(state)}"
+            )
         self.kl_weight.num_steps.fill_(state["num_steps"])
+        self.beta = state.get("beta", self.beta)
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(num_particles={self.num_particles}, beta={self.kl_weight.beta.item():g}, "
-            f"kl_warmup_steps={self.kl_weight.warmup_steps}, free_bits={self.free_bits:g})"
+            f"{type(self).__name__}(num_particles={self.num_particles}, beta={self.beta:g}, "
+            f"kl_warmup_steps={self.kl_warmup_steps}, free_bits={self.free_bits:g})"
         )
+
+
+def _check_weight(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be 0 or more, found {value}")
 
 
 class MonteCarloKL(KLObjective):

@@ -446,7 +446,7 @@ def test_beta_and_warm_up(make, double):
     losses = [loss_of(warm)[0].item() for _ in range(6)]
     expected = [min(1.0, step / 4) * 2 * parts.kl.item() - parts.reconstruction.item() for step in range(6)]
     assert losses == pytest.approx(expected, rel=1e-12)
-    assert warm.state_dict() == {"num_steps": 6}
+    assert warm.state_dict() == {"num_steps": 6, "beta": 2.0}
     other = make(3, beta=2.0, kl_warmup_steps=4)
     other.load_state_dict({"num_steps": 1})
     other.loss(model, guide, x)

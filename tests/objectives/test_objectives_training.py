@@ -218,11 +218,11 @@ def test_a_checkpoint_holds_the_schedule(tmp_path):
     model, guide = make()
     objective = objectives.AnalyticKL(kl_warmup_steps=10)
     pv.fit(model, guide, binary(), loss=objective, epochs=2, batch_size=10, progress=False)
-    assert objective.state_dict() == {"num_steps": 8}
+    assert objective.state_dict() == {"num_steps": 8, "beta": 1.0}
     pv.save(tmp_path / "pair.pt", model, guide, objective=objective.state_dict())
     other = objectives.AnalyticKL(kl_warmup_steps=10)
     other.load_state_dict(pv.load(tmp_path / "pair.pt", *make())["objective"])
-    assert other.state_dict() == {"num_steps": 8}
+    assert other.state_dict() == {"num_steps": 8, "beta": 1.0}
     assert objectives.ImportanceWeighted(2).state_dict() == {}
 
 

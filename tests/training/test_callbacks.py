@@ -74,6 +74,48 @@ def test_true_stops_the_run_which_is_then_finished(tmp_path):
     assert same(tensors, others)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_callback_changes_the_weight_of_the_kl(compile, tmp_path):
+    """It holds from the next step on, eager or recorded, and in a resumed run, which starts with another objective."""
+
+    def of(epochs, **more):
+        loss = pv.objectives.AnalyticKL(kl_warmup_steps=5)
+
+        def lower(progress):
+            if progress.epoch == 2:
+                loss.beta = 0.1
+
+        _, rows, tensors = run(loss=loss, callback=lower, compile=compile, schedule=None, epochs=epochs, **more)
+        assert loss.beta == (1.0 if epochs < 2 else 0.1)
+        for row in rows:
+            assert row["kl"] == pytest.approx(row["reconstruction"] - row["elbo"])
+        return rows, tensors
+
+    rows, tensors = of(6)
+    kept = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 0.0}
+    of(3, **kept)
+    again, others = of(6, resume=True, **kept)
+    assert str(again) == str(rows)
+    assert same(tensors, others)
+    before, expected = (
+        run(loss=pv.objectives.AnalyticKL(beta=beta), compile=compile, schedule=None)[1] for beta in (1.0, 0.1)
+    )
+    assert rows[-1]["kl"] > 1.2 * before[-1]["kl"], "the weight is lower"
+    assert expected[-1]["kl"] > 1.2 * before[-1]["kl"]
+
+
+def test_a_weight_of_the_kl_that_cannot_be():
+    loss = pv.objectives.MonteCarloKL(beta=0.5)
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="beta must be 0 or more"):
+            loss.beta = wrong
+    assert loss.beta == 0.5
+    with pytest.raises(AttributeError, match="kl_warmup_steps"):
+        loss.kl_warmup_steps = 100
+    loss.load_state_dict({"num_steps": 3})  # as earlier versions stored it
+    assert loss.state_dict() == {"num_steps": 3, "beta": 0.5}
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_an_error_in_a_callback_keeps_the_epoch(error, tmp_path):
     path = tmp_path / "run.pt"
