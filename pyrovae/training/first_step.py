@@ -19,8 +19,8 @@ from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program, as_guide, run_pair
 from pyrovae.training.data_order import by_position, site_by_position
 from pyrovae.training.declared_parameters import FirstStep
-from pyrovae.training.losses import validate_ends
 from pyrovae.training.preparation import Run, put_back
+from pyrovae.training.validation import validate_ends
 
 __all__ = ["FirstStepCheck"]
 

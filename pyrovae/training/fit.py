@@ -20,13 +20,14 @@ from pyrovae.common.reporting import plain_errors, progress_bar
 from pyrovae.programs.traces import Program
 from pyrovae.training.callbacks import Callback, call
 from pyrovae.training.checkpoint_file import path_of
-from pyrovae.training.losses import bound_name, elbo_of, validate
+from pyrovae.training.losses import bound_name, elbo_of
 from pyrovae.training.non_finite import NotFiniteError
 from pyrovae.training.optimization import cosine_schedule
 from pyrovae.training.preparation import Options, Run, prepare
 from pyrovae.training.run_file import RunFile, run_file
 from pyrovae.training.state import TrainingState
 from pyrovae.training.steps import Steps
+from pyrovae.training.validation import validate
 
 __all__ = ["FitResult", "fit"]
 

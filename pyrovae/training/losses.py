@@ -1,7 +1,7 @@
 """What `fit` needs of a loss: its value, the two parts of the ELBO, the bound that it trains, a form to record."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from operator import itemgetter
@@ -27,13 +27,9 @@ from pyro.infer import (
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.common.random_numbers import seeded
-from pyrovae.data.forms import Batch
 from pyrovae.objectives.base import Objective, Parts
 from pyrovae.programs.layout import plate_scale, scaled_up_to
-from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program, sample_sites
-from pyrovae.training.validation_data import ValidationData
 
 __all__ = [
     "EpochSums",
@@ -45,14 +41,11 @@ __all__ = [
     "elbo_of",
     "has_surrogate",
     "pyro_checks",
+    "sums_out",
     "surrogate",
-    "validate",
-    "validate_ends",
 ]
 
 _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
-_COLUMNS = ("validation_bound", "validation_elbo", "validation_reconstruction", "validation_kl")
-_ROWS, _SEED = 500, 20260101
 
 
 def default_loss(model: Program) -> ELBO:
@@ -99,10 +92,10 @@ def bound_name(loss: ELBO) -> str:
 
 def elbo_of(loss: ELBO, elbo: float, objective: float) -> float:
     """The ELBO from its parts; from the loss if it sums latents out and so has no parts."""
-    return objective if math.isnan(elbo) and _sums_out(loss) and bound_name(loss) == "ELBO" else elbo
+    return objective if math.isnan(elbo) and sums_out(loss) and bound_name(loss) == "ELBO" else elbo
 
 
-def _sums_out(loss: ELBO) -> bool:
+def sums_out(loss: ELBO) -> bool:
     """Whether the loss sums latents out; an objective knows after its first step."""
     return loss.sums_out if isinstance(loss, Objective) else isinstance(loss, TraceEnum_ELBO)
 
@@ -255,86 +248,6 @@ class EpochSums:
             return math.nan, math.nan, math.nan
         reconstruction, kl = float(self.reconstruction) / self.num_data, float(self.kl) / self.num_data
         return reconstruction - kl, reconstruction, kl
-
-
-def validate(
-    model: Program, guide: Program, data: ValidationData | Batch | None, loss: ELBO, batch_size: int
-) -> dict[str, float]:
-    """Measure the bounds on validation data, with the same noise at every call.
-
-    Args:
-        model, guide: the programs.
-        data: validation data, or None.
-        loss: loss of the training.
-        batch_size: batch size of the training, because that many data are known to fit with the particles of the loss.
-
-    Returns:
-        Columns of the history, in nats per datum; NaN without data. validation_bound chooses the best epoch. It is the
-        importance-weighted bound, with as many particles, if that is trained (`bound_name`); the loss itself for
-        losses that sum latents out; otherwise the ELBO, however the objective weighs its parts. validation_elbo,
-        validation_reconstruction and validation_kl use the same particles; the last two are NaN if latents are summed
-        out.
-    """
-    if data is None:  # use no random numbers
-        return dict.fromkeys(_COLUMNS, math.nan)
-    return _measured(model, guide, data.blocks(_rows(loss, batch_size)), loss, data.device)
-
-
-def validate_ends(
-    model: Program,
-    guide: Program,
-    data: ValidationData,
-    loss: ELBO,
-    batch_size: int,
-    check: Callable[[Batch], object],
-) -> None:
-    """Run `check` and `validate` on the first and the last block of the data only, to see that the programs accept them;
-    of a stream, on the first.
-    """
-
-    def blocks() -> Iterator[Batch]:
-        for block in data.blocks(_rows(loss, batch_size), only_ends=True):
-            check(block)
-            yield block
-
-    _measured(model, guide, blocks(), loss, data.device)
-
-
-def _measured(
-    model: Program, guide: Program, blocks: Iterable[Batch], loss: ELBO, device: torch.device
-) -> dict[str, float]:
-    by_loss = _is_measured_by_loss(loss)
-    reporting = ReportingLoss(loss if by_loss else Trace_ELBO())
-    sums, num_data = torch.zeros(len(_COLUMNS), dtype=torch.float64), 0
-    with (
-        seeded(_SEED, device),
-        evaluation_mode(model, guide),
-        torch.no_grad(),
-        pyro_checks(False),
-    ):
-        for block in blocks:
-            try:
-                value, parts = reporting.loss(model, guide, *block.args, **block.kwargs)
-            except (TypeError, ValueError, RuntimeError) as error:
-                error.args = (f"with the data of validation=: {error}",)
-                raise
-            of_block = EpochSums()
-            of_block.add(parts, block.num_data)
-            elbo, reconstruction, kl = of_block.means()
-            bound = -value / of_block.num_data if by_loss else elbo
-            elbo = elbo_of(loss, elbo, bound)
-            sums += block.num_data * torch.tensor([bound, elbo, reconstruction, kl], dtype=torch.float64)
-            num_data += block.num_data
-    return dict(zip(_COLUMNS, (sums / num_data).tolist(), strict=True))
-
-
-def _is_measured_by_loss(loss: ELBO) -> bool:
-    # Latents that the loss sums out are not in the guide: drawing them would take them from the prior.
-    return bound_name(loss) != "ELBO" or _sums_out(loss)
-
-
-def _rows(loss: ELBO, batch_size: int) -> int:
-    return batch_size if _is_measured_by_loss(loss) else _ROWS
 
 
 def has_surrogate(loss: ELBO) -> bool:

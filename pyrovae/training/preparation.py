@@ -23,7 +23,7 @@ from pyrovae.training.callbacks import Callback
 from pyrovae.training.losses import check_loss, default_loss
 from pyrovae.training.optimization import OneOptimizer, Schedule, schedule_message
 from pyrovae.training.optimizer_factory import fused_adam, optimizer_factory
-from pyrovae.training.validation_data import ValidationData
+from pyrovae.training.validation import ValidationData
 
 __all__ = ["Options", "Run", "pick_device", "prepare", "put_back"]
 

@@ -14,8 +14,8 @@ import pyrovae as pv
 from pyrovae.compiled.record import Recording
 from pyrovae.data.forms import as_batch
 from pyrovae.training.averaging import Average
-from pyrovae.training.losses import validate
 from pyrovae.training.optimization import OneOptimizer
+from pyrovae.training.validation import validate
 
 OPTIONS = {"epochs": 5, "batch_size": 15, "learning_rate": 0.05, "compile": False, "progress": False}
 

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 import pyrovae as pv
 from pyrovae.data.forms import as_batch
-from pyrovae.training.losses import validate
 from pyrovae.training.optimization import OneOptimizer
 from pyrovae.training.state import TrainingState
+from pyrovae.training.validation import validate
 
 
 def test_trace_elbo_is_the_loss_written_by_hand(double):
