@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence
 
 from pyrovae.common.arguments import check_count
 from pyrovae.objectives.base import Objective, Parts
-from pyrovae.objectives.runs import Run, Terms, arranged, factors, pull_back, terms_of
+from pyrovae.objectives.runs import Run, Terms, arranged, factors, pull_back, terms_of, without_weights
 from pyrovae.programs.traces import sample_sites
 
 __all__ = ["AnalyticKL", "KLObjective", "MonteCarloKL", "StickingTheLanding"]
@@ -129,10 +129,10 @@ class KLObjective(Objective):
         terms = terms_of(runs, scaled=True, by_dimension=self.free_bits > 0)
         weight = self.kl_weight(terms.likelihood)
         integrand, guide_term = terms.likelihood, torch.zeros_like(weight)
-        kl = floors = torch.zeros_like(weight)
-        for piece in self.pieces(runs, terms):
+        floors = torch.zeros_like(weight)
+        pieces = self.pieces(runs, terms)
+        for piece in pieces:
             total = piece.kl.mean(0).sum(0)
-            kl = kl + total.detach().sum()
             active, floor = self._free(total, piece, runs[0])
             floors = floors + ((1 - active) * floor).sum()
             integrand = integrand - weight * (active * piece.kl).sum(-1)
@@ -143,10 +143,20 @@ class KLObjective(Objective):
             loss = loss - _score_function(integrand, terms.score)
         if self.detaches_draws:
             loss = loss + pull_back(runs, guide_term)
-        reconstruction = terms.likelihood.detach().mean(0).sum()
+        return loss, self._parts(runs, terms, pieces)
+
+    @torch.no_grad()
+    def _parts(self, runs: Sequence[Run], terms: Terms, pieces: Sequence[Piece]) -> Parts:
+        """The parts of the ELBO, without weights by `poutine.scale`."""
+        plain = without_weights(runs)
+        if plain is not runs:
+            terms = terms_of(plain, scaled=True, by_dimension=self.free_bits > 0)
+            pieces = self.pieces(plain, terms)
+        reconstruction = terms.likelihood.mean(0).sum()
+        kl = reduce(add, (piece.kl.mean(0).sum(0).sum() for piece in pieces), torch.zeros_like(reconstruction))
         if not terms.has_parts:
             reconstruction, kl = math.nan * reconstruction, math.nan * kl
-        return loss, Parts(reconstruction, kl, runs[0].full_size)
+        return Parts(reconstruction, kl, runs[0].full_size)
 
     def refuse_sums(self, names: Sequence[str]) -> None:
         if self.beta != 1 or self.kl_warmup_steps or self.free_bits:

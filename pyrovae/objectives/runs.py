@@ -20,15 +20,15 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Independent, TransformedDistribution
 
 from pyrovae.programs.enumeration import SummedOut, holds_sums
-from pyrovae.programs.layout import is_subsampled, scaled_up_to
+from pyrovae.programs.layout import is_subsampled, is_weighted, plate_scale, scaled_up_to
 from pyrovae.programs.log_densities import log_density_of, summed_sites
 from pyrovae.programs.masks import align_masks
 from pyrovae.programs.traces import Layout, Program, arrange, place, plate_size, sample_sites, under_particles
 
-__all__ = ["Run", "Terms", "arranged", "draw_runs", "factors", "pull_back", "terms_of"]
+__all__ = ["Run", "Terms", "arranged", "draw_runs", "factors", "pull_back", "terms_of", "without_weights"]
 
 _ALL = "all sites"  # name of the item of a guide whose sites are summed out
 
@@ -90,6 +90,7 @@ def draw_runs(
         if sums is not None:
             density = poutine.replay(sums, trace=sums.clean(drawn_trace))
             guide_trace = poutine.trace(density).get_trace(*args, **kwargs)
+        _keep_densities(guide_trace)
         paths, link, replayed = None, None, drawn_trace if sums is None else sums.clean(drawn_trace)
         if draws.drawn:
             paths = _Paths(draws.drawn, draws.leaves)
@@ -104,6 +105,13 @@ def draw_runs(
     return runs
 
 
+def _keep_densities(trace: poutine.Trace) -> None:
+    """Compute the densities of flows at their draws now: a flow without an inverse (planar) knows only that of its last draw."""
+    for name, site in sample_sites(trace):
+        if isinstance(site["fn"], TransformedDistribution):
+            trace.nodes[name]["kept"] = site["fn"], _density(site)
+
+
 def _present_layout(layout: Layout, trace: poutine.Trace) -> tuple[Layout, int | None]:
     """Return the layout with the datum plate's size in this run (the last batch may be smaller), and the full size."""
     if layout.plate is None:
@@ -113,6 +121,23 @@ def _present_layout(layout: Layout, trace: poutine.Trace) -> tuple[Layout, int |
     frame = next(frame for frame in frames if frame.name == layout.plate)
     full_size = frame.full_size if is_subsampled(frame) else None
     return layout._replace(num_data=plate_size(frame, *sites)), full_size
+
+
+def without_weights(runs: Sequence[Run]) -> Sequence[Run]:
+    """The same runs with the scales of their subsampled plates alone, without those of `poutine.scale`; `runs` if there are none."""
+    sites = [site for trace in (runs[0].model_trace, runs[0].guide_trace) for _, site in sample_sites(trace)]
+    if not any(map(is_weighted, sites)):
+        return runs
+    return [
+        run._replace(model_trace=_by_plates(run.model_trace), guide_trace=_by_plates(run.guide_trace)) for run in runs
+    ]
+
+
+def _by_plates(trace: poutine.Trace) -> poutine.Trace:
+    changed = poutine.Trace()
+    for name, site in trace.nodes.items():
+        changed.add_node(name, **({**site, "scale": plate_scale(site)} if site["type"] == "sample" else site))
+    return changed
 
 
 def _subsamples(*traces: poutine.Trace) -> poutine.Trace:
@@ -301,7 +326,8 @@ def _log_prob(site: dict, by_dimension: bool) -> Tensor:
     distribution, depth = site["fn"], 0
     if by_dimension:
         distribution, depth = factors(distribution)
-    log_prob = distribution.log_prob(site["value"], *site["args"], **site["kwargs"])
+    kept_of, kept = site.get("kept", (None, None))
+    log_prob = kept if distribution is kept_of else _density({**site, "fn": distribution})
     if log_prob.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
             f"the log density of site '{site['name']}' is in {log_prob.dtype}, whose steps are "
@@ -309,6 +335,16 @@ def _log_prob(site: dict, by_dimension: bool) -> Tensor:
             f"guide.float() and float32 data; precision='bf16' of fit computes the layers alone in bfloat16"
         )
     return log_prob.flatten(log_prob.ndim - depth) if depth else log_prob.unsqueeze(-1)
+
+
+def _density(site: dict) -> Tensor:
+    try:
+        return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except KeyError as error:  # of Pyro's transforms without an inverse
+        raise ValueError(
+            f"the density of site '{site['name']}' cannot be computed at a given value, as its transform has no "
+            f"inverse: take MonteCarloKL or ImportanceWeighted, or a flow with an inverse ({error})"
+        ) from error
 
 
 def factors(distribution: Any) -> tuple[Any, int]:

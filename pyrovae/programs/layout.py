@@ -120,6 +120,13 @@ def plate_scale(site: dict) -> float:
     return scale
 
 
+def is_weighted(site: dict) -> bool:
+    """Whether a site has a weight (`poutine.scale`) besides the scale of its subsampled plates."""
+    scale, expected = site["scale"], plate_scale(site)
+    # The values of a tensor are not read, because they may change after a recording.
+    return isinstance(scale, torch.Tensor) or abs(scale - expected) > 1e-6 * expected
+
+
 def scaled_up_to(trace: poutine.Trace, num_rows: int | None = None) -> int | None:
     """The number of data to which a trace's sums are scaled up, by a subsampled plate of the data; None without one.
 

@@ -24,7 +24,7 @@ from pyrovae.common.arguments import checks_values
 from pyrovae.programs.enumeration import without_sums
 from pyrovae.programs.supports import innermost, masks_of, num_parts
 
-__all__ = ["SHARED", "align_masks", "counted", "unmasked"]
+__all__ = ["SHARED", "align_masks", "counted", "refuse_unaligned_masks", "unmasked"]
 
 # Suffix of NeuTraReparam for a latent that it masks; its prior is in the log_density of Delta sites.
 SHARED = "_shared_latent"
@@ -99,6 +99,27 @@ def align_masks(model: _Sites, guide: _Sites) -> tuple[_Sites, _Sites]:
             for carrier in {name, *_auxiliary(guide)}:
                 guide[carrier] = _without_mask(guide[carrier])
     return model, guide
+
+
+def refuse_unaligned_masks(model: _Sites, guide: _Sites) -> None:
+    """Raise ValueError if the guide counts what the model masks, or the other way: a loss that does not align masks is no bound.
+
+    Args:
+        model: The sites of the model by name.
+        guide: The sites of the guide by name.
+    """
+    in_model, in_guide = align_masks(model, guide)
+    changed = [name for name in model if in_model[name] is not model[name]]
+    for name, site in in_guide.items():
+        before, after = counted(guide[name]), counted(site)
+        if after is not None and (before is None or not torch.equal(before, after)):
+            changed.append(name)
+    if changed:
+        raise ValueError(
+            f"the model masks latent site '{changed[0].removesuffix('_unconstrained')}' (or a part of it), and the guide counts the density of what it draws there, "
+            f"so the ELBO is no bound: mask the guide's site in the same way (poutine.mask), or take "
+            f"loss=pyrovae.objectives.MonteCarloKL(), which leaves out of the guide what the model masks"
+        )
 
 
 def _without_mask(site: dict) -> dict:

@@ -55,6 +55,7 @@ class FirstStep(Messenger):
         self.replayed: set[str] = set()
         self.auxiliary: set[str] = set()
         self.enumerated: dict[str, bool] = {}
+        self.masks_latents = False
         self._seen: set[Any] = set()
 
     def _pyro_post_param(self, message: dict[str, Any]) -> None:
@@ -83,6 +84,7 @@ class FirstStep(Messenger):
         else:
             if not infer.get("is_auxiliary"):
                 self.latent_plates[name] = {frame.name for frame in message["cond_indep_stack"]}
+            self.masks_latents |= counted(message) is not None
             self.enumerated[name] = bool(infer.get("enumerate"))
             if infer.get("is_auxiliary"):
                 self.auxiliary.add(name)

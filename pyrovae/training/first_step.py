@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from pyrovae.compiled.signature import Snapshot
 from pyrovae.data.forms import Batch, signature_of
 from pyrovae.programs.latents import check_same_sites
+from pyrovae.programs.masks import refuse_unaligned_masks
 from pyrovae.programs.reach import evaluation_mode
-from pyrovae.programs.traces import Program, as_guide, run_pair
+from pyrovae.programs.traces import Program, as_guide, run_pair, sample_sites
 from pyrovae.training.data_order import by_position, site_by_position
 from pyrovae.training.declared_parameters import FirstStep
 from pyrovae.training.preparation import Run, put_back
@@ -61,7 +62,7 @@ class FirstStepCheck:
                 raise TypeError(said) from error
             raise
         except (AssertionError, KeyError):  # of TraceMeanField_ELBO, for a site that one program lacks
-            self._check_same_sites(look, batch)
+            self._check_bound(look, batch)
             raise
         if not math.isfinite(value):
             return value, parts
@@ -69,7 +70,7 @@ class FirstStepCheck:
             look.observed |= look.masked
         try:
             look.check(run.loss)
-            self._check_same_sites(look, batch)
+            self._check_bound(look, batch)
             _check_data_are_first(batch, look.plate_sizes)
             if not run.batches.in_one_order:
                 site = site_by_position(*run.programs, batch, list(look.declared.values()), run.modules)
@@ -85,19 +86,20 @@ class FirstStepCheck:
         self.is_done = True
         return value, parts
 
-    def _check_same_sites(self, look: FirstStep, batch: Batch) -> None:
-        """Raise ValueError for programs whose ELBO is no bound: swapped ones, and latents that only one of them has.
+    def _check_bound(self, look: FirstStep, batch: Batch) -> None:
+        """Raise ValueError for programs whose ELBO is no bound: swapped ones, and latents that only one has or masks.
 
         The programs are run again only if the step suggests one of these errors.
         """
         run = self.run
-        if not isinstance(run.loss, _BOUNDS) or not (look.observed_first or look.drawn_alone()):
+        if not isinstance(run.loss, _BOUNDS) or not (look.observed_first or look.drawn_alone() or look.masks_latents):
             return
         buffers = run.buffers()
         with torch.random.fork_rng(run.gpus()), evaluation_mode(*run.modules):
             model_trace, guide_trace = run_pair(run.model, as_guide(run.guide), batch.args, batch.kwargs)
         put_back(buffers)
         check_same_sites(model_trace, guide_trace)
+        refuse_unaligned_masks(dict(sample_sites(model_trace)), dict(sample_sites(guide_trace)))
 
     def _look_at_global_latents(self, look: FirstStep, batch: Batch) -> None:
         """Keep validation data together if a latent is shared by all data; warn if a batch counts its KL in full."""

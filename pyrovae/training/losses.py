@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from operator import itemgetter
 from types import new_class
 from typing import Any
 
@@ -28,7 +27,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyrovae.objectives.base import Objective, Parts
-from pyrovae.programs.layout import plate_scale, scaled_up_to
+from pyrovae.programs.layout import is_weighted, plate_scale, scaled_up_to
+from pyrovae.programs.masks import align_masks
 from pyrovae.programs.traces import Program, sample_sites
 
 __all__ = [
@@ -150,44 +150,44 @@ def _num_rows(model: Program, guide: Program, args: tuple, kwargs: dict) -> int 
 def _parts_of(
     model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int, num_rows: int | None
 ) -> Parts:
-    reconstruction: Any = 0.0
-    kl: Any = 0.0
     for trace in (model_trace, guide_trace):
         # Enumerated in parallel, densities are tables; in sequence, each trace has another weight. Neither has parts.
         if any(site["infer"].keys() & {"_enumerate_dim", "_enum_total"} for _, site in sample_sites(trace)):
-            reconstruction = kl = torch.tensor(math.nan)
-    of_latent = _of_latent(model_trace, guide_trace)
-    for _, site in sample_sites(model_trace):
+            return Parts(torch.tensor(math.nan), torch.tensor(math.nan), scaled_up_to(model_trace, num_rows))
+    reconstruction, kl = _reconstruction_and_kl(model_trace, guide_trace)
+    return Parts(
+        reconstruction.detach() / num_particles, kl.detach() / num_particles, scaled_up_to(model_trace, num_rows)
+    )
+
+
+def _reconstruction_and_kl(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> tuple[Tensor, Tensor]:
+    """The parts of the ELBO of one pair of traces: scaled by subsampled plates alone, with the masks of latents aligned.
+
+    A loss may also have a weight (`poutine.scale`), of the KL for example, which is not a part of the ELBO.
+    """
+    # These take the dtype and device of what is added.
+    reconstruction = kl = torch.zeros((), dtype=torch.long)
+    in_model, in_guide = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
+    model, guide = align_masks(in_model, in_guide)
+    for name, site in model.items():
         if site["is_observed"]:
-            reconstruction = reconstruction + site["log_prob_sum"].detach()
+            reconstruction = reconstruction + _term(site, in_model[name])
         else:
-            kl = kl - of_latent(site).detach()
-    for _, site in sample_sites(guide_trace):
-        kl = kl + of_latent(site).detach()
-    return Parts(reconstruction / num_particles, kl / num_particles, scaled_up_to(model_trace, num_rows))
+            kl = kl - _term(site, in_model[name])
+    for name, site in guide.items():
+        kl = kl + _term(site, in_guide[name])
+    return reconstruction, kl
 
 
-def _of_latent(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Callable[[dict], Tensor]:
-    """Function from a latent site to its term in the ELBO's KL, which a weight of the KL leaves as it is."""
-    return _unweighted if _weighs_latents(model_trace, guide_trace) else itemgetter("log_prob_sum")
-
-
-def _weighs_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> bool:
-    """Whether `poutine.scale` weighs latents and not the observations: a weight of the KL, which the ELBO does not have."""
-    weighted: set[bool] = set()
-    for trace in (model_trace, guide_trace):
-        weighted |= {site["is_observed"] for _, site in sample_sites(trace) if _is_weighted(site)}
-    return weighted == {False}
-
-
-def _is_weighted(site: dict) -> bool:
-    scale, expected = site["scale"], plate_scale(site)
-    # The values of a tensor are not read, because they may change after a recording.
-    return "unscaled_log_prob" in site and (isinstance(scale, Tensor) or abs(scale - expected) > 1e-6 * expected)
-
-
-def _unweighted(site: dict) -> Tensor:
-    return scale_and_mask(site["unscaled_log_prob"], plate_scale(site), site["mask"]).sum()
+def _term(site: dict, before: dict) -> Tensor:
+    """The log density of a site, without weights. `before` is the site before its mask was aligned."""
+    if site["fn"] is not before["fn"]:
+        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    elif "unscaled_log_prob" in site and (site is not before or is_weighted(site)):
+        log_prob = site["unscaled_log_prob"]
+    else:
+        return site["log_prob_sum"]
+    return scale_and_mask(log_prob, plate_scale(site), site["mask"]).sum()
 
 
 @dataclass
@@ -268,24 +268,23 @@ def surrogate(loss: ELBO, model: Program, guide: Program, *args: Any, **kwargs: 
     if type(loss) is not Trace_ELBO:
         raise TypeError(f"{type(loss).__name__} has no surrogate to record; Trace_ELBO and pyrovae.objectives have")
     # These take the dtype and device of what is added.
-    reconstruction = kl = unweighted = torch.zeros((), dtype=torch.long)
+    observed = latent = reconstruction = kl = torch.zeros((), dtype=torch.long)
     for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
-        of_latent = _of_latent(model_trace, guide_trace)
         for name, site in sample_sites(guide_trace):
             if not site["fn"].has_rsample:
                 raise ValueError(
                     f"guide site '{name}' ({site['fn']}) is not reparameterised: its gradient needs the eager loss"
                 )
-            kl = kl + site["log_prob_sum"] / loss.num_particles
-            unweighted = unweighted + of_latent(site) / loss.num_particles
+            latent = latent + site["log_prob_sum"] / loss.num_particles
         for _, site in sample_sites(model_trace):
             term = site["log_prob_sum"] / loss.num_particles
             if site["is_observed"]:
-                reconstruction = reconstruction + term
+                observed = observed + term
             else:
-                kl = kl - term
-                unweighted = unweighted - of_latent(site) / loss.num_particles
-    return kl - reconstruction, reconstruction, unweighted
+                latent = latent - term
+        own = _reconstruction_and_kl(model_trace, guide_trace)
+        reconstruction, kl = reconstruction + own[0] / loss.num_particles, kl + own[1] / loss.num_particles
+    return latent - observed, reconstruction, kl
 
 
 def differentiable(loss: ELBO) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import transforms
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO
 from shared.parts import LATENT_DIM, PRIORS, SHAPE
 from torch import nn
@@ -467,6 +468,40 @@ def test_draws_that_are_not_reparameterised_are_refused(name):
     codes = Codes()
     with pytest.raises(ValueError, match=r"site 'b' \(Bernoulli\) is not reparameterised: take VIMCO or MonteCarloKL"):
         OBJECTIVES[name]().loss_and_grads(codes.model, codes.guide, binary())
+
+
+@pytest.mark.parametrize("flow", ["planar", "radial", "sylvester", "block_autoregressive"])
+def test_flows_without_an_inverse(flow):
+    """Each knows the density of its last draw alone; the loss of several particles is that of Pyro, draw by draw."""
+    torch.manual_seed(0)
+    parts = nn.ModuleList([nn.Linear(3, 4), nn.Linear(2, 3), getattr(transforms, flow)(2)])
+    x = torch.randn(20, 3)
+
+    def model(x):
+        pyro.module("parts", parts)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(parts[1](z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("parts", parts)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = parts[0](x).chunk(2, -1)
+            base = dist.Normal(loc, log_scale.exp()).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [parts[2]]))
+
+    found = []
+    for loss in (Trace_ELBO(num_particles=3), objectives.MonteCarloKL(3)):
+        pyro.set_rng_seed(1)
+        found.append(loss.loss_and_grads(model, guide, x))
+        found.append(torch.cat([p.grad.flatten() for p in parts.parameters()]))
+        parts.zero_grad()
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
+    torch.testing.assert_close(found[3], found[1], rtol=1e-4, atol=1e-4)
+    assert objectives.ImportanceWeighted(3).loss(model, guide, x) < found[0]
+    for loss in (objectives.StickingTheLanding(2), objectives.DoublyReparameterised(2)):
+        with pytest.raises(ValueError, match="density of site 'z' cannot be computed at a given value"):
+            loss.loss_and_grads(model, guide, x)
 
 
 def test_pairs_that_do_not_match_are_refused():
