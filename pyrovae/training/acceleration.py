@@ -64,7 +64,7 @@ def record_step(
     # An objective that changes with the steps (KL warm-up) keeps its state in buffers of its own modules.
     changed = [*modules, *getattr(loss, "modules", ())]
     finish = None
-    if optimizer.is_judged_alone:
+    if optimizer is not None and optimizer.is_judged_alone:  # None in tests that look at the gradients alone
         changed.append(optimizer.guard)
         trained = [p for p in nn.ModuleList(changed).parameters() if p.requires_grad]
         finish = partial(_finish, optimizer, [parameter in set(optimizer.parameters) for parameter in trained])
