@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from pyrovae.estimators.reducers import standard_error
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 
 __all__ = ["Comparison", "ComparisonRow", "compare"]
+
+_FEWEST_TO_CORRELATE = 10  # data
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ def compare(
 
     Args:
         results: name -> result of `log_marginal_likelihood` or `annealed_importance_sampling`, all for the same data in
-            the same order (a result does not hold its data, so only their number is checked)
+            the same order. A result does not hold its data: only their number is checked, and a note says if log p(x) of
+            two results is hardly correlated over the data
         by: quantity to rank by. "elbo" suits guides of one model, which share one log p(x): differences of the ELBO are
             then differences of the gap
 
@@ -184,12 +188,28 @@ def compare(
                 bad_k=result.share_of_bad_k(),
             )
         )
-    return Comparison(rows, num_data, _notes(rows))
+    return Comparison(rows, num_data, _notes(rows) + _notes_on_pairing({name: results[name] for name in order}))
 
 
 def _paired(first: Tensor, second: Tensor) -> tuple[float, float]:
     difference = first - second
     return difference.mean().item(), standard_error(difference)
+
+
+def _notes_on_pairing(results: Mapping[str, LogMarginalLikelihood]) -> list[str]:
+    """Results of the same data, which are harder or easier for all models, have a clear correlation."""
+    (best_name, best), *others = results.items()
+    if len(best) < _FEWEST_TO_CORRELATE:
+        return []
+    notes = []
+    for name, result in others:
+        correlation = torch.corrcoef(torch.stack([best.log_prob, result.log_prob]))[0, 1].item()
+        if correlation < 2 / math.sqrt(len(best)):
+            notes.append(
+                f"log p(x) of '{name}' and '{best_name}' is hardly correlated over the data ({correlation:.2f}): make sure that both "
+                f"are results of the same data in the same order."
+            )
+    return notes
 
 
 def _notes(rows: list[ComparisonRow]) -> list[str]:

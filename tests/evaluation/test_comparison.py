@@ -42,6 +42,16 @@ def test_notes_say_that_the_winners_differ(double):
     assert any("training seed" in note for note in table.notes)
 
 
+def test_results_of_different_data_are_noted(double):
+    """Of other data, or of the same in another order: log p(x) is not correlated."""
+    truth = 3 * torch.randn(200)
+    same, other = result(truth + 0.5 * torch.randn(200)), truth[torch.randperm(200)]
+    for second, is_noted in ((same, False), (result(other), True), (result(truth)[:9], None)):
+        first = result(truth) if is_noted is not None else result(truth)[:9]
+        notes = [note for note in pv.compare({"a": first, "b": second}).notes if "hardly correlated" in note]
+        assert bool(notes) == bool(is_noted)
+
+
 def test_guides_of_one_model_are_ranked_by_their_elbo(double):
     truth = torch.randn(500)
     results = {"loose": result(truth + 0.2, spread=1.0), "tight": result(truth, spread=0.1)}
