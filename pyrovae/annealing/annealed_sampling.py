@@ -76,7 +76,9 @@ def annealed_importance_sampling(
         Wu, Burda, Salakhutdinov & Grosse, On the Quantitative Analysis of Decoder-Based Generative Models (2017).
     """
     options = AnnealingOptions.of(locals())
-    return anneal_parts(model, guide, parts_of(args, kwargs, transform), options, _annealed)
+    return anneal_parts(
+        model, guide, parts_of(args, kwargs, transform), options, _annealed, evaluation=annealed_importance_sampling
+    )
 
 
 def anneal_parts(
@@ -86,6 +88,7 @@ def anneal_parts(
     options: AnnealingOptions,
     run: Callable[[TunedBlock], Annealed],
     *,
+    evaluation: Callable,
     resampled: bool = False,
 ) -> LogMarginalLikelihood:
     """Return the result of `run` for each tuned block of each part of the data, until Ctrl-C.
@@ -96,12 +99,13 @@ def anneal_parts(
         parts: parts of the data
         options: options of the chains
         run: runs the chains of a block
+        evaluation: the public function, whose options are named if one is misspelt
         resampled: whether its weights are those of populations
     """
 
     def results() -> Iterator[tuple[LogMarginalLikelihood, int, int]]:
         for part in parts:
-            with opened(model, guide, part.args, part.kwargs, options, with_prior(model, guide)) as pair:
+            with opened(model, guide, part.args, part.kwargs, options, with_prior(model, guide), evaluation) as pair:
                 for block in tuned_blocks(pair, options, guide is None, passes=1):
                     found = run(block)
                     result = LogMarginalLikelihood.from_annealed(

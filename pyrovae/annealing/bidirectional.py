@@ -148,7 +148,7 @@ def bidirectional_monte_carlo(
         trace, program, args, kwargs = simulate(model, guide, args, kwargs)
         return with_prior(program, guide)(args, kwargs)
 
-    with opened(model, guide, args, kwargs, options, simulated) as pair:
+    with opened(model, guide, args, kwargs, options, simulated, evaluation=bidirectional_monte_carlo) as pair:
         if pair.layout.subsampled:
             raise ValueError(f"plate '{pair.layout.plate}' is subsampled: simulate with the whole plate")
         exact = _exact_draws(pair, trace, guide, options.num_chains)

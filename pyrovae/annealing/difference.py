@@ -196,9 +196,14 @@ def anneal_a_slice(
     num_annealed = check_count("num_annealed", num_annealed, least=2)
     if num_annealed > num_data:
         raise ValueError(f"num_annealed must be at most the number of data, {num_data}; found {num_annealed}")
-    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (args, kwargs):
+    with evaluation_of(model, guide, args=args, kwargs=kwargs, evaluation=anneal_a_slice) as (args, kwargs):
         batch = Batch(args, kwargs, num_data)
-        if not any(tensor.ndim and len(tensor) == num_data for tensor in batch.tensors.values()):
+        if not batch.tensors and num_annealed < num_data:
+            raise ValueError(
+                f"the model was given no data, so it holds its {num_data} data itself, and a slice of {num_annealed} cannot "
+                f"be taken: anneal all, num_annealed={num_data}, or pass the data as an argument of the model"
+            )
+        if batch.tensors and not any(tensor.ndim and len(tensor) == num_data for tensor in batch.tensors.values()):
             found = {place: tuple(tensor.shape) for place, tensor in batch.tensors.items()}
             raise ValueError(
                 f"found results of importance sampling for {num_data} data, and no argument of that length ({found}): "
@@ -212,7 +217,8 @@ def anneal_a_slice(
                 f"a slice of the data cannot be taken: arguments of length {num_data} are not one row for each datum, or "
                 f"data influence each other: anneal all, num_annealed={num_data}"
             )
-    index = torch.randperm(num_data)[:num_annealed]  # not sorted: the part that is finished must be random, too
+    # Not sorted: the part that is finished must be random, too. Data that the model holds itself stay in their order.
+    index = torch.randperm(num_data)[:num_annealed] if batch.tensors else torch.arange(num_data)
     cut = batch.rows(index)
     annealed = annealed_importance_sampling(
         model,

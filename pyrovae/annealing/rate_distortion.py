@@ -211,7 +211,7 @@ def rate_distortion(
         Alemi, Poole, Fischer, Dillon, Saurous & Murphy, Fixing a Broken ELBO (2018), for rate and distortion of VAEs.
     """
     options = AnnealingOptions.of(locals(), schedule="sigmoidal")
-    with opened(model, None, args, kwargs, options, with_prior(model)) as pair:
+    with opened(model, None, args, kwargs, options, with_prior(model), evaluation=rate_distortion) as pair:
         parts = until_interrupted(_curves(pair, options))
     beta = parts[0].beta.double().cpu()  # the same in all blocks
     points = (torch.cat(values, -1).cpu() for values in zip(*(part[1:] for part in parts), strict=True))

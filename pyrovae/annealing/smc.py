@@ -167,4 +167,6 @@ def sequential_monte_carlo(
     def run(block: TunedBlock) -> Annealed:
         return run_populations(block.potential, block.kernels, num_populations, block.tick)
 
-    return anneal_parts(model, guide, parts_of(args, kwargs, transform), options, run, resampled=True)
+    return anneal_parts(
+        model, guide, parts_of(args, kwargs, transform), options, run, resampled=True, evaluation=sequential_monte_carlo
+    )

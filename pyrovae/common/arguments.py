@@ -1,7 +1,7 @@
 """Argument checks, and a map over the tensors in nested arguments."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_count", "check_positive", "checks_values", "map_tensors", "run_network", "without_checks"]
+__all__ = [
+    "check_count",
+    "check_positive",
+    "check_sizes",
+    "checks_values",
+    "map_tensors",
+    "run_network",
+    "without_checks",
+]
 
 _checks_values = True
 
@@ -74,6 +82,18 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be {least} or more, found {value}")
     return int(value)
+
+
+def check_sizes(name: str, sizes: Any, example: str) -> None:
+    """Raise TypeError unless `sizes` is a list of sizes, or alike; a single number is a common mistake.
+
+    Args:
+        name: Name of the argument in the error.
+        sizes: Sizes or widths.
+        example: What to write, in the error.
+    """
+    if not isinstance(sizes, Iterable):
+        raise TypeError(f"{name} must be a list of sizes, such as {example}, found {sizes!r}")
 
 
 def check_positive(name: str, value: Any) -> float:

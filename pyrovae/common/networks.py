@@ -16,6 +16,7 @@ __all__ = [
     "call_network",
     "check_context",
     "check_mask",
+    "encoding_of",
     "features_of",
     "given",
     "needs_context",
@@ -76,6 +77,25 @@ def _signature(function: Callable) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # a compiled function without a signature
         return {}
+
+
+def encoding_of(guide: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """Return guide.encode(*args, **kwargs); TypeError if a guide's own `encode` lacks the context or the mask given."""
+    if len(args) < 2 and "observed" not in kwargs:
+        return guide.encode(*args, **kwargs)
+    parameters = _parameters(guide.encode)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    lacks = []
+    if len(args) == 2 and not takes_context(guide.encode):
+        lacks.append("context")
+    if "observed" in kwargs and "observed" not in parameters and not takes_any:
+        lacks.append("observed")
+    if lacks:
+        raise TypeError(
+            f"{type(guide).__name__}.encode takes no {lacks[0]}, and one was given: give it an argument {lacks[0]}, "
+            f"def encode(self, x, context=None, *, observed=None), or call without {lacks[0]}"
+        )
+    return guide.encode(*args, **kwargs)
 
 
 def given(context: Tensor | None, observed: Tensor | None = None) -> tuple[tuple, dict]:

@@ -14,7 +14,7 @@ from pyrovae.common.arguments import map_tensors
 from pyrovae.common.reporting import warn
 from pyrovae.data.conversion import Numbers, converted, is_table
 
-__all__ = ["Batch", "as_arguments", "as_batch", "by_position", "is_stream", "signature_of", "takes_items"]
+__all__ = ["Batch", "as_arguments", "as_batch", "as_tensor", "by_position", "is_stream", "signature_of", "takes_items"]
 
 
 class Batch(NamedTuple):
@@ -191,6 +191,24 @@ def as_batch(data: Any, numbers: Numbers | torch.dtype | None = None, name: str 
             f"{name} must hold at least one datum, found a first tensor of shape {tuple(batch.data.shape)}"
         )
     return batch._replace(num_data=lengths[0])
+
+
+def as_tensor(name: str, value: Any, numbers: Numbers) -> Tensor:
+    """Return a tensor, array or frame as a tensor of these numbers; see `as_batch`.
+
+    Args:
+        name: Name of the argument in errors.
+        value: The tensor, array or frame.
+        numbers: What its numbers become.
+
+    Raises:
+        TypeError: It is none of these, or holds no numbers.
+        ValueError: A conversion would change values.
+    """
+    tensor = converted(value, numbers, name)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor or an array, found {type(value).__name__}: torch.as_tensor({name})")
+    return tensor
 
 
 def as_arguments(

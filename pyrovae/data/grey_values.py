@@ -100,9 +100,9 @@ def check_grey_values(what: str, images: Tensor) -> None:
     if not isinstance(images, Tensor):
         raise TypeError(f"{what} must be a tensor, found {type(images).__name__}: torch.as_tensor(x)")
     if not images.is_floating_point():
-        remedy = (
-            "x.float()" if images.dtype == torch.bool else "x.float() / 255 for bytes, x.float() for zeros and ones"
-        )
+        remedy = "x.float()"
+        if images.dtype != torch.bool:
+            remedy = f"x.float() / 255 for bytes{_call(what)}; x.float() for zeros and ones"
         raise TypeError(f"{what} must be floating-point values in [0, 1], found {images.dtype}: {remedy}")
     if not checks_values() or images.numel() == 0:
         return
@@ -115,6 +115,7 @@ def check_grey_values(what: str, images: Tensor) -> None:
         )
     if low >= 0:
         remedy = "divide grey images by their largest level (x / 255 for bytes)"
+        remedy += _call(what) if 16 < high <= 255 else ""
     elif low >= -1 and high <= 1:
         remedy = "scale images in [-1, 1] back by (x + 1) / 2"
     else:
@@ -143,6 +144,14 @@ def are_levels(levels: Tensor, num_levels: int) -> Tensor:
     """Whether each of `levels`, images times L - 1, is one of 0 ... L - 1 up to the rounding of its dtype."""
     tolerance = max(_ROUNDING, (num_levels - 1) * torch.finfo(levels.dtype).eps)
     return (levels - levels.round().clamp(0, num_levels - 1)).abs() <= tolerance
+
+
+def _call(what: str) -> str:
+    """The call of `fit` with bytes for the functions of this module, which are its transforms; "" for other checks."""
+    function = what.removesuffix(": images")
+    if function not in ("binarize", "dequantize"):
+        return ""
+    return f", as in pyrovae.fit(model, guide, x.float() / 255, transform=pyrovae.data.{function})"
 
 
 def _not_finite(images: Tensor) -> str:

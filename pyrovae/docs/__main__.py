@@ -6,6 +6,7 @@ A warning of pdoc and a public name without a docstring are errors.
 import argparse
 import importlib
 import inspect
+import re
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from types import ModuleType
 from torch import nn
 
 import pyrovae
+from pyrovae import docs
 
 __all__ = ["build"]
 
@@ -42,6 +44,8 @@ def build(folder: Path) -> None:
             return ""
         if context["module"].fullname == "pyrovae" and docstring == pyrovae.__doc__:
             docstring += "\n\nGuides to training, conditional models, missing values, bounds and more: `pyrovae.docs`."
+        if context["module"].fullname == "pyrovae.docs":
+            docstring = _with_anchors(docstring)
         return to_markdown_with_context(context, docstring)
 
     filters = pdoc.render.env.filters
@@ -56,6 +60,15 @@ def build(folder: Path) -> None:
             pdoc.pdoc("pyrovae", "pyrovae.docs", *nested, r"!pyrovae\.docs\.", output_directory=folder)
     finally:
         filters["to_markdown"] = to_markdown_with_context
+
+
+def _with_anchors(text: str) -> str:
+    """Links between the pages lead to headings instead of files, because all of them become one page."""
+    for page in docs.PAGES:
+        title = (Path(docs.__file__).parent / page).read_text(encoding="utf-8").partition("\n")[0]
+        anchor = re.sub(r"\W+", "-", title.lower()).strip("-")  # as pdoc makes it
+        text = text.replace(f"]({page})", f"](#{anchor})").replace(f"]({page}#", "](#")
+    return text
 
 
 def _public_modules() -> list[str]:

@@ -161,7 +161,10 @@ def simulation_based_calibration(
         Calibration (2018).
     """
     num_draws = check_count("num_draws", num_draws)
-    with evaluation_of(model, guide, args=args, kwargs=kwargs) as (args, kwargs):
+    with evaluation_of(model, guide, args=args, kwargs=kwargs, evaluation=simulation_based_calibration) as (
+        args,
+        kwargs,
+    ):
         trace, program, args, kwargs = simulate(model, guide, args, kwargs)
         guide = as_guide(guide)
         pair = inspect_pair(program, guide, args, kwargs, plate)

@@ -111,7 +111,7 @@ def classify(
         particle_batch_size=particle_batch_size,
         progress=progress,
     )
-    with opened(model, guide, args, kwargs, options) as pair:
+    with opened(model, guide, args, kwargs, options, evaluation=classify) as pair:
         name = _site_of(pair, site)
         first = draw(pair, pair.block(0, min(2, pair.num_data)), None)
         values = values_of_sum(first.model_trace.nodes[name])

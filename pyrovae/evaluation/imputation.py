@@ -146,7 +146,7 @@ def impute(
     def with_mask(args: tuple, kwargs: dict[str, Any]) -> tuple[Program, Program, tuple, dict[str, Any]]:
         return model, guide, args, {"observed": check_mask(kwargs["observed"], args[0])}
 
-    with opened(model, guide, (x, *more), {"observed": observed}, options, with_mask) as pair:
+    with opened(model, guide, (x, *more), {"observed": observed}, options, with_mask, evaluation=impute) as pair:
         _check_layout(pair, len(pair.args[0]))
         # Moments of all cells pass through at once, beside the latents.
         pair = replace(pair, row_size=max(pair.row_size, pair.args[0][0].numel()))

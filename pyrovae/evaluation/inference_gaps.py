@@ -181,7 +181,7 @@ def inference_gaps(
         )
     data = Inputs(x, context, observed)
     with (
-        evaluation_of(guide, model, args=data.args, kwargs=data.kwargs) as (args, kwargs),
+        evaluation_of(guide, model, args=data.args, kwargs=data.kwargs, evaluation=inference_gaps) as (args, kwargs),
         progress_bar("refining", len(x), "data", progress) as bar,
     ):
         data = Inputs(args[0], args[1] if len(args) > 1 else None, kwargs.get("observed"))

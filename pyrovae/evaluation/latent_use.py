@@ -157,7 +157,7 @@ def latent_use(
         Lucas, Tucker, Grosse & Norouzi, Don't Blame the ELBO! A Linear VAE Perspective on Posterior Collapse (2019).
     """
     num_draws = check_count("num_draws", num_draws, least=2)
-    with opened(model, guide, args, kwargs, Options(plate=plate)) as pair:
+    with opened(model, guide, args, kwargs, Options(plate=plate), evaluation=latent_use) as pair:
         if isinstance(pair.model, SummedOut) or isinstance(pair.guide, SummedOut):
             raise ValueError(
                 "sites marked for enumeration are summed out, so they have no draws whose use could be measured: draw "

@@ -4,9 +4,10 @@
 whose batches `parts_of` gives one by one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from inspect import signature
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from pyrovae.common.arguments import check_count, map_tensors
 from pyrovae.data.conversion import Numbers
 from pyrovae.data.forms import as_arguments, as_batch, by_position, is_stream, takes_items
 from pyrovae.programs.pair import Pair
-from pyrovae.programs.parameters import check_arguments, numbers_of
+from pyrovae.programs.parameters import check_arguments, check_names, numbers_of
 from pyrovae.programs.particles import check_memory
 from pyrovae.programs.precision import check_precision
 from pyrovae.programs.reach import evaluation_mode
@@ -82,6 +83,7 @@ def opened(
     kwargs: dict[str, Any],
     options: Options,
     prepare: Prepare | None = None,
+    evaluation: Callable | None = None,
 ) -> Iterator[Pair]:
     """Put the programs into evaluation mode, inspect them with the data, and yield the pair.
 
@@ -92,12 +94,15 @@ def opened(
         kwargs: Their keyword arguments, likewise.
         options: The options of the evaluation.
         prepare: Maps the arguments, on the programs' device, to (model, guide, args, kwargs) to inspect.
+        evaluation: The public function, whose options are named if one is misspelt; by default those in `options`.
 
     Raises:
+        TypeError: A keyword argument is none of the programs'.
         ValueError: The weights of a single datum do not fit into memory; and everything that `inspect` refuses.
     """
     with evaluation_mode(model, guide) as device:
-        args, kwargs = _arguments((model, guide), args, kwargs, device)
+        names = [field.name for field in fields(options)] if evaluation is None else _options_of(evaluation)
+        args, kwargs = _arguments((model, guide), args, kwargs, device, names)
         if options.counts:
             check_memory(options.counts[0], getattr(options, options.counts[0]), device)
         start: Any = guide  # if it is None, `inspect` raises the error
@@ -107,14 +112,22 @@ def opened(
 
 
 @contextmanager
-def evaluation_of(*programs: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[tuple, dict[str, Any]]]:
+def evaluation_of(
+    *programs: Any, args: tuple, kwargs: dict[str, Any], evaluation: Callable | None = None
+) -> Iterator[tuple[tuple, dict[str, Any]]]:
     """Put the programs into evaluation mode, and yield the arguments to call them with; see `opened`."""
     with evaluation_mode(*programs) as device:
-        yield _arguments(programs, args, kwargs, device)
+        yield _arguments(programs, args, kwargs, device, [] if evaluation is None else _options_of(evaluation))
+
+
+def _options_of(evaluation: Callable) -> list[str]:
+    """The names of the options of a public function."""
+    parameters = signature(evaluation).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
 def _arguments(
-    programs: tuple, args: tuple, kwargs: dict[str, Any], device: torch.device | None
+    programs: tuple, args: tuple, kwargs: dict[str, Any], device: torch.device | None, options: Collection[str]
 ) -> tuple[tuple, dict[str, Any]]:
     """The arguments to call the programs with: the items of a batch, tensors in place of arrays, on their device."""
     called = [program for program in programs if program is not None]
@@ -128,6 +141,7 @@ def _arguments(
     )
     if args and not kwargs and all(are_ready):
         return args, kwargs
+    check_names(called, kwargs, options)
     check_arguments(called, args, kwargs)
     if len(args) == 1 and not kwargs and isinstance(args[0], tuple | list | Mapping | TensorDataset):
         items = args[0].tensors if isinstance(args[0], TensorDataset) else args[0]

@@ -110,7 +110,7 @@ def second_opinion(
         particle_batch_size=particle_batch_size,
         progress=progress,
     )
-    with opened(model, guide, args, kwargs, options) as pair:
+    with opened(model, guide, args, kwargs, options, evaluation=second_opinion) as pair:
         of_block = partial(_of_block, pair, options.num_particles)
         results, names, shares = zip(*draw_blocks(pair, options, of_block, "second opinion"), strict=True)
     return SecondOpinion(LogMarginalLikelihood.concatenate(list(results)), names[0], torch.cat(shares))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.component import Component
-from pyrovae.common.networks import check_context, features_of, given, width_of_features
+from pyrovae.common.networks import check_context, encoding_of, features_of, given, width_of_features
 from pyrovae.programs.parameters import emit_parameters
 
 __all__ = ["EncoderGuide", "Guide", "check_guide", "start_informative"]
@@ -78,7 +78,7 @@ class Guide(Component, ABC):
     ) -> dist.TorchDistribution:
         """Return q(z|x): batch shape (N,), event shape (latent_dim,); its `.mean` is the embedding."""
         more, options = given(context, observed)
-        return self.distribution(self.encode(x, *more, **options))
+        return self.distribution(encoding_of(self, (x, *more), options))
 
     def latents(self, parameters: Tensor, visit: Callable[[str, dist.TorchDistribution], Tensor]) -> Tensor:
         """Visit the latent sites in the order in which they are drawn.
@@ -124,7 +124,7 @@ class Guide(Component, ABC):
         if context is not None:
             check_context(context, x.shape[0])
         more, options = given(context, observed)
-        parameters = self.encode(x, *more, **options)
+        parameters = encoding_of(self, (x, *more), options)
         if parameters.ndim != 2 or len(parameters) != len(x):
             raise ValueError(
                 f"{type(self).__name__}.encode must give parameters (N, P) for N data, one row for each; found "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.common.arguments import without_checks
-from pyrovae.guides.base import Guide, check_guide
+from pyrovae.guides.base import Guide
 from pyrovae.models.generative import LatentVariableModel
 from pyrovae.programs.reach import evaluation_mode
 
@@ -81,11 +81,15 @@ def export(
         Ansel et al., PyTorch 2: Faster Machine Learning Through Dynamic Python Bytecode Transformation and Graph
         Compilation (2024).
     """
-    check_guide(guide)
-    if not isinstance(model, LatentVariableModel):
-        raise TypeError(
-            f"model must be a pyrovae.GenerativeModel or a hierarchical model, found {type(model).__name__}"
-        )
+    for name, part, kind, expected in (
+        ("model", model, LatentVariableModel, "pyrovae.GenerativeModel or a hierarchical model"),
+        ("guide", guide, Guide, "pyrovae.guides.Guide"),
+    ):
+        if not isinstance(part, kind):
+            raise TypeError(
+                f"{name} must be a {expected}, found {type(part).__name__}: call pyrovae.export(model, guide, path), the "
+                f"path last"
+            )
     extra = () if context is None else (context[:_EXAMPLES].cpu(),)
     if extra and len(extra[0]) < _EXAMPLES:
         raise ValueError(f"context must hold {_EXAMPLES} rows or more, found {len(extra[0])}")

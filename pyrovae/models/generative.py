@@ -10,12 +10,12 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrovae.common.arguments import check_count, checks_values
 from pyrovae.common.component import Component
 from pyrovae.common.networks import check_context, check_mask, given, needs_context, takes_context
-from pyrovae.data.forms import as_arguments
+from pyrovae.data.forms import as_arguments, as_tensor
 from pyrovae.likelihoods.base import Likelihood
 from pyrovae.priors.base import Prior
 from pyrovae.programs.parameters import emit_parameters, numbers_of
@@ -39,6 +39,7 @@ class LatentVariableModel(Component, ABC):
         likelihood: p(x|z)
 
     Raises:
+        TypeError: for a prior that cannot be called or is a likelihood, or a likelihood that is no `Likelihood`.
         ValueError: for data of the wrong shape or outside the likelihood's support, a context that no part uses or that
             has another number of rows than the data, and no context if a part needs one.
     """
@@ -47,6 +48,7 @@ class LatentVariableModel(Component, ABC):
 
     def __init__(self, prior: Prior, likelihood: Likelihood):
         super().__init__()
+        _check_parts(type(self).__name__, prior, likelihood)
         self.prior = prior
         self.likelihood = likelihood
 
@@ -172,11 +174,19 @@ class LatentVariableModel(Component, ABC):
         Returns:
             (..., *data_shape).
         """
+        z = self._codes(z)
         if context is not None:
             context = self._tensor_of(context)
             self._check_use(context)
         with evaluation_mode(self):
             return self._data(z, mean, *given(context)[0])
+
+    def _codes(self, z: Any) -> Tensor:
+        """Latents as a tensor; an array becomes one of the model's dtype, on its device."""
+        if isinstance(z, Tensor):
+            return z
+        device = next((p.device for p in self.parameters()), None)
+        return as_tensor("z", z, numbers_of(self)).to(device)
 
     def _tensor_of(self, context: Any) -> Tensor:
         """The context as a tensor (N, ...) of the model's numbers: one label becomes one row.
@@ -246,6 +256,26 @@ class GenerativeModel(LatentVariableModel):
 
     def likelihood_at(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         return likelihood_given(self.likelihood, z, context)
+
+
+def _check_parts(name: str, prior: Any, likelihood: Any) -> None:
+    """Raise TypeError unless these are a prior and a likelihood."""
+    if isinstance(prior, Likelihood) and isinstance(likelihood, Prior):
+        raise TypeError(
+            f"found the likelihood {type(prior).__name__} in place of the prior, and the prior "
+            f"{type(likelihood).__name__} in place of the likelihood: swap them, the prior comes first in {name}"
+        )
+    if isinstance(prior, Likelihood) or not callable(prior):
+        raise TypeError(
+            f"prior must be a pyrovae.priors.Prior, such as StandardNormal(latent_dim), found {type(prior).__name__}"
+        )
+    if not isinstance(likelihood, Likelihood):
+        is_net = isinstance(likelihood, nn.Module)
+        remedy = f": if it is the decoder network, make it Bernoulli({type(likelihood).__name__}(...), data_shape)"
+        raise TypeError(
+            f"likelihood must be a pyrovae.likelihoods.Likelihood, such as Bernoulli(decoder, data_shape), found "
+            f"{type(likelihood).__name__}{remedy if is_net else ''}"
+        )
 
 
 def prior_at(prior: Prior, context: Tensor | None) -> tuple[dist.TorchDistribution, torch.Size]:

@@ -100,6 +100,7 @@ class HierarchicalModel(LatentVariableModel):
         Raises:
             ValueError: for any other width.
         """
+        z = self._codes(z)
         widths = [sum(self.latent_dims[below:]) for below in range(len(self.latent_dims))]
         if z.shape[-1] not in widths:
             raise ValueError(

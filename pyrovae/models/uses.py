@@ -8,19 +8,23 @@ For a hierarchical pair, z holds all layers side by side. `decode` accepts upper
 guide.top, a, b)`.
 
 Of a pair that is called with a context, every function takes `context=`, one row for each datum; of data with missing
-values, `embed`, `sample_posterior` and `reconstruct` take the mask `observed=`.
+values, `embed`, `sample_posterior` and `reconstruct` take the mask `observed=`. NumPy arrays and frames are taken in
+place of tensors, and become tensors of the programs' dtype.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.networks import Inputs, check_context, check_mask
+from pyrovae.data.forms import as_tensor
 from pyrovae.guides.base import Guide
 from pyrovae.models.generative import LatentVariableModel
+from pyrovae.programs.parameters import numbers_of
 from pyrovae.programs.reach import evaluation_mode
 
 __all__ = ["attribute_direction", "edit", "embed", "interpolate", "reconstruct", "sample_posterior", "traverse"]
@@ -95,6 +99,8 @@ def reconstruct(
     Returns:
         (N, *data_shape).
     """
+    x = _data_of(x, guide, model)
+    context = _given("context", context, guide)
     known = {"context": context, "observed": observed}
     z = embed(guide, x, **known) if mean else sample_posterior(guide, x, 1, **known)[0]
     return _decode(model, z, context, mean=mean)
@@ -137,6 +143,8 @@ def interpolate(
     References:
         White, Sampling Generative Networks (2016).
     """
+    a, b = (_data_of(end, guide, model, name) for name, end in (("a", a), ("b", b)))
+    context = _given("context", context, guide)
     if a.shape != b.shape:
         raise ValueError(f"a and b must have the same shape, found {tuple(a.shape)} and {tuple(b.shape)}")
     num_steps = check_count("num_steps", num_steps)
@@ -178,6 +186,8 @@ def traverse(
     Raises:
         ValueError: if z is not (N, D), there are no values, or there is no such dimension.
     """
+    z = _given("z", z, model)
+    context = _given("context", context, model)
     if z.ndim != 2 or not -z.shape[-1] <= dimension < z.shape[-1]:
         raise ValueError(f"expected codes z (N, D) and a dimension below D, found {tuple(z.shape)} and {dimension}")
     values = _numbers("values", values, z)
@@ -218,11 +228,12 @@ def attribute_direction(
         Larsen, Sønderby, Larochelle & Winther, Autoencoding beyond pixels using a learned similarity metric (2016).
         White, Sampling Generative Networks (2016), for groups.
     """
+    x, mask = _data_of(x, guide), _given("mask", mask, guide)
     if mask.dtype != torch.bool or mask.shape != x.shape[:1]:
         raise ValueError(
             f"mask must be bool ({len(x)},), for instance labels == 7; found {mask.dtype}, shape {tuple(mask.shape)}"
         )
-    groups = torch.zeros_like(mask, dtype=torch.long) if groups is None else groups
+    groups = torch.zeros_like(mask, dtype=torch.long) if groups is None else _given("groups", groups, guide)
     if groups.is_floating_point() or groups.shape != mask.shape:
         raise ValueError(
             f"groups must be whole numbers ({len(x)},), for instance labels; found {groups.dtype}, shape "
@@ -273,6 +284,8 @@ def edit(
     References:
         Larsen, Sønderby, Larochelle & Winther, Autoencoding beyond pixels using a learned similarity metric (2016).
     """
+    x, direction = _data_of(x, guide, model), _given("direction", direction, guide)
+    context = _given("context", context, guide)
     z = embed(guide, x, context=context)
     if direction.shape != z.shape[1:]:
         raise ValueError(f"the direction must be ({z.shape[1]},), like the codes, found {tuple(direction.shape)}")
@@ -285,14 +298,38 @@ def _of_posterior(
     guide: Guide, x: Tensor, context: Tensor | None, observed: Tensor | None, take: Callable, dim: int
 ) -> Tensor:
     """Return take(q(z|x)) of all data, in batches that lie along `dim` of the result."""
+    x = _data_of(x, guide)
+    context = _given("context", context, guide)
     if context is not None:
         check_context(context, len(x))
-    data, parts = Inputs(x, context, None if observed is None else check_mask(observed, x)), []
+    mask = None if observed is None else check_mask(_given("observed", observed, guide), x)
+    data, parts = Inputs(x, context, mask), []
     with evaluation_mode(guide) as device:
         for start in range(0, len(x), _ROWS):
             batch = data.map(partial(_moved, rows=slice(start, start + _ROWS), device=device))
             parts.append(take(guide.posterior(*batch.args, **batch.kwargs)).to(x.device))
     return torch.cat(parts, dim)
+
+
+def _given(name: str, value: Any, program: Any) -> Any:
+    """An array as a tensor, in the numbers of the program; a tensor and None as they are."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    return as_tensor(name, value, numbers_of(program)._replace(is_real=False))
+
+
+def _data_of(x: Any, guide: Guide, model: LatentVariableModel | None = None, name: str = "x") -> Tensor:
+    """Data as a tensor; ValueError for one datum instead of a batch, if the shape of a datum is known."""
+    if not isinstance(x, Tensor):
+        x = as_tensor(name, x, numbers_of(guide) if model is None else numbers_of(guide, model))
+    part = getattr(guide, "encoder_net", None) if model is None else model.likelihood
+    data_shape = getattr(part, "data_shape", None)
+    if data_shape is not None and x.shape == data_shape:
+        raise ValueError(
+            f"expected data of shape (N, {', '.join(map(str, data_shape))}), found {tuple(x.shape)} for {name}, one datum: "
+            f"add a leading axis, {name}[None]"
+        )
+    return x
 
 
 def _moved(tensor: Tensor, rows: slice, device: torch.device | None) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyrovae.common.arguments import check_count, run_network
+from pyrovae.common.arguments import check_count, check_sizes, run_network
 from pyrovae.common.component import Component
 from pyrovae.nets.conv_layers import decoder_layers, encoder_layers
 
@@ -62,6 +62,7 @@ class ConvEncoder(Component):
         normalize: bool = True,
     ):
         super().__init__()
+        _check_sizes("data_shape", data_shape, channels)
         self.data_shape, self.out_features, self.spatial_dims = torch.Size(data_shape), out_features, spatial_dims
         self.layers = encoder_layers(data_shape, channels, out_features, 0, spatial_dims, activation, normalize)
 
@@ -112,6 +113,7 @@ class ResidualEncoder(Component):
     ):
         super().__init__()
         num_blocks = check_count("num_blocks", num_blocks)
+        _check_sizes("data_shape", data_shape, channels)
         self.data_shape, self.out_features, self.spatial_dims = torch.Size(data_shape), out_features, spatial_dims
         self.layers = encoder_layers(
             data_shape, channels, out_features, num_blocks, spatial_dims, activation, normalize
@@ -164,6 +166,7 @@ class ConvDecoder(Component):
         normalize: bool = True,
     ):
         super().__init__()
+        _check_sizes("out_shape", out_shape, channels)
         self.in_features, self.out_shape = in_features, torch.Size(out_shape)
         self.layers = decoder_layers(in_features, out_shape, channels, 0, spatial_dims, activation, normalize)
 
@@ -214,11 +217,17 @@ class ResidualDecoder(Component):
     ):
         super().__init__()
         num_blocks = check_count("num_blocks", num_blocks)
+        _check_sizes("out_shape", out_shape, channels)
         self.in_features, self.out_shape = in_features, torch.Size(out_shape)
         self.layers = decoder_layers(in_features, out_shape, channels, num_blocks, spatial_dims, activation, normalize)
 
     def forward(self, z: Tensor) -> Tensor:
         return _decode(self, z)
+
+
+def _check_sizes(name: str, shape: Sequence[int], channels: Sequence[int]) -> None:
+    check_sizes(name, shape, "(1, 28, 28)")
+    check_sizes("channels", channels, "[32, 64]")
 
 
 def _encode(net: ConvEncoder | ResidualEncoder, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from operator import index
 import torch
 from torch import Tensor, nn
 
-from pyrovae.common.arguments import run_network
+from pyrovae.common.arguments import check_sizes, run_network
 from pyrovae.common.component import Component
 
 __all__ = ["MLP", "leading_shape"]
@@ -63,6 +63,7 @@ class MLP(Component):
     ):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is a fraction of units and must be in [0, 1), found {dropout}")
+        check_sizes("hidden_features", hidden_features, f"[{hidden_features}]")
         widths = [index(width) for width in (in_features, *hidden_features)]
         layers: list[nn.Module] = [nn.Flatten()]
         for width, next_width in pairwise(widths):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.common.arguments import map_tensors
+from pyrovae.common.networks import encoding_of
 from pyrovae.programs.particles import reason_to_loop
 from pyrovae.programs.traces import Layout, Program
 
@@ -44,7 +45,7 @@ class EncodesOnce(Protocol):
 @torch.no_grad()
 def encode_once(guide: Program, args: tuple, kwargs: dict) -> Tensor | None:
     """The guide's encoding of these data; None if the guide does not encode once (`EncodesOnce`)."""
-    return guide.encode(*args, **kwargs) if isinstance(guide, EncodesOnce) and guide.encodes_once else None
+    return encoding_of(guide, args, kwargs) if isinstance(guide, EncodesOnce) and guide.encodes_once else None
 
 
 def guide_given(guide: Program, encoded: Tensor | None) -> Program:

@@ -1,7 +1,8 @@
 """Parameters of Pyro programs: emitted without Pyro's store, and programs isolated from surrounding handlers."""
 
+import difflib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +12,10 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
 from pyrovae.data.conversion import Numbers
-from pyrovae.data.forms import is_stream
+from pyrovae.data.forms import is_stream, signature_of
 from pyrovae.programs.reach import modules_behind
 
-__all__ = ["apart_from_handlers", "check_arguments", "check_program", "emit_parameters", "numbers_of"]
+__all__ = ["apart_from_handlers", "check_arguments", "check_names", "check_program", "emit_parameters", "numbers_of"]
 
 
 def check_program(name: str, program: Any) -> None:
@@ -41,6 +42,31 @@ def check_arguments(programs: Sequence[Any], args: tuple, kwargs: dict[str, Any]
             f"found a {type(streams[0]).__name__}, and this function takes data in memory: join its batches, "
             f"torch.cat(list(loader)). log_marginal_likelihood, annealed_importance_sampling and sequential_monte_carlo take "
             f"a loader as their only argument, and go through its batches"
+        )
+
+
+def check_names(programs: Sequence[Any], kwargs: dict[str, Any], options: Collection[str]) -> None:
+    """Raise TypeError for a keyword argument that no program has: most are misspelt options of the evaluation.
+
+    Args:
+        programs: What is called with the keyword arguments.
+        kwargs: The keyword arguments.
+        options: Names of the options of the evaluation.
+    """
+    signatures = [signature_of(program) for program in programs]
+    taken = [signature.parameters for signature in signatures if signature is not None]
+    if all(any(parameter.kind is parameter.VAR_KEYWORD for parameter in found.values()) for found in taken):
+        return
+    for name in kwargs:
+        if any(name in found for found in taken):
+            continue
+        if name in options:
+            raise TypeError(f"the programs take no argument {name}=: give both of them an argument of that name")
+        similar = difflib.get_close_matches(name, options, 1)
+        remedy = f"did you mean {similar[0]}=?" if similar else f"leave it out; options are {', '.join(options)}"
+        raise TypeError(
+            f"found {name}=, and this evaluation has no option of that name, nor do the programs take such an "
+            f"argument: {remedy}"
         )
 
 

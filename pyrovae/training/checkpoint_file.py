@@ -26,6 +26,7 @@ _logger = logging.getLogger("pyrovae")
 FORMAT = 2
 _MARK = b"\npyrovae sha256 "
 _DIGEST_SIZE = hashlib.sha256().digest_size
+_WHAT_TO_NAME = "the file checkpoint.pt of a run, or a file written by pyrovae.save"
 
 
 @contextmanager
@@ -116,7 +117,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except IsADirectoryError:
-        raise ValueError(f"{path} is a folder, expected a checkpoint: name the file in it") from None
+        inside = path / "checkpoint.pt"
+        remedy = f"name {inside}" if inside.is_file() else f"name {_WHAT_TO_NAME}; it holds no checkpoint.pt"
+        raise ValueError(f"{path} is a folder, expected a checkpoint: {remedy}") from None
     content, mark, digest = data[: -len(_MARK) - _DIGEST_SIZE], data[-len(_MARK) - _DIGEST_SIZE :], data[-_DIGEST_SIZE:]
     is_marked = mark.startswith(_MARK)
     if is_marked and hashlib.sha256(content).digest() != digest:
@@ -127,7 +130,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     except Exception as error:  # torch and zipfile raise many types for a damaged file
         # Leave out torch's message, which advises to run any code that the file holds.
         raise ValueError(
-            f"{path} is damaged or no checkpoint of pyrovae ({type(error).__name__}){_or_earlier(path)}"
+            f"{path} is damaged or no checkpoint of pyrovae: name {_WHAT_TO_NAME}{_or_earlier(path)}"
         ) from error
     if not isinstance(found, dict) or not isinstance(found.get("format"), int):
         raise ValueError(f"{path} is no checkpoint of pyrovae: save one with pyrovae.save")

@@ -146,6 +146,24 @@ def test_bad_numbers_are_refused(linear_gaussian, num_annealed, rows, words):
         pv.anneal_a_slice(linear_gaussian.model, importance, x[:rows], num_annealed=num_annealed)
 
 
+def test_a_model_that_holds_its_data(linear_gaussian):
+    """All of them can be annealed, in their order; a slice cannot be taken."""
+    x = linear_gaussian.data(6)
+    model = pyro.condition(lambda: linear_gaussian.model(x), data={"x": x})
+
+    def guide():
+        return linear_gaussian.guide(x)
+
+    importance = pv.log_marginal_likelihood(model, guide, num_particles=2000)
+    found = pv.anneal_a_slice(model, importance, guide=guide, num_annealed=6, num_chains=8, num_temperatures=20)
+    assert found.index.tolist() == list(range(6))
+    torch.testing.assert_close(found.annealed.log_prob, importance.log_prob, atol=0.3, rtol=0)
+    with pytest.raises(
+        ValueError, match="holds its 6 data itself, and a slice of 4 cannot be taken: .*num_annealed=6, or pass"
+    ):
+        pv.anneal_a_slice(model, importance, guide=guide, num_annealed=4)
+
+
 @pytest.mark.parametrize("finished", [0, 1, 4])
 def test_an_interrupted_slice_is_a_random_one(linear_gaussian, finished, monkeypatch):
     """Its results are those of its own data, and these are no run of the first ones."""

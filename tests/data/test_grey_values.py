@@ -191,3 +191,14 @@ def test_advice_fits_the_data(x, match):
         pv.log_weights(model, guide, x, num_particles=2)
     if "real values" in match or "nan" in match:
         assert "binari" not in re.sub("binary", "", str(caught.value))
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_the_call_for_bytes_is_given(name):
+    call = f"pyrovae.fit(model, guide, x.float() / 255, transform=pyrovae.data.{name})"
+    for x in (grey() * 255, (grey() * 255).byte()):
+        with pytest.raises((TypeError, ValueError), match=re.escape(f", as in {call}")):
+            DRAWS[name](x)
+    with pytest.raises(ValueError, match="largest level") as raised:
+        DRAWS[name](grey() * 16)
+    assert "pyrovae.fit" not in str(raised.value)

@@ -11,7 +11,7 @@ import torch
 
 import pyrovae as pv
 from pyrovae import docs
-from pyrovae.docs.__main__ import build
+from pyrovae.docs.__main__ import _with_anchors, build
 
 PAGES = Path(docs.__file__).parent
 
@@ -128,6 +128,18 @@ def test_reference_builds(tmp_path):
     assert "Architecture: where things are" in pages
     assert 'src="data:image/png;base64' in pages  # figures are part of the page, not links to the source tree
     assert "log_marginal_likelihood" in (tmp_path / "pyrovae.html").read_text()
+    links = re.findall(r'href="([^"]*)"', pages)
+    assert [link for link in links if ".md" in link] == []
+    assert "#benchmarks-how-fast-and-how-measured" in links
+    names = set(re.findall(r'id="([^"]*)"', pages))
+    assert [link for link in links if link.startswith("#") and link[1:] not in names] == []
+
+
+def test_a_link_between_pages_leads_to_a_heading():
+    """Every page's heading is the anchor that pdoc makes of it; a heading inside a page is named by the link itself."""
+    assert _with_anchors("[a](training.md), [b](bounds.md#a-part)") == (
+        "[a](#training-your-data-optimizers-callbacks-averages), [b](#a-part)"
+    )
 
 
 def test_a_public_name_without_docstring_is_an_error(tmp_path, monkeypatch):

@@ -67,6 +67,12 @@ def test_checkpoint_from_elsewhere(tmp_path):
     with pytest.raises(ValueError, match="damaged or no checkpoint"):
         pv.load(path)
     assert not ran.exists()
+    path.write_text("# Not a checkpoint")
+    match = (
+        "damaged or no checkpoint of pyrovae: name the file checkpoint.pt of a run, or a file written by pyrovae.save$"
+    )
+    with pytest.raises(ValueError, match=match):
+        pv.load(path)
     torch.save({"weights": torch.ones(1)}, path)
     with pytest.raises(ValueError, match=r"no checkpoint of pyrovae"):
         pv.load(path)

@@ -1,7 +1,11 @@
 """What people hand to evaluations by mistake: numbers of other dtypes are the same data, all else is refused with its remedy."""
 
+import re
+
 import numpy as np
 import pandas as pd
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -142,3 +146,55 @@ def test_simulation_says_what_to_do_with_a_mask():
     model, _ = pair()
     with pytest.raises(ValueError, match=r"'x' is masked.*leave the mask out.*annealed_importance_sampling"):
         pv.bidirectional_monte_carlo(model, COUNTS.float(), observed=COUNTS > 0, **CHAINS)
+
+
+def observed_by(model, x):
+    return pyro.condition(model, data={"x": x})
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda model, guide, x: pv.log_marginal_likelihood(model, guide, x, num_samples=10), "num_particles=?"),
+        (
+            lambda model, guide, x: pv.log_marginal_likelihood(observed_by(model, x), guide, x, num_samples=10),
+            "num_parti",
+        ),
+        (lambda model, guide, x: pv.log_weights(model, guide, x, num_sample=10), "num_particles=?"),
+        (lambda model, guide, x: pv.latent_use(model, guide, x, num_draw=10), "num_draws=?"),
+        (lambda model, guide, x: pv.classify(model, guide, x, sit="y"), "site=?"),
+        (lambda model, guide, x: pv.annealed_importance_sampling(model, x, num_chain=10), "num_chains=?"),
+        (lambda model, guide, x: pv.annealed_importance_sampling(model, x, guid=guide), "guide=?"),
+        (lambda model, guide, x: pv.sequential_monte_carlo(model, x, num_population=2), "num_populations=?"),
+        (lambda model, guide, x: pv.simulation_based_calibration(model, guide, x, num_draw=9), "num_draws=?"),
+    ],
+)
+def test_a_misspelt_option(call, match):
+    model, guide = pair()
+    match = f"no option of that name, nor do the programs take such an argument: did you mean {re.escape(match)}"
+    with pytest.raises(TypeError, match=match):
+        call(model, guide, COUNTS.float())
+
+
+def test_an_argument_that_the_programs_lack():
+    model, guide = pair()
+    with pytest.raises(TypeError, match="found y=, .*: leave it out; options are .*num_particles"):
+        pv.log_marginal_likelihood(model, guide, COUNTS.float(), y=COUNTS)
+    with pytest.raises(TypeError, match="the programs take no argument observed=: give both of them an argument"):
+        pv.impute(lambda x: None, lambda x: None, COUNTS.float(), observed=COUNTS > 0)
+
+
+def test_an_argument_by_keyword_is_taken():
+    def model(x, **options):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(options["shift"], 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, shift):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + shift) / 2, 0.5**0.5))
+
+    result = pv.log_marginal_likelihood(model, guide, torch.zeros(5), shift=2.0, num_particles=3)
+    torch.testing.assert_close(
+        result.log_prob.float(), torch.full((5,), dist.Normal(2.0, 2**0.5).log_prob(torch.tensor(0.0)))
+    )

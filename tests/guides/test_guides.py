@@ -352,3 +352,28 @@ def test_one_latent_dimension(name, latent_dim, double):
 def test_a_posterior_that_would_not_be_drawn_from_is_refused():
     with pytest.raises(TypeError, match="override `distribution`"):
         type("Own", (pv.guides.MeanFieldNormal,), {"posterior": lambda self, x: None})
+
+
+class OfDataAlone(guides.Guide):
+    def encode(self, x):
+        return x[:, : self.latent_dim]
+
+    def distribution(self, parameters):
+        return dist.Normal(parameters, 1.0).to_event(1)
+
+
+@pytest.mark.parametrize("name", ["context", "observed"])
+def test_an_encode_without_the_argument(name):
+    model = pv.GenerativeModel(priors.StandardNormal(2), likelihoods.Bernoulli(nets.MLP(2, [4], 6), (6,)))
+    guide, x = OfDataAlone(2), torch.ones(5, 6)
+    value = torch.zeros(5) if name == "context" else x > 0
+    for call in (
+        lambda **options: guide(x, **options),
+        lambda **options: pv.uses.embed(guide, x, **options),
+        lambda **options: pv.log_marginal_likelihood(model, guide, x, num_particles=5, **options),
+    ):
+        call()
+        with pytest.raises(
+            TypeError, match=f"OfDataAlone.encode takes no {name}, .*give it an argument .*, or call without"
+        ):
+            call(**{name: value})

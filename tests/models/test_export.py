@@ -128,3 +128,12 @@ def test_a_conditional_pair(tmp_path):
     torch.testing.assert_close(torch.export.load(files.decoder).module()(z, context), decoded, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="3 rows or more, found 2"):
         export(model, guide, tmp_path, context=context[:2])
+
+
+def test_arguments_in_the_order_of_save(tmp_path):
+    model, guide = of()
+    for wrong in ((tmp_path, model, guide), (guide, model, tmp_path)):
+        with pytest.raises(
+            TypeError, match=r"model must be .*: call pyrovae.export\(model, guide, path\), the path last"
+        ):
+            pv.export(*wrong)

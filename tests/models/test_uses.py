@@ -319,3 +319,39 @@ def test_table_of_images_puts_each_in_its_place():
 def test_errors_of_tables(images, options, match):
     with pytest.raises(ValueError, match=match):
         plots.image_table(images, **options)
+
+
+def test_arrays_in_place_of_tensors(linear):
+    x, mask, z = linear.x, torch.tensor([True, False, True, False]), torch.randn(4, 3)
+    for use in (
+        lambda x, z, mask: uses.embed(linear.guide, x),
+        lambda x, z, mask: uses.reconstruct(linear.model, linear.guide, x),
+        lambda x, z, mask: uses.interpolate(linear.model, linear.guide, x, x),
+        lambda x, z, mask: uses.attribute_direction(linear.guide, x, mask),
+        lambda x, z, mask: uses.edit(linear.model, linear.guide, x, z[0], [0.5]),
+        lambda x, z, mask: uses.traverse(linear.model, z, 0, [1.0, 2.0]),
+        lambda x, z, mask: linear.model.decode(z),
+    ):
+        torch.testing.assert_close(use(x.numpy(), z.numpy(), mask.numpy()), use(x, z, mask))
+    with pytest.raises(TypeError, match="x must be a tensor or an array, found list: torch.as_tensor"):
+        uses.embed(linear.guide, [1.0])
+
+
+def test_latents_of_a_hierarchy_as_an_array():
+    model, _ = pv.two_layer_vae((4,), latent_dims=(3, 2), hidden_features=(5, 5))
+    z = torch.randn(6, 2)
+    torch.testing.assert_close(model.decode(z.double().numpy()), model.decode(z))
+
+
+def test_one_datum_in_place_of_a_batch(linear):
+    x = linear.x[0]
+    with pytest.raises(
+        ValueError, match=r"shape \(N, 5\), found \(5,\) for x, one datum: add a leading axis, x\[None\]"
+    ):
+        uses.reconstruct(linear.model, linear.guide, x)
+    with pytest.raises(ValueError, match=r"found \(5,\) for a, one datum"):
+        uses.interpolate(linear.model, linear.guide, x, x)
+    guide = guides.MeanFieldNormal(pv.nets.ConvEncoder((1, 8, 8), [4], 6), 2)
+    with pytest.raises(ValueError, match=r"shape \(N, 1, 8, 8\), found \(1, 8, 8\) for x, one datum"):
+        uses.embed(guide, torch.rand(1, 8, 8))
+    assert uses.embed(guide, torch.rand(1, 1, 8, 8)).shape == (1, 2)

@@ -152,3 +152,31 @@ def test_the_table_of_sites_stays_where_the_error_is_the_users():
 
     with pytest.raises(RuntimeError, match="Trace Shapes"):
         pv.fit(model, program, torch.zeros(4, 3), epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("prior", "other", "match"),
+    [
+        (
+            likelihood(),
+            NORMAL(2),
+            "found the likelihood Bernoulli in place of the prior, .*StandardNormal.*: swap them",
+        ),
+        (
+            NORMAL(2),
+            pv.nets.MLP(2, [8], 12),
+            r"likelihood must be .*, found MLP: .* make it Bernoulli\(MLP\(...\), data_sh",
+        ),
+        (
+            NORMAL(2),
+            None,
+            r"likelihood must be .*Likelihood, such as Bernoulli\(decoder, data_shape\), found NoneType$",
+        ),
+        (2, likelihood(), r"prior must be .*Prior, such as StandardNormal\(latent_dim\), found int"),
+    ],
+)
+def test_parts_in_the_wrong_place(prior, other, match):
+    with pytest.raises(TypeError, match=match):
+        pv.GenerativeModel(prior, other)
+    with pytest.raises(TypeError, match=match):
+        pv.HierarchicalModel(prior, [], other)

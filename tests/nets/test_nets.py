@@ -360,3 +360,19 @@ def test_a_decoder_is_given_its_latents():
 def test_arrays_of_numpy_are_named(net):
     with pytest.raises(TypeError, match=r"takes a tensor, found ndarray: torch\.as_tensor\(x\)"):
         net()(np.zeros((2, 3, 8, 8), "float32"))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: nets.MLP(64, 64), r"hidden_features must be a list of sizes, such as \[64\], found 64"),
+        (lambda: nets.ConvEncoder(1, 8), r"data_shape must be a list of sizes, such as \(1, 28, 28\), found 1"),
+        (lambda: nets.ConvEncoder((8, 8), 8), r"channels must be a list of sizes, such as \[32, 64\], found 8"),
+        (lambda: nets.ResidualEncoder((8, 8), 8), "channels must be a list"),
+        (lambda: nets.ConvDecoder(2, 8), r"out_shape must be a list of sizes, such as \(1, 28, 28\), found 8"),
+        (lambda: nets.ResidualDecoder(2, (8, 8), 8), "channels must be a list"),
+    ],
+)
+def test_a_number_in_place_of_sizes(make, match):
+    with pytest.raises(TypeError, match=match):
+        make()

@@ -303,7 +303,12 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
             pv.save(path, *make())
         with pytest.raises(OSError, match="folder that can be written to"):
             pv.fit(*make(), binary(), checkpoint=path, progress=False)
-    with pytest.raises(ValueError, match="is a folder, expected a checkpoint"):
+    with pytest.raises(
+        ValueError, match="is a folder, expected a checkpoint: name the file checkpoint.pt of a run, or a file"
+    ):
+        pv.load(tmp_path)
+    pv.save(tmp_path / "checkpoint.pt", *make())
+    with pytest.raises(ValueError, match=rf"is a folder, expected a checkpoint: name {tmp_path}/checkpoint\.pt$"):
         pv.load(tmp_path)
 
 
