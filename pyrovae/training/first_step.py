@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyrovae.compiled.signature import Snapshot
 from pyrovae.data.forms import Batch, signature_of
+from pyrovae.likelihoods.base import Likelihood
 from pyrovae.programs.latents import check_same_sites
 from pyrovae.programs.masks import refuse_unaligned_masks
 from pyrovae.programs.reach import evaluation_mode
@@ -60,6 +61,11 @@ class FirstStepCheck:
         except TypeError as error:
             if said := _not_taken(run.model, run.guide, batch, "train"):
                 raise TypeError(said) from error
+            raise
+        except ValueError as error:  # Pyro rejects what a guide computes of such data
+            if (refusal := _refused_by_likelihood(run.model, batch)) is not None:
+                self.refusal = refusal
+                raise refusal from error
             raise
         except (AssertionError, KeyError):  # of TraceMeanField_ELBO, for a site that one program lacks
             self._check_bound(look, batch)
@@ -149,6 +155,21 @@ class FirstStepCheck:
         finally:
             kept.put_back()
             pyro.util.set_rng_state(random)
+
+
+def _refused_by_likelihood(model: Program, batch: Batch) -> Exception | None:
+    """The error of the model's likelihood about the shape or the values of the data; None for NaN, which have their own."""
+    likelihood = getattr(model, "likelihood", None)
+    x = batch.args[0] if batch.args else None
+    if not isinstance(likelihood, Likelihood) or not isinstance(x, Tensor):
+        return None
+    try:
+        likelihood.check_shape(x)
+        if x.isfinite().all() and "observed" not in batch.kwargs:
+            likelihood.check(x)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
 
 
 def _check_data_are_first(batch: Batch, plate_sizes: set[int]) -> None:

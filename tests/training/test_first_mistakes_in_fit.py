@@ -126,6 +126,20 @@ def test_gradients_that_are_finite_but_too_large_are_named():
         pv.fit(Steep(), guide, torch.randn(60, 3), **OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "x", "words"),
+    [
+        (pv.likelihoods.ContinuousBernoulli, torch.full((60, 3), 1e6), r"lie in \[0, 1\], found 1e\+06"),
+        (pv.likelihoods.Bernoulli, torch.full((60, 3), 1e30), "Bernoulli pixels are 0 or 1"),
+        (pv.likelihoods.Normal, torch.full((60, 1, 3), math.nan), r"shape \(N, 3\), found \(30, 1, 3\)"),
+    ],
+)
+def test_data_are_refused_before_what_the_guide_computes_of_them(likelihood, x, words):
+    """The scale of q(z|x) is 0 or NaN there, and Pyro would say that, with all numbers."""
+    with pytest.raises(ValueError, match=words):
+        pv.fit(*pair(likelihood), x, **OPTIONS)
+
+
 def test_a_table_needs_its_mask():
     frame = pd.DataFrame({"a": [1.0, None, 3.0] * 20, "b": ["u", "v", "v"] * 20, "c": np.arange(60.0) / 60})
     table = pv.data.table(frame)
