@@ -196,7 +196,9 @@ def report(fitted, lml, annealed, independent, lengths) -> str:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--dataset", choices=("digits", "japanese-vowels"), default="digits", help="default: digits")
     add("--latent-dim", type=int, default=8, help="dimensions of each z_t (default: 8)")

@@ -131,9 +131,10 @@ def report(metrics) -> str:
         meaning += (
             f"\nImportance weights cannot be trusted for {test['share_pareto_k_above_limit']:.0%} of the images. Annealing "
             f"{annealed['num_images']:,} of them, drawn at random, finds {annealed['difference']:.2f} ± "
-            f"{annealed['difference_stderr']:.2f} nats more: log p(x) of all images is then {annealed['log_marginal_likelihood']:.2f} "
-            f"± {annealed['log_marginal_likelihood_mc_stderr']:.2f}. This is a lower bound on average, too; what annealing "
-            f"misses is unknown (examples/bounds.py --run FOLDER anneals longer, and bounds it on simulated data)."
+            f"{annealed['difference_stderr']:.2f} nats more: log p(x) of these {chosen:,} images is then "
+            f"{annealed['log_marginal_likelihood']:.2f} ± {annealed['log_marginal_likelihood_mc_stderr']:.2f}. This is a lower "
+            f"bound on average, too; what annealing misses is unknown (examples/bounds.py --run FOLDER anneals longer, and "
+            f"bounds it on simulated data)."
         )
     elif test["share_pareto_k_above_limit"] > 0.5:  # False if it is NaN
         meaning += (
@@ -154,7 +155,10 @@ def annealed_row(test) -> list[tuple[str, str]]:
     if not found:
         return []
     mean, stderr = found["log_marginal_likelihood"], found["log_marginal_likelihood_mc_stderr"]
-    return [("log p(x), part annealed", f"{mean:.2f} ± {stderr:.2f} nats ({found['num_images']:,} images annealed)")]
+    over_images = found.get("log_marginal_likelihood_stderr")  # absent from older files
+    images = "" if over_images is None else f" ± {over_images:.2f}"
+    of_slice = f"(± {stderr:.2f} from annealing only {found['num_images']:,})"
+    return [("log p(x), part annealed", f"{mean:.2f}{images} nats over images {of_slice}")]
 
 
 def pareto_row(test) -> str:

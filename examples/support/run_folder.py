@@ -68,11 +68,14 @@ def training_options(options) -> dict:
 
 
 def refuse_other_run(options) -> None:
-    """Raise ValueError if --out holds a run with other options, or a run and --resume is not given."""
+    """Raise ValueError if --out holds a run with other options, or a run and --resume is not given, or no run but files."""
     out = Path(options.out) if options.out else None
-    if out is None or not any(
-        (out / name).exists() for name in (TRAINING, f"{TRAINING}.previous", "checkpoint.pt", METRICS)
-    ):
+    if out is None or not out.is_dir():
+        return
+    if not any((out / name).exists() for name in (TRAINING, f"{TRAINING}.previous", "checkpoint.pt", METRICS)):
+        files = {path.name for path in out.iterdir()} - {".lock", f".{OPTIONS}.tmp"}  # those that `claim` begins with
+        if files and OPTIONS not in files:
+            raise ValueError(f"{out} is not empty and holds no run ({OPTIONS} is missing): give another --out")
         return
     if not options.resume:
         raise ValueError(f"{out} holds a run: --resume goes on with it, another --out begins a new one")
@@ -105,7 +108,15 @@ def show_finished_run(options) -> None:
         metrics = read_json(out / METRICS, "evaluating again from the checkpoint", "seconds", "test")
         # "total" is written last, when the run is finished.
         evaluated = metrics["test"]["num_particles"], metrics.get("num_test")
-        if "total" not in metrics["seconds"] or evaluated != (options.num_particles, options.num_test):
+        if "total" not in metrics["seconds"]:
+            return
+        if evaluated != (options.num_particles, options.num_test):
+            if first:
+                images = f"--num-test {options.num_test}" if options.num_test else "all test images"
+                print(
+                    f"The run in {out}: training is finished; evaluating again with --num-particles "
+                    f"{options.num_particles} and {images}"
+                )
             return
         shown, files = report(metrics), [out / name for name in metrics.get("files", [])]
     except OSError:  # no file yet
@@ -141,9 +152,7 @@ def stop(options, out) -> NoReturn:
 
 def how_to_go_on(options, out) -> str:
     """The message of a stopped run: where its state is, and the command that resumes it."""
-    more = [] if options.out else ["--out", str(out)]
+    more = ([] if options.out else ["--out", str(out)]) + ([] if options.resume else ["--resume"])
     if not (out / TRAINING).exists():
-        return f"Stopped before training began. To start again: {command(*more, '--resume')}"
-    if not options.resume:
-        more.append("--resume")
+        return f"Stopped before training began. To start again: {command(*more)}"
     return f"Stopped; the state after the last finished epoch is in {out / TRAINING}. To go on: {command(*more)}"

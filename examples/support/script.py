@@ -14,8 +14,10 @@ PACKAGES = ("pyrovae", "torch", "torchvision", "pyro-ppl", "zuko", "arviz", "num
 
 
 def parser_of(description) -> argparse.ArgumentParser:
-    """A parser that reports an error in one line, without printing the usage."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser that reports an error in one line, without printing the usage, and takes options by their whole names."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help explains the options)\n")
     return parser
 

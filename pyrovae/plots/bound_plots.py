@@ -29,7 +29,7 @@ def training(history: Any, *, axes: Any = None) -> Any:
     """Plot the bound over epochs, with its reconstruction and KL parts, in nats per datum.
 
     With 8 values or more, the lowest tenth may be cut off from the two rising curves if it would flatten the rest; the
-    label says how many epochs lie below the axis.
+    label says which epochs lie below the axis.
 
     Args:
         history: result of `fit`, or its `history`: rows with epoch, elbo, reconstruction, kl, and validation_elbo, ...
@@ -66,18 +66,26 @@ def training(history: Any, *, axes: Any = None) -> Any:
             ax.text(0.5, 0.5, "unavailable", transform=ax.transAxes, ha="center", va="center")
             ax.set(xticks=[], yticks=[])
         bottom = _zoom(ax, np.concatenate([values, checked]), rising=name != "kl")
-        below = int(((values < bottom) | (checked < bottom)).sum())
-        ax.set(
-            xlabel=f"epoch ({below} of {len(epochs)} below the axis)" if below else "epoch",
-            ylabel="nats per datum",
-            title=label,
-        )
+        below = (values < bottom) | (checked < bottom)
+        ax.set(xlabel=_epochs_label(below), ylabel="nats per datum", title=label)
         ax.grid(alpha=0.3)
         if np.isfinite([*values, *checked]).any():
             ax.xaxis.get_major_locator().set_params(integer=True)
     if len(axes[0].get_lines()) > 1:
         legend_below(axes[0], columns=2)
     return axes
+
+
+def _epochs_label(below: np.ndarray) -> str:
+    """Return the label of the epochs, with those that have a value below the axis."""
+    number = int(below.sum())
+    if not number:
+        return "epoch"
+    if below[:number].all():
+        which = "the first epoch lies" if number == 1 else f"the first {number} epochs lie"
+    else:
+        which = f"{number} of {len(below)} epochs {'lies' if number == 1 else 'lie'}"
+    return f"epoch\n({which} below the axis)"
 
 
 def _zoom(ax: Any, values: np.ndarray, *, rising: bool) -> float:
@@ -145,7 +153,7 @@ def tightness(elbo: Any, log_prob: Any = None, particles: Any = None, curve: Any
             left.set_ylim(top=1.05 * top)
             label = f"{above.sum():,} above the axis, up to {y.max():,.0f}"
             left.scatter(x[above], np.full(above.sum(), top), s=30, marker="^", color=ORANGE, label=label)
-        left.set_title(f"gap per datum: mean {with_error(y.mean(), stderr_of_mean(y))}{_left_out(~finite)}")
+        left.set_title(f"gap per datum: mean {with_error(y.mean(), stderr_of_mean(y))} nats{_left_out(~finite)}")
         legend_below(left, columns=2)
     else:
         left.set_title("gap per datum")
@@ -165,9 +173,9 @@ def bound_curve(particles: Any, curve: Any = None, *, annealed: Any = None, ax: 
 
     The curve starts from the ELBO at one particle.
 
-    Bands are ± 2 standard errors over data of the distance to the curve's last value. This distance is paired,
+    Bands are ± 2 standard errors over data of the rise from a point to the curve's last one. This rise is paired,
     because the data are the same throughout. (Over data, the curve itself is as uncertain as its last value, which the
-    title gives.) A single datum has no bands. Data whose bounds are not all finite are left out, and counted in the
+    title gives.) A single datum has no bands, and those thinner than the line are left out. Data whose bounds are not all finite are left out, and counted in the
     title.
 
     Args:
@@ -203,8 +211,8 @@ def bound_curve(particles: Any, curve: Any = None, *, annealed: Any = None, ax: 
     curve = curve[:, finite]
     ax = axes_or_new(ax, (6.0, 4.8))
     mean, error = curve.mean(1), stderr_of_mean(curve - curve[-1])
-    if np.nanmax(error, initial=0.0) > 0:
-        label = "± 2 standard errors of the distance to the last point"
+    if 2 * np.nanmax(error, initial=0.0) > 0.02 * np.ptp(mean):  # else the line hides it
+        label = "± 2 standard errors over data of the rise\nfrom a point to the last one"
         ax.fill_between(particles, mean - 2 * error, mean + 2 * error, color=BLUE, alpha=0.2, linewidth=0, label=label)
     ax.plot(particles, mean, color=BLUE, marker="o", markersize=4, label="importance-weighted bound")
     ax.axhline(mean[0], color=ORANGE, linestyle="--", label="ELBO (1 particle)")
@@ -218,7 +226,7 @@ def bound_curve(particles: Any, curve: Any = None, *, annealed: Any = None, ax: 
         xlabel="particles",
         ylabel="mean over data [nats]",
         title=f"bound at {particles[-1]:,.0f} {'particle' if particles[-1] == 1 else 'particles'}: "
-        f"{with_error(mean[-1], stderr_of_mean(curve[-1]))}{_left_out(~finite)}",
+        f"{with_error(mean[-1], stderr_of_mean(curve[-1]))} nats{_left_out(~finite)}",
     )
     legend_below(ax)
     ax.grid(alpha=0.3)

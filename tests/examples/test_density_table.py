@@ -344,3 +344,39 @@ def test_the_table_and_the_figure_are_those_of_the_results(table, tmp_path):
     assert density_figure.draw_figure([result | {"dataset": "digits"}], tmp_path / "none.png") is None
     assert not (tmp_path / "none.png").exists()
     assert set(density_figure.LABELS) <= set(table.ROWS)
+
+
+def test_labels_of_the_figure_are_readable_and_apart(table, tmp_path, monkeypatch):
+    """Of the committed results, each label of at least 9 points, inside its panel, and over no other."""
+    import density_figure
+
+    drawn = []
+    monkeypatch.setattr(density_figure.plt, "close", drawn.append)
+    found = [json.loads(path.read_text()) for path in sorted((FOLDER.parent / "results").glob("*.json"))]
+    rows = [result for result in found if result.get("row") in density_figure.LABELS]
+    density_figure.draw_figure(rows, tmp_path / "density.png")
+    monkeypatch.undo()
+    (figure,) = drawn
+    figure.canvas.draw()  # saved at another resolution
+    labels = [(ax, text) for ax in figure.axes for text in ax.texts if text.get_text()]
+    assert len(labels) == len(rows)
+    for index, (ax, text) in enumerate(labels):
+        extent = text.get_window_extent()
+        assert text.get_fontsize() >= 9
+        assert ax.bbox.x0 <= extent.x0 < extent.x1 <= ax.bbox.x1, text.get_text()
+        for _, other in labels[index + 1 :]:
+            assert not extent.overlaps(other.get_window_extent()), (text.get_text(), other.get_text())
+    density_figure.plt.close(figure)
+
+
+def test_minutes_add_up_over_rows_that_go_on(table):
+    """A row trained further stands at its own minutes and those of all rows before it; without these, nowhere."""
+    import density_figure
+
+    by_row = {name: json.loads((FOLDER.parent / f"results/{name}.json").read_text()) for name in density_figure.LABELS}
+    names = ("gated300-maf", "gated300-maf-iwae-all", "gated300-maf-iwae25-all")
+    own = [by_row[name]["seconds"]["training_cpu"] / 60 for name in names]
+    found = [density_figure.minutes_of(by_row[name], by_row) for name in names]
+    assert found == pytest.approx([own[0], own[0] + own[1], sum(own)])
+    last = by_row[names[2]]
+    assert density_figure.minutes_of(last, {name: by_row[name] for name in names[1:]}) is None

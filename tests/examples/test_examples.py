@@ -161,8 +161,22 @@ def test_images_are_annealed_if_many_weights_cannot_be_trusted(tmp_path):
     found = test["annealed"]
     assert found["num_images"] == 10
     assert found["log_marginal_likelihood"] == pytest.approx(test["log_marginal_likelihood"] + found["difference"])
-    for words in ("log p(x), part annealed", "10 images annealed", "drawn at random, finds"):
+    for words in ("log p(x), part annealed", "from annealing only 10)", "drawn at random, finds", "of these 60 images"):
         assert words in done.stdout
+
+
+def test_the_errors_of_the_annealed_row(digits_runs):
+    """Over images, as in the row above it; and from annealing few. Older files lack the former."""
+    _, out = digits_runs[0]
+    metrics = json.loads((out / "metrics.json").read_text())
+    found = {"num_images": 113, "log_marginal_likelihood": -88.36, "difference": 0.38, "difference_stderr": 0.07}
+    found |= {"log_marginal_likelihood_mc_stderr": 0.07, "log_marginal_likelihood_stderr": 0.24}
+    metrics["test"]["annealed"] = found
+    shown = report(metrics)
+    assert "log p(x), part annealed  -88.36 ± 0.24 nats over images (± 0.07 from annealing only 113)\n" in shown
+    assert f"log p(x) of these {metrics['test']['num_data']:,} images is then -88.36 ± 0.07." in shown
+    del found["log_marginal_likelihood_stderr"]
+    assert "part annealed  -88.36 nats over images (± 0.07 from annealing only 113)\n" in report(metrics)
 
 
 def history_of(bounds, rates=None, kl=20.0):
@@ -558,6 +572,53 @@ def test_json_is_written_through_a_link(tmp_path):
     assert script.read_json(tmp_path / "target.json", "", "a") == {"a": 1}
 
 
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    """With --resume or without; an empty folder, or one that a run has just begun with, is none."""
+    out = tmp_path / "run"
+    for resume in (True, False):
+        options = argparse.Namespace(out=str(out), resume=resume, seed=0, dataset="digits", likelihood="bernoulli")
+        run_folder.refuse_other_run(options)  # not there yet
+        out.mkdir()
+        (out / ".lock").touch()
+        run_folder.refuse_other_run(options)
+        (out / "setup.py").touch()
+        with pytest.raises(ValueError, match=r"is not empty and holds no run \(options\.json is missing\)"):
+            run_folder.refuse_other_run(options)
+        (out / "options.json").write_text("{}")  # stopped before training began
+        run_folder.refuse_other_run(options)
+        shutil.rmtree(out)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/code.py").write_text("x = 1\n")
+    done = run("--dataset", "digits", "--out", tmp_path / "package", "--resume")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path / 'package'} is not empty and holds no run")
+    assert [path.name for path in (tmp_path / "package").iterdir()] == ["code.py"]
+
+
+@pytest.mark.parametrize("began", [False, True])
+@pytest.mark.parametrize("given", [[], ["--resume"]])
+def test_a_stopped_run_names_resume_once(began, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mnist_svi.py", "--out", str(tmp_path), *given])
+    if began:
+        (tmp_path / "training.pt").touch()
+    message = run_folder.how_to_go_on(argparse.Namespace(out=str(tmp_path), resume=bool(given)), tmp_path)
+    assert message.startswith("Stopped; the state" if began else "Stopped before training began")
+    assert message.endswith(f"mnist_svi.py --out {tmp_path} --resume")
+    assert message.count("--resume") == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"), [({"num_particles": 31}, "31 and all test"), ({"num_test": 40}, "30 and --num-test 40")]
+)
+def test_a_finished_run_says_that_it_is_evaluated_again(changed, said, digits_runs, capsys):
+    _, out = digits_runs[0]
+    options = {"out": str(out), "resume": True, "num_particles": 30, "num_test": None} | changed
+    run_folder.show_finished_run(argparse.Namespace(**options))  # does not exit
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"The run in {out}: training is finished; evaluating again with --num-particles {said}")
+    assert printed.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     command = [
@@ -625,6 +686,10 @@ def test_options():
     assert done.returncode == 2
     assert done.stderr == "error: argument --epochs: must be positive, found 0 (--help explains the options)\n"
     assert "invalid choice: 'cifar'" in run("--dataset", "cifar").stderr
+    for program in ("mnist_svi.py", "deep_markov.py"):
+        done = run("--epoch", "5", script=program)  # not taken for --epochs
+        assert done.returncode == 2
+        assert "unrecognized arguments: --epoch 5" in done.stderr
 
 
 def test_readme_commands():

@@ -69,6 +69,17 @@ def test_values_are_in_nats_and_say_so(lml):
         assert "nats" in drawn.get_xlabel() + drawn.get_ylabel() + drawn.get_title(), name
 
 
+def test_a_band_is_drawn_and_explained_only_if_it_can_be_seen():
+    """Thinner than the line, it would be a word of the legend without a picture."""
+    curve = torch.tensor([-10.0, -8.0, -7.0]).unsqueeze(1).expand(3, 100)
+    for spread, seen in ((1.0, True), (0.01, False)):
+        noise = spread * torch.linspace(-1, 1, 100).expand(3, 100) * torch.tensor([[1.0], [0.5], [0.0]])
+        ax = plots.bound_curve([1, 10, 100], curve + noise)
+        labels = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert len(ax.collections) == seen
+        assert any("standard errors" in label for label in labels) == seen
+
+
 def test_bound_curve_against_annealing(lml):
     drawn = plots.bound_curve(lml.curve_particles, lml.curve, annealed=lml.log_prob + 0.5, ax=ax())
     lines = {line.get_label(): line.get_ydata() for line in drawn.get_lines()}
@@ -169,8 +180,15 @@ def test_training_says_what_it_cuts_off():
     bottom, _ = axes[0].get_ylim()
     below = sum(row["validation_elbo"] < bottom for row in history(20))
     assert 0 < below < 5
-    assert axes[0].get_xlabel() == f"epoch ({below} of 20 below the axis)"
+    which = "the first epoch lies" if below == 1 else f"the first {below} epochs lie"
+    assert axes[0].get_xlabel() == f"epoch\n({which} below the axis)"
     assert axes[2].get_xlabel() == "epoch"
+    rows = history(20)
+    rows[0], rows[9] = rows[9] | {"epoch": 1}, rows[0] | {"epoch": 10}  # a late epoch is the lowest
+    assert (
+        plots.training(rows)[0].get_xlabel()
+        == f"epoch\n({below} of 20 epochs {'lies' if below == 1 else 'lie'} below the axis)"
+    )
     assert [ax.get_xlabel() for ax in plots.training(history(3))] == ["epoch"] * 3  # few are all shown
 
 

@@ -191,6 +191,11 @@ def test_the_gap_stands_against_log_prob():
     assert f"mean {result.gap.mean():.2f}" in left.get_title()
 
 
+def test_titles_with_numbers_have_a_unit():
+    for ax in plots.tightness(lml()):
+        assert re.search(r"-?\d+\.\d\d ± \d+\.\d\d nats$", ax.get_title()), ax.get_title()
+
+
 def cut_off(ax, label, most=2):
     """The number in the legend: of 200 data, at most 1%."""
     count = int(re.search(rf"(\d+) {label}", words(ax)).group(1))
