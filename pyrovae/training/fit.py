@@ -166,7 +166,7 @@ def fit(
             the loss itself if it sums latents out (`TraceEnum_ELBO`). If the training data have several items before
             `transform` and these have as many, `transform` is applied to them too; a single tensor is used as it is. A
             `DataLoader` that shuffles uses the same order after each epoch. Weights of the KL, of an objective or by
-            `poutine.scale` around the latents, do not enter the ELBO.
+            `poutine.scale`, do not enter the ELBO.
         optimizer: function that takes a list of parameters and returns a `torch.optim.Optimizer`, for example
             `functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=1e-2)`; or a wrapper such as
             `pyro.optim.RMSprop({"lr": 1e-3})`, which becomes one optimizer over all parameters. A fused Adam by

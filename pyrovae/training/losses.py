@@ -154,10 +154,9 @@ def _parts_of(
         # Enumerated in parallel, densities are tables; in sequence, each trace has another weight. Neither has parts.
         if any(site["infer"].keys() & {"_enumerate_dim", "_enum_total"} for _, site in sample_sites(trace)):
             return Parts(torch.tensor(math.nan), torch.tensor(math.nan), scaled_up_to(model_trace, num_rows))
-    reconstruction, kl = _reconstruction_and_kl(model_trace, guide_trace)
-    return Parts(
-        reconstruction.detach() / num_particles, kl.detach() / num_particles, scaled_up_to(model_trace, num_rows)
-    )
+    with torch.no_grad():
+        reconstruction, kl = _reconstruction_and_kl(model_trace, guide_trace)
+    return Parts(reconstruction / num_particles, kl / num_particles, scaled_up_to(model_trace, num_rows))
 
 
 def _reconstruction_and_kl(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> tuple[Tensor, Tensor]:
