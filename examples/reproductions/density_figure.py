@@ -19,11 +19,12 @@ LABELS = {
     "gated300-vamp": ("VampPrior", (-9, -2), "right"),
     "gated300-vamp-iwae": ("by IWAE, k=10", (8, 4), "left"),
     "gated300-vamp-all": ("by the ELBO,\non 60,000 images", (9, -2), "left"),
+    "gated300-realnvp": ("RealNVP", (9, 2), "left"),
     "gated300-maf": ("MAF prior", (-10, -8), "right"),
     "gated300-maf-iwae": ("by IWAE, k=10", (9, 2), "left"),
     "gated300-maf-iwae-all": ("by IWAE, k=10,\non 60,000 images", (0, -12), "center"),
     "gated300-maf-iwae25-all": ("then k=25", (9, -4), "left"),
-    "gated300-hierarchy-vamp": ("2 levels, VampPrior", (9, -4), "left"),
+    "gated300-hierarchy-vamp": ("2 levels,\nVampPrior", (-6, 8), "left"),
 }
 OTHER_SEED = (8, 9), "left"
 SAME_IMAGES, DRAWN_ANEW = "the paper's networks and binary test images", "test images drawn anew"
