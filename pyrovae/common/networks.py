@@ -81,19 +81,16 @@ def _signature(function: Callable) -> dict[str, inspect.Parameter]:
 
 def encoding_of(guide: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """Return guide.encode(*args, **kwargs); TypeError if a guide's own `encode` lacks the context or the mask given."""
-    if len(args) < 2 and "observed" not in kwargs:
-        return guide.encode(*args, **kwargs)
-    parameters = _parameters(guide.encode)
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    lacks = []
+    lacks = None
     if len(args) == 2 and not takes_context(guide.encode):
-        lacks.append("context")
-    if "observed" in kwargs and "observed" not in parameters and not takes_any:
-        lacks.append("observed")
-    if lacks:
+        lacks = "context"
+    elif "observed" in kwargs and not takes_keyword(guide.encode, "observed"):
+        kinds = {parameter.kind for parameter in _parameters(guide.encode).values()}
+        lacks = None if inspect.Parameter.VAR_KEYWORD in kinds else "observed"
+    if lacks is not None:
         raise TypeError(
-            f"{type(guide).__name__}.encode takes no {lacks[0]}, and one was given: give it an argument {lacks[0]}, "
-            f"def encode(self, x, context=None, *, observed=None), or call without {lacks[0]}"
+            f"{type(guide).__name__}.encode takes no {lacks}, and one was given: give it an argument {lacks}, "
+            f"def encode(self, x, context=None, *, observed=None), or call without {lacks}"
         )
     return guide.encode(*args, **kwargs)
 

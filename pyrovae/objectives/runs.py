@@ -95,7 +95,9 @@ def draw_runs(
         if draws.drawn:
             paths = _Paths(draws.drawn, draws.leaves)
             *values, link = _Bridge.apply(paths, *paths.drawn)
-            replayed = _with_values(replayed, dict(zip(paths.names, values, strict=True)))
+            replayed = _changed(
+                replayed, {name: {"value": value} for name, value in zip(paths.names, values, strict=True)}
+            )
         model_trace = poutine.trace(poutine.replay(model, trace=clean(replayed))).get_trace(*args, **kwargs)
         aligned = align_masks(dict(sample_sites(model_trace)), dict(sample_sites(guide_trace)))
         for trace, sites in zip((model_trace, guide_trace), aligned, strict=True):
@@ -124,7 +126,7 @@ def _present_layout(layout: Layout, trace: poutine.Trace) -> tuple[Layout, int |
 
 
 def without_weights(runs: Sequence[Run]) -> Sequence[Run]:
-    """The same runs with the scales of their subsampled plates alone, without those of `poutine.scale`; `runs` if there are none."""
+    """The same runs with the scales of their subsampled plates alone; `runs` itself if no site has another (`poutine.scale`)."""
     sites = [site for trace in (runs[0].model_trace, runs[0].guide_trace) for _, site in sample_sites(trace)]
     if not any(map(is_weighted, sites)):
         return runs
@@ -134,10 +136,7 @@ def without_weights(runs: Sequence[Run]) -> Sequence[Run]:
 
 
 def _by_plates(trace: poutine.Trace) -> poutine.Trace:
-    changed = poutine.Trace()
-    for name, site in trace.nodes.items():
-        changed.add_node(name, **({**site, "scale": plate_scale(site)} if site["type"] == "sample" else site))
-    return changed
+    return _changed(trace, {name: {"scale": plate_scale(site)} for name, site in sample_sites(trace)})
 
 
 def _subsamples(*traces: poutine.Trace) -> poutine.Trace:
@@ -149,10 +148,11 @@ def _subsamples(*traces: poutine.Trace) -> poutine.Trace:
     return pinned
 
 
-def _with_values(trace: poutine.Trace, values: dict[str, Tensor]) -> poutine.Trace:
+def _changed(trace: poutine.Trace, fields: dict[str, dict[str, Any]]) -> poutine.Trace:
+    """A copy of the trace with other fields of some of its sites."""
     changed = poutine.Trace()
     for name, site in trace.nodes.items():
-        changed.add_node(name, **({**site, "value": values[name]} if name in values else site))
+        changed.add_node(name, **{**site, **fields.get(name, {})})
     return changed
 
 

@@ -175,8 +175,8 @@ def bound_curve(particles: Any, curve: Any = None, *, annealed: Any = None, ax: 
 
     Bands are ± 2 standard errors over data of the rise from a point to the curve's last one. This rise is paired,
     because the data are the same throughout. (Over data, the curve itself is as uncertain as its last value, which the
-    title gives.) A single datum has no bands, and those thinner than the line are left out. Data whose bounds are not all finite are left out, and counted in the
-    title.
+    title gives.) A single datum has no bands, and those thinner than the line are left out. Data whose bounds are not
+    all finite are left out, and counted in the title.
 
     Args:
         particles: numbers of particles (P,), or a result of `log_marginal_likelihood`, which holds the curve, too

@@ -12,13 +12,7 @@ from pyrovae.common.random_numbers import seeded
 from pyrovae.data.forms import Batch, as_batch, is_stream
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program
-from pyrovae.training.batches import (
-    Batches,
-    form_of,
-    on_device,
-    read_items,
-    transformed,
-)
+from pyrovae.training.batches import Batches, form_of, on_device, read_items, transformed
 from pyrovae.training.loaders import in_one_order, length_of
 from pyrovae.training.losses import EpochSums, ReportingLoss, bound_name, elbo_of, pyro_checks, sums_out
 
@@ -134,12 +128,7 @@ def _measured(
     by_loss = _is_measured_by_loss(loss)
     reporting = ReportingLoss(loss if by_loss else Trace_ELBO())
     sums, num_data = torch.zeros(len(_COLUMNS), dtype=torch.float64), 0
-    with (
-        seeded(_SEED, device),
-        evaluation_mode(model, guide),
-        torch.no_grad(),
-        pyro_checks(False),
-    ):
+    with seeded(_SEED, device), evaluation_mode(model, guide), torch.no_grad(), pyro_checks(False):
         for block in blocks:
             try:
                 value, parts = reporting.loss(model, guide, *block.args, **block.kwargs)
