@@ -207,10 +207,10 @@ PARTS = [
         in_file("priors/test_flows.py", "the_density_of_a_draw_is_the_density"),
     ),
     Mutation(
-        "Bernoulli: log sigmoid(|l|) subtracted",
+        "Bernoulli: log(1 + exp(-|l|)) subtracted",
         "distributions/binary.py",
-        "return log_factors.sub_(",
-        "return log_factors.neg_().sub_(",
+        "return -(products.log().sum(-1) + rest)",
+        "return products.log().sum(-1) - rest",
         in_file("distributions/test_binary.py", "log_mass_and_gradients_are_those_of_bernoulli_pixels"),
     ),
     Mutation(
@@ -431,11 +431,18 @@ TRAINING = [
         in_file("training/test_skipped_steps.py", "a_skipped_step_is_counted_and_changes_nothing"),
     ),
     Mutation(
+        "softplus of compiled code: without the digits that rounding 1 + exp(-|x|) lost",
+        "compiled/lowering.py",
+        "rounded.log() + (y - (rounded - 1)) * (1.5 - 0.5 * rounded)",
+        "rounded.log()",
+        in_file("compiled/test_lowering.py", "values_are_those_of_float64_and_gradients_those_of_torch"),
+    ),
+    Mutation(
         "log1p of compiled code: without the digits that rounding 1 + x lost",
-        "compiled/logarithms.py",
+        "compiled/lowering.py",
         "corrected = rounded.log() * (x / (rounded - 1))",
         "corrected = rounded.log()",
-        in_file("compiled/test_fast_logarithms.py", "values_are_those_of_float64_and_gradients_those_of_torch"),
+        in_file("compiled/test_lowering.py", "values_are_those_of_float64_and_gradients_those_of_torch"),
     ),
     Mutation(
         "skipped steps: running means keep them",

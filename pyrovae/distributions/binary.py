@@ -10,13 +10,14 @@ from torch.distributions import constraints
 
 __all__ = ["BinaryImages"]
 
-_FACTORS = 64  # largest number in one product: factors lie in [1/2, 1], and 2^-64 does not underflow in float32
+_FACTORS = 64  # largest number in one product: factors lie in [1, 2], and 2^64 does not overflow in float32
+_LANES = 16  # float32 numbers in the widest registers of a CPU: products of this many pixels at once are fastest
 
 
 class BinaryImages(TorchDistribution):
     """Independent Bernoulli pixels by their logits; all pixels of an image are one event.
 
-        log p(x) = sum_d [ log sigmoid(|l_d|) - (max(l_d, 0) - l_d x_d) ]
+        log p(x) = - sum_d [ log(1 + exp(-|l_d|)) + max(l_d, 0) - l_d x_d ]
 
     The first terms are computed as logs of products of up to 64 factors, because a logarithm for each pixel would take
     most of the time. Each factor is rounded by about 6e-8 in float32: at most 1e-5 nats per 100 pixels. The sum of the
@@ -92,10 +93,13 @@ class _LogMass(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, value: Tensor) -> Tensor:
         # In place and few operations, because each takes the time of a pass over memory.
-        factors = logits.abs().sigmoid_()
-        log_factors = factors.unflatten(-1, (-1, _num_factors(logits))).prod(-1).log_().sum(-1)
+        factors = logits.abs().neg_().exp_().add_(1)
+        products = factors
+        for size in _num_factors(logits):
+            products = products.unflatten(-1, (size, -1)).prod(-2)
         del factors
-        return log_factors.sub_(torch.addcmul(logits.clamp_min(0), logits, value, value=-1).sum(-1))
+        rest = torch.addcmul(logits.clamp_min(0), logits, value, value=-1).sum(-1)
+        return -(products.log().sum(-1) + rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -109,8 +113,14 @@ class _LogMass(torch.autograd.Function):
         return of_logits, gradient * logits if ctx.needs_input_grad[1] else None
 
 
-def _num_factors(logits: Tensor) -> int:
-    """The largest divisor of the number of pixels for which a product of that many factors cannot underflow."""
+def _num_factors(logits: Tensor) -> list[int]:
+    """Return how many pixels to multiply, then how many of these products, so that none can overflow.
+
+    The number of products that remain divides the number of pixels, and is a multiple of `_LANES` if possible.
+    """
     num_pixels = logits.shape[-1]
     most = min(_FACTORS, int(math.log2(torch.finfo(logits.dtype).max)) - 1)
-    return next(size for size in range(most, 0, -1) if num_pixels % size == 0)
+    sizes = [size for size in range(most, 0, -1) if num_pixels % size == 0]
+    size = next((size for size in sizes if num_pixels // size % _LANES == 0), sizes[0])
+    first = next(first for first in range(math.isqrt(size), 0, -1) if size % first == 0)
+    return [size // first, first]

@@ -81,7 +81,16 @@ def test_draws_moments_shapes_and_support():
         BinaryImages(torch.full((3,), math.nan), 1, validate_args=True)
 
 
+@pytest.mark.parametrize("num_pixels", [1, 7, 16, 53, 64, 100, 560, 784, 3072, 4099])
+def test_any_number_of_pixels(num_pixels, double):
+    """Products of up to 64 pixels, of as many as divide their number."""
+    logits, x = torch.randn(2, num_pixels), (torch.rand(2, num_pixels) < 0.5).double()
+    assert torch.allclose(BinaryImages(logits, 1).log_prob(x), pixels(logits, 1).log_prob(x), rtol=1e-12)
+
+
 def test_under_vmap(double):
     logits, x = torch.randn(4, 2, 6), (torch.rand(2, 6) < 0.5).double()
     found = torch.vmap(lambda one: BinaryImages(one, 1, validate_args=False).log_prob(x))(logits)
     assert torch.allclose(found, BinaryImages(logits, 1).log_prob(x))
+    found = torch.vmap(lambda one: BinaryImages(logits[0], 1, validate_args=False).log_prob(one))(x.expand(3, 2, 6))
+    assert torch.allclose(found, BinaryImages(logits[0], 1).log_prob(x).expand(3, 2))

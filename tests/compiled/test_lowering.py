@@ -1,11 +1,11 @@
-"""log(1 + x) and what is made of it, as recordings compute it: exact to rounding, also where the result is tiny."""
+"""Operations that recordings compute in another way: exact to rounding, also if the result is tiny."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrovae.compiled.logarithms import with_fast_logarithms
+from pyrovae.compiled.lowering import lowered
 
 SMALL = torch.cat([-torch.logspace(-30, -0.001, 400), torch.logspace(-30, 30, 800), torch.tensor([0.0])])
 REAL = torch.cat([torch.linspace(-80, 80, 1601), torch.tensor([0.0, 19.999, 20.001])])
@@ -30,7 +30,7 @@ def test_values_are_those_of_float64_and_gradients_those_of_torch(name, dtype):
         value = function(x)
         return value.detach(), torch.autograd.grad(value.sum(), x)[0]
 
-    graph = with_fast_logarithms(make_fx(both)(x))
+    graph = lowered(make_fx(both)(x))
     called = {node.target for node in graph.graph.nodes}
     assert not called & {torch.ops.aten.log1p.default, torch.ops.aten.softplus.default}, "decomposed"
     (found, gradient), (_, expected) = graph(x), both(x)
@@ -42,7 +42,30 @@ def test_values_are_those_of_float64_and_gradients_those_of_torch(name, dtype):
 
 
 def test_at_the_ends():
-    graph = with_fast_logarithms(make_fx(torch.log1p)(torch.zeros(4)))
+    graph = lowered(make_fx(torch.log1p)(torch.zeros(4)))
     found = graph(torch.tensor([-1.0, torch.inf, -2.0, torch.nan]))
     assert found[:2].tolist() == [-torch.inf, torch.inf]
     assert found[2:].isnan().all()
+
+
+def test_a_bias_is_added_after_the_product_of_float32_on_a_cpu():
+    """Then Inductor adds it in the next loop; in bfloat16 the sum would be rounded twice."""
+    layer, x = torch.nn.Linear(5, 3), torch.randn(2, 7, 5)
+    graph = make_fx(lambda x: layer(x))(x)
+    called = {node.target for node in lowered(graph).graph.nodes}
+    assert torch.ops.aten.mm.default in called
+    assert torch.ops.aten.addmm.default not in called
+    torch.testing.assert_close(lowered(graph)(x), layer(x))
+
+
+@pytest.mark.parametrize("change", [{"beta": 2}, {"alpha": -1}, {"rows": 7}, {"dtype": torch.bfloat16}])
+def test_other_sums_with_products_stay(change):
+    dtype, rows = change.pop("dtype", torch.float32), change.pop("rows", None)
+    bias, a, b = (
+        torch.randn(*filter(None, [rows]), 3).to(dtype),
+        torch.randn(7, 5).to(dtype),
+        torch.randn(5, 3).to(dtype),
+    )
+    graph = make_fx(lambda a: torch.addmm(bias, a, b, **change))(a)
+    assert torch.ops.aten.addmm.default in {node.target for node in lowered(graph).graph.nodes}
+    assert torch.equal(lowered(graph)(a), torch.addmm(bias, a, b, **change))
