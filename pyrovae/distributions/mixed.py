@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Independent, constraints
 
-__all__ = ["Categories", "Mixed"]
+__all__ = ["Categories", "Mixed", "means_of"]
 
 
 class Categories(dist.TorchDistribution):
@@ -142,3 +142,14 @@ class _Supports(constraints.Constraint):
     def check(self, value: Tensor) -> Tensor:
         columns = zip(self.parts, value.split(1, -1), strict=True)
         return torch.cat([part.support.check(column) for part, column in columns], -1)
+
+
+def means_of(distribution: dist.TorchDistribution) -> Tensor:
+    """Return the mean of each element; for three or more categories, whose codes have no mean, the most probable code."""
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    if isinstance(distribution, Mixed):
+        return distribution._joined(map(means_of, distribution.parts))
+    if isinstance(distribution, Categories) and distribution.num_categories > 2:
+        return distribution.mode
+    return distribution.mean

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.common.arguments import without_checks
+from pyrovae.distributions.mixed import means_of
 from pyrovae.guides.base import Guide
 from pyrovae.models.generative import LatentVariableModel
 from pyrovae.programs.reach import evaluation_mode
@@ -48,7 +49,7 @@ class _Decoder(nn.Module):
         self.model = model
 
     def forward(self, z: Tensor, *context: Tensor) -> Tensor:
-        return self.model.likelihood_at(z, *context).mean
+        return means_of(self.model.likelihood_at(z, *context))
 
 
 @torch.no_grad()

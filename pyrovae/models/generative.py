@@ -16,6 +16,7 @@ from pyrovae.common.arguments import check_count, checks_values
 from pyrovae.common.component import Component
 from pyrovae.common.networks import check_context, check_mask, given, needs_context, takes_context
 from pyrovae.data.forms import as_arguments, as_tensor
+from pyrovae.distributions.mixed import means_of
 from pyrovae.likelihoods.base import Likelihood
 from pyrovae.priors.base import Prior
 from pyrovae.programs.parameters import emit_parameters, numbers_of
@@ -139,7 +140,8 @@ class LatentVariableModel(Component, ABC):
 
         Args:
             num_samples: number of data to draw
-            mean: return E[x|z] instead of the draw, as is usual for images
+            mean: return E[x|z] instead of the draw, as is usual for images; for three or more `Categories`, whose codes
+                have no mean, the most probable one
             context: what the model is conditioned on: (num_samples, ...), or one row (1, ...) or one label (an int) for all
 
         Returns:
@@ -167,7 +169,7 @@ class LatentVariableModel(Component, ABC):
 
         Args:
             z: latents (..., D)
-            mean: return E[x|z] instead of a draw
+            mean: return E[x|z] instead of a draw; for three or more `Categories` the most probable one
             context: what the model is conditioned on (N, ...), N the last dimension of z before D; one row or one label
                 (an int) serves all
 
@@ -210,7 +212,7 @@ class LatentVariableModel(Component, ABC):
 
     def _data(self, z: Tensor, mean: bool, *context: Tensor) -> Tensor:
         distribution = self.likelihood_at(z, *context)
-        return distribution.mean if mean else distribution.sample()
+        return means_of(distribution) if mean else distribution.sample()
 
 
 class GenerativeModel(LatentVariableModel):

@@ -92,7 +92,7 @@ def reconstruct(
     Args:
         model, guide: the pair
         x: data (N, *data_shape)
-        mean: use means instead of draws
+        mean: use means instead of draws; for three or more `Categories` the most probable one
         context: what the pair is conditioned on, (N, ...)
         observed: mask of what is known of x, shaped like x
 

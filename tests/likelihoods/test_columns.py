@@ -74,6 +74,23 @@ def test_a_row_is_the_sum_of_its_columns(double):
     likelihood.check(found.sample().reshape(-1, 7))
 
 
+def test_means_of_a_table_are_those_of_its_columns_and_the_most_probable_category(tmp_path):
+    """The mean of the codes of four categories is no code; of two, the probability of the second says more than a code."""
+    columns = mixed_columns() | {"member": Categories(None, 1, num_categories=2)}
+    net = nn.Linear(2, Columns.num_parameters(columns))
+    model, z = pv.GenerativeModel(pv.priors.StandardNormal(2), Columns(net, columns)), 2 * torch.randn(20, 2)
+    parts = model.likelihood(z).base_dist.parts
+    found = model.decode(z)
+    assert torch.equal(found[:, :6], model.likelihood(z).mean[:, :6])
+    assert torch.equal(found[:, 6], parts[6].logits.argmax(-1)[:, 0].float())
+    assert torch.allclose(found[:, 7], parts[7].logits.softmax(-1)[:, 0, 1])
+    codes = model.generate(30, mean=True)[:, 6]
+    assert (codes == codes.round()).all()
+    guide = pv.guides.MeanFieldNormal(nn.Linear(8, 4), 2)
+    pv.export(model, guide, tmp_path / "pair")
+    assert torch.allclose(torch.export.load(tmp_path / "pair" / "decoder.pt2").module()(z), found, atol=1e-5)
+
+
 def test_evidence_of_a_table_is_exact(double):
     """One latent: the evidence by quadrature against importance sampling from a guide that is not the posterior."""
     columns = mixed_columns()
