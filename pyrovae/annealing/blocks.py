@@ -83,8 +83,8 @@ def tuned_blocks(pair: Pair, options: AnnealingOptions, from_prior: bool, passes
     if reason:
         warn_once(
             pair.model,
-            f"chains are run one by one, which is slow: under an outer plate the program fails ({reason}); use networks "
-            f"that keep leading dimensions (no view(-1, D), no fixed dim=1)",
+            f"chains are run one by one, which is slow: under an outer plate the program fails ({reason}); networks "
+            f"must keep leading dimensions, for instance (no view(-1, D), no fixed dim=1)",
         )
     if pair.split_size is not None and most is not None:
         together = 1 if reason else num_chains

@@ -81,7 +81,7 @@ def can_vectorise(pair: Pair, block_size: int, wanted: bool | Literal["auto"]) -
     warn_once(
         pair.model,
         f"particles are drawn one by one, which is slow: under an outer plate the program fails ({reason}); "
-        f"use networks that keep leading dimensions (no view(-1, D), no fixed dim=1)",
+        f"networks must keep leading dimensions, for instance (no view(-1, D), no fixed dim=1)",
     )
     return False
 

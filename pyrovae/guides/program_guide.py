@@ -54,10 +54,16 @@ def guide_of(model: Program, program: Program, args: tuple, kwargs: dict, plate:
             "gaps are per datum, and the guide has no vectorised plate for the data: put the sites of model and guide "
             "into 'with pyro.plate(\"data\", len(x))'"
         )
-    if pair.num_data != len(args[0]) or (pair.split_size is None and pair.num_data > 1):
+    if pair.num_data != len(args[0]):
         raise ValueError(
-            f"the programs have {pair.num_data:,} data and x has {len(args[0]):,} rows, or the data cannot be taken in "
-            f"blocks (see data_batch_size of log_marginal_likelihood), so that they cannot be refined one by one"
+            f"the programs have {pair.num_data:,} data and x has {len(args[0]):,} rows: their data plate must take its "
+            f"size from x, so that data can be refined one by one"
+        )
+    if pair.split_size is None and pair.num_data > 1:
+        raise ValueError(
+            f"the guide cannot be refined datum by datum, because the programs cannot be run on some of the "
+            f"{pair.num_data:,} data alone: data influence each other (batch normalisation, a shared latent), the size "
+            f"of the data plate is not that of x, or a flow has no inverse (planar, radial, Sylvester)"
         )
     args, kwargs = pair.cut(slice(0, HEAD))
     layout = pair.layout_of(0, min(HEAD, pair.num_data))

@@ -240,6 +240,12 @@ def site_log_prob(site: dict) -> Tensor:
             f"of given values ({error or type(error).__name__}), for example because of a transform that is no "
             f"bijection (softmax): use a distribution with a log density"
         ) from error
+    except KeyError as error:  # of Pyro's transforms without an inverse (planar, radial, Sylvester)
+        raise ValueError(
+            f"the density of site '{site['name']}' can be computed at its own latest draw alone, because its transform "
+            f"has no inverse, and it is needed at other values ({error}): use a flow with an inverse, such as "
+            f"pyrovae.guides.NeuralSplineFlow or Pyro's spline_coupling"
+        ) from error
     if log_prob.dtype in _HALF:
         raise ValueError(
             f"the log density of site '{site['name']}' is in {log_prob.dtype}, whose resolution is "

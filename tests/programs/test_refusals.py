@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import transforms
 from shared.networks import normal_model
 from torch import nn
 
@@ -95,6 +96,48 @@ def test_one_plate_of_two_sizes_or_dims():
 
     with pytest.raises(ValueError, match=r"plate 'data' needs one known size and one dim.*dims \[-1, -2\]"):
         pv.log_weights(normal_model, other_dim, X, num_particles=4)
+
+
+@pytest.mark.parametrize("flow", [transforms.Planar(1), transforms.Radial(1), transforms.Sylvester(1)])
+def test_a_flow_without_an_inverse_where_other_points_are_needed(flow):
+    """Its log weights are right, from its own draws; annealing and refining ask for the density elsewhere."""
+
+    def guide(x):
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(x.unsqueeze(-1) / 2, 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    with pytest.warns(UserWarning, match="one by one.*no inverse"):
+        found = pv.log_marginal_likelihood(model, guide, X, num_particles=1000)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(X)
+    assert ((found.log_prob - exact).abs() < 4 * found.stderr + 0.01).all()
+    with (
+        pytest.warns(UserWarning, match="one by one.*no inverse"),
+        pytest.raises(ValueError, match="site 'z' can be computed at its own latest draw alone.*no inverse"),
+    ):
+        pv.annealed_importance_sampling(model, X, guide=guide, **ANNEALING)
+    with pytest.raises(ValueError, match="cannot be refined datum by datum.*no inverse"):
+        pv.inference_gaps(model, guide, X, num_particles=10)
+
+
+def test_a_guide_for_other_data_cannot_be_refined():
+    def model(x):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:3])
+
+    def guide(x):
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(x[:3] / 2, 1.0))
+
+    with pytest.raises(ValueError, match="the programs have 3 data and x has 5 rows"):
+        pv.inference_gaps(model, guide, torch.randn(5), num_particles=10)
 
 
 def test_no_data():
