@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pyrovae.data.frames import Table
 
-__all__ = ["Numbers", "converted", "is_table"]
+__all__ = ["Numbers", "check_same_rows", "converted", "is_table"]
 
 _LARGEST_INTEGER = 2**63 - 1
+_FEW = 100  # a longer list holds numbers or rows, not arguments
 _LARGEST_WHOLE = 2**53  # up to here float64 tells whole numbers from others
 
 
@@ -176,3 +177,32 @@ def _kind(array: np.ndarray) -> str:
     return {"O": "Python objects", "U": "text", "S": "bytes", "T": "text", "M": "dates", "m": "time differences"}.get(
         array.dtype.kind, str(array.dtype)
     )
+
+
+def check_same_rows(**values: Any) -> None:
+    """Raise ValueError if pandas frames or series of one length have different indexes: rows are taken in order.
+
+    Args:
+        values: Arguments of the programs by their names in errors; anything may be among them.
+    """
+    first: dict[int, tuple[str, Any]] = {}
+    for name, value in values.items():
+        for index in _indexes(value):
+            other, expected = first.setdefault(len(index), (name, index))
+            pairs = () if index.equals(expected) else enumerate(zip(index, expected, strict=True))
+            for row, (label, of_other) in pairs:
+                if label != of_other:
+                    raise ValueError(
+                        f"row {row} has the label {label!r} in {name} and {of_other!r} in {other}: rows are taken in "
+                        f"their order, whatever their labels (the index), so these may not belong together. Order them "
+                        f"alike, b.loc[a.index], or drop labels that mean nothing, .reset_index(drop=True) of both"
+                    )
+
+
+def _indexes(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return [index for item in value.values() for index in _indexes(item)]
+    if type(value) in (tuple, list):
+        return [index for item in value for index in _indexes(item)] if len(value) < _FEW else []
+    index = getattr(value, "index", None)
+    return [index] if hasattr(index, "equals") else []

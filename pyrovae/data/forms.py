@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyrovae.common.arguments import map_tensors
 from pyrovae.common.reporting import warn
-from pyrovae.data.conversion import Numbers, converted, is_table
+from pyrovae.data.conversion import Numbers, check_same_rows, converted, is_table
 
 __all__ = ["Batch", "as_arguments", "as_batch", "as_tensor", "by_position", "is_stream", "signature_of", "takes_items"]
 
@@ -223,6 +223,7 @@ def as_arguments(
         name: What the arguments are of, in errors.
         is_one: Whether `name` is that of the one argument.
     """
+    check_same_rows(**dict(_named(args, kwargs)))
     found = []
     for place, value in _named(args, kwargs):
         label = name if is_one else f"{name}, {place}" if name else place

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.networks import Inputs, check_context, check_mask
+from pyrovae.data.conversion import check_same_rows
 from pyrovae.data.forms import as_tensor
 from pyrovae.guides.base import Guide
 from pyrovae.models.generative import LatentVariableModel
@@ -99,6 +100,7 @@ def reconstruct(
     Returns:
         (N, *data_shape).
     """
+    check_same_rows(x=x, context=context, observed=observed)
     x = _data_of(x, guide, model)
     context = _given("context", context, guide)
     known = {"context": context, "observed": observed}
@@ -228,6 +230,7 @@ def attribute_direction(
         Larsen, Sønderby, Larochelle & Winther, Autoencoding beyond pixels using a learned similarity metric (2016).
         White, Sampling Generative Networks (2016), for groups.
     """
+    check_same_rows(x=x, mask=mask, groups=groups)
     x, mask = _data_of(x, guide), _given("mask", mask, guide)
     if mask.dtype != torch.bool or mask.shape != x.shape[:1]:
         raise ValueError(
@@ -284,6 +287,7 @@ def edit(
     References:
         Larsen, Sønderby, Larochelle & Winther, Autoencoding beyond pixels using a learned similarity metric (2016).
     """
+    check_same_rows(x=x, context=context)
     x, direction = _data_of(x, guide, model), _given("direction", direction, guide)
     context = _given("context", context, guide)
     z = embed(guide, x, context=context)
@@ -298,6 +302,7 @@ def _of_posterior(
     guide: Guide, x: Tensor, context: Tensor | None, observed: Tensor | None, take: Callable, dim: int
 ) -> Tensor:
     """Return take(q(z|x)) of all data, in batches that lie along `dim` of the result."""
+    check_same_rows(x=x, context=context, observed=observed)
     x = _data_of(x, guide)
     context = _given("context", context, guide)
     if context is not None:

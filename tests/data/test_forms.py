@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import pyrovae as pv
 from pyrovae.data.forms import as_batch, is_stream
 
 X = torch.arange(12.0).reshape(4, 3) / 8
@@ -165,3 +166,43 @@ def test_streams(data):
 @pytest.mark.parametrize("data", [X, X.numpy(), (X,), {"x": X}, TensorDataset(X), pd.DataFrame({"a": [1]}), None])
 def test_data_in_one_piece(data):
     assert not is_stream(data)
+
+
+def test_rows_with_other_labels_are_refused():
+    """Labels shuffled apart from the data: pandas would align them, and rows are taken in order."""
+    frame, labels = pd.DataFrame(X.numpy()), pd.Series(Y.numpy())
+    shuffled, shorter = frame.loc[[2, 0, 3, 1]], pd.Series([1, 2], index=[7, 8])
+    for data in ((shuffled, labels), {"x": shuffled, "y": labels}, (shuffled, {"y": [labels]})):
+        with pytest.raises(
+            ValueError, match=r"row 0 has the label 0 in argument .* and 2 in argument .*b.loc\[a.index\]"
+        ):
+            as_batch(data)
+    for data in (
+        (shuffled, labels.loc[shuffled.index]),
+        (shuffled, labels.to_numpy()),
+        (shuffled.reset_index(drop=True), labels),
+        (frame.rename(index={3: np.nan}), labels.rename(index={3: np.nan})),
+        (frame, labels, shorter),  # a constant, not rows
+        (frame, labels.rename_axis("digit")),
+    ):
+        assert as_batch(data).num_data == 4
+
+
+def test_uses_of_rows_with_other_labels_are_refused():
+    frame, context = pd.DataFrame(X.numpy()), pd.DataFrame({"c": Y.numpy().astype(float)}, index=[1, 0, 2, 3])
+    guide = pv.guides.MeanFieldNormal(pv.nets.Concatenate(pv.nets.MLP(4, [5])), 2)
+    likelihood = pv.likelihoods.Normal(pv.nets.Concatenate(pv.nets.MLP(3, [5], 3)), (3,))
+    model = pv.GenerativeModel(pv.priors.StandardNormal(2), likelihood)
+    mask = context["c"] == 1
+    for call in (
+        lambda: pv.uses.embed(guide, frame, context=context),
+        lambda: pv.uses.sample_posterior(guide, frame, 2, context=context),
+        lambda: pv.uses.reconstruct(model, guide, frame, context=context),
+        lambda: pv.uses.edit(model, guide, frame, torch.ones(2), [1.0], context=context),
+        lambda: pv.uses.attribute_direction(guide, frame, mask, context=context),
+        lambda: pv.log_marginal_likelihood(model, guide, frame, context=context, num_particles=2),
+    ):
+        with pytest.raises(ValueError, match="row 0 has the label 1 in .* and 0 in"):
+            call()
+    context.index = frame.index
+    assert pv.uses.embed(guide, frame, context=context).shape == (4, 2)
