@@ -28,14 +28,19 @@ def lowered(recording: GraphModule) -> GraphModule:
     aten = torch.ops.aten
     table: dict[Any, Callable] = {
         **torch._decomp.get_decompositions([aten.binary_cross_entropy_with_logits, aten.log_sigmoid_forward]),
-        aten.addmm.default: _addmm,
         aten.log1p.default: _log1p,
         aten.softplus.default: _softplus,
     }
     copied = Graph()
     copies: dict[Node, Any] = {}
     for node in recording.graph.nodes:
-        if node.target in table:
+        if node.target is aten.addmm.default and _adds_a_bias(node):
+            bias, *factors = (copies[tensor] for tensor in node.args)
+            product = copied.call_function(aten.mm.default, tuple(factors))
+            negative = copied.call_function(aten.neg.default, (bias,))
+            # A difference, because Inductor turns a sum into addmm again.
+            copies[node] = copied.call_function(aten.sub.Tensor, (product, negative))
+        elif node.target in table:
             copies[node] = _traced(copied, node, copies, table)
         elif node.target is operator.getitem and isinstance(copies[node.args[0]], tuple):  # an output of such a node
             copies[node] = copies[node.args[0]][node.args[1]]
@@ -43,6 +48,13 @@ def lowered(recording: GraphModule) -> GraphModule:
             copies[node] = copied.node_copy(node, copies.__getitem__)
     copied.set_codegen(recording.graph._codegen)
     return GraphModule(recording, copied)
+
+
+def _adds_a_bias(node: Node) -> bool:
+    """Whether an `addmm` is the sum of a product of float32 matrices on a CPU and a vector."""
+    bias: Any = node.args[0]
+    value = bias.meta["val"]
+    return value.ndim == 1 and value.dtype == torch.float32 and value.device.type == "cpu" and not node.kwargs
 
 
 def _traced(graph: Graph, node: Node, copies: dict[Node, Any], table: dict[Any, Callable]) -> Any:
@@ -62,12 +74,6 @@ def _traced(graph: Graph, node: Node, copies: dict[Node, Any], table: dict[Any, 
     inner = make_fx(run, table)(*examples)
     found = dict(zip(inner.graph.find_nodes(op="placeholder"), (copies[tensor] for tensor in inputs), strict=True))
     return graph.graph_copy(inner.graph, found)
-
-
-def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    if bias.ndim != 1 or bias.dtype != torch.float32 or bias.device.type != "cpu" or (beta, alpha) != (1, 1):
-        return NotImplemented
-    return a.mm(b) - -bias  # Inductor would turn a sum into addmm again
 
 
 def _log1p(x: torch.Tensor) -> torch.Tensor:
