@@ -13,8 +13,8 @@ from pyrovae.data.frames import Table
 __all__ = ["Numbers", "check_same_rows", "converted", "is_table"]
 
 _LARGEST_INTEGER = 2**63 - 1
-_FEW = 100  # a longer list holds numbers or rows, not arguments
 _LARGEST_WHOLE = 2**53  # up to here float64 tells whole numbers from others
+_FEW = 100  # a longer list holds numbers or rows, not arguments
 
 
 class Numbers(NamedTuple):

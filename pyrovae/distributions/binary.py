@@ -123,4 +123,4 @@ def _num_factors(logits: Tensor) -> list[int]:
     sizes = [size for size in range(most, 0, -1) if num_pixels % size == 0]
     size = next((size for size in sizes if num_pixels // size % _LANES == 0), sizes[0])
     first = next(first for first in range(math.isqrt(size), 0, -1) if size % first == 0)
-    return [size // first, first]
+    return [count for count in (size // first, first) if count > 1]

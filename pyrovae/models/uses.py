@@ -230,7 +230,7 @@ def attribute_direction(
         Larsen, Sønderby, Larochelle & Winther, Autoencoding beyond pixels using a learned similarity metric (2016).
         White, Sampling Generative Networks (2016), for groups.
     """
-    check_same_rows(x=x, mask=mask, groups=groups)
+    check_same_rows(x=x, mask=mask, groups=groups, context=context)
     x, mask = _data_of(x, guide), _given("mask", mask, guide)
     if mask.dtype != torch.bool or mask.shape != x.shape[:1]:
         raise ValueError(

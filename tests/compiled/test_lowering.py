@@ -58,14 +58,17 @@ def test_a_bias_is_added_after_the_product_of_float32_on_a_cpu():
     torch.testing.assert_close(lowered(graph)(x), layer(x))
 
 
-@pytest.mark.parametrize("change", [{"beta": 2}, {"alpha": -1}, {"rows": 7}, {"dtype": torch.bfloat16}])
-def test_other_sums_with_products_stay(change):
-    dtype, rows = change.pop("dtype", torch.float32), change.pop("rows", None)
-    bias, a, b = (
-        torch.randn(*filter(None, [rows]), 3).to(dtype),
-        torch.randn(7, 5).to(dtype),
-        torch.randn(5, 3).to(dtype),
-    )
-    graph = make_fx(lambda a: torch.addmm(bias, a, b, **change))(a)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "factors"),
+    [
+        ((3,), torch.float32, {"beta": 2}),
+        ((3,), torch.float32, {"alpha": -1}),
+        ((7, 3), torch.float32, {}),
+        ((3,), torch.bfloat16, {}),
+    ],
+)
+def test_other_sums_with_products_stay(shape, dtype, factors):
+    bias, a, b = (torch.randn(*size).to(dtype) for size in (shape, (7, 5), (5, 3)))
+    graph = make_fx(lambda a: torch.addmm(bias, a, b, **factors))(a)
     assert torch.ops.aten.addmm.default in {node.target for node in lowered(graph).graph.nodes}
-    assert torch.equal(lowered(graph)(a), torch.addmm(bias, a, b, **change))
+    assert torch.equal(lowered(graph)(a), torch.addmm(bias, a, b, **factors))

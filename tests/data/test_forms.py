@@ -200,6 +200,7 @@ def test_uses_of_rows_with_other_labels_are_refused():
         lambda: pv.uses.reconstruct(model, guide, frame, context=context),
         lambda: pv.uses.edit(model, guide, frame, torch.ones(2), [1.0], context=context),
         lambda: pv.uses.attribute_direction(guide, frame, mask, context=context),
+        lambda: pv.uses.attribute_direction(guide, frame, mask.to_numpy(), context=context),
         lambda: pv.log_marginal_likelihood(model, guide, frame, context=context, num_particles=2),
     ):
         with pytest.raises(ValueError, match="row 0 has the label 1 in .* and 0 in"):
