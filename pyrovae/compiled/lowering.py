@@ -1,7 +1,7 @@
 """Replaces operations of a recording by equal ones that Inductor's loops run faster on a CPU.
 
-- log(1 + x), and softplus made of it, are computed by the logarithm: the compiled `log1p` takes longer than all else
-  beside the products of a softplus network.
+- log(1 + x) is computed by the logarithm, and softplus by a polynomial: the compiled `log1p` takes longer than all
+  else beside the products of a softplus network.
 - A product plus a bias becomes a product and a sum, which Inductor computes in the loop that follows. `addmm` first
   copies the bias to every row: in an evaluation that takes a tenth of the time.
 """
@@ -15,6 +15,21 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 __all__ = ["lowered"]
+
+# log(1 + y) / y for y in [0, 1], lowest power first: the polynomial of degree 9 that equals it at the Chebyshev nodes.
+# It is off by 5e-9 of its value, less than float32 rounds.
+_LOG1P = (
+    0.999999994656,
+    -0.499998926481,
+    0.333297104993,
+    -0.249516162657,
+    0.196632742694,
+    -0.152696671045,
+    0.105436238395,
+    -0.0563736132096,
+    0.0195425274378,
+    -0.00317605705277,
+)
 
 
 def lowered(recording: GraphModule) -> GraphModule:
@@ -88,8 +103,11 @@ def _log1p(x: torch.Tensor) -> torch.Tensor:
 def _softplus(x: torch.Tensor, beta: float = 1, threshold: float = 20) -> torch.Tensor:
     scaled = x * beta
     y = (-scaled.abs()).exp()
-    rounded = 1 + y
-    # log1p(y) for y in [0, 1], without a division: y - (rounded - 1) is what rounding lost, and 1 / rounded, by which to
-    # multiply it, lies within 12% of a straight line.
-    log1p = rounded.log() + (y - (rounded - 1)) * (1.5 - 0.5 * rounded)
+    if x.dtype == torch.float64:
+        log1p = _log1p(y)
+    else:  # half the time of a logarithm
+        log1p = torch.full_like(y, _LOG1P[-1])
+        for coefficient in reversed(_LOG1P[:-1]):
+            log1p = log1p * y + coefficient
+        log1p = log1p * y
     return torch.where(scaled > threshold, x, (scaled.clamp_min(0) + log1p) / beta)

@@ -36,6 +36,21 @@ def test_differences_in_which_logarithms_round_otherwise_are_recorded(function):
     assert recorded(x)[0][0].item() == pytest.approx(difference(x)[0].item(), abs=300 * 7 * 1e-6)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_images_keep_their_layout_in_a_recording_with_gradients(monkeypatch, gradients):
+    """With the channels last, the compiled gradient of a normalisation layer is several times slower."""
+    asked = []
+
+    def compile(graph, options, **_):
+        asked.append(options["layout_optimization"])
+        return graph
+
+    monkeypatch.setattr(torch, "compile", compile)
+    net, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4)), torch.randn(2, 1, 5, 5)
+    assert record(lambda x: (net(x).square().sum(),), [net], (x,), gradients=gradients) is not None
+    assert asked == [not gradients]
+
+
 def test_the_second_trace_starts_from_the_same_buffers(uncompiled):
     """The step takes the last entry of a table and moves on: another step from there would fail."""
 
