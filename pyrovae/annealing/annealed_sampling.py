@@ -68,8 +68,9 @@ def annealed_importance_sampling(
     Raises:
         ValueError: naming the site, for discrete latents that are not marked for enumeration, angles and directions
             (Pyro's distributions on a circle or a sphere, even wrapped, because they have no coordinates on the line;
-            custom distributions of this kind are not detected), improper priors, distributions with unknown support, densities without a gradient, and
-            everything that `log_marginal_likelihood` refuses; also for a model without latents.
+            custom distributions of this kind are not detected), improper priors, distributions with unknown support,
+            densities without a gradient, and everything that `log_marginal_likelihood` refuses; also for a model without
+            latents.
 
     References:
         Neal, Annealed Importance Sampling (2001).

@@ -1,7 +1,7 @@
-"""Random numbers of a part of a computation, apart from those of the rest.
+"""Seed one part of a computation without changing the random numbers of the rest.
 
-`torch.manual_seed` seeds every GPU, even before CUDA is initialised, and `torch.random.fork_rng` restores only those that
-it is given: these functions seed only what they restore.
+`torch.manual_seed` seeds every GPU, even before CUDA is initialised, but `torch.random.fork_rng` restores only the GPUs
+that it is given. So these functions seed only the generators that they restore.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""How this package calls torch's compiler, which products its code uses, and what to do if its cache is damaged."""
+"""How this package calls torch's compiler, which library multiplies matrices, and what to do if its cache is damaged."""
 
 import functools
 import importlib

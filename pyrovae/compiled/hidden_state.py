@@ -117,7 +117,7 @@ class HiddenState:
         return self.changed_value()
 
     def changed_value(self) -> str | None:
-        """The same, without the global random numbers of Python and NumPy, which others use too."""
+        """Like `changed`, but without the global random numbers of Python and NumPy, which others use too."""
         for name, holder, before in self._held:
             if not _same(now := _look(holder), before, _DEEPEST):
                 return _name_in(now, before) or name

@@ -1,9 +1,9 @@
 """Replaces operations of a recording by equal ones that Inductor's loops run faster on a CPU.
 
-- log(1 + x) is computed by the logarithm, and softplus by a polynomial: the compiled `log1p` takes longer than all
-  else beside the products of a softplus network.
+- log(1 + x) is computed by the logarithm, and softplus by a polynomial: in a softplus network, the compiled `log1p`
+  takes longer than everything else except the matrix products.
 - A product plus a bias becomes a product and a sum, which Inductor computes in the loop that follows. `addmm` first
-  copies the bias to every row: in an evaluation that takes a tenth of the time.
+  copies the bias to every row, which takes a tenth of the time of an evaluation.
 """
 
 import operator

@@ -1,4 +1,4 @@
-"""Convert arrays, frames and tensors to tensors that the programs can take, of their dtype."""
+"""Convert arrays, frames and tensors to tensors of the dtype that the programs take."""
 
 from collections.abc import Mapping
 from numbers import Number

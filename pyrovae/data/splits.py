@@ -90,7 +90,8 @@ class Splits:
                 images grey.
             data_seed: Seed of the draws.
             draw: Published draw of validation and test images, for a comparison on the same binary images: 'seed-777'
-                is that of the VampPrior paper's code, by NumPy's generator with that seed, validation images first. By default the images are drawn from `data_seed`.
+                is that of the VampPrior paper's code, by NumPy's generator with that seed, validation images first. By
+                default the images are drawn from `data_seed`.
 
         Raises:
             ValueError: `binarization` or `draw` is something else, the images are already binarised or dequantised, or

@@ -1,4 +1,4 @@
-"""Images of binary pixels as one distribution, whose density takes a fifth of the time of a sum over pixels."""
+"""Images of binary pixels as one distribution, whose density takes one logarithm for up to 64 pixels."""
 
 import math
 from typing import Any, ClassVar

@@ -6,8 +6,8 @@ falls below 1/2 (Nalisnick, Matsukawa, Teh, Gorur & Lakshminarayanan, Do Deep Ge
 Know?, 2019). Inverted, shuffled and rotated digits are easy cases; constant images are not. Report which sets were
 tried.
 
-log p(x) is itself an estimate. The guide is worst on outside data, so importance sampling is too low by far more there
-than on inside data, and the detector looks better than the model is. Check `pareto_k`, or use annealing.
+log p(x) is itself an estimate. The guide fits outside data worst, so importance sampling underestimates log p(x) far more
+for them than for inside data, and the detector looks better than it is. Check `pareto_k`, or use annealing.
 """
 
 import math

@@ -28,7 +28,7 @@ _PILOT_PARTICLES = 100  # to measure the gain
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(Options):
-    """Options of `inference_gaps`, which see."""
+    """Options of `inference_gaps`; its docstring explains them."""
 
     num_particles: int
     data_batch_size: int

@@ -44,8 +44,8 @@ class LogMarginalLikelihood:
         acceptance: acceptance rate of annealed importance sampling; None for importance sampling
         resampled: whether the weights are those of populations (sequential Monte Carlo)
         precision: in which the model was computed, see `log_marginal_likelihood`
-        precision_error: how much that changed log_prob, measured on some data with the same draws in float32, perhaps
-            fewer of them, which makes it rather too large; NaN for the other data. None in float32
+        precision_error: how much that precision changed log_prob, measured on some data with the same draws in float32
+            (perhaps with fewer draws, which tends to overstate it); NaN for the other data. None in float32
     """
 
     num_particles: int

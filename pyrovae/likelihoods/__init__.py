@@ -1,7 +1,7 @@
 """Likelihoods p(x|z): an `nn.Module` whose `forward(z)` returns a normalised distribution over x.
 
-To write a likelihood, subclass `Likelihood`, say how many numbers the network must return per datum, and turn these
-numbers into a distribution.
+To write a likelihood, subclass `Likelihood`, say how many numbers the network must return for each element of x, and turn
+these numbers into a distribution.
 
 How to choose:
 

@@ -48,7 +48,7 @@ class Likelihood(Component, ABC):
 
     @classmethod
     def num_parameters(cls) -> int:
-        """The number of outputs of the network per pixel. Subclasses take the options on which it depends.
+        """How many numbers the network must return for each element of x; subclasses may take options for it.
 
         A decoder with output (num_parameters, *data_shape) fits.
         """

@@ -26,9 +26,10 @@ class MixtureVAE(GenerativeModel):
 
     As a Pyro program, `model(x)` has plate "data" (dim -1) and sites "y", "z" and "x" (observed). The component y is
     marked for enumeration, so a guide q(z|x) is enough: estimates, the objectives of `pyrovae.objectives` and
-    `TraceEnum_ELBO`, which `fit` takes by default for this model, sum y out exactly. The data are decoded once, not once per component. p(z), p(x) and the bounds are
-    those of `GenerativeModel(prior, likelihood)`; with y as a site, `pyrovae.classify(model, guide, x)` gives p(y|x),
-    and `pyro.condition(model, {"y": labels})` is the model of labelled data.
+    `TraceEnum_ELBO`, which `fit` takes by default for this model, sum y out exactly. The data are decoded once, not once
+    per component. p(z), p(x) and the bounds are those of `GenerativeModel(prior, likelihood)`; with y as a site,
+    `pyrovae.classify(model, guide, x)` gives p(y|x), and `pyro.condition(model, {"y": labels})` is the model of labelled
+    data.
 
     Shapes: x (N, *data_shape); y (N,), whole numbers below `num_components`; z (N, latent_dim); context (N, ...); mask
     (N, *data_shape).

@@ -1,4 +1,4 @@
-"""Parameters of Pyro programs: emitted without Pyro's store, and programs isolated from surrounding handlers."""
+"""Emit the parameters of Pyro programs without Pyro's store, and isolate programs from the handlers around them."""
 
 import difflib
 import weakref

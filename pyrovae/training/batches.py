@@ -81,7 +81,7 @@ class Batches(ABC):
 
     @abstractmethod
     def example(self) -> tuple[Batch, Tensor]:
-        """One such pair for a full batch. May consume random numbers."""
+        """One pair for a full batch, as `epoch` yields it. May consume random numbers."""
 
 
 def selected(data: Batch, index: Tensor, transform: Transform, numbers: Numbers) -> Batch:

@@ -27,7 +27,7 @@ _FEW = 32  # rows that suffice, if the program accepts so few
 
 
 def by_position(site: str) -> str:
-    """The error message for such a site."""
+    """The error message for a site whose numbers depend on the place of a datum in the batch."""
     return (
         f"the numbers of site '{site}' go by the place of a datum in the batch, but fit shuffles the data, so each place gets "
         f"other data at every step. If the guide has parameters per datum (an automatic guide of local latents does), use a "

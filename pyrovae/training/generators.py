@@ -81,7 +81,7 @@ def with_tensors(state: Any) -> Any:
 
 
 def with_arrays(state: Any) -> Any:
-    """What `with_tensors` was given."""
+    """Undo `with_tensors`."""
     return tree_map(lambda leaf: leaf.numpy().astype("uint64") if isinstance(leaf, Tensor) else leaf, state)
 
 

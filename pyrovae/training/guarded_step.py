@@ -1,4 +1,4 @@
-"""Make the step of an optimizer unless its loss or gradient is not finite, without waiting for the device."""
+"""Skip the optimizer's step if the loss or a gradient is NaN or infinite, without waiting for the device."""
 
 from typing import Any
 

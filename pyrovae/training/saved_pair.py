@@ -64,11 +64,12 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, guide: nn.Modu
     Without a model and a guide, both are built again from the file. This works only for parts of this library. With one
     or both, the file is loaded into them, and they must be the same as those saved.
 
-    The same: tensors of the same names, shapes and dtypes, modules of the same classes (an activation, for instance) with the
-    same hooks, and the same constants: whatever a module holds as an attribute (the scale of a likelihood, a dict of options),
-    but for what its use changes: what `forward` and the methods that it calls assign or fill, such as a counter. Free to differ
-    are devices and, in classes of your own, paths, seeds and numbers of data by their attributes' names (`num_data`,
-    `batch_size`). What only initial values come from is not compared. The code of a `forward` is not compared either.
+    "The same" means: tensors of the same names, shapes and dtypes; modules of the same classes (an activation, for
+    instance) with the same hooks; and the same constants. A constant is an attribute of a module (the scale of a
+    likelihood, a dict of options) that `forward`, and the methods that it calls, neither assign nor fill: a counter is
+    not one. These may differ: devices and, in classes of your own, attributes whose names say that they hold paths, seeds
+    or numbers of data (`num_data`, `batch_size`). Arguments that only set initial values are not compared, and neither
+    is the code of a `forward`.
 
     Only tensors and plain values are read: a file that contains code is refused, and none of it runs.
 

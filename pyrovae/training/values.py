@@ -1,4 +1,4 @@
-"""Describe values and functions as text, to compare those in a file with those of now.
+"""Describe values and functions as text, to compare those in a file with the current ones.
 
 A user's function is described by its name, a digest of its code, and the plain values that it uses from outside.
 Functions of installed packages are described by name only, so that a new version of a package counts as the same
