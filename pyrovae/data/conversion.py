@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrovae.data.frames import Table
 
-__all__ = ["Numbers", "check_same_rows", "converted", "is_table"]
+__all__ = ["Numbers", "check_same_columns", "check_same_rows", "converted", "is_table"]
 
 _LARGEST_INTEGER = 2**63 - 1
 _LARGEST_WHOLE = 2**53  # up to here float64 tells whole numbers from others
@@ -108,6 +108,8 @@ def _of_array(array: np.ndarray, numbers: Numbers, name: str) -> Tensor:
             )
         array = np.asarray(array)
     kind = array.dtype.kind
+    if kind in "biufc":
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if kind == "f":
         return _rounded(array, dtype, name)
     if kind == "u" and array.dtype.itemsize > 1:
@@ -116,14 +118,15 @@ def _of_array(array: np.ndarray, numbers: Numbers, name: str) -> Tensor:
         array = array.astype(np.int64)
     if kind not in "biuc":
         raise TypeError(f"{name}: expected numbers, found an array of {_kind(array)}")
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     return _of_tensor(torch.tensor(np.asarray(array, order="C")), numbers, name)
 
 
 def _rounded(array: np.ndarray, dtype: torch.dtype, name: str) -> Tensor:
     """Round to the dtype; refuse a whole number that changes, a number that overflows, and one that becomes 0."""
     if array.dtype.kind in "iu" and array.size and max(-int(array.min()), int(array.max())) > _LARGEST_WHOLE:
-        raise ValueError(f"{name}: found whole numbers beyond 2^53, which floating point does not hold: rescale them")
+        raise ValueError(
+            f"{name}: found whole numbers above 2^53, which floating point cannot hold exactly: rescale them"
+        )
     before = torch.tensor(np.asarray(array, dtype=np.float64, order="C"))
     after = before.to(dtype)
     back = after.double()
@@ -132,7 +135,7 @@ def _rounded(array: np.ndarray, dtype: torch.dtype, name: str) -> Tensor:
     if lost.any():
         position = tuple(lost.nonzero()[0].tolist())
         raise ValueError(
-            f"{name}: {dtype} does not hold {before[position].item()!r}, found at {list(position)}; it would become "
+            f"{name}: {dtype} cannot hold {before[position].item()!r}, found at {list(position)}; it would become "
             f"{back[position].item()!r}: rescale the data, or run the programs in float64 (.double())"
         )
     return after
@@ -180,14 +183,17 @@ def _kind(array: np.ndarray) -> str:
 
 
 def check_same_rows(**values: Any) -> None:
-    """Raise ValueError if pandas frames or series of one length have different indexes: rows are taken in order.
+    """Raise ValueError if pandas frames or series of one call do not belong together, by their labels.
+
+    Rows and columns are taken in their order: those of one length must have the same index, and frames with the same
+    columns must have them in the same order.
 
     Args:
         values: Arguments of the programs by their names in errors; anything may be among them.
     """
     first: dict[int, tuple[str, Any]] = {}
     for name, value in values.items():
-        for index in _indexes(value):
+        for index in _labels(value, "index"):
             other, expected = first.setdefault(len(index), (name, index))
             pairs = () if index.equals(expected) else enumerate(zip(index, expected, strict=True))
             for row, (label, of_other) in pairs:
@@ -197,12 +203,30 @@ def check_same_rows(**values: Any) -> None:
                         f"their order, whatever their labels (the index), so these may not belong together. Order them "
                         f"alike, b.loc[a.index], or drop labels that mean nothing, .reset_index(drop=True) of both"
                     )
+    check_same_columns(**values)
 
 
-def _indexes(value: Any) -> list[Any]:
+def check_same_columns(**values: Any) -> None:
+    """Raise ValueError if two frames have the same columns in different orders; see `check_same_rows`."""
+    first: dict[frozenset, tuple[str, Any]] = {}
+    for name, value in values.items():
+        for columns in _labels(value, "columns"):
+            other, expected = first.setdefault(frozenset(columns), (name, columns))
+            if len(columns) == len(expected) and columns != expected:
+                raise ValueError(
+                    f"the columns of {name} are {', '.join(map(str, columns))}, and those of {other} are "
+                    f"{', '.join(map(str, expected))}: columns are taken in their order, whatever their names. Order them "
+                    f"alike: b[a.columns]"
+                )
+
+
+def _labels(value: Any, kind: str) -> list[Any]:
+    """The labels of the rows ("index", of pandas) or "columns" of an argument, if it is a frame, and of frames in it."""
     if isinstance(value, Mapping):
-        return [index for item in value.values() for index in _indexes(item)]
+        return [labels for item in value.values() for labels in _labels(item, kind)]
     if type(value) in (tuple, list):
-        return [index for item in value for index in _indexes(item)] if len(value) < _FEW else []
-    index = getattr(value, "index", None)
-    return [index] if hasattr(index, "equals") else []
+        return [labels for item in value for labels in _labels(item, kind)] if len(value) < _FEW else []
+    labels = getattr(value, kind, None)
+    if kind == "columns":
+        return [list(labels)] if is_table(value) and labels is not None else []
+    return [labels] if hasattr(labels, "equals") else []

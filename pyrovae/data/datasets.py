@@ -57,7 +57,7 @@ def load(name: str = "auto", root: str | os.PathLike | None = None, **options: A
     if name not in NAMES:
         raise ValueError(f"no data set {name!r}: choose one of {', '.join(NAMES)}")
     if name in ("digits", "freyfaces") and options.pop("draw", None) is not None:
-        raise ValueError(f"draw= is a published test set of MNIST, and there is none of {name}: leave it out")
+        raise ValueError(f"draw= chooses a published test set of MNIST, and {name} has none: leave it out")
     if name == "digits":
         return digits(**options)
     if name == "freyfaces":

@@ -230,13 +230,13 @@ def as_arguments(
         is_x = place in ("argument 1", "argument 'x'")
         found.append(converted(value, numbers if is_x else numbers._replace(is_real=False), label))
     if numbers.converts:
-        _warn_of_table_without_mask(args, kwargs)
+        warn_of_table_without_mask(*args, *kwargs.values())
     return tuple(found[: len(args)]), dict(zip(kwargs, found[len(args) :], strict=True))
 
 
-def _warn_of_table_without_mask(args: tuple, kwargs: dict[str, Any]) -> None:
+def warn_of_table_without_mask(*values: Any) -> None:
     """Warn if an argument holds the values of a `Table` that lacks cells, and no other has the shape of a mask of them."""
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | np.ndarray)]
+    tensors = [value for value in values if isinstance(value, Tensor | np.ndarray)]
     for tensor in tensors:
         num_missing = getattr(tensor, "num_missing_cells", 0)
         if num_missing and sum(other.shape == tensor.shape for other in tensors) == 1:

@@ -210,6 +210,7 @@ def _is_text(known: Any) -> bool:
     return types.infer_dtype(known) in ("string", "boolean")
 
 
+_NOT_NUMBERS = ("datetime", "datetime64", "date", "time", "timedelta", "timedelta64", "period", "interval", "complex")
 _LARGEST_LOSS = 1e-3  # of rounding, in standard deviations of a column
 
 
@@ -219,6 +220,7 @@ def _coded(series: Any, column: Column) -> tuple[Tensor, Tensor]:
     observed = torch.tensor(is_known.tolist(), dtype=torch.bool)
     values = torch.zeros(len(series))
     if column.categories is None:
+        _check_is_no_time(series, column.name)
         numbers = _numbers(series[is_known], column.name)
         values[observed] = numbers.to(values.dtype)
         lost = (values[observed].double() - numbers).abs()
@@ -239,6 +241,17 @@ def _coded(series: Any, column: Column) -> tuple[Tensor, Tensor]:
         )
     values[observed] = torch.tensor([codes[cell] for cell in cells])
     return values, observed
+
+
+def _check_is_no_time(series: Any, name: str) -> None:
+    """Raise TypeError for times and complex numbers, which pandas would turn into nanoseconds, and into real parts."""
+    from pandas.api import types
+
+    if series.dtype.kind in "mMc" or types.infer_dtype(series, skipna=True) in _NOT_NUMBERS:
+        raise TypeError(
+            f"column {name!r} holds numbers in the table, found {series.dtype}: turn it into numbers of the same unit "
+            f"(times into seconds, .dt.total_seconds())"
+        )
 
 
 def _numbers(known: Any, name: str) -> Tensor:

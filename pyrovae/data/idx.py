@@ -79,8 +79,8 @@ def check_ready_for_download(folder: Path, dataset: Any, sizes: dict[Path, tuple
     ]
     if own:
         raise ValueError(
-            f"{', '.join(map(str, own))} holds {sizes[own[0]][0]:,} data of your own, without {', '.join(map(str, lacking))}: add "
-            f"the missing files, or remove your own to download {dataset.__name__}"
+            f"{', '.join(map(str, own))} holds {sizes[own[0]][0]:,} data of your own, but {', '.join(map(str, lacking))} is missing: "
+            f"add the missing files, or remove your own to download {dataset.__name__}"
         )
 
 

@@ -144,7 +144,7 @@ class Splits:
             raise ValueError(f"draw must be {' or '.join(map(repr, _DRAWS))} or None, found {draw!r}")
         if binarization != "dynamic" or data_seed:
             raise ValueError(
-                f"draw={draw!r} redraws training images at every use and has a seed of its own, found binarization="
+                f"draw={draw!r} draws training images anew at every use and has its own seed, found binarization="
                 f"{binarization!r} and data_seed={data_seed}: leave both out"
             )
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from pyrovae.common.arguments import check_count
+from pyrovae.data.forms import as_tensor, warn_of_table_without_mask
 from pyrovae.evaluation.sum_over_data import ROWS, draw_codes, marginals_of, sum_over_data
 from pyrovae.guides.base import Guide, check_guide
 from pyrovae.models.generative import LatentVariableModel
+from pyrovae.programs.parameters import numbers_of
 from pyrovae.programs.reach import evaluation_mode
 
 __all__ = ["AggregatePosterior", "aggregate_posterior"]
@@ -160,6 +162,8 @@ def aggregate_posterior(
             f"own: override `distribution` or `encode` instead"
         )
     num_draws = check_count("num_draws", num_draws)
+    warn_of_table_without_mask(x)
+    x = as_tensor("x", x, numbers_of(guide))
     if len(x) < 2:
         raise ValueError(f"an average of q(z|x) over data needs 2 data or more, found {len(x)}")
     if total_correlation not in (True, False, "auto"):

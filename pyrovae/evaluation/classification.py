@@ -27,7 +27,7 @@ class Classification:
         num_particles: number of particles per datum
         values: values of the site, (K, *event_shape)
         probs: p(y = k | x_n), (N, K), float64; for a site in plates inside the datum, (N, elements, K)
-        stderr: Monte Carlo standard error of `probs`, of the same shape
+        stderr: Monte Carlo standard error of `probs`, of the same shape; NaN for one particle, unless `probs` is exact
         ess: effective number of particles behind each datum, (N,)
     """
 
@@ -100,8 +100,9 @@ def classify(
         The probabilities, as a `Classification`.
 
     Raises:
-        ValueError: if no site is summed out, or several and none is named; for a sequential datum plate; and for
-            everything that `log_marginal_likelihood` refuses.
+        ValueError: if no site is summed out, or several and none is named; if y is masked out for some data, as
+            `obs_mask` does where it is known; for a sequential datum plate; and for everything that
+            `log_marginal_likelihood` refuses.
     """
     options = SamplingOptions(
         num_particles=num_particles,
@@ -147,6 +148,18 @@ def _site_of(pair: Pair, site: str | None) -> str:
     return names[0] if site is None else site
 
 
+def _check_not_masked(site: dict) -> None:
+    """Raise ValueError if the site is masked out for some data, which would get the probabilities of its prior."""
+    mask = site["mask"]
+    if mask is None or mask is True:
+        return
+    if mask is False or not mask.all():
+        raise ValueError(
+            f"site '{site['name']}' is masked out for some data, so it says nothing about them; with obs_mask=, their values "
+            f"are known: classify data of unknown values alone, or pass an obs_mask that is False for all"
+        )
+
+
 def _of_block(
     pair: Pair, site: str, num_particles: int, block: Block, _: int, chunk_size: int | None
 ) -> tuple[tuple[Tensor, ...], int | None]:
@@ -156,6 +169,7 @@ def _of_block(
 
     def chunk(size: int | None, _: bool) -> tuple[Tensor, Tensor]:
         found = draw(pair, block, size)
+        _check_not_masked(found.model_trace.nodes[site])
         share = summed_posterior(block.layout, found.model_trace, found.guide_trace, site, size).double()
         return found.log_weights, share.expand(len(found.log_weights), -1, -1, -1)
 
@@ -174,5 +188,7 @@ def _of_block(
     weight = log_weight.softmax(0)
     probs = (weight[..., None, None] * share).sum(0)
     stderr = (weight[..., None, None] * (share - probs)).square().sum(0).sqrt()
+    if pair.draws and num_particles == 1:
+        stderr = torch.full_like(stderr, torch.nan)
     probs, stderr = (part.squeeze(1) if part.shape[1] == 1 else part for part in (probs, stderr))
     return (probs, stderr, 1 / weight.square().sum(0)), chunk_size

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.reporting import progress_bar
+from pyrovae.data.forms import as_tensor, warn_of_table_without_mask
 from pyrovae.evaluation.drawing import until_interrupted
 from pyrovae.evaluation.log_weights import WeightedBlock, log_weight_blocks
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.evaluation.opening import SamplingOptions, parts_of
 from pyrovae.guides.base import Guide
+from pyrovae.programs.parameters import numbers_of
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program
 
@@ -212,6 +214,8 @@ def active_units(
     References:
         Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
     """
+    warn_of_table_without_mask(x)
+    x = as_tensor("x", x, numbers_of(guide))
     if len(x) < 2:
         raise ValueError(f"a variance over data needs 2 data or more, found {len(x)}")
     means = []

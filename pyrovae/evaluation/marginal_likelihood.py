@@ -186,8 +186,8 @@ class LogMarginalLikelihood:
 
         Args:
             num_dims: numbers in a datum
-            bin_width: width of a bin of discrete values in units of the data, 1/255 for bytes scaled to [0, 1]; one for
-                all dimensions, or one each
+            bin_width: width of a bin of discrete values in units of the data, 1/256 for bytes that
+                `pyrovae.data.dequantize` made; one for all dimensions, or one each
         """
         return estimators.bits_per_dim(self.log_prob, num_dims, bin_width=bin_width)
 

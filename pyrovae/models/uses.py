@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.networks import Inputs, check_context, check_mask
-from pyrovae.data.conversion import check_same_rows
-from pyrovae.data.forms import as_tensor
+from pyrovae.data.conversion import check_same_columns, check_same_rows
+from pyrovae.data.forms import as_tensor, warn_of_table_without_mask
 from pyrovae.guides.base import Guide
 from pyrovae.models.generative import LatentVariableModel
 from pyrovae.programs.parameters import numbers_of
@@ -145,6 +145,7 @@ def interpolate(
     References:
         White, Sampling Generative Networks (2016).
     """
+    check_same_columns(a=a, b=b)
     a, b = (_data_of(end, guide, model, name) for name, end in (("a", a), ("b", b)))
     context = _given("context", context, guide)
     if a.shape != b.shape:
@@ -303,6 +304,7 @@ def _of_posterior(
 ) -> Tensor:
     """Return take(q(z|x)) of all data, in batches that lie along `dim` of the result."""
     check_same_rows(x=x, context=context, observed=observed)
+    warn_of_table_without_mask(x, observed)
     x = _data_of(x, guide)
     context = _given("context", context, guide)
     if context is not None:

@@ -123,7 +123,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     content, mark, digest = data[: -len(_MARK) - _DIGEST_SIZE], data[-len(_MARK) - _DIGEST_SIZE :], data[-_DIGEST_SIZE:]
     is_marked = mark.startswith(_MARK)
     if is_marked and hashlib.sha256(content).digest() != digest:
-        raise ValueError(f"{path} is damaged: its bytes are not those that were written{_or_earlier(path)}")
+        raise ValueError(f"{path} is damaged: its bytes do not match its checksum{_or_earlier(path)}")
     try:
         archive = content if is_marked else _checked_parts(data)
         found = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)

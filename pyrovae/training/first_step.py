@@ -179,8 +179,8 @@ def _check_data_are_first(batch: Batch, plate_sizes: set[int]) -> None:
     others = [place for place, tensor in batch.tensors.items() if tensor.ndim and len(tensor) in plate_sizes]
     if others:
         raise ValueError(
-            f"the first tensor has {batch.num_data} rows, which are taken for the data, and the plates of the observed sites "
-            f"have the size of {others[0]}, {sorted(plate_sizes)}: put the data first, or name them x in a mapping"
+            f"the first tensor has {batch.num_data} rows and is taken for the data, but the plates of the observed sites have "
+            f"the size of {others[0]}, {sorted(plate_sizes)}: put the data first, or pass a mapping and name them x"
         )
 
 
@@ -217,7 +217,7 @@ def _check_same_arguments(model: Program, batch: Batch, train: Batch) -> None:
         return
     raise ValueError(
         f"validation has {_described(batch)}, and the batches of train have {_described(train)}: give both the same arguments. "
-        f"The transform is applied to validation data that have the several items of the training data"
+        f"The transform is applied to validation data only if they have as many items as the training data"
     )
 
 

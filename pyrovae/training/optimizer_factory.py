@@ -71,8 +71,8 @@ def optimizer_factory(given: Any, names: Mapping[Tensor, str], is_scheduled: boo
     """
     if isinstance(given, Optimizer):
         raise TypeError(
-            f"optimizer must be a function that makes an optimizer of a list of parameters, found a {type(given).__name__} "
-            f"made already: give functools.partial(torch.optim.{type(given).__name__}, lr=...)"
+            f"optimizer must be a function that makes an optimizer from a list of parameters, found a finished "
+            f"{type(given).__name__}: give functools.partial(torch.optim.{type(given).__name__}, lr=...)"
         )
     if isinstance(given, pyro.optim.PyroOptim):
         function = _unwrapped(given, names)
@@ -112,8 +112,8 @@ def _unwrapped(wrapper: pyro.optim.PyroOptim, names: Mapping[Tensor, str]) -> Ca
         return partial(_made, make, arguments)
     if wrapper.pt_optim_args_argc != 1:
         raise TypeError(
-            f"found optimizer={name} with arguments from a function of {wrapper.pt_optim_args_argc} arguments: give a function of one, "
-            f"the name of a parameter"
+            f"optimizer={name}: the function for its settings takes {wrapper.pt_optim_args_argc} arguments, expected one, the "
+            f"name of a parameter"
         )
 
     def grouped(parameters: list[Tensor]) -> Optimizer:

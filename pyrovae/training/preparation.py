@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from pyrovae.common import distributed
 from pyrovae.common.arguments import check_count, check_positive
+from pyrovae.data.conversion import check_same_columns
 from pyrovae.programs.parameters import check_program, numbers_of
 from pyrovae.programs.precision import check_precision, in_precision
 from pyrovae.programs.reach import modules_behind
@@ -180,6 +181,7 @@ def prepare(model: Program, guide: Program, train: Any, validation: Any, options
     loss = default_loss(model) if options.loss is None else options.loss
     modules = modules_behind(model, guide)
     batches = batches_of(train, options.batch_size, options.transform, device, numbers_of(model, guide))
+    check_same_columns(train=train, validation=validation)
     held_out = None if validation is None else ValidationData(validation, batches)
     modules = [module.to(device) for module in modules]
     _check_not_lazy(modules)

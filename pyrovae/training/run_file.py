@@ -75,8 +75,8 @@ class RunFile:
             return
         if is_lost:
             raise ValueError(
-                f"{self.path} is not there, and {before} is, the state before it: move it to {self.path} to resume from it, "
-                f"or move it away to start a new run"
+                f"{self.path} is missing, but the state before it, {before}, exists: move that to {self.path} to resume from "
+                f"it, or move it away to start a new run"
             )
 
     def _state_in(self, path: Path) -> dict[str, Any]:
@@ -89,8 +89,8 @@ class RunFile:
             is_extended = name == "epochs" and there <= here
             if known and here != there and not is_extended and not _same(there, here):
                 raise ValueError(
-                    f"{path} is of a run with {name}={there}, and this one has {name}={here}: call fit as before, or "
-                    f"give it another path"
+                    f"{path} was written by a run with {name}={there}, and this call has {name}={here}: call fit as before, "
+                    f"or give it another path"
                 )
         for name, described in described_in(content).items():
             here = self.pair["description"].get(name)
@@ -132,7 +132,7 @@ def run_file(run: Run, options: Options, train: Any, validation: Any) -> Iterato
     with locked(path):
         if path.exists() and not options.resume:
             raise ValueError(
-                f"{path} is there already: resume=True resumes its run, another checkpoint= starts a new one"
+                f"{path} already exists: resume=True resumes its run, another checkpoint= starts a new one"
             )
         target = target_of(path)
         for kind in ("tmp", "link"):

@@ -199,7 +199,7 @@ class Steps:
                 raise
             if len(tried.rows) == 1 and "more than 1 value per channel" in str(error):
                 raise ValueError(
-                    "a batch of a single datum came to BatchNorm, which needs at least two to train: leave it out, "
+                    "BatchNorm got a batch of a single datum, but needs at least two to train: leave it out, "
                     "DataLoader(..., drop_last=True), or use another batch size"
                 ) from error
             # With several processes no step can be skipped: the others wait for this one's gradients.

@@ -28,6 +28,7 @@ Pair = collections.namedtuple("Pair", ["x", "y"])
         (X.half().numpy(), [X], {}),
         (np.asfortranarray(X.numpy())[:, ::-1], [X.flip(1)], {}),
         (X.numpy().astype(">f4"), [X], {}),
+        (X.double().numpy().astype(">f8"), [X], {}),
         (pd.DataFrame(X.numpy(), columns=["a", "b", "c"]), [X], {}),
         ((X, Y), [X, Y], {}),
         ([X, Y.numpy()], [X, Y], {}),
@@ -100,7 +101,7 @@ def test_whole_numbers_of_arrays_are_kept_or_refused(values):
         rounded = array.astype(np.float32).astype(np.float64)
     bad = (rounded != array) & (is_whole | np.isinf(rounded) | (rounded == 0))
     if bad.any():
-        with pytest.raises(ValueError, match="does not hold"):
+        with pytest.raises(ValueError, match="cannot hold"):
             as_batch(array, torch.float32)
     else:
         assert np.array_equal(as_batch(array, torch.float32).args[0].double().numpy(), rounded)
@@ -186,6 +187,29 @@ def test_rows_with_other_labels_are_refused():
         (frame, labels.rename_axis("digit")),
     ):
         assert as_batch(data).num_data == 4
+
+
+def test_frames_with_the_same_columns_in_another_order_are_refused():
+    """A mask or validation data of another order would belong to other columns."""
+    frame = pd.DataFrame(X.numpy(), columns=["a", "b", "c"])
+    known, other = frame > 0.2, pd.DataFrame(X.numpy(), columns=["d", "e", "f"])
+    guide = pv.guides.MeanFieldNormal(pv.nets.MLP(3, [5]), 2)
+    model = pv.GenerativeModel(pv.priors.StandardNormal(2), pv.likelihoods.Normal(pv.nets.MLP(2, [5], 3), (3,)))
+    observed, options = known[["c", "a", "b"]], {"epochs": 1, "batch_size": 2, "progress": False}
+    for call in (
+        lambda: as_batch({"x": frame, "observed": observed}),
+        lambda: pv.uses.embed(guide, frame, observed=observed),
+        lambda: pv.uses.interpolate(model, guide, frame, frame[["b", "a", "c"]]),
+        lambda: pv.log_marginal_likelihood(model, guide, frame, observed=observed, num_particles=2),
+        lambda: pv.fit(model, guide, frame, validation=frame[["a", "c", "b"]], **options),
+        lambda: pv.fit(model, guide, {"x": frame}, validation={"x": frame[["a", "c", "b"]]}, **options),
+    ):
+        with pytest.raises(ValueError, match=r"the columns of .* are [abc, ]+, and those of .*: b\[a.columns\]"):
+            call()
+    for data in ((frame, known), (frame, other), (frame, known[["a", "b"]]), {"x": frame, "y": frame["a"]}):
+        assert as_batch(data).num_data == 4
+    assert pv.uses.interpolate(model, guide, frame, frame, 3).shape == (4, 3, 3)
+    pv.fit(model, guide, frame, validation=frame, **options)
 
 
 def test_uses_of_rows_with_other_labels_are_refused():

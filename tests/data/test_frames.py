@@ -77,6 +77,42 @@ def test_unseen_values_are_named(change, match):
         table(people()).encode(pd.DataFrame(row))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        pd.to_timedelta([1, 2], unit="s"),
+        pd.to_datetime(["2020-01-01", "2020-01-02"]),
+        pd.period_range("2020", periods=2, freq="D"),
+        [1 + 2j, 3 + 0j],
+        pd.Series(pd.to_timedelta([1, None], unit="s"), dtype=object),
+    ],
+)
+def test_times_for_a_column_of_numbers_are_refused(double, values):
+    """pandas would give them in its own unit: 1 s as 1e9, or 1e6."""
+    found = table(pd.DataFrame({"seconds": [1.0, 2.5, 4000.0]}))
+    with pytest.raises(TypeError, match=r"column 'seconds' holds numbers in the table, found .*: turn it into numbers"):
+        found.encode(pd.DataFrame({"seconds": values}))
+    assert found.encode(pd.DataFrame({"seconds": ["1.5", None]})).values[0].item() == 1.5
+
+
+def test_every_use_of_values_without_their_mask_warns():
+    values = table(pd.DataFrame({"a": [170.0, None, 160.0, 150.0], "b": [1.0, 2.0, None, 0.0]})).values
+    guide = pv.guides.MeanFieldNormal(pv.nets.MLP(2, [3]), 2)
+    model = pv.GenerativeModel(pv.priors.StandardNormal(2), pv.likelihoods.Normal(pv.nets.MLP(2, [3], 2), (2,)))
+    for call in (
+        lambda: pv.uses.embed(guide, values),
+        lambda: pv.uses.reconstruct(model, guide, values),
+        lambda: pv.aggregate_posterior(model, guide, values),
+        lambda: pv.active_units(guide, values),
+        lambda: pv.inference_gaps(model, guide, values, num_particles=10, max_num_steps=2),
+    ):
+        with pytest.warns(UserWarning, match="values of a table without its mask: 2 missing cells hold 0"):
+            call()
+    frame = pd.DataFrame(values.numpy(), columns=["a", "b"])
+    assert torch.equal(pv.active_units(guide, frame), pv.active_units(guide, values.clone()))
+    assert len(pv.uses.embed(guide, values, observed=values > 0)) == 4
+
+
 @pytest.mark.parametrize("dtype", ["Int64", "Float64", "float32", "uint8"])
 def test_kinds_of_numbers(dtype):
     values = [1, 0, 3] if dtype == "uint8" else [1, None, 3]

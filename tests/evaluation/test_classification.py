@@ -68,6 +68,28 @@ def test_a_mixture_vae(proposal, options):
     assert "11 data" in repr(found)
 
 
+def test_one_particle_has_no_standard_error():
+    found = pv.classify(mixture, guide, torch.tensor([0.3, -2.0]), num_particles=1)
+    assert found.stderr.isnan().all()
+    assert found.probs.isfinite().all()
+
+
+def test_data_with_a_known_class_are_refused():
+    """With obs_mask, the site of the unknown classes is masked out for them, and its posterior is the prior."""
+
+    @pyro.infer.config_enumerate
+    def labelled(x, y, known):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(PRIOR.to(x)), obs=y, obs_mask=known)
+            pyro.sample("x", dist.Normal(LOCS.to(x)[y], 1.25**0.5), obs=x)
+
+    x, y = torch.tensor([0.3, -2.0, 1.0]), torch.tensor([0, 2, 1])
+    with pytest.raises(ValueError, match="site 'y_unobserved' is masked out for some data.*classify data of unknown"):
+        pv.classify(labelled, nothing, x, y, torch.tensor([True, False, False]))
+    found = pv.classify(labelled, nothing, x, y, torch.zeros(3, dtype=torch.bool))
+    assert torch.allclose(found.probs, posterior(x))
+
+
 def test_the_ess_and_the_error_by_hand():
     """With weights known by hand: p(y | x, z) and w at the draws of the guide."""
     x, draws = torch.tensor([0.3, -2.0]), []

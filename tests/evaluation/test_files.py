@@ -342,7 +342,7 @@ def test_a_run_whose_file_is_lost(lost, tmp_path):
     file = target if lost == "link" else path
     before = file.with_name(f"{file.name}.previous")
     file.rename(tmp_path / "aside.pt") if lost == "moved" else file.unlink()
-    with pytest.raises(ValueError, match=rf"run\.pt is not there, and .*{before.name} is, .*: move it to") as caught:
+    with pytest.raises(ValueError, match=rf"run\.pt is missing, but .*{before.name}, exists: move that to") as caught:
         pv.fit(*make(), binary(), **options, resume=True)
     assert str(before) in str(caught.value)
     before.rename(file)

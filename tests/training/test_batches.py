@@ -259,7 +259,7 @@ def test_a_datum_left_over_trains_with_batch_norm(num_data, batch_size):
 
 
 def test_a_loader_that_leaves_one_over_is_told_what_to_do():
-    with pytest.raises(ValueError, match=r"a batch of a single datum came to BatchNorm.*drop_last=True"):
+    with pytest.raises(ValueError, match=r"BatchNorm got a batch of a single datum.*drop_last=True"):
         pv.fit(*normed(), DataLoader(list(binary(21)), 10), epochs=1, progress=False)
     pv.fit(*normed(), DataLoader(list(binary(21)), 10, drop_last=True), epochs=1, progress=False)
 

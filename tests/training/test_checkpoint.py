@@ -332,7 +332,7 @@ def test_a_link_stays_and_its_target_is_written(kind, there, tmp_path):
     link_to(target, link, kind)
     options = {"epochs": 2, "batch_size": 20, "checkpoint_every": 0, "progress": False}
     if there:
-        with pytest.raises(ValueError, match=r"link\.pt is there already"):
+        with pytest.raises(ValueError, match=r"link\.pt already exists"):
             pv.fit(*make(), binary(), checkpoint=link, **options)
         target.unlink()
     pv.fit(*make(), binary(), checkpoint=link, **options)

@@ -357,7 +357,7 @@ def test_a_run_of_other_labels_is_not_resumed(form, tmp_path, monkeypatch):
     other = y.clone()
     other[0] += 1
     found = {"tuple": "train.argument 2=", "dict": "train.argument 'y'="}.get(form, "train.dataset")
-    with pytest.raises(ValueError, match=f"is of a run with {re.escape(found)}"):
+    with pytest.raises(ValueError, match=f"was written by a run with {re.escape(found)}"):
         fit(make_data(x, other, True), **options)
     fit(make_data(x, y, True), **options)
 

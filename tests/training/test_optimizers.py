@@ -310,7 +310,7 @@ def test_what_cannot_be_used_is_refused(optimizer, more, error, match):
 def test_an_optimizer_made_already_is_refused():
     model, guide = make()
     with pytest.raises(
-        TypeError, match=r"found a SGD made already: give functools\.partial\(torch\.optim\.SGD, lr=\.\.\.\)"
+        TypeError, match=r"found a finished SGD: give functools\.partial\(torch\.optim\.SGD, lr=\.\.\.\)"
     ):
         pv.fit(model, guide, binary(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **OPTIONS)
 

@@ -209,7 +209,7 @@ def test_what_is_not_the_same_run_is_refused(tmp_path):
     options = {"epochs": 2, "batch_size": 20, "checkpoint": path, "progress": False}
     pv.fit(*make(), binary(), **options)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"run\.pt is there already: resume=True resumes its run"):
+    with pytest.raises(ValueError, match=r"run\.pt already exists: resume=True resumes its run"):
         pv.fit(*make(), binary(), **options)
     for change, match in (
         ({"epochs": 1}, "with epochs=2, and this one has epochs=1"),

@@ -333,7 +333,7 @@ def test_another_one_is_refused_with_both_values(name, tmp_path):
     go_on(first, first, path)
     path.unlink()
     go_on(first, {**first, "resume": True}, path)  # the same functions and objects after they were used
-    with pytest.raises(ValueError, match=r"run\.pt is of a run (with|of another) ") as caught:
+    with pytest.raises(ValueError, match=r"run\.pt (was written by a run with|is of a run of another) ") as caught:
         go_on({**second, "resume": True}, {}, path)
     message = str(caught.value)
     middle = ", and this one has " if ", and this one has " in message else " in the file and "
