@@ -89,7 +89,7 @@ class RunFile:
             is_extended = name == "epochs" and there <= here
             if known and here != there and not is_extended and not _same(there, here):
                 raise ValueError(
-                    f"{path} was written by a run with {name}={there}, and this call has {name}={here}: call fit as before, "
+                    f"{path} was written by a run with {name}={there}, and this one has {name}={here}: call fit as before, "
                     f"or give it another path"
                 )
         for name, described in described_in(content).items():

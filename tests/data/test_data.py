@@ -295,5 +295,5 @@ def test_a_draw_of_other_data_sets(name, tmp_path, monkeypatch):
     assert len(pv.data.load(name, draw=None).test) == 300
     with pytest.raises((ValueError, DataUnavailableError)):
         pv.data.load(name, draw="seed-777")
-    with pytest.raises(ValueError, match="there is none of digits"):
+    with pytest.raises(ValueError, match="digits has none"):
         pv.data.load("digits", draw="seed-777")
