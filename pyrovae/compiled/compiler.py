@@ -31,14 +31,14 @@ def compiled_by_inductor(graph: torch.fx.GraphModule) -> Callable:
         "fallback_random": True,
         "reorder_for_locality": False,
         "reorder_for_peak_memory": False,
-        "layout_optimization": not _has_gradients_of_convolutions_on_a_cpu(graph),
+        "layout_optimization": not _keeps_layout(graph),
         # No guards: `Recording` has already checked everything that a guard would check.
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
     }
     return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
 
 
-def _has_gradients_of_convolutions_on_a_cpu(graph: torch.fx.GraphModule) -> bool:
+def _keeps_layout(graph: torch.fx.GraphModule) -> bool:
     """Whether to keep images as they are, instead of moving their channels to the last dimension.
 
     Channels at the end make convolutions a little faster, so that an evaluation takes 0.8 of the time. But the compiled

@@ -216,7 +216,7 @@ def check_same_columns(**values: Any) -> None:
                 raise ValueError(
                     f"the columns of {name} are {', '.join(map(str, columns))}, and those of {other} are "
                     f"{', '.join(map(str, expected))}: columns are taken in their order, whatever their names. Order them "
-                    f"alike: b[a.columns]"
+                    f"alike, b[a.columns], or pass b.to_numpy() if this order is meant"
                 )
 
 
