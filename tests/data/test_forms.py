@@ -204,7 +204,9 @@ def test_frames_with_the_same_columns_in_another_order_are_refused():
         lambda: pv.fit(model, guide, frame, validation=frame[["a", "c", "b"]], **options),
         lambda: pv.fit(model, guide, {"x": frame}, validation={"x": frame[["a", "c", "b"]]}, **options),
     ):
-        with pytest.raises(ValueError, match=r"the columns of .* are [abc, ]+, and those of .*, b\[a.columns\], or pass"):
+        with pytest.raises(
+            ValueError, match=r"the columns of .* are [abc, ]+, and those of .*, b\[a.columns\], or pass"
+        ):
             call()
     for data in ((frame, known), (frame, other), (frame, known[["a", "b"]]), {"x": frame, "y": frame["a"]}):
         assert as_batch(data).num_data == 4
