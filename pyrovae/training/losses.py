@@ -61,7 +61,7 @@ def check_loss(loss: ELBO) -> ELBO:
     if isinstance(loss, _JIT):
         name = type(loss).__name__
         raise TypeError(
-            f"loss={name}() looks for parameters only in Pyro's global store, which does not hold those of modules: take "
+            f"loss={name}() reads parameters only from Pyro's global store, which does not hold those of modules: take "
             f"{name.removeprefix('Jit')}(), with compile=True to record and compile the step"
         )
     if isinstance(loss, ReweightedWakeSleep | TraceTailAdaptive_ELBO):
