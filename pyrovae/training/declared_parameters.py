@@ -126,7 +126,7 @@ class FirstStep(Messenger):
             names = _some(_name(module, name, self.modules) for module, name in taken)
             self._give_back(taken)
             raise ValueError(
-                f"Pyro's store holds parameters of another model under the names of this one's, and the programs used those "
+                f"Pyro's store has parameters of another model under the names of this one's, and the programs used those "
                 f"instead of their own: {names}. Training one model would change the other. Call pyro.clear_param_store() before "
                 f"fit, once the other is no longer used; or give each PyroModule a name, super().__init__(name=...). To start from "
                 f"the values in the store, run the model and the guide on a batch before fit"
