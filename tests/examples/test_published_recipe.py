@@ -234,7 +234,7 @@ def test_a_row_states_its_draw_and_settings(run, table, monkeypatch, tmp_path, r
     assert torch.equal(given["validation"], drawn.validation)
     assert str(tmp_path) not in json.dumps(result)
     assert "(draw seed-777, digits, 40 images, 30 particles, 1 epochs)" in (tmp_path / "density.md").read_text()
-    with pytest.raises(SystemExit, match="has a seed of its own"):
+    with pytest.raises(SystemExit, match="has its own seed"):
         run(row, 1, data_seed="1")
     full = table.ROWS[row]
     assert (full.epochs, full.kl_warmup, full.objective, full.particles) == (2000, 100, "elbo", 1)
