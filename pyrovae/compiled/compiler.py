@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from pyrovae.compiled.lowering import lowered
+
 __all__ = [
     "check_cache_is_writable",
     "compiled_by_inductor",
@@ -35,7 +37,7 @@ def compiled_by_inductor(graph: torch.fx.GraphModule) -> Callable:
         # No guards: `Recording` has already checked everything that a guard would check.
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
     }
-    return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(lowered(graph), fullgraph=True, dynamic=False, options=options)
 
 
 def _keeps_layout(graph: torch.fx.GraphModule) -> bool:

@@ -4,10 +4,12 @@
   takes longer than everything else except the matrix products.
 - A product plus a bias becomes a product and a sum, which Inductor computes in the loop that follows. `addmm` first
   copies the bias to every row, which takes a tenth of the time of an evaluation.
+- The products of `BinaryImages` are computed in one loop; the eager program takes several to use fewer instructions.
 """
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,8 +57,11 @@ def lowered(recording: GraphModule) -> GraphModule:
             negative = copied.call_function(aten.neg.default, (bias,))
             # A difference, because Inductor turns a sum into addmm again.
             copies[node] = copied.call_function(aten.sub.Tensor, (product, negative))
+        elif node.target is aten.reciprocal.default and (logits := _logits_of_products(node)) is not None:
+            # The operations that this replaces stay in the graph, and Inductor removes them.
+            copies[node] = _traced(copied, partial(_products, num=node.meta["val"].shape[-1]), [logits], copies, table)
         elif node.target in table:
-            copies[node] = _traced(copied, node, copies, table)
+            copies[node] = _traced(copied, partial(_called, node), node.all_input_nodes, copies, table)
         elif node.target is operator.getitem and isinstance(copies[node.args[0]], tuple):  # an output of such a node
             copies[node] = copies[node.args[0]][node.args[1]]
         else:
@@ -72,21 +77,53 @@ def _adds_a_bias(node: Node) -> bool:
     return value.ndim == 1 and value.dtype == torch.float32 and value.device.type == "cpu" and not node.kwargs
 
 
-def _traced(graph: Graph, node: Node, copies: dict[Node, Any], table: dict[Any, Callable]) -> Any:
-    """Append what a node computes to a graph, by the functions of the table; return the nodes of the result."""
-    from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
+def _logits_of_products(inverted: Node) -> Node | None:
+    """Return l if a node computes 1 / prod 1 / (1 + exp(-|l|)) over all but the last part of the last dimension.
 
-    inputs = node.all_input_nodes
+    The operations must follow each other, so that no other one changes l or a result in between.
+    """
+    aten = torch.ops.aten
+    node = _previous(inverted)
+    while node is not None and node.target is aten.prod.dim_int:
+        split: Any = _previous(node)
+        ndim = len(node.meta["val"].shape) + 1
+        if split is None or split.target is not aten.view.default or node.args[1:] not in ((-2,), (ndim - 2,)):
+            return None
+        node = _previous(split)
+        if node is None or split.meta["val"].shape[:-2] != node.meta["val"].shape[:-1]:
+            return None
+    if node is None or node.target is not aten.sigmoid_.default:
+        return None
+    node = _previous(node)
+    return None if node is None or node.target is not aten.abs.default else node.all_input_nodes[0]
+
+
+def _previous(node: Node) -> Node | None:
+    """Return the node before, if this node's first argument is its result."""
+    return node.prev if node.prev is node.args[0] else None
+
+
+def _products(logits: torch.Tensor, num: int) -> torch.Tensor:
+    return (1 + (-logits.abs()).exp()).unflatten(-1, (-1, num)).prod(-2)
+
+
+def _called(node: Node, *tensors: torch.Tensor) -> Any:
+    """Return what a node computes from the values of its inputs."""
+    given = dict(zip(node.all_input_nodes, tensors, strict=True))
+    args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
     operation: Any = node.target
+    return operation(*args, **kwargs)
 
-    def run(*tensors: torch.Tensor) -> Any:
-        given = dict(zip(inputs, tensors, strict=True))
-        args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
-        return operation(*args, **kwargs)
+
+def _traced(
+    graph: Graph, function: Callable, inputs: list[Node], copies: dict[Node, Any], table: dict[Any, Callable]
+) -> Any:
+    """Append what a function computes to a graph, by the operations of the table; return the nodes of the result."""
+    from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
 
     values = (tensor.meta["val"] for tensor in inputs)
     examples = [torch.empty_strided(of.shape, of.stride(), dtype=of.dtype, device=of.device) for of in values]
-    inner = make_fx(run, table)(*examples)
+    inner = make_fx(function, table)(*examples)
     found = dict(zip(inner.graph.find_nodes(op="placeholder"), (copies[tensor] for tensor in inputs), strict=True))
     return graph.graph_copy(inner.graph, found)
 

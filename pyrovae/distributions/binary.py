@@ -93,7 +93,7 @@ class _LogMass(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, value: Tensor) -> Tensor:
         size = _num_factors(logits)
-        products = (_in_one_loop if _is_recorded() else _in_few_passes)(logits, size)
+        products = _products(logits, size)
         rest = torch.addcmul(logits.clamp_min(0), logits, value, value=-1)
         # Sums of the same pixels as the products, so that compiled code computes both in one loop.
         return -(products.log() + rest.unflatten(-1, (size, -1)).sum(-2)).sum(-1)
@@ -110,17 +110,11 @@ class _LogMass(torch.autograd.Function):
         return of_logits, gradient * logits if ctx.needs_input_grad[1] else None
 
 
-def _is_recorded() -> bool:
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+def _products(logits: Tensor, size: int) -> Tensor:
+    """Return products of 1 + exp(-|l|) for `size` pixels each, with few passes over memory; two stages are faster, too.
 
-
-def _in_one_loop(logits: Tensor, size: int) -> Tensor:
-    """Return products of 1 + exp(-|l|) for `size` pixels each, as compiled code computes them fastest."""
-    return (1 + (-logits.abs()).exp()).unflatten(-1, (size, -1)).prod(-2)
-
-
-def _in_few_passes(logits: Tensor, size: int) -> Tensor:
-    """Return the same products by few passes over memory; a product of two stages is faster, too."""
+    `compiled.lowering` finds these operations in a recording, and replaces them.
+    """
     products = logits.abs().sigmoid_()  # 1 / (1 + exp(-|l|))
     first = next(first for first in range(math.isqrt(size), 0, -1) if size % first == 0)
     for count in (size // first, first):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro.distributions import Bernoulli
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae.compiled.lowering import lowered
+from pyrovae.distributions.binary import BinaryImages
 
 SMALL = torch.cat([-torch.logspace(-30, -0.001, 400), torch.logspace(-30, 30, 800), torch.tensor([0.0])])
 REAL = torch.cat([torch.linspace(-80, 80, 1601), torch.tensor([0.0, 19.999, 20.001])])
@@ -72,3 +74,47 @@ def test_other_sums_with_products_stay(shape, dtype, factors):
     graph = make_fx(lambda a: torch.addmm(bias, a, b, **factors))(a)
     assert torch.ops.aten.addmm.default in {node.target for node in lowered(graph).graph.nodes}
     assert torch.equal(lowered(graph)(a), torch.addmm(bias, a, b, **factors))
+
+
+@pytest.mark.parametrize("event_shape", [(1,), (67,), (1, 28, 28), (2, 64), (40,)], ids=str)
+@pytest.mark.parametrize("mapped", [False, True], ids=["", "vmap"])
+def test_products_of_binary_pixels_are_in_one_loop(double, event_shape, mapped):
+    logits, x = 20 * torch.randn(3, 4, *event_shape), (torch.rand(3, 4, *event_shape) < 0.3).double()
+
+    def log_prob(logits, x):
+        return BinaryImages(logits, len(event_shape), validate_args=False).log_prob(x)
+
+    graph = lowered(make_fx(torch.vmap(log_prob) if mapped else log_prob)(logits, x))
+    called = [node.target for node in graph.graph.nodes if node.users]
+    assert torch.ops.aten.reciprocal.default not in called
+    assert called.count(torch.ops.aten.exp.default) == 1
+    pixels = Bernoulli(logits=logits, validate_args=False).to_event(len(event_shape))
+    assert torch.allclose(graph(logits, x), pixels.log_prob(x), rtol=1e-12)
+
+
+OTHER_INVERSES = {
+    "result changed": lambda x: x.abs().sigmoid_().mul_(3).reciprocal(),
+    "result changed through a view": lambda x: changed(x.abs().sigmoid_()).reciprocal(),
+    "of products over the last dimension": lambda x: x.abs().sigmoid_().unflatten(-1, (2, 3)).prod(-1).reciprocal(),
+    "of products over the first dimension": lambda x: x.abs().sigmoid_().unflatten(-1, (2, 3)).prod(0).reciprocal(),
+    "of products that keep a dimension": lambda x: (
+        x.abs().sigmoid_().unflatten(-1, (2, 3)).prod(-2, keepdim=True).reciprocal()
+    ),
+    "of another view": lambda x: x.abs().sigmoid_().view(6, 4).prod(0).reciprocal(),
+    "without a view": lambda x: x.abs().sigmoid_().prod(-2).reciprocal(),
+    "sigmoid of x": lambda x: x.clone().sigmoid_().reciprocal(),
+    "of other numbers": lambda x: x.abs().reciprocal(),
+}
+
+
+def changed(y):
+    y.view(-1).mul_(3)
+    return y
+
+
+@pytest.mark.parametrize("name", OTHER_INVERSES)
+def test_other_inverses_stay(double, name):
+    function, x = OTHER_INVERSES[name], torch.randn(4, 6)
+    graph = lowered(make_fx(function)(x))
+    assert torch.allclose(graph(x), function(x), rtol=1e-12)
+    assert torch.ops.aten.exp.default not in {node.target for node in graph.graph.nodes}
