@@ -1,6 +1,7 @@
 """Jackknife estimates of log p(x): the importance-weighted bound with the leading terms of its bias removed."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,21 @@ __all__ = ["jackknife", "jackknife_2"]
 # Pairs with one of the 4 largest weights are summed directly. The others have w~ < 1/5 and odds r = w~ / (1 - w~) below
 # 1/4, so that 13 terms of the series of log(1 - r r') leave a relative error of 16^-13.
 _LARGEST, _TERMS = 4, 13
+_ROWS = 512
+
+
+class _Parts(NamedTuple):
+    """What both orders need.
+
+    Attributes:
+        log_normalised: log w~, (S, N).
+        normalised: w~, (S, N).
+        without_one: log(1 - w~), (S, N).
+    """
+
+    log_normalised: Tensor
+    normalised: Tensor
+    without_one: Tensor
 
 
 def jackknife(log_weights: Tensor | Weights) -> Tensor:
@@ -38,9 +54,7 @@ def jackknife(log_weights: Tensor | Weights) -> Tensor:
     num_particles, bound = len(weights), weights.bound
     if num_particles < 2:
         return weights.unknown()
-    log_normalised = weights.log - weights.log_sum
-    without_one = _log_without_one(log_normalised, weights.log.argmax(0, keepdim=True))
-    correction = math.log(num_particles / (num_particles - 1)) + without_one.mean(0)
+    correction = math.log(num_particles / (num_particles - 1)) + weights.once(_parts).without_one.mean(0)
     corrected = bound - (num_particles - 1) * correction
     corrected = torch.where(weights.constant, bound, corrected)
     return torch.where(bound == -math.inf, bound, corrected)
@@ -72,43 +86,55 @@ def jackknife_2(log_weights: Tensor | Weights) -> Tensor:
     size, bound = len(weights), weights.bound
     if size < 3:
         return weights.unknown()
-    log_normalised = weights.log - weights.log_sum
-    largest = weights.log.topk(min(_LARGEST, size), dim=0).indices
-    without_one = _log_without_one(log_normalised, largest[:1])
-    pairs = _sum_over_pairs(log_normalised, without_one, largest) / (size * (size - 1) / 2)
+    parts = weights.once(_parts)
+    pairs = _sum_over_pairs(parts, weights.log.topk(min(_LARGEST, size), dim=0).indices) / (size * (size - 1) / 2)
     offset = (size - 1) ** 2 * math.log1p(-1 / size) - (size - 2) ** 2 / 2 * math.log1p(-2 / size)
-    corrected = bound + offset - (2 * size - 3) * without_one.mean(0) + (size - 2) ** 2 / 2 * pairs
+    corrected = bound + offset - (2 * size - 3) * parts.without_one.mean(0) + (size - 2) ** 2 / 2 * pairs
     corrected = torch.where(weights.constant, bound, corrected)
     return torch.where(bound == -math.inf, bound, corrected)
 
 
-def _log_without_one(log_normalised: Tensor, largest: Tensor) -> Tensor:
-    """log(1 - w~_i), (S, N). The largest weight, at index `largest` (1, N), may be near 1: sum the others instead."""
+def _parts(weights: Weights) -> _Parts:
+    log_normalised = weights.log - weights.log_sum
+    normalised = log_normalised.exp()
+    # The largest weight may be near 1: sum the others instead.
+    largest = weights.log.argmax(0, keepdim=True)
     others = log_normalised.scatter(0, largest, -math.inf).logsumexp(0, keepdim=True)
-    return torch.log1p(-log_normalised.exp()).scatter(0, largest, others)
+    return _Parts(log_normalised, normalised, torch.log1p(-normalised).scatter_(0, largest, others))
 
 
-def _sum_over_pairs(log_normalised: Tensor, without_one: Tensor, largest: Tensor) -> Tensor:
+def _sum_over_pairs(parts: _Parts, largest: Tensor) -> Tensor:
     """sum_{i<j} log(1 - r_i r_j) (N,), where each term is log(1 - w~_i - w~_j) - log(1 - w~_i) - log(1 - w~_j).
 
     Args:
-        log_normalised: log w~ (S, N).
-        without_one: log(1 - w~) (S, N).
+        parts: Of all weights.
         largest: Indices of the largest weights, in decreasing order.
     """
-    top, top_without = log_normalised.gather(0, largest), without_one.gather(0, largest)
-    rest = log_normalised.scatter(0, largest, -math.inf)
-    rest_without = without_one.scatter(0, largest, 0.0)
+    top, top_without = parts.log_normalised.gather(0, largest), parts.without_one.gather(0, largest)
+    rest = parts.normalised.scatter(0, largest, 0.0)
     # The two largest weights may sum to nearly 1. In any other pair, w~_j is at most half of 1 - w~_i.
-    total = log_normalised.scatter(0, largest[:2], -math.inf).logsumexp(0) - top_without[0] - top_without[1]
+    total = parts.log_normalised.scatter(0, largest[:2], -math.inf).logsumexp(0) - top_without[0] - top_without[1]
     for index, without in enumerate(top_without):
-        total += (torch.log1p(-(rest - without).exp()) - rest_without).sum(0)
         later = slice(max(2, index + 1), None)
         total += (torch.log1p(-(top[later] - without).exp()) - top_without[later]).sum(0)
-    odds = (rest - rest_without).exp()
-    power, sums = torch.ones_like(odds), []
-    for _ in range(2 * _TERMS):
-        sums.append(power.mul_(odds).sum(0))
+    # The others with each of the largest: prod_i (1 - w~_j / (1 - w~_i)) = 1 - missing_j, by one logarithm for each j.
+    # 1 - w~_i may be as small as the sum of the others for the largest weight only, which needs logarithms.
+    missing = (parts.log_normalised - top_without[0]).exp_().scatter_(0, largest, 0.0)
+    for share in (-top_without[1:]).exp():
+        part = rest * share
+        missing += part - missing * part
+    rest_without = parts.without_one.scatter(0, largest, 0.0)
+    total += torch.log1p(-missing).sum(0) - len(largest) * rest_without.sum(0)
+    sums = _power_sums(rest / (1 - rest), 2 * _TERMS)
     for term in range(1, _TERMS + 1):
         total -= (sums[term - 1].square() - sums[2 * term - 1]) / (2 * term)
     return total
+
+
+def _power_sums(x: Tensor, most: int) -> list[Tensor]:
+    """Sums over the first dimension of x, x^2, ... x^most; in pieces of rows, which stay in the cache."""
+    pieces = []
+    for rows in x.split(_ROWS):
+        power = torch.ones_like(rows)
+        pieces.append(torch.stack([power.mul_(rows).sum(0) for _ in range(most)]))
+    return list(torch.stack(pieces).sum(0))

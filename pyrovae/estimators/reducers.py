@@ -1,6 +1,7 @@
 """Bounds on log p(x) and their errors, from log importance weights (S, N) -> (N,), and the error of their mean over data."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -201,7 +202,10 @@ def bound_curve(log_weights: Tensor | Weights) -> tuple[list[int], Tensor]:
     """
     weights = Weights.of(log_weights)
     sizes = _divisor_chain(len(weights))
-    curve = [(weights.log.unflatten(0, (-1, size)).logsumexp(1) - math.log(size)).mean(0) for size in sizes]
+    log_sums, curve = weights.log, [weights.log.mean(0)]
+    for size, next_size in pairwise(sizes):
+        log_sums = log_sums.unflatten(0, (-1, next_size // size)).logsumexp(1)
+        curve.append((log_sums - math.log(next_size)).mean(0))
     return sizes, torch.stack(curve)
 
 
