@@ -1,6 +1,6 @@
 """Compiled code of this process, found again by its graph: a second `fit` or evaluation need not compile the same again.
 
-The program is recorded and checked anew each time; only the compilation is saved. This is safe for any program: whatever
+The program is recorded and its recording checked anew each time; only the compilation and its check are saved. This is safe for any program: whatever
 Python decided (attributes, modes, hooks, replaced modules) shows in the graph, and compiled code is a function of the
 graph, the layout of its inputs, and torch's settings. Parameters, buffers and data are inputs, so none is kept alive.
 """
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyrovae.compiled.signature import kinds
 
-__all__ = ["compiled_once", "keep"]
+__all__ = ["compiled_once"]
 
 _CAPACITY = 16
 _PLAIN = (bool, int, float, complex, str, NoneType, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -26,28 +26,30 @@ _kept: OrderedDict[Hashable, Callable] = OrderedDict()
 
 
 def compiled_once(
-    graph: torch.fx.GraphModule, compiler: Callable[..., Callable], groups: Sequence[Sequence[Tensor | None]]
-) -> tuple[Hashable | None, Callable]:
-    """Return a key for `keep`, and the graph's compiled code: the kept one if there is one for the same graph.
+    graph: torch.fx.GraphModule,
+    compiler: Callable[..., Callable],
+    groups: Sequence[Sequence[Tensor | None]],
+    check: Callable[[Callable], None],
+) -> Callable:
+    """Return the graph's compiled code: the kept one if there is one for the same graph.
 
     Args:
-        graph: what to compile.
-        compiler: compiles it.
-        groups: the lists of its inputs and outputs, whose lengths the nodes of the graph do not tell.
+        graph: What to compile.
+        compiler: Compiles it.
+        groups: The lists of its inputs and outputs, whose lengths the nodes of the graph do not tell.
+        check: Runs new code and raises an error if it is wrong; then it is not kept.
     """
     key = _key(graph, compiler, groups)
-    found = None if key is None else _kept.get(key)
-    return key, compiler(graph) if found is None else found
-
-
-def keep(key: Hashable | None, compiled: Callable) -> None:
-    """Keep compiled code that has run and was checked."""
-    if key is None:
-        return
-    _kept[key] = compiled
-    _kept.move_to_end(key)
-    if len(_kept) > _CAPACITY:
-        _kept.popitem(last=False)
+    compiled = None if key is None else _kept.get(key)
+    if compiled is None:
+        compiled = compiler(graph)
+        check(compiled)
+    if key is not None:
+        _kept[key] = compiled
+        _kept.move_to_end(key)
+        if len(_kept) > _CAPACITY:
+            _kept.popitem(last=False)
+    return compiled
 
 
 def _key(graph: torch.fx.GraphModule, compiler: Callable, groups: Sequence[Sequence[Tensor | None]]) -> Hashable | None:

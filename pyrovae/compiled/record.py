@@ -40,7 +40,7 @@ from pyrovae.compiled.compiler import (
 )
 from pyrovae.compiled.cuda_graph import replayed
 from pyrovae.compiled.hidden_state import ReadsByPython, check_gradient_hooks, check_graph
-from pyrovae.compiled.kept_code import compiled_once, keep
+from pyrovae.compiled.kept_code import compiled_once
 from pyrovae.compiled.self_check import Inputs, Results, SelfCheck
 from pyrovae.compiled.signature import LastCall, Snapshot, kinds
 
@@ -183,9 +183,9 @@ class Recording:
             elsewhere = check.check_recording(graph, given, expected)
             compiled: Callable = graph
             if self.inductor:
-                key, compiled = compiled_once(graph, self.compiler, (*given[:2], *expected[:2]))
-                check.check_compiled(graph, compiled, elsewhere)  # compiles now, so that a failure shows here
-                keep(key, compiled)
+                layouts = (*given[:2], *expected[:2])
+                # The check runs the code, which compiles now, so that a failure shows here.
+                compiled = compiled_once(graph, self.compiler, layouts, partial(check.check_compiled, elsewhere, graph))
         self.num_recordings += 1
         # Without `self`, so that the memory of a CUDA graph is freed as soon as the recording goes.
         code, medium = replayed(compiled, graph, (*tensors, *state.values())), self.medium

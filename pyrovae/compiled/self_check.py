@@ -133,7 +133,7 @@ class SelfCheck:
             raise failed[0]
         return accepted[-1]
 
-    def check_compiled(self, graph: Callable, compiled: Callable, inputs: Inputs) -> None:
+    def check_compiled(self, inputs: Inputs, graph: Callable, compiled: Callable) -> None:
         """Raise ValueError if compiled code gives other outputs, gradients or buffers than the recording."""
         found, expected = (self._run_recording(program, inputs) for program in (compiled, graph))
         other = self._run_recording(graph, inputs._replace(noise=3))
