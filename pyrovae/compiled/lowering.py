@@ -4,6 +4,7 @@
   takes longer than everything else except the matrix products.
 - A product plus a bias becomes a product and a sum, which Inductor computes in the loop that follows. `addmm` first
   copies the bias to every row, which takes a tenth of the time of an evaluation.
+- Inductor tests one number after the other if it is NaN, and compares 16 at once.
 - The products of `BinaryImages` are computed in one loop; the eager program takes several to use fewer instructions.
 """
 
@@ -47,6 +48,7 @@ def lowered(recording: GraphModule) -> GraphModule:
         **torch._decomp.get_decompositions([aten.binary_cross_entropy_with_logits, aten.log_sigmoid_forward]),
         aten.log1p.default: _log1p,
         aten.softplus.default: _softplus,
+        aten.isnan.default: _isnan,
     }
     copied = Graph()
     copies: dict[Node, Any] = {}
@@ -135,6 +137,10 @@ def _log1p(x: torch.Tensor) -> torch.Tensor:
     rounded = 1 + x
     corrected = rounded.log() * (x / (rounded - 1))
     return torch.where((rounded == 1) | (x == torch.inf), x, corrected)
+
+
+def _isnan(x: torch.Tensor) -> torch.Tensor:
+    return x != x
 
 
 def _softplus(x: torch.Tensor, beta: float = 1, threshold: float = 20) -> torch.Tensor:

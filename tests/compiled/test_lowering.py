@@ -50,6 +50,14 @@ def test_at_the_ends():
     assert found[2:].isnan().all()
 
 
+@pytest.mark.parametrize("values", [[1.0, torch.nan, torch.inf], [1, 2, 3], [True, False, True]], ids=str)
+def test_nan_is_what_differs_from_itself(values):
+    x = torch.tensor(values)
+    graph = lowered(make_fx(torch.isnan)(x))
+    assert torch.ops.aten.isnan.default not in {node.target for node in graph.graph.nodes}
+    assert torch.equal(graph(x), x.isnan())
+
+
 def test_a_bias_is_added_after_the_product_of_float32_on_a_cpu():
     """Then Inductor adds it in the next loop; in bfloat16 the sum would be rounded twice."""
     layer, x = torch.nn.Linear(5, 3), torch.randn(2, 7, 5)
