@@ -24,6 +24,7 @@ COMMANDS = {
     "ranks": "ranks.py --rounds 3",
     "evaluation": "evaluation.py --rounds 3 --tables rates --bf16",
     "evaluation-conv": "evaluation.py --model conv --quick --rounds 3 --tables rates",
+    "evaluation-call": "evaluation.py --rounds 12 --tables call",
     "evaluation-rows": "evaluation.py --rounds 3 --tables rows",
     "evaluation-growth": "evaluation.py --rounds 3 --tables growth",
     "evaluation-memory": "evaluation.py --tables memory",

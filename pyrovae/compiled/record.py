@@ -168,7 +168,10 @@ class Recording:
         import_compiler()
         if self.inductor:
             check_cache_is_writable()
-        from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
+        # These take a second to import.
+        from torch._guards import TracingContext, tracing
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import make_fx
 
         check_gradient_hooks(self.modules)
         devices = list({tensor.device for tensor in (*tensors, *state.values()) if tensor.is_cuda})
@@ -177,7 +180,8 @@ class Recording:
         with _unseen(devices), Snapshot(self.modules) as before:
             check = SelfCheck(self._run_eagerly, self.modules, list(state), before, devices)
             expected = check.check_program(self.function, given)
-            with check.noise(0), ReadsByPython():
+            # torch notes the kind of each result in a mode for fake tensors; without a context it makes one each time.
+            with check.noise(0), ReadsByPython(), tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
                 graph = make_fx(partial(self._run_on, list(state)))(given.tensors, [*map(torch.clone, given.state)])
             check_graph(graph)
             elsewhere = check.check_recording(graph, given, expected)
