@@ -1,6 +1,8 @@
 """The signature of a recording: detecting changes of modules and arguments, and restoring modules."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -8,37 +10,41 @@ from torch import Tensor, nn
 
 __all__ = ["LastCall", "Snapshot", "kinds"]
 
+_SLOTS, _MODE = itemgetter("_modules", "_parameters", "_buffers"), itemgetter("training")
+_VALUES = methodcaller("values")
+_KIND = attrgetter("shape", "dtype", "requires_grad")
+
 
 class LastCall:
     """The previous call: a check, faster than the signature, that modules and arguments have not changed.
 
-    A parameter has not changed if its slot holds the same tensor with the same memory; its values may differ.
+    A parameter has not changed if its slot holds the same tensor with the same memory; its values may differ. The check
+    runs before every step, so its loops are those of Python's own functions.
     """
 
     def __init__(self, modules: nn.ModuleList, tensors: Sequence[Tensor], run: Callable, values: list[Tensor]):
         self.run, self.values = run, values
-        self.modules = list(modules.modules())
+        self.insides = [module.__dict__ for module in modules.modules()]
+        self.slots, self.modes = self._held(), [*map(_MODE, self.insides)]
+        self.held = [value for value in self.slots if isinstance(value, Tensor)]
         self.seen = self._look(tensors)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        return self._look(tensors) == self.seen
+        now = self._held()
+        return (
+            len(now) == len(self.slots)
+            and all(map(is_, now, self.slots))
+            and [*map(_MODE, self.insides)] == self.modes
+            and self._look(tensors) == self.seen
+        )
+
+    def _held(self) -> list[Any]:
+        """What all slots for modules, parameters and buffers hold."""
+        return [*chain.from_iterable(map(_VALUES, chain.from_iterable(map(_SLOTS, self.insides))))]
 
     def _look(self, tensors: Sequence[Tensor]) -> tuple:
-        found: list[Any] = []
-        for module in self.modules:
-            inside = module.__dict__
-            found += (inside["training"], *map(id, inside["_modules"].values()))
-            for tensor in (*inside["_parameters"].values(), *inside["_buffers"].values()):
-                if tensor is not None:
-                    found += (
-                        id(tensor),
-                        tensor.data_ptr(),
-                        tensor.shape,
-                        tensor.stride(),
-                        tensor.dtype,
-                        tensor.requires_grad,
-                    )
-        return found, kinds(tensors)
+        held = self.held
+        return [*map(Tensor.data_ptr, held)], [*map(Tensor.stride, held)], [*map(_KIND, held)], kinds(tensors)
 
 
 def kinds(tensors: Sequence[Tensor]) -> tuple:

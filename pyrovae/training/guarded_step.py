@@ -70,7 +70,8 @@ def step_unless_skipped(optimizer: torch.optim.Optimizer, is_made: Tensor) -> No
     """
     if _skips_on_device(optimizer):
         found_inf = (~is_made).float()
-        if _run_kernels(optimizer, found_inf):
+        is_known = is_made.device.type == "cpu" and bool(is_made)  # another device would have to be waited for
+        if _run_kernels(optimizer, None if is_known else found_inf, is_made.device):
             for group in optimizer.param_groups:  # as `zero_grad` does, which also records itself for a profiler
                 for parameter in group["params"]:
                     parameter.grad = None
@@ -93,7 +94,7 @@ def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 @torch.no_grad()
-def _run_kernels(optimizer: Any, found_inf: Tensor) -> bool:
+def _run_kernels(optimizer: Any, found_inf: Tensor | None, device: torch.device) -> bool:
     """Make the step of a fused Adam by its kernels; return False, and change nothing, if `step` would do more than that.
 
     `step` also looks for hooks, initialises states, sorts tensors by device and dtype, and records itself for a profiler,
@@ -119,7 +120,7 @@ def _run_kernels(optimizer: Any, found_inf: Tensor) -> bool:
         given = (*parameters, *gradients)
         if any(gradient.is_sparse for gradient in gradients) or len({tensor.dtype for tensor in given}) > 1:
             return False
-        if {tensor.device for tensor in (*given, *steps)} != {found_inf.device}:
+        if {tensor.device for tensor in (*given, *steps)} != {device}:
             return False
         calls.append((group, [parameters, gradients, means, squares, []], steps))
     for group, tensors, steps in calls:
@@ -135,5 +136,6 @@ def _run_kernels(optimizer: Any, found_inf: Tensor) -> bool:
             grad_scale=None,
             found_inf=found_inf,
         )
-        torch._foreach_sub_(steps, [found_inf] * len(steps))
+        if found_inf is not None:
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
     return True
