@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from pyrovae.common.arguments import check_count
-from pyrovae.data.forms import as_tensor, warn_of_table_without_mask
 from pyrovae.evaluation.sum_over_data import ROWS, draw_codes, marginals_of, sum_over_data
 from pyrovae.guides.base import Guide, check_guide
 from pyrovae.models.generative import LatentVariableModel
-from pyrovae.programs.parameters import numbers_of
+from pyrovae.models.guide_inputs import batches, inputs_of
 from pyrovae.programs.reach import evaluation_mode
 
 __all__ = ["AggregatePosterior", "aggregate_posterior"]
@@ -104,6 +103,7 @@ def aggregate_posterior(
     guide: Guide,
     x: Tensor,
     *,
+    observed: Tensor | None = None,
     num_draws: int = 2,
     total_correlation: bool | Literal["auto"] = "auto",
     progress: bool = False,
@@ -133,6 +133,7 @@ def aggregate_posterior(
         guide: any guide of this library, hierarchical ones included; an autoregressive flow takes D passes for the density
             at each draw of another datum
         x: data (N, *data_shape); the time grows with N^2, so take a few thousand, for a flow a few hundred
+        observed: mask of what is known of x, shaped like x
         num_draws: S, draws of q(z|x_n) per datum; one gives no standard error
         total_correlation: whether to compute TC and the dimension-wise KL; "auto": if the guide has marginals
         progress: show a progress bar
@@ -162,14 +163,14 @@ def aggregate_posterior(
             f"own: override `distribution` or `encode` instead"
         )
     num_draws = check_count("num_draws", num_draws)
-    warn_of_table_without_mask(x)
-    x = as_tensor("x", x, numbers_of(guide))
-    if len(x) < 2:
-        raise ValueError(f"an average of q(z|x) over data needs 2 data or more, found {len(x)}")
+    data = inputs_of(guide, x, observed=observed)
+    num_data = len(data.x)
+    if num_data < 2:
+        raise ValueError(f"an average of q(z|x) over data needs 2 data or more, found {num_data}")
     if total_correlation not in (True, False, "auto"):
         raise ValueError(f"total_correlation must be True, False or 'auto', found {total_correlation!r}")
     with evaluation_mode(model, guide) as device:
-        parameters = torch.cat([guide.encode(rows.to(device or x.device)) for rows in x.split(ROWS)])
+        parameters = torch.cat([guide.encode(*rows.args, **rows.kwargs) for rows in batches(data, ROWS, device)])
         drawn = draw_codes(model, guide, parameters, num_draws)
         marginals = len(drawn.values) == 1 and marginals_of(guide.distribution(parameters[:1])) is not None
         if total_correlation is True and not marginals:
@@ -179,7 +180,6 @@ def aggregate_posterior(
             )
         marginals = marginals and total_correlation is not False
         others, of_dimensions = sum_over_data(guide, parameters, drawn, marginals, progress)
-        num_data = len(x)
         log_q = torch.logaddexp(others, drawn.log_own) - math.log(num_data)
         terms = {
             "rate": drawn.log_own - drawn.log_prior,

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from pyrovae.common.arguments import check_count
 from pyrovae.common.reporting import progress_bar
-from pyrovae.data.forms import as_tensor, warn_of_table_without_mask
 from pyrovae.evaluation.drawing import until_interrupted
 from pyrovae.evaluation.log_weights import WeightedBlock, log_weight_blocks
 from pyrovae.evaluation.marginal_likelihood import LogMarginalLikelihood
 from pyrovae.evaluation.opening import SamplingOptions, parts_of
 from pyrovae.guides.base import Guide
-from pyrovae.programs.parameters import numbers_of
+from pyrovae.models.guide_inputs import batches, inputs_of
 from pyrovae.programs.reach import evaluation_mode
 from pyrovae.programs.traces import Program
 
@@ -188,7 +187,14 @@ def particles_for(
 
 @torch.no_grad()
 def active_units(
-    guide: Guide, x: Tensor, *, threshold: float = 0.01, batch_size: int = 500, progress: bool = False
+    guide: Guide,
+    x: Tensor,
+    *,
+    context: Tensor | None = None,
+    observed: Tensor | None = None,
+    threshold: float = 0.01,
+    batch_size: int = 500,
+    progress: bool = False,
 ) -> Tensor:
     """Find which latent dimensions the guide uses.
 
@@ -201,6 +207,8 @@ def active_units(
     Args:
         guide: a `pyrovae.guides.Guide`
         x: data (N, *data_shape)
+        context: what the pair is conditioned on, (N, ...)
+        observed: mask of what is known of x, shaped like x
         threshold: variance above which a dimension counts as active
         batch_size: number of data encoded at once
         progress: show a progress bar
@@ -214,13 +222,12 @@ def active_units(
     References:
         Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders (2016).
     """
-    warn_of_table_without_mask(x)
-    x = as_tensor("x", x, numbers_of(guide))
-    if len(x) < 2:
-        raise ValueError(f"a variance over data needs 2 data or more, found {len(x)}")
-    means = []
-    with evaluation_mode(guide) as device, progress_bar("active units", len(x), "data", progress) as bar:
-        for batch in x.split(batch_size):
-            means.append(guide.posterior(batch.to(device)).mean)
-            bar.update(len(batch))
+    data, means = inputs_of(guide, x, context, observed), []
+    num_data = len(data.x)
+    if num_data < 2:
+        raise ValueError(f"a variance over data needs 2 data or more, found {num_data}")
+    with evaluation_mode(guide) as device, progress_bar("active units", num_data, "data", progress) as bar:
+        for batch in batches(data, batch_size, device):
+            means.append(guide.posterior(*batch.args, **batch.kwargs).mean)
+            bar.update(len(batch.x))
     return (torch.cat(means).double().var(0) > threshold).cpu()

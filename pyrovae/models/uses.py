@@ -13,19 +13,16 @@ place of tensors, and become tensors of the programs' dtype.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrovae.common.arguments import check_count
-from pyrovae.common.networks import Inputs, check_context, check_mask
+from pyrovae.common.networks import check_context
 from pyrovae.data.conversion import check_same_columns, check_same_rows
-from pyrovae.data.forms import as_tensor, warn_of_table_without_mask
 from pyrovae.guides.base import Guide
 from pyrovae.models.generative import LatentVariableModel
-from pyrovae.programs.parameters import numbers_of
+from pyrovae.models.guide_inputs import batches, data_of, given_tensor, inputs_of
 from pyrovae.programs.reach import evaluation_mode
 
 __all__ = ["attribute_direction", "edit", "embed", "interpolate", "reconstruct", "sample_posterior", "traverse"]
@@ -101,8 +98,8 @@ def reconstruct(
         (N, *data_shape).
     """
     check_same_rows(x=x, context=context, observed=observed)
-    x = _data_of(x, guide, model)
-    context = _given("context", context, guide)
+    x = data_of(x, guide, model)
+    context = given_tensor("context", context, guide)
     known = {"context": context, "observed": observed}
     z = embed(guide, x, **known) if mean else sample_posterior(guide, x, 1, **known)[0]
     return _decode(model, z, context, mean=mean)
@@ -146,8 +143,8 @@ def interpolate(
         White, Sampling Generative Networks (2016).
     """
     check_same_columns(a=a, b=b)
-    a, b = (_data_of(end, guide, model, name) for name, end in (("a", a), ("b", b)))
-    context = _given("context", context, guide)
+    a, b = (data_of(end, guide, model, name) for name, end in (("a", a), ("b", b)))
+    context = given_tensor("context", context, guide)
     if a.shape != b.shape:
         raise ValueError(f"a and b must have the same shape, found {tuple(a.shape)} and {tuple(b.shape)}")
     num_steps = check_count("num_steps", num_steps)
@@ -189,8 +186,8 @@ def traverse(
     Raises:
         ValueError: if z is not (N, D), there are no values, or there is no such dimension.
     """
-    z = _given("z", z, model)
-    context = _given("context", context, model)
+    z = given_tensor("z", z, model)
+    context = given_tensor("context", context, model)
     if z.ndim != 2 or not -z.shape[-1] <= dimension < z.shape[-1]:
         raise ValueError(f"expected codes z (N, D) and a dimension below D, found {tuple(z.shape)} and {dimension}")
     values = _numbers("values", values, z)
@@ -232,12 +229,12 @@ def attribute_direction(
         White, Sampling Generative Networks (2016), for groups.
     """
     check_same_rows(x=x, mask=mask, groups=groups, context=context)
-    x, mask = _data_of(x, guide), _given("mask", mask, guide)
+    x, mask = data_of(x, guide), given_tensor("mask", mask, guide)
     if mask.dtype != torch.bool or mask.shape != x.shape[:1]:
         raise ValueError(
             f"mask must be bool ({len(x)},), for instance labels == 7; found {mask.dtype}, shape {tuple(mask.shape)}"
         )
-    groups = torch.zeros_like(mask, dtype=torch.long) if groups is None else _given("groups", groups, guide)
+    groups = torch.zeros_like(mask, dtype=torch.long) if groups is None else given_tensor("groups", groups, guide)
     if groups.is_floating_point() or groups.shape != mask.shape:
         raise ValueError(
             f"groups must be whole numbers ({len(x)},), for instance labels; found {groups.dtype}, shape "
@@ -289,8 +286,8 @@ def edit(
         Larsen, Sønderby, Larochelle & Winther, Autoencoding beyond pixels using a learned similarity metric (2016).
     """
     check_same_rows(x=x, context=context)
-    x, direction = _data_of(x, guide, model), _given("direction", direction, guide)
-    context = _given("context", context, guide)
+    x, direction = data_of(x, guide, model), given_tensor("direction", direction, guide)
+    context = given_tensor("context", context, guide)
     z = embed(guide, x, context=context)
     if direction.shape != z.shape[1:]:
         raise ValueError(f"the direction must be ({z.shape[1]},), like the codes, found {tuple(direction.shape)}")
@@ -303,44 +300,13 @@ def _of_posterior(
     guide: Guide, x: Tensor, context: Tensor | None, observed: Tensor | None, take: Callable, dim: int
 ) -> Tensor:
     """Return take(q(z|x)) of all data, in batches that lie along `dim` of the result."""
-    check_same_rows(x=x, context=context, observed=observed)
-    warn_of_table_without_mask(x, observed)
-    x = _data_of(x, guide)
-    context = _given("context", context, guide)
-    if context is not None:
-        check_context(context, len(x))
-    mask = None if observed is None else check_mask(_given("observed", observed, guide), x)
-    data, parts = Inputs(x, context, mask), []
+    data = inputs_of(guide, x, context, observed)
     with evaluation_mode(guide) as device:
-        for start in range(0, len(x), _ROWS):
-            batch = data.map(partial(_moved, rows=slice(start, start + _ROWS), device=device))
-            parts.append(take(guide.posterior(*batch.args, **batch.kwargs)).to(x.device))
+        parts = [
+            take(guide.posterior(*batch.args, **batch.kwargs)).to(data.x.device)
+            for batch in batches(data, _ROWS, device)
+        ]
     return torch.cat(parts, dim)
-
-
-def _given(name: str, value: Any, program: Any) -> Any:
-    """An array as a tensor, in the numbers of the program; a tensor and None as they are."""
-    if value is None or isinstance(value, Tensor):
-        return value
-    return as_tensor(name, value, numbers_of(program)._replace(is_real=False))
-
-
-def _data_of(x: Any, guide: Guide, model: LatentVariableModel | None = None, name: str = "x") -> Tensor:
-    """Data as a tensor; ValueError for one datum instead of a batch, if the shape of a datum is known."""
-    if not isinstance(x, Tensor):
-        x = as_tensor(name, x, numbers_of(guide) if model is None else numbers_of(guide, model))
-    part = getattr(guide, "encoder_net", None) if model is None else model.likelihood
-    data_shape = getattr(part, "data_shape", None)
-    if data_shape is not None and x.shape == data_shape:
-        raise ValueError(
-            f"expected data of shape (N, {', '.join(map(str, data_shape))}), found {tuple(x.shape)} for {name}, one datum: "
-            f"add a leading axis, {name}[None]"
-        )
-    return x
-
-
-def _moved(tensor: Tensor, rows: slice, device: torch.device | None) -> Tensor:
-    return tensor[rows].to(device)
 
 
 def _decode(model: LatentVariableModel, z: Tensor, context: Tensor | None = None, *, mean: bool = True) -> Tensor:
@@ -353,8 +319,8 @@ def _decode(model: LatentVariableModel, z: Tensor, context: Tensor | None = None
     with evaluation_mode(model) as device:
         for start in range(0, len(flat), _ROWS):
             rows = slice(start, start + _ROWS)
-            options = {} if context is None else {"context": _moved(context, rows, device)}
-            pictures.append(model.decode(_moved(flat, rows, device), mean=mean, **options))
+            options = {} if context is None else {"context": context[rows].to(device)}
+            pictures.append(model.decode(flat[rows].to(device), mean=mean, **options))
     return torch.cat(pictures).to(z.device).unflatten(0, z.shape[:-1])
 
 

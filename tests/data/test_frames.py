@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -108,9 +109,17 @@ def test_every_use_of_values_without_their_mask_warns():
     ):
         with pytest.warns(UserWarning, match="values of a table without its mask: 2 missing cells hold 0"):
             call()
+    known = {"observed": values > 0}
+    for call in (
+        lambda: pv.uses.embed(guide, values, **known),
+        lambda: pv.aggregate_posterior(model, guide, values, **known),
+        lambda: pv.active_units(guide, values, **known),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call()
     frame = pd.DataFrame(values.numpy(), columns=["a", "b"])
     assert torch.equal(pv.active_units(guide, frame), pv.active_units(guide, values.clone()))
-    assert len(pv.uses.embed(guide, values, observed=values > 0)) == 4
 
 
 @pytest.mark.parametrize("dtype", ["Int64", "Float64", "float32", "uint8"])

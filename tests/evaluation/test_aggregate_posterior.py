@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -108,6 +109,32 @@ def test_total_correlation_by_quadrature(double, make):
         truth = kl(log_q, dist.Normal(prior.loc[d], prior.scale[d]).log_prob(axis), step.exp().item())
         within(found.dimension_kl[d].item(), truth, found.dimension_kl_stderr[d].item())
     assert found.marginal_kl == pytest.approx(found.total_correlation + found.dimension_kl.sum().item())
+
+
+class Masked(Fixed):
+    """q(z|x) of data whose missing values are the mean 0.25; a context shifts it."""
+
+    def encode(self, x, context=None, *, observed=None):
+        known = x if observed is None else torch.where(observed, x, 0.25)
+        return known if context is None else known + context
+
+
+def test_missing_values_and_a_context():
+    x, observed, context = torch.randn(40, 2), torch.rand(40, 2) < 0.7, 3 * torch.randn(40, 1)
+    filled, guide, model = torch.where(observed, x, 0.25), Masked(0.6, 0.9), model_of(2)
+
+    def split(x, **known):
+        pyro.set_rng_seed(1)
+        return pv.aggregate_posterior(model, guide, x, **known).summary()
+
+    assert split(x, observed=observed) == split(filled) != split(x)
+    spread = filled.var(0).max().item()
+    for known, moved in (({}, filled), ({"context": context}, filled + context)):
+        active = [pv.active_units(guide, x, observed=observed, threshold=spread, **known), moved.var(0) > spread]
+        assert torch.equal(*active)
+    assert active[0].all()
+    with pytest.raises(ValueError, match="observed"):
+        pv.aggregate_posterior(model, guide, x, observed=observed[:5])
 
 
 def test_the_parts_add_up(double):
