@@ -5,7 +5,7 @@
 - A product plus a bias becomes a product and a sum, which Inductor computes in the loop that follows. `addmm` first
   copies the bias to every row, which takes a tenth of the time of an evaluation.
 - Inductor tests one number after the other if it is NaN, and compares 16 at once.
-- The products of `BinaryImages` are computed in one loop; the eager program takes several to use fewer instructions.
+- The products of `BinaryImages` are computed in one loop, in place of a few passes over memory.
 """
 
 import operator
