@@ -20,14 +20,15 @@ from zlib import crc32
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
+from pyrovae.compiled.signature import HOOKS
 from pyrovae.programs.reach import OF_TORCH, attributes_of, codes_in, is_installed, is_ours
 
 __all__ = ["HiddenState", "ReadsByPython", "check_gradient_hooks", "check_graph"]
 
 _DEEPEST, _MOST, _LONGEST = 12, 20_000, 1000  # limits: depth of references; number of holders; items per holder
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType)
 _MUTABLE = (dict, list, set, deque)
 
@@ -197,7 +198,7 @@ def _others(value: Any) -> Iterator[Any]:
     """What else a value refers to."""
     if isinstance(value, nn.Module):
         for part in value.modules():
-            yield from (hook for kind in _HOOKS for hook in vars(part)[kind].values())
+            yield from (hook for kind in HOOKS for hook in vars(part)[kind].values())
             if not is_installed(type(part).__module__):
                 yield type(part)
                 yield type(part).forward
@@ -289,7 +290,14 @@ def _same(now: Any, before: Any, depth: int) -> bool:
         return now == before
     if type(now) is object:
         return False
-    if inspect.isroutine(now) or isinstance(now, type | nn.Module) or is_installed(type(now).__module__):
+    if inspect.isroutine(now):  # a function that is defined anew in each run has the same code
+        code = getattr(now, "__code__", None)
+        return bool(now == before) or (code is not None and code is getattr(before, "__code__", None))
+    if isinstance(now, type | nn.Module):
+        return False
+    if isinstance(now, Distribution):
+        return _same(vars(now), vars(before), depth - 1)
+    if is_installed(type(now).__module__):
         return True
     return _same(_look(now), _look(before), depth - 1)
 

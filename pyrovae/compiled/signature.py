@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LastCall", "Snapshot", "kinds"]
+__all__ = ["HOOKS", "LastCall", "Snapshot", "Structure", "kinds"]
 
 _SLOTS, _MODE = itemgetter("_modules", "_parameters", "_buffers"), itemgetter("training")
 _VALUES = methodcaller("values")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
+_OF_ALL = [f"_global{kind}" for kind in HOOKS]
+_OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _KIND = attrgetter("shape", "dtype", "requires_grad")
 
 
@@ -54,6 +57,36 @@ def kinds(tensors: Sequence[Tensor]) -> tuple:
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
     )
     return kinds, torch.get_default_dtype(), autocast
+
+
+class Structure:
+    """What modules consist of: classes, children, parameters, and the hooks of both, to see if any of them is replaced."""
+
+    def __init__(self, modules: nn.Module):
+        self.modules, self.before = modules, _structure(modules)
+
+    def changed(self) -> str | None:
+        """The path of the first module or parameter of which something was replaced; None if nothing was."""
+        now, before = _structure(self.modules), self.before
+        for path in now | before:
+            if len(now.get(path, ())) != len(before.get(path, ())) or not all(map(is_, now[path], before[path])):
+                return path.partition(".")[2] or path  # without the number of the root
+        return None
+
+
+def _structure(modules: nn.Module) -> dict[str, list[Any]]:
+    found = {
+        "hooks of all modules": [hook for kind in _OF_ALL for hook in getattr(nn.modules.module, kind, {}).values()]
+    }
+    for path, module in modules.named_modules():
+        inside = vars(module)
+        hooks = (hook for kind in HOOKS for hook in inside[kind].values())
+        found[path] = [type(module), *inside["_modules"].values(), *hooks]
+        for name, parameter in inside["_parameters"].items():
+            hooks_of_it = (getattr(parameter, kind, None) or {} for kind in _OF_PARAMETERS)
+            is_trained = parameter is not None and parameter.requires_grad
+            found[f"{path}.{name}"] = [parameter, is_trained, *chain.from_iterable(map(_VALUES, hooks_of_it))]
+    return found
 
 
 class Snapshot:

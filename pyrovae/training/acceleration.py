@@ -13,6 +13,7 @@ from pyrovae.common.arguments import map_tensors
 from pyrovae.compiled.hidden_state import HiddenState
 from pyrovae.compiled.policy import pays_off
 from pyrovae.compiled.record import Recording, Results, record
+from pyrovae.compiled.signature import Structure
 from pyrovae.data.conversion import Numbers
 from pyrovae.data.forms import Batch
 from pyrovae.objectives.base import Parts
@@ -98,7 +99,7 @@ def _apart(data: Batch) -> tuple[list[Tensor], Any]:
 
 
 class Constants:
-    """The Python values that a recorded step keeps as they were: those behind the programs, and the numbers of the loss.
+    """What a recorded step keeps as it was: the modules' parts, Python values behind the programs, numbers of the loss.
 
     Args:
         model, guide, loss, modules, transform: as for `record_step`.
@@ -117,13 +118,14 @@ class Constants:
         self.loss, self.numbers = loss, _numbers(loss)
         held = nn.ModuleList(modules)
         data = [] if train is None else train.tensors.values()  # arguments of the recording
+        self.structure = Structure(held)
         self.hidden = HiddenState([model, guide, transform, *modules], [*held.parameters(), *held.buffers(), *data])
 
     def changed(self) -> str | None:
-        """The name of the first value that has changed; None if none has."""
+        """The name of the first value or part that has changed; None if none has."""
         now = _numbers(self.loss)
         name = next((name for name in now | self.numbers if now.get(name) != self.numbers.get(name)), None)
-        return name or self.hidden.changed_value()
+        return name or self.structure.changed() or self.hidden.changed_value()
 
 
 def _numbers(loss: ELBO) -> dict[str, Any]:

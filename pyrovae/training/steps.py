@@ -180,8 +180,8 @@ class Steps:
         if self.constants is None or (name := self.constants.changed()) is None:
             return None
         _logger.warning(
-            "runs eagerly from now on: the programs' '%s' has changed %s, and compiled steps keep such values as they are: keep "
-            "it in a buffer (register_buffer) and change that in place",
+            "runs eagerly from now on: the programs' '%s' has changed %s, and compiled steps keep values, layers and hooks as they "
+            "are: keep a value in a buffer (register_buffer) and change that in place",
             *(name, when),
         )
         self.compiles, self.recorded, self.constants = False, None, None

@@ -122,6 +122,114 @@ class Global(Scaled):
         SCALE = value
 
 
+@way
+class Function(Scaled):
+    def set(self, value):
+        self.get = (lambda: 1.0) if value == 1.0 else (lambda: 3.0)
+
+
+@way
+class BuiltIn(Scaled):
+    def set(self, value):
+        self.function = torch.ones_like if value == 1.0 else torch.exp
+
+    def get(self):
+        return self.function(torch.ones(()))
+
+
+@way
+class OfAClass(Scaled):
+    def set(self, value):
+        self.kind = type("Kind", (), {"scale": value})
+
+    def get(self):
+        return self.kind.scale
+
+
+@way
+class Child(Scaled):
+    def set(self, value):
+        self.child = nn.Tanh() if value == 1.0 else nn.ReLU()
+
+    def get(self):
+        return 1.0 + self.child(torch.tensor(2.0))
+
+
+@way
+class ModuleInAList(Scaled):
+    def set(self, value):
+        self.held = [nn.Threshold(10.0, value)]
+
+    def get(self):
+        return self.held[0](torch.zeros(()))
+
+
+@way
+class OfADistribution(Scaled):
+    def set(self, value):
+        self.noise = dist.Normal(0.0, value)
+
+    def get(self):
+        return self.noise.scale
+
+
+@way
+class Hook(Scaled):
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Identity()
+        self.handle = None
+
+    def set(self, value):
+        if self.handle is not None:
+            self.handle.remove()
+        self.handle = None if value == 1.0 else self.child.register_forward_hook(lambda *given: value * given[2])
+
+    def get(self):
+        return self.child(torch.ones(()))
+
+
+@way
+class HookOfAllModules(Hook):
+    def set(self, value):
+        if self.handle is not None:
+            self.handle.remove()
+        self.handle = None
+        if value != 1.0:
+
+            def hook(module, _, output):
+                return value * output if module is self.child else None
+
+            self.handle = nn.modules.module.register_module_forward_hook(hook)
+
+
+@way
+class ClassOfAModule(Scaled):
+    def __init__(self):
+        super().__init__()
+        self.child = nn.ReLU()
+
+    def set(self, value):
+        self.child.__class__ = nn.ReLU if value == 1.0 else nn.Sigmoid
+
+    def get(self):
+        return self.child(3 * torch.ones(()))
+
+
+@way
+class AnotherParameter(Scaled):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def set(self, value):
+        if value != 1.0:
+            self.scale = nn.Parameter(torch.tensor(value))
+
+    def get(self):
+        return self.scale
+
+
 def run(way, change, compile, **more):
     """(elbo, validation_elbo) of each epoch of a training that moves nothing."""
     pyro.clear_param_store()
@@ -154,6 +262,41 @@ def test_a_changed_value_holds_in_compiled_steps(way, after, uncompiled, monkeyp
     assert abs(expected[-1][0] - expected[0][0]) > 0.1  # the change shows
     assert np.allclose(found, expected, atol=1e-5)
     assert f"has changed before epoch {after + 1}" in caplog.text
+
+
+CHANGES = {
+    "a new bias is trained": lambda layer: setattr(layer, "bias", nn.Parameter(torch.full_like(layer.bias, -1.0))),
+    "frozen": lambda layer: layer.requires_grad_(False),
+    "a hook on a gradient": lambda layer: layer.bias.register_hook(lambda gradient: 0 * gradient),
+    "a hook on a gradient that is added up": lambda layer: layer.bias.register_post_accumulate_grad_hook(
+        lambda bias: setattr(bias, "grad", None)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_callback_does_to_a_layer_holds_in_compiled_steps(name, uncompiled, caplog):
+    def fitted(compile):
+        pyro.clear_param_store()
+        pair = make()
+        layer = [module for module in pair[0].modules() if isinstance(module, nn.Linear)][-1]
+
+        def change(progress):
+            if progress.epoch == 3:
+                CHANGES[name](layer)
+
+        pyro.set_rng_seed(1)
+        result = pv.fit(
+            *(*pair, binary(60)),
+            **{"epochs": 6, "batch_size": 20, "learning_rate": 0.05, "compile": compile, "progress": False},
+            callback=change,
+        )
+        return [row["elbo"] for row in result.history], [p.detach() for program in pair for p in program.parameters()]
+
+    (found, trained), (expected, parameters) = fitted(True), fitted(False)
+    assert np.allclose(found, expected, atol=1e-5)
+    assert all(torch.allclose(*two, atol=1e-5) for two in zip(trained, parameters, strict=True))
+    assert "has changed before epoch 4" in caplog.text
 
 
 @pytest.mark.parametrize("way", ["Attribute", "Closure"])
