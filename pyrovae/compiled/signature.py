@@ -138,7 +138,7 @@ def _keep_values(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def _put_back(dictionaries: list[tuple[Any, dict[str, Any]]], values: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     for held, before in dictionaries:
-        if [*map(id, held.values())] != [*map(id, before.values())] or list(held) != list(before):
+        if [*map(id, held.values())] != [*map(id, before.values())] or [*held.keys()] != [*before]:
             held.clear()
             held.update(before)
     for tensor, memory, value in values:

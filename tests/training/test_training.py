@@ -424,3 +424,16 @@ def test_an_error_of_the_validation_data_says_so(change):
     with pytest.raises((ValueError, RuntimeError, TypeError)) as caught:
         pv.fit(*make(), binary(), validation=change(binary(6)), epochs=1, progress=False)
     assert "data of validation=" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_scripted_network(compile):
+    """torch keeps its parameters in a mapping of its own."""
+    decoder = torch.jit.script(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 12), nn.Unflatten(1, (1, 4, 3))))
+    model = pv.GenerativeModel(pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(decoder, (1, 4, 3)))
+    guide = pv.guides.MeanFieldNormal(pv.nets.MLP(12, [8], 4), 2)
+    result = pv.fit(
+        model, guide, binary(60), epochs=3, batch_size=20, learning_rate=0.05, compile=compile, progress=False
+    )
+    assert result.history[-1]["elbo"] > result.history[0]["elbo"]
