@@ -24,9 +24,9 @@ LABELS = {
     "gated300-maf-iwae": ("by IWAE, k=10", (9, 2), "left"),
     "gated300-maf-iwae-all": ("by IWAE, k=10,\non 60,000 images", (0, -12), "center"),
     "gated300-maf-iwae25-all": ("then k=25", (9, -4), "left"),
-    "gated300-hierarchy-vamp": ("2 levels,\nVampPrior", (-6, 8), "left"),
+    "gated300-hierarchy-vamp": ("2 levels,\nVampPrior", (8, -44), "left"),
 }
-OTHER_SEED = (8, 9), "left"
+OTHER_SEED = (-8, 9), "left"
 SAME_IMAGES, DRAWN_ANEW = "the paper's networks and binary test images", "test images drawn anew"
 BETTER, WORSE, NEITHER = "#0072B2", "#D55E00", "0.25"
 
@@ -93,7 +93,8 @@ def draw_row(ax, result: dict, by_row: dict[str, dict]) -> None:
     ax.errorbar(minutes, nll, result["sample_stderr"], color=color, marker="o", markersize=6, markerfacecolor=face)
     text, offset, end = LABELS[name]
     if result["seed"]:
-        text, (offset, end) = f"{text}, seed {result['seed']}", OTHER_SEED
+        first_line = text.partition("\n")[0].rstrip(",")
+        text, (offset, end) = f"{first_line}, seed {result['seed']}", OTHER_SEED
     vertical = {"va": "top"} if end == "center" else {}
     ax.annotate(text, (minutes, nll), offset, textcoords="offset points", fontsize=10, ha=end, **vertical)
 
