@@ -5,6 +5,7 @@ after many runs. So these are searched for directly: in the graph, and in whatev
 and buffers (counters, lists, objects, generators of random numbers), which one run changes visibly.
 """
 
+import argparse
 import functools
 import inspect
 import itertools
@@ -31,6 +32,8 @@ __all__ = ["HiddenState", "ReadsByPython", "check_gradient_hooks", "check_graph"
 _DEEPEST, _MOST, _LONGEST = 12, 20_000, 1000  # limits: depth of references; number of holders; items per holder
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType)
 _MUTABLE = (dict, list, set, deque)
+# Objects of installed packages whose attributes a program reads.
+_RECORDS = (types.SimpleNamespace, argparse.Namespace, Distribution)
 
 
 @functools.cache
@@ -185,12 +188,13 @@ def _holders(value: Any) -> Iterator[Any]:
             if not is_ours(value.__module__):  # this library's functions keep nothing that a recording would lose
                 yield _Globals(value)
             yield [value.__defaults__, value.__kwdefaults__]
+            yield vars(value)
     elif inspect.isroutine(value) or inspect.ismodule(value) or isinstance(value, functools.partial):
         return
     elif inspect.isclass(value):
         if not is_installed(value.__module__) and not is_ours(value.__module__):
             yield value
-    elif not is_installed(type(value).__module__):
+    elif isinstance(value, _RECORDS) or not is_installed(type(value).__module__):
         yield value
 
 
@@ -209,6 +213,7 @@ def _others(value: Any) -> Iterator[Any]:
     elif inspect.isclass(value):
         if not is_installed(value.__module__) and not is_ours(value.__module__):
             yield from (routine for routine in vars(value).values() if inspect.isfunction(routine))
+            yield from value.__bases__
     elif hasattr(value, "__wrapped__"):  # by functools.cache, for instance
         yield value.__wrapped__
     elif not isinstance(value, (Tensor, tuple, frozenset, *_MUTABLE)) and not is_installed(type(value).__module__):
@@ -271,7 +276,7 @@ def _items(before: Any) -> Sequence[Any]:
 
 
 def _same(now: Any, before: Any, depth: int) -> bool:
-    """Whether two values look the same to a program; objects of installed packages do if they have one type."""
+    """Whether two values look the same to a program; objects of installed packages that cannot be compared do."""
     if now is before or depth == 0:
         return True
     if type(now) is not type(before):
@@ -295,11 +300,18 @@ def _same(now: Any, before: Any, depth: int) -> bool:
         return bool(now == before) or (code is not None and code is getattr(before, "__code__", None))
     if isinstance(now, type | nn.Module):
         return False
-    if isinstance(now, Distribution):
-        return _same(vars(now), vars(before), depth - 1)
-    if is_installed(type(now).__module__):
+    if isinstance(now, functools.partial):
+        return all(_same(*pair, depth - 1) for pair in zip(_of_partial(now), _of_partial(before), strict=True))
+    if type(now).__eq__ is not object.__eq__ and not isinstance(now, _RECORDS):
+        with suppress(Exception):
+            return bool(now == before)
+    if is_installed(type(now).__module__) and not isinstance(now, _RECORDS):
         return True
     return _same(_look(now), _look(before), depth - 1)
+
+
+def _of_partial(function: functools.partial) -> tuple:
+    return function.func, function.args, function.keywords
 
 
 def _legacy_state() -> Any:

@@ -62,7 +62,7 @@ def kinds(tensors: Sequence[Tensor]) -> tuple:
 class Structure:
     """What modules consist of: classes, children, parameters, and the hooks of both, to see if any of them is replaced."""
 
-    def __init__(self, modules: nn.Module):
+    def __init__(self, modules: nn.ModuleList):
         self.modules, self.before = modules, _structure(modules)
 
     def changed(self) -> str | None:
@@ -70,12 +70,13 @@ class Structure:
         now, before = _structure(self.modules), self.before
         for path in now | before:
             if len(now.get(path, ())) != len(before.get(path, ())) or not all(map(is_, now[path], before[path])):
-                return path.partition(".")[2] or path  # without the number of the root
+                root, _, inside = path.partition(".")
+                return inside or (type(self.modules[int(root)]).__name__ if root.isdigit() else root)
         return None
 
 
-def _structure(modules: nn.Module) -> dict[str, list[Any]]:
-    found = {
+def _structure(modules: nn.ModuleList) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {
         "hooks of all modules": [hook for kind in _OF_ALL for hook in getattr(nn.modules.module, kind, {}).values()]
     }
     for path, module in modules.named_modules():

@@ -1,8 +1,10 @@
 """Python values behind the programs that a callback or a schedule changes: compiled steps use the new ones, as eager steps do."""
 
+import argparse
 import sys
 import types
 import warnings
+from decimal import Decimal
 from functools import partial
 
 import numpy as np
@@ -58,6 +60,32 @@ class Attribute(Scaled):
 class ClassAttribute(Attribute):
     def set(self, value):
         type(self).scale = value
+
+
+class Base(Scaled):
+    scale = 1.0
+
+    def get(self):
+        return self.scale
+
+
+@way
+class AttributeOfABaseClass(Base):
+    def set(self, value):
+        Base.scale = value
+
+
+def noise():
+    return noise.scale
+
+
+@way
+class AttributeOfAFunction(Scaled):
+    def get(self):
+        return noise()
+
+    def set(self, value):
+        noise.scale = value
 
 
 @way
@@ -171,6 +199,59 @@ class OfADistribution(Scaled):
 
     def get(self):
         return self.noise.scale
+
+
+@way
+class OfADistributionInPlace(OfADistribution):
+    def __init__(self):
+        super().__init__()
+        self.noise = dist.Normal(0.0, 1.0)
+
+    def set(self, value):
+        self.noise.scale = torch.tensor(value)
+
+
+@way
+class Partial(Scaled):
+    def set(self, value):
+        self.function = partial(max, value)
+
+    def get(self):
+        return self.function(0.5)
+
+
+@way
+class Namespace(Scaled):
+    def __init__(self):
+        super().__init__()
+        self.options = argparse.Namespace(scale=1.0)
+
+    def set(self, value):
+        self.options.scale = value
+
+    def get(self):
+        return self.options.scale
+
+
+@way
+class SimpleNamespace(Namespace):
+    def set(self, value):
+        self.options = types.SimpleNamespace(scale=value)
+
+
+@way
+class OfDecimals(Scaled):
+    def set(self, value):
+        self.scale = Decimal(value)
+
+    def get(self):
+        return float(self.scale)
+
+
+@way
+class OfNumPy(OfDecimals):
+    def set(self, value):
+        self.scale = np.float32(value)
 
 
 @way
