@@ -199,8 +199,8 @@ def fit(
         compile: record the step (see `pyrovae.compiled.record`) and compile it with Inductor: same noise, same numbers
             up to rounding; on a CPU up to 3 times as fast for an MLP, but little faster for convolutions (see the page on
             benchmarks). "auto" does so if model and guide consist of parts of this library and the run is long enough to
-            recover the compilation time. The first epoch always runs eagerly, with every check. If a Python value behind
-            the programs changes later (an attribute, by a callback), the run continues eagerly: keep such a value in a
+            recover the compilation time. The first epoch always runs eagerly, with every check. If a callback changes a
+            layer, a hook or a Python value of the programs, the run continues eagerly and says so: keep a value in a
             buffer.
         precision: "bf16" computes linear and convolutional layers in bfloat16 while training, which is faster on
             hardware that supports it. Densities, parameters, updates and the ELBO of the validation data stay float32.
