@@ -123,7 +123,10 @@ class HiddenState:
     def changed_value(self) -> str | None:
         """Like `changed`, but without the global random numbers of Python and NumPy, which others use too."""
         for name, holder, before in self._held:
-            if not _same(now := _look(holder), before, _DEEPEST):
+            now = _look(holder)
+            if isinstance(holder, Distribution):  # it keeps some attributes only after their first use
+                now = {name: now[name] for name in before if name in now}
+            if not _same(now, before, _DEEPEST):
                 return _name_in(now, before) or name
         return None
 
@@ -214,7 +217,7 @@ def _others(value: Any) -> Iterator[Any]:
         if not is_installed(value.__module__) and not is_ours(value.__module__):
             yield from (routine for routine in vars(value).values() if inspect.isfunction(routine))
             yield from value.__bases__
-    elif hasattr(value, "__wrapped__"):  # by functools.cache, for instance
+    elif "__wrapped__" in getattr(value, "__dict__", {}):  # by functools.cache, for instance
         yield value.__wrapped__
     elif not isinstance(value, (Tensor, tuple, frozenset, *_MUTABLE)) and not is_installed(type(value).__module__):
         yield type(value)
@@ -296,18 +299,30 @@ def _same(now: Any, before: Any, depth: int) -> bool:
     if type(now) is object:
         return False
     if inspect.isroutine(now):  # a function that is defined anew in each run has the same code
-        code = getattr(now, "__code__", None)
-        return bool(now == before) or (code is not None and code is getattr(before, "__code__", None))
+        return bool(now == before) or (
+            hasattr(now, "__code__")
+            and now.__code__ is before.__code__
+            and _same(_around(now), _around(before), depth - 1)
+        )
     if isinstance(now, type | nn.Module):
         return False
     if isinstance(now, functools.partial):
         return all(_same(*pair, depth - 1) for pair in zip(_of_partial(now), _of_partial(before), strict=True))
+    if isinstance(now, Distribution):  # it keeps some attributes only after their first use
+        both = vars(now).keys() & vars(before).keys()
+        return bool(both) and all(_same(vars(now)[name], vars(before)[name], depth - 1) for name in both)
     if type(now).__eq__ is not object.__eq__ and not isinstance(now, _RECORDS):
         with suppress(Exception):
             return bool(now == before)
     if is_installed(type(now).__module__) and not isinstance(now, _RECORDS):
         return True
     return _same(_look(now), _look(before), depth - 1)
+
+
+def _around(function: Any) -> list[Any]:
+    """What a function uses beside its code, its arguments and global variables."""
+    cells = (_look(cell) for cell in function.__closure__ or ())
+    return [getattr(function, "__self__", None), function.__defaults__, function.__kwdefaults__, *cells]
 
 
 def _of_partial(function: functools.partial) -> tuple:

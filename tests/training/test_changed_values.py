@@ -156,6 +156,53 @@ class Function(Scaled):
         self.get = (lambda: 1.0) if value == 1.0 else (lambda: 3.0)
 
 
+def constant(value):
+    return lambda: value
+
+
+@way
+class FunctionWithTheSameCode(Scaled):
+    def set(self, value):
+        self.get = constant(value)
+
+
+@way
+class FunctionWithAnotherDefault(Scaled):
+    def set(self, value):
+        self.get = lambda scale=value: scale
+
+
+@way
+class MethodOfAnotherObject(Scaled):
+    def set(self, value):
+        self.get = Fixed(value).get
+
+
+class Fixed:
+    def __init__(self, value):
+        self.value = value
+
+    def get(self):
+        return self.value
+
+
+class AttributeDict(dict):
+    __getattr__ = dict.__getitem__
+
+
+@way
+class ItemAsAttribute(Scaled):
+    def __init__(self):
+        super().__init__()
+        self.options = AttributeDict(scale=1.0)
+
+    def get(self):
+        return self.options.scale
+
+    def set(self, value):
+        self.options["scale"] = value
+
+
 @way
 class BuiltIn(Scaled):
     def set(self, value):
@@ -409,6 +456,33 @@ def test_a_value_that_changes_within_a_later_epoch_is_told(uncompiled, monkeypat
         found = run("Attribute", lambda *_: None, compile=True, schedule=schedule)
     expected = run("Attribute", lambda *_: None, compile=False, schedule=schedule)
     assert found[4] == pytest.approx(expected[4], abs=1e-5)  # the next epoch is right
+
+
+def test_lazy_attributes_of_a_distribution_keep_the_recording(uncompiled, caplog):
+    """`Categorical` computes its probabilities at their first use, here by the callback."""
+    noise = dist.Categorical(logits=torch.zeros(3))
+
+    class Shifted(Attribute):
+        def __init__(self):
+            super().__init__()
+            self.noise = noise
+
+        def get(self):
+            return self.noise.logits.exp().sum()
+
+        def set(self, value):
+            pass
+
+    pyro.clear_param_store()
+    program = Shifted()
+    options = {"epochs": 4, "batch_size": 20, "optimizer": partial(torch.optim.SGD, lr=1e-30), "progress": False}
+
+    def draw(progress):
+        noise.sample()
+
+    pv.fit(program.model, program.guide, X, callback=draw, compile=True, **options)
+    assert "changed" not in caplog.text
+    assert "probs" in vars(noise)
 
 
 OBJECTIVES = {
