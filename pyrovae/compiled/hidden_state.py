@@ -124,8 +124,8 @@ class HiddenState:
         """Like `changed`, but without the global random numbers of Python and NumPy, which others use too."""
         for name, holder, before in self._held:
             now = _look(holder)
-            if isinstance(holder, Distribution):  # it keeps some attributes only after their first use
-                now = {name: now[name] for name in before if name in now}
+            if isinstance(holder, Distribution):
+                now, before = _in_both(now, before)
             if not _same(now, before, _DEEPEST):
                 return _name_in(now, before) or name
         return None
@@ -308,15 +308,20 @@ def _same(now: Any, before: Any, depth: int) -> bool:
         return False
     if isinstance(now, functools.partial):
         return all(_same(*pair, depth - 1) for pair in zip(_of_partial(now), _of_partial(before), strict=True))
-    if isinstance(now, Distribution):  # it keeps some attributes only after their first use
-        both = vars(now).keys() & vars(before).keys()
-        return bool(both) and all(_same(vars(now)[name], vars(before)[name], depth - 1) for name in both)
-    if type(now).__eq__ is not object.__eq__ and not isinstance(now, _RECORDS):
+    if isinstance(now, Distribution):
+        return _same(*_in_both(vars(now), vars(before)), depth)
+    if isinstance(now, _RECORDS) or not is_installed(type(now).__module__):
+        return _same(_look(now), _look(before), depth - 1)
+    if type(now).__eq__ is not object.__eq__:
         with suppress(Exception):
             return bool(now == before)
-    if is_installed(type(now).__module__) and not isinstance(now, _RECORDS):
-        return True
-    return _same(_look(now), _look(before), depth - 1)
+    return True
+
+
+def _in_both(now: dict[str, Any], before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The attributes that a distribution has both times: it keeps some of them only after their first use."""
+    names = [name for name in before if name in now]
+    return {name: now[name] for name in names}, {name: before[name] for name in names}
 
 
 def _around(function: Any) -> list[Any]:

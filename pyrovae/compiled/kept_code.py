@@ -1,8 +1,9 @@
 """Compiled code of this process, found again by its graph: a second `fit` or evaluation need not compile the same again.
 
-The program is recorded and its recording checked anew each time; only the compilation and its check are saved. This is safe for any program: whatever
-Python decided (attributes, modes, hooks, replaced modules) shows in the graph, and compiled code is a function of the
-graph, the layout of its inputs, and torch's settings. Parameters, buffers and data are inputs, so none is kept alive.
+The program is recorded and its recording checked anew each time; only the compilation and its check are saved. This is
+safe for any program: whatever Python decided (attributes, modes, hooks, replaced modules) shows in the graph, and
+compiled code is a function of the graph, the layout of its inputs, and torch's settings. Parameters, buffers and data
+are inputs, so none is kept alive.
 """
 
 from collections import OrderedDict

@@ -4,6 +4,7 @@ import argparse
 import sys
 import types
 import warnings
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
 
@@ -184,6 +185,22 @@ class Fixed:
 
     def get(self):
         return self.value
+
+
+@dataclass(frozen=True)
+class Settings:
+    scale: float = field(compare=False)
+
+
+@way
+class EqualButNotTheSame(Scaled):
+    """`==` says that the objects are equal."""
+
+    def set(self, value):
+        self.settings = Settings(value)
+
+    def get(self):
+        return self.settings.scale
 
 
 class AttributeDict(dict):
